@@ -1,0 +1,60 @@
+"""The Gram matrix of a linear's input: all that the searches and the rounding need to know of the calibration rows.
+
+`H = X^T X` turns the squared output error of any candidate, `||X E^T||^2`, into `tr(E H E^T)` without a forward pass.
+For very wide inputs H is kept in square blocks on the diagonal, [B, k, k] with B k = K: what couples two blocks is
+left out of the sums, for every candidate and for round-to-nearest alike.
+"""
+
+import torch
+from torch import Tensor
+
+
+class InputStatistics:
+    """Running sums over the rows that enter a set of linears.
+
+    gram: [B, k, k] float32, mean over the rows of x^T x; mean_abs: [K] float32, mean |x|.
+    """
+
+    def __init__(self, width: int, block: int, device: torch.device) -> None:
+        self.blocks = width // block
+        self.gram = torch.zeros((self.blocks, block, block), dtype=torch.float32, device=device)
+        self.abs_sum = torch.zeros(width, dtype=torch.float32, device=device)
+        self.rows = 0
+
+    def add(self, x: Tensor) -> None:
+        """Add rows x: [..., K]."""
+        x = x.reshape(-1, self.abs_sum.shape[0]).to(torch.float32)
+        self.rows += x.shape[0]
+        self.abs_sum += x.abs().sum(0)
+        for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
+            total.addmm_(part.t(), part)
+
+    def finish(self) -> None:
+        """Turn the sums into means. Call once, after the last row."""
+        self.gram /= self.rows
+        self.mean_abs = self.abs_sum / self.rows
+
+
+def block_width(width: int, group_size: int, limit: int) -> int:
+    """The widest block <= limit that divides `width` into whole groups."""
+    if width <= limit:
+        return width
+    groups = width // group_size
+    for count in range(2, groups + 1):
+        if groups % count == 0 and width // count <= limit:
+            return width // count
+    return group_size
+
+
+def scaled_gram(gram: Tensor, scale: Tensor) -> Tensor:
+    """The Gram of X / scale: gram [B, k, k], scale [K] -> [B, k, k]."""
+    inverse = scale.reciprocal().view(gram.shape[0], -1)
+    return gram * inverse[:, :, None] * inverse[:, None, :]
+
+
+def output_error(error: Tensor, gram: Tensor) -> float:
+    """`tr(E H E^T)`: the mean squared output error over the rows, summed over outputs. error: [N, K] float32."""
+    total = 0.0
+    for part, block in zip(error.chunk(gram.shape[0], dim=1), gram, strict=True):
+        total += float(torch.linalg.vecdot((part @ block).flatten(), part.flatten()))
+    return total

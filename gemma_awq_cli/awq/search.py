@@ -1,0 +1,116 @@
+"""AWQ's searches on the Gram matrix: one scale a channel for the linears that share an input, and each group's range.
+
+Source: Lin et al., "AWQ: Activation-aware Weight Quantization" (2306.00978). AutoAWQ runs the block once for each of
+20 candidates; here a candidate costs one product with the Gram matrix.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.awq.grid import Grid, dequantize, grid_of_range, minmax_grid, nearest, quantize
+from gemma_awq_cli.awq.gram import output_error
+
+RATIOS = 20
+SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72, 0.68, 0.64, 0.60)
+# A scale outside this range costs more float16 range in `scales` than it can gain.
+SCALE_LIMIT = 1e3
+
+
+class ScaleChoice(NamedTuple):
+    """scale: [K] float32 that the linears get; ratio: the exponents it came from; error, unscaled: `tr(E H E^T)`."""
+
+    scale: Tensor
+    ratio: tuple[float, float]
+    error: float
+    unscaled: float
+
+
+def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
+    """Mean over all rows of |w| relative to its group's largest: [K]. (AutoAWQ's `w_mean`.)"""
+    total = torch.zeros(weights[0].shape[1], device=weights[0].device)
+    rows = 0
+    for weight in weights:
+        groups = weight.abs().unflatten(1, (-1, group_size))
+        relative = groups / groups.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
+        total += relative.flatten(1).sum(0)
+        rows += weight.shape[0]
+    return total / rows
+
+
+def candidates(mean_abs: Tensor, magnitude: Tensor) -> Iterator[tuple[tuple[float, float], Tensor]]:
+    """Scales `mean|x|^a / magnitude^b`, normalized to a geometric middle of 1. All but the trivial a = b = 0."""
+    for step in range(1, RATIOS):
+        a = step / RATIOS
+        for b in (0.0, 1.0 - a):
+            scale = mean_abs.clamp(min=1e-8).pow(a) / magnitude.clamp(min=1e-4).pow(b)
+            scale = scale / (scale.max() * scale.min()).sqrt()
+            yield (a, b), scale.clamp(1 / SCALE_LIMIT, SCALE_LIMIT)
+
+
+def search_scale(
+    weights: Sequence[Tensor],
+    mean_abs: Tensor,
+    gram: Tensor,
+    group_size: int,
+    realise: Callable[[Tensor], Tensor],
+) -> ScaleChoice:
+    """The scale under which rounding to nearest costs least.
+
+    weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; gram: [B, k, k]. `realise` turns a
+    wanted scale into the one that can be folded exactly; candidates are judged by that one.
+    """
+
+    def error_of(scale: Tensor) -> float:
+        total = 0.0
+        for weight in weights:
+            scaled = weight * scale
+            total += output_error((nearest(scaled, minmax_grid(scaled, group_size)) - scaled) / scale, gram)
+        return total
+
+    one = torch.ones_like(mean_abs)
+    unscaled = error_of(one)
+    best = ScaleChoice(one, (0.0, 0.0), unscaled, unscaled)
+    for ratio, wanted in candidates(mean_abs, weight_magnitude(weights, group_size)):
+        scale = realise(wanted)
+        error = error_of(scale)
+        if error < best.error:
+            best = ScaleChoice(scale, ratio, error, unscaled)
+    return best
+
+
+def group_gram(gram: Tensor, group_size: int) -> Tensor:
+    """The g x g blocks on the diagonal: [B, k, k] -> [G, g, g]."""
+    blocks, width, _ = gram.shape
+    per_block = width // group_size
+    index = torch.arange(per_block, device=gram.device)
+    grid = gram.view(blocks, per_block, group_size, per_block, group_size)
+    return grid[:, index, :, index].transpose(0, 1).reshape(blocks * per_block, group_size, group_size)
+
+
+def search_range(weight: Tensor, gram: Tensor, group_size: int, rows: int = 2048) -> Grid:
+    """Each group's range, shrunk where clipping the largest weights lowers the group's own output error.
+
+    weight: [N, K] float32; gram: [B, k, k] of the same (scaled) input. `rows` of the weight are tried at a time.
+    """
+    diagonal = group_gram(gram, group_size)
+    parts = [_search_range_of_rows(part, diagonal, group_size) for part in weight.split(rows)]
+    return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
+
+
+def _search_range_of_rows(weight: Tensor, diagonal: Tensor, group_size: int) -> Grid:
+    groups = weight.unflatten(1, (-1, group_size))  # [N, G, g]
+    low, high = groups.amin(-1), groups.amax(-1)
+    best_error = torch.full_like(low, torch.inf)
+    best = grid_of_range(low, high)
+    for shrink in SHRINKS:
+        grid = grid_of_range(low * shrink, high * shrink)
+        error = (dequantize(quantize(weight, grid), grid) - weight).unflatten(1, (-1, group_size))
+        by_group = error.transpose(0, 1)  # [G, N, g]
+        loss = torch.linalg.vecdot(by_group @ diagonal, by_group).t()  # [N, G]
+        better = loss < best_error
+        best_error = torch.where(better, loss, best_error)
+        best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))
+    return best

@@ -1,0 +1,21 @@
+"""The errors a user can meet. Imports nothing, so that every room may raise them.
+
+`message` says what is wrong and why, `hint` says what to do next; `cli.main` is the one place that formats them.
+"""
+
+
+class GemmaAwqError(Exception):
+    """A failure that is the input's or the machine's, not a bug: shown without a traceback, exit code 1."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str = "") -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class UsageError(GemmaAwqError):
+    """The command was typed in a way that cannot be carried out: exit code 2."""
+
+    exit_code = 2

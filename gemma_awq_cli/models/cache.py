@@ -1,0 +1,36 @@
+"""What the tool keeps for the user between two commands: its cache folder, and which artifact was written last."""
+
+import json
+import os
+from pathlib import Path
+
+import platformdirs
+
+ENVIRONMENT = "GEMMA_AWQ_CACHE"
+
+
+def cache_folder() -> Path:
+    """`GEMMA_AWQ_CACHE`, by default the user's cache folder + gemma-awq. Not created here."""
+    configured = os.environ.get(ENVIRONMENT)
+    return Path(configured).expanduser() if configured else Path(platformdirs.user_cache_dir("gemma-awq", False))
+
+
+def _last_artifact_file() -> Path:
+    return cache_folder() / "last-artifact.json"
+
+
+def remember_artifact(folder: Path) -> None:
+    """Make `folder` what `run`, `bench` and `push` take when none is named."""
+    path = _last_artifact_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    partial.write_text(json.dumps({"artifact": str(folder.resolve())}), encoding="utf-8")
+    partial.replace(path)
+
+
+def last_artifact() -> Path | None:
+    """The last artifact written, if it is remembered (it may have been moved since)."""
+    try:
+        return Path(json.loads(_last_artifact_file().read_text(encoding="utf-8"))["artifact"])
+    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+        return None

@@ -1,0 +1,62 @@
+"""Text to token ids the way Gemma was trained on them: always exactly one BOS at the start, the right chat template."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+
+Message = dict[str, str]
+
+
+class Prompter:
+    """A model folder's tokenizer and chat template."""
+
+    def __init__(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        try:
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise GemmaAwqError(
+                f"The tokenizer of {folder} cannot be loaded: {error}", "Copy the tokenizer files of the original model."
+            ) from None
+        if self.tokenizer.bos_token_id is None:
+            raise GemmaAwqError(
+                f"The tokenizer of {folder} has no BOS token, which every Gemma needs.",
+                "Copy the tokenizer files of the original model.",
+            )
+
+    @property
+    def bos(self) -> int:
+        return int(self.tokenizer.bos_token_id)
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model comes with a chat template, that is, whether it answers rather than completes."""
+        return bool(self.tokenizer.chat_template)
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of plain text, without BOS."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False).input_ids
+        return ids
+
+    def prompt_ids(self, text: str) -> list[int]:
+        """BOS and the ids of `text`. A BOS that the text spells out already is not doubled."""
+        ids = self.ids(text)
+        return ids if ids[:1] == [self.bos] else [self.bos, *ids]
+
+    def chat(self, messages: Sequence[Message], answer_next: bool) -> str:
+        """Messages through the model's template, up to where the model's answer begins if `answer_next`."""
+        import jinja2
+
+        render = self.tokenizer.apply_chat_template
+        try:
+            text: str = render(list(messages), tokenize=False, add_generation_prompt=answer_next)
+        except jinja2.exceptions.TemplateError:
+            if messages[0]["role"] != "system" or len(messages) < 2:
+                raise
+            # Gemma 1 and 2 know no system role: what it says goes before the first user message.
+            first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+            text = render([first, *messages[2:]], tokenize=False, add_generation_prompt=answer_next)
+        return text
