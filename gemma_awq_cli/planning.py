@@ -1,7 +1,6 @@
 """What quantizing a checkpoint will write, need and take, from its headers alone."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -127,10 +126,3 @@ def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, tokens: 
         flops += 40 * 2 * n * k * block + 4 * k * block * block + 2 * n * k * block  # search, factor, rounding
     return 20 + checkpoint.layers * flops / ESTIMATED_FLOPS
 
-
-def describe_folder(path: Path) -> str:
-    """A path as a person would type it: relative where that is shorter."""
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -1,0 +1,62 @@
+"""The `gemma-awq` command: the Typer app, and `main`, the one place where errors become messages and exit codes."""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from gemma_awq_cli import __version__
+from gemma_awq_cli.commands import quantize, run
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.output import Output, quiet_libraries
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="gemma-awq",
+    help="Quantize Google's Gemma models to 4-bit AWQ with measured fidelity, and run them.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("quantize")(quantize.command)
+app.command("run")(run.command)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        Output().result(f"gemma-awq {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _global(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    quiet_libraries()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    try:
+        app(args=list(argv) if argv is not None else None, prog_name="gemma-awq")
+    except GemmaAwqError as error:
+        Output().error(error)
+        return error.exit_code
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except SystemExit as exit_:
+        code = exit_.code if isinstance(exit_.code, int) else 1 if exit_.code else 0
+        if code == INTERRUPTED:
+            Output().note("interrupted")
+        return code
+    return 0
+
+
+def entry() -> None:
+    """The console script."""
+    sys.exit(main())

@@ -1,0 +1,151 @@
+"""`gemma-awq quantize`: a 16-bit Gemma to a 4-bit AWQ artifact."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemma_awq_cli.options import Device, DeviceOption, GroupSize, JsonOption, QuietOption, RevisionOption, StoredDtype
+from gemma_awq_cli.output import Output, human_bytes, human_seconds
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.models.source import Source
+    from gemma_awq_cli.planning import Plan
+    from gemma_awq_cli.quantizing import LayerDone
+
+
+def command(
+    model: Annotated[
+        str, typer.Argument(help="Checkpoint folder, hub id, or `demo`: the Gemma 3 270M of the demo extra.", metavar="MODEL")
+    ] = "demo",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the artifact.  [default: ./NAME-AWQ]", metavar="DIR")
+    ] = None,
+    revision: RevisionOption = None,
+    group_size: Annotated[GroupSize, typer.Option(help="Weights that share one scale and zero point.")] = GroupSize.g128,
+    calibration: Annotated[
+        str,
+        typer.Option(
+            help="Recipe name, recipe file, .txt/.jsonl/.parquet file, or hub dataset id.", metavar="TEXT"
+        ),
+    ] = "embedded",
+    dataset_config: Annotated[str | None, typer.Option(help="Config of a hub dataset.", metavar="NAME")] = None,
+    dataset_split: Annotated[str | None, typer.Option(help="Split of a hub dataset.", metavar="NAME")] = None,
+    text_column: Annotated[str | None, typer.Option(help="Column that holds the text or the messages.", metavar="NAME")] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1)] = 128,
+    seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
+    seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,
+    device: DeviceOption = Device.auto,
+    dtype: Annotated[
+        StoredDtype | None, typer.Option(help="Of what stays 16-bit.  [default: what the source declares]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already in the folder.")] = False,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Quantize a Gemma to 4-bit AWQ and measure what it lost.
+
+    Prints the artifact's folder on stdout.
+    """
+    out = Output(quiet)
+    if model == "demo":
+        out.note("No model named: quantizing the demo, Gemma 3 270M.")
+    from gemma_awq_cli import quantizing
+    from gemma_awq_cli.calibration import build_rows, find_recipe
+    from gemma_awq_cli.models.cache import remember_artifact
+    from gemma_awq_cli.models.checkpoint import Checkpoint
+    from gemma_awq_cli.models.opening import pick_device
+    from gemma_awq_cli.models.prompting import Prompter
+    from gemma_awq_cli.models.source import find_source
+    from gemma_awq_cli.models.stack import TextStack
+    from gemma_awq_cli.models.writing import StagedFolder
+    from gemma_awq_cli.planning import make_plan, stored_dtype
+
+    chosen = pick_device(device.value)
+    recipe = find_recipe(calibration, dataset_config, dataset_split, text_column)
+    if output is not None and not dry_run:
+        StagedFolder(output, force)  # refuse a taken folder before anything is fetched
+    source = find_source(model, revision, out.note)
+    target = output or Path(f"{source.name}-AWQ")
+    if not dry_run:
+        StagedFolder(target, force)
+    checkpoint = Checkpoint(source.folder)
+    quantizing.require_quantizable(checkpoint)
+    stack = TextStack(checkpoint, chosen)
+    size = int(group_size.value)
+    plan = make_plan(checkpoint, stack, size, stored_dtype(checkpoint, dtype and dtype.value), num_samples, seq_len)
+    _show_plan(out, plan, source, target, chosen.type)
+    if dry_run:
+        _finish_dry_run(out, plan, target, as_json)
+        return
+    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, quantizing.HELDOUT_SAMPLES)
+    if len(rows.ids) < num_samples:
+        out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
+    arguments = {
+        "group_size": size, "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
+        "device": chosen.type, "dtype": dtype and dtype.value,
+    }  # fmt: skip
+    with out.progress("Quantizing", plan.layers) as progress:
+
+        def on_layer(done: "LayerDone") -> None:
+            out.note(_layer_line(done))
+            progress.step()
+
+        result = quantizing.quantize(source, checkpoint, stack, plan, rows, target, arguments, on_layer, force)
+    remember_artifact(target)
+    _show_result(out, result.report)
+    if as_json:
+        out.document({"artifact": str(target), "report": result.report})
+    else:
+        out.result(str(target))
+    out.note('Next: gemma-awq run "The capital of France is"')
+
+
+def _show_plan(out: Output, plan: "Plan", source: "Source", target: Path, device: str) -> None:
+    out.note(
+        f"{source.asked} -> {target}: {plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of "
+        f"{plan.group_size}, the rest {str(plan.dtype).removeprefix('torch.')}, on {device}."
+    )
+    out.note(
+        f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.artifact_bytes)}; about "
+        f"{human_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}."
+    )
+
+
+def _finish_dry_run(out: Output, plan: "Plan", target: Path, as_json: bool) -> None:
+    if as_json:
+        document: dict[str, Any] = {
+            "artifact": str(target), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
+            "group_size": plan.group_size, "dtype": str(plan.dtype).removeprefix("torch."),
+            "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
+            "memory_bytes": plan.memory_bytes, "estimated_seconds": round(plan.seconds),
+        }  # fmt: skip
+        out.document(document)
+    else:
+        out.result(str(target))
+
+
+def _layer_line(done: "LayerDone") -> str:
+    gained = 1 - done.error / done.rtn_error if done.rtn_error else 0.0
+    return (
+        f"layer {done.index + 1:>{len(str(done.layers))}}/{done.layers}  "
+        f"error {gained:5.1%} below round-to-nearest  {done.seconds:.1f} s"
+    )
+
+
+def _show_result(out: Output, report: dict[str, Any]) -> None:
+    fidelity, run = report["fidelity"], report["run"]
+    memory = run["peak_memory_bytes"]
+    out.table(
+        f"Fidelity on {fidelity['heldout_tokens']} held-out tokens",
+        (
+            ("size", human_bytes(report["source"]["bytes"]), human_bytes(report["artifact"]["bytes"])),
+            ("perplexity", f"{fidelity['perplexity_16bit']:.2f}", f"{fidelity['perplexity_4bit']:.2f}"),
+            ("KL divergence, nats a token", "", f"{fidelity['kl']:.4f}"),
+            ("top-1 agreement", "", f"{fidelity['top1_agreement']:.1%}"),
+            ("time", "", human_seconds(run["seconds"])),
+            ("peak memory", "", human_bytes(memory) if memory else "unknown"),
+        ),
+        header=("", "16-bit", "4-bit"),
+    )

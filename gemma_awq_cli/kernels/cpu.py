@@ -1,0 +1,85 @@
+"""PyTorch's own int4 matmul for CPUs, in bfloat16 (its float16 and float32 variants are some 60 times slower).
+
+For few rows the op reads the packed weights; for many it is faster to unpack the weight once and multiply in bf16. The
+op's packed layout depends on the processor, so it is found out by packing a known matrix, never assumed.
+"""
+
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_awq_cli.awq.pack import PackedWeight, unpack_columns, unpack_weight
+
+MANY_ROWS = 256
+_ROW_MULTIPLE = 16  # the op wants the outputs in multiples of this
+_GROUP_SIZES = (32, 64, 128, 256)
+
+
+class CpuInt4Linear(nn.Module):
+    """packed: uint8 [N, K/2] in the op's layout; scale_zero: bf16 [K/g, N, 2], w = (q - 8) * scale + zero."""
+
+    packed: Tensor
+    scale_zero: Tensor
+    offset: Tensor
+
+    @staticmethod
+    def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this kernel cannot be taken, or None."""
+        inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
+        if device.type != "cpu" or dtype != torch.bfloat16:
+            return "it computes in bfloat16 on the CPU only"
+        if outputs % _ROW_MULTIPLE or inputs // weight.scales.shape[0] not in _GROUP_SIZES:
+            return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
+        return None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        q, grid = unpack_weight(weight)
+        scale, zero = grid.scale.t(), grid.zero.t()  # [G, N]
+        self.group_size = q.shape[1] // scale.shape[0]
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
+        self.register_buffer("packed", packed, persistent=False)
+        pair = torch.stack([scale, (8 - zero) * scale], dim=-1).to(torch.bfloat16).contiguous()
+        self.register_buffer("scale_zero", pair, persistent=False)
+        # the zero points themselves, for the exact dense weight
+        self.register_buffer("offset", unpack_columns(weight.qzeros), persistent=False)
+        self.block = _layout_block() if q.shape[0] % (_layout_block() or 1) == 0 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] >= MANY_ROWS and self.block is not None:
+            return F.linear(x, self.dense())
+        result = torch.ops.aten._weight_int4pack_mm_for_cpu(
+            rows.to(torch.bfloat16), self.packed, self.group_size, self.scale_zero
+        )
+        return result.view(*x.shape[:-1], -1).to(x.dtype)
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] in bf16: (q - z) * scale, rounded once."""
+        assert self.block is not None
+        outputs, inputs = self.packed.shape[0], self.packed.shape[1] * 2
+        q = _unpack_blocks(self.packed, self.block)  # [N, K] uint8
+        groups = q.view(outputs, -1, self.group_size).to(torch.bfloat16)
+        groups.sub_(self.offset.t().to(torch.bfloat16)[:, :, None])
+        return groups.mul_(self.scale_zero[:, :, 0].t()[:, :, None]).view(outputs, inputs)
+
+
+def _unpack_blocks(packed: Tensor, block: int) -> Tensor:
+    """The op's layout -> uint8 [N, K]: blocks of rows; for each column, row d low and row d + block/2 high in a byte."""
+    outputs, inputs = packed.shape[0], packed.shape[1] * 2
+    bytes_ = packed.view(-1, inputs, block // 2)  # [N/block, K, block/2]
+    both = torch.stack([bytes_ & 15, bytes_ >> 4], dim=1)  # [N/block, 2, K, block/2]
+    return both.transpose(2, 3).reshape(outputs, inputs)
+
+
+@cache
+def _layout_block() -> int | None:
+    """How many rows the op packs together on this processor; None if its layout is of another kind."""
+    known = torch.randint(0, 16, (128, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
+    packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(known, 1)
+    for block in (64, 32, 16):
+        if torch.equal(_unpack_blocks(packed, block).to(torch.int32), known):
+            return block
+    return None

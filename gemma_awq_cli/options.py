@@ -1,0 +1,30 @@
+"""The options that more than one command takes, and the choices of those that only one does."""
+
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+
+class Device(StrEnum):
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+    mps = "mps"
+
+
+class StoredDtype(StrEnum):
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class GroupSize(StrEnum):
+    g128 = "128"
+    g64 = "64"
+    g32 = "32"
+
+
+DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="REV")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead.")]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]

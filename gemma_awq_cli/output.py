@@ -1,0 +1,127 @@
+"""The only file that prints. stdout carries a command's result and nothing else; everything else goes to stderr.
+
+Progress is drawn only on a terminal; `NO_COLOR` and pipes give plain text.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+
+
+class Output:
+    """Where a command reports. quiet: notes and progress are left out, errors are not."""
+
+    def __init__(self, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._console: Any = None
+
+    @property
+    def console(self) -> Any:
+        """rich's console on stderr, made when it is first needed."""
+        if self._console is None:
+            from rich.console import Console
+
+            # outside a terminal rich would assume 80 columns and break long paths
+            width = None if sys.stderr.isatty() else 200
+            self._console = Console(stderr=True, highlight=False, force_terminal=None if sys.stderr.isatty() else False, width=width)
+        return self._console
+
+    def result(self, text: str) -> None:
+        """A result on stdout, with a newline."""
+        print(text, flush=True)
+
+    def piece(self, text: str) -> None:
+        """A piece of streamed text on stdout, as it is."""
+        sys.stdout.write(text)
+        sys.stdout.flush()
+
+    def document(self, value: Any) -> None:
+        """Exactly one JSON document on stdout."""
+        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.console.print(text, markup=False, soft_wrap=True)
+
+    def warning(self, text: str) -> None:
+        self.console.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
+
+    def error(self, error: GemmaAwqError) -> None:
+        from rich.text import Text
+
+        self.console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+        if error.hint:
+            self.console.print(Text.assemble(("hint: ", "bold cyan"), error.hint), soft_wrap=True)
+
+    def table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = ()) -> None:
+        """A small table on stderr: the first column names, the others hold figures."""
+        if self.quiet:
+            return
+        from rich import box
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=bool(header))
+        columns = header or ("",) * len(rows[0])
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="left" if index == 0 else "right")
+        for row in rows:
+            table.add_row(*(Text(cell) for cell in row))
+        self.console.print(table)
+
+    @contextmanager
+    def progress(self, description: str, total: int) -> Iterator["Progress"]:
+        """A progress bar below the lines that are printed meanwhile; nothing is drawn outside a terminal."""
+        if self.quiet or not self.console.is_terminal:
+            yield Progress(None, None)
+            return
+        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Bar
+
+        columns = (
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
+            TimeRemainingColumn(),
+        )  # fmt: skip
+        with Bar(*columns, console=self.console, transient=True) as bar:
+            yield Progress(bar, bar.add_task(description, total=total))
+
+
+class Progress:
+    """What a command holds while it works; `step` moves the bar, if there is one."""
+
+    def __init__(self, bar: Any, task: Any) -> None:
+        self._bar, self._task = bar, task
+
+    def step(self) -> None:
+        if self._bar is not None:
+            self._bar.advance(self._task)
+
+
+def quiet_libraries() -> None:
+    """Keep the libraries' own bars and chatter off the screen; warnings of theirs are not for our users."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+
+def human_bytes(count: float) -> str:
+    """1234567 -> `1.2 MB`."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} TB"
+
+
+def human_seconds(seconds: float) -> str:
+    """83.4 -> `1 min 23 s`."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
