@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
@@ -46,7 +47,7 @@ class GroupReport:
     name: str
     linears: tuple[str, ...]
     method: str
-    ratio: tuple[float, float]
+    exponents: tuple[float, float]
     error: float
     rtn_error: float
     gram_block: int
@@ -118,9 +119,9 @@ def quantize_layer(
     for group in reversed(family.groups):
         originals = {n: weights[f"{n}.weight"].to(device, torch.float32) for n in group.linears}
         own = statistics[group.name]
-        choice = search_scale(
-            list(originals.values()), own.mean_abs, own.gram, group_size, _realiser(family, group, weights, heads, device)
-        )
+        realise = _realiser(family, group, weights, heads, device)
+        with matmul_precision("medium"):  # candidates are only ranked here
+            choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise)
         scale = _take_up(layer, family, group, choice.scale, row_factor, weights, heads)
         rounded = _round_group(originals, scale, row_factor, own.gram, group_size)
         plain = {n: _round_to_nearest(w, group_size) for n, w in originals.items()}
@@ -138,7 +139,7 @@ def quantize_layer(
             layer.dense[f"{name}.weight"] = dequantize(result.q, result.grid)
             layer.folded[f"{name}.weight"] = result.wanted
         layer.groups.insert(
-            0, GroupReport(group.name, group.linears, method, _ratio(choice, method), error, rtn_error, own.gram.shape[1])
+            0, GroupReport(group.name, group.linears, method, _exponents(choice, method), error, rtn_error, own.gram.shape[1])
         )
     return layer
 
@@ -190,8 +191,8 @@ def _error(candidate: Tensor, weight: Tensor, gram: Tensor) -> float:
     return output_error(candidate - weight, gram)
 
 
-def _ratio(choice: ScaleChoice, method: str) -> tuple[float, float]:
-    return choice.ratio if method != "round-to-nearest" else (0.0, 0.0)
+def _exponents(choice: ScaleChoice, method: str) -> tuple[float, float]:
+    return choice.exponents if method != "round-to-nearest" else (0.0, 0.0)
 
 
 def _is_linear(family: Family, name: str) -> bool:

@@ -10,8 +10,7 @@ import platform
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,7 +20,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.awq.fidelity import Fidelity
+from gemma_awq_cli.awq.fidelity import Fidelity, compare
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.layer_quantizing import (
     GroupReport,
@@ -40,7 +40,6 @@ from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 
 HELDOUT_SAMPLES = 6
 TOKENS_PER_BATCH = 4096
-LOGIT_ROWS = 128
 REPORT_SCHEMA = 1
 
 # Files of the source that belong to the model's text side and its licence; weights and configs are written anew.
@@ -84,17 +83,6 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
         )
 
 
-@contextmanager
-def matmul_precision(precision: str) -> Iterator[None]:
-    """`medium` multiplies float32 in bf16 with float32 sums where the processor has it; `highest` is plain float32."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
 @torch.inference_mode()
 def quantize(
     source: Source,
@@ -127,7 +115,9 @@ def quantize(
         _write_unquantized(checkpoint, stack, plan, writer)
         writer.finish()
         report = _report(source, checkpoint, plan, rows, arguments, groups, fidelity, time.perf_counter() - started)
-        _write_texts(checkpoint, plan, staging, report)
+        copy_side_files(checkpoint, staging)
+        write_json(staging / REPORT, report)
+        write_json(staging / CONFIG, artifact_config(checkpoint, plan))  # last: without it no reader sees a model
     return Quantized(target, report)
 
 
@@ -172,21 +162,14 @@ def _advance(stack: TextStack, index: int, module: torch.nn.Module, hidden: Tens
 
 def _measure(stack: TextStack, hidden: _Hidden, rows: Rows) -> Fidelity:
     """Compare both paths' predictions of every next token of the held-out rows."""
-    fidelity = Fidelity()
     norm, head = stack.head()
-    width = hidden.heldout.shape[-1]
-    reference = hidden.heldout[:, :-1].reshape(-1, width)
-    quantized = hidden.quantized[:, :-1].reshape(-1, width)
+    reference, quantized = (
+        norm(path[:, :-1].reshape(-1, path.shape[-1]).to(stack.device)) for path in (hidden.heldout, hidden.quantized)
+    )
     targets = rows.heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
-        for start in range(0, len(targets), LOGIT_ROWS):
-            part = slice(start, start + LOGIT_ROWS)
-            fidelity.add(
-                stack.logits(norm, head, reference[part].to(stack.device)),
-                stack.logits(norm, head, quantized[part].to(stack.device)),
-                targets[part],
-            )
-    return fidelity
+        both = zip(stack.logit_chunks(head, reference), stack.logit_chunks(head, quantized), strict=True)
+        return compare(both, targets)
 
 
 def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:
@@ -199,17 +182,22 @@ def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, wri
         writer.write(key, tensor)
 
 
-def _write_texts(checkpoint: Checkpoint, plan: Plan, folder: Path, report: dict[str, Any]) -> None:
+def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation config, processor and licence files into an artifact."""
     for pattern in COPIED:
         for path in checkpoint.folder.glob(pattern):
             if path.is_file():
                 shutil.copyfile(path, folder / path.name)
-    config = dict(checkpoint.raw_config)
-    config.pop("torch_dtype", None)
-    config["dtype"] = DTYPE_NAMES[plan.dtype]
+
+
+def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
+    dtype = DTYPE_NAMES[plan.dtype]
+    config = {key: value for key, value in checkpoint.raw_config.items() if key != "torch_dtype"}
+    config["dtype"] = dtype
     if isinstance(config.get("text_config"), dict):
-        text_config = {k: v for k, v in config["text_config"].items() if k not in ("torch_dtype", "dtype")}
-        config["text_config"] = {**text_config, "dtype": DTYPE_NAMES[plan.dtype]}
+        text_config = {key: value for key, value in config["text_config"].items() if key != "torch_dtype"}
+        config["text_config"] = {**text_config, "dtype": dtype}
     config["quantization_config"] = {
         "quant_method": "awq",
         "version": "gemm",
@@ -218,8 +206,7 @@ def _write_texts(checkpoint: Checkpoint, plan: Plan, folder: Path, report: dict[
         "zero_point": True,
         "modules_to_not_convert": list(checkpoint.family.not_converted),
     }
-    write_json(folder / REPORT, report)
-    write_json(folder / CONFIG, config)  # last: without it no reader takes the folder for a model
+    return config
 
 
 def _report(

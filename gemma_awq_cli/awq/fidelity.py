@@ -1,46 +1,78 @@
 """How far a quantized model's predictions are from the 16-bit model's, from the logits of both."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Fidelity:
-    """Running sums over predicted positions; the properties are per-token means (KL in nats)."""
+    """Means over `tokens` predicted positions. kl: KL(16-bit || quantized), nats a token."""
 
-    tokens: int = 0
-    nll_reference: float = 0.0
-    nll_quantized: float = 0.0
-    kl_sum: float = 0.0
-    agreements: int = 0
+    tokens: int
+    kl: float
+    perplexity_reference: float
+    perplexity_quantized: float
+    top1_agreement: float
 
-    def add(self, reference: Tensor, quantized: Tensor, targets: Tensor) -> None:
-        """Logits [R, V] of both models at R positions (any float dtype) and the token that follows each, [R]."""
-        log_p = torch.log_softmax(reference.to(torch.float32), -1)
-        log_q = torch.log_softmax(quantized.to(torch.float32), -1)
-        index = targets[:, None]
-        self.tokens += targets.numel()
-        self.nll_reference -= float(log_p.gather(1, index).sum(dtype=torch.float64))
-        self.nll_quantized -= float(log_q.gather(1, index).sum(dtype=torch.float64))
-        self.agreements += int((log_p.argmax(-1) == log_q.argmax(-1)).sum())
-        # KL(reference || quantized) a row, as log_q is no longer needed
-        self.kl_sum += float((log_p.exp() * log_q.neg_().add_(log_p)).sum(-1).sum(dtype=torch.float64))
 
-    @property
-    def kl(self) -> float:
-        return self.kl_sum / self.tokens
+def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Fidelity:
+    """Compare two models' logits without ever holding a whole row of them.
 
-    @property
-    def perplexity_reference(self) -> float:
-        return math.exp(self.nll_reference / self.tokens)
+    chunks: in the vocabulary's order, (16-bit, quantized) logits [R, C] float32 of the same C entries; targets: [R],
+    the token that follows each position. With running maxima m and sums of exponentials s,
+    `KL = sum_v p_v (a_v - b_v) - (lse(a) - lse(b))` for logits a and b and p = softmax(a).
+    """
+    rows, device = targets.numel(), targets.device
+    a, b = _Running(rows, device), _Running(rows, device)
+    difference = torch.zeros(rows, dtype=torch.float64, device=device)  # sum of exp(a - m) (a - b)
+    first = 0
+    for chunk_a, chunk_b in chunks:
+        gap = chunk_a - chunk_b
+        own = targets - first
+        exponentials, rescale = a.add(chunk_a, own, first)
+        difference = difference * rescale + torch.linalg.vecdot(exponentials, gap).to(torch.float64)
+        b.add(chunk_b, own, first)
+        first += chunk_a.shape[1]
+    kl = difference / a.total - (a.logsumexp() - b.logsumexp())
+    return Fidelity(
+        tokens=rows,
+        kl=float(kl.mean()),
+        perplexity_reference=math.exp(float((a.logsumexp() - a.target).mean())),
+        perplexity_quantized=math.exp(float((b.logsumexp() - b.target).mean())),
+        top1_agreement=float((a.best == b.best).to(torch.float64).mean()),
+    )
 
-    @property
-    def perplexity_quantized(self) -> float:
-        return math.exp(self.nll_quantized / self.tokens)
 
-    @property
-    def top1_agreement(self) -> float:
-        return self.agreements / self.tokens
+class _Running:
+    """log-sum-exp, arg max and the target's logit of rows whose logits arrive in chunks."""
+
+    def __init__(self, rows: int, device: torch.device) -> None:
+        self.maximum = torch.full((rows,), -torch.inf, device=device)
+        self.total = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.best = torch.zeros(rows, dtype=torch.int64, device=device)
+        self.target = torch.zeros(rows, dtype=torch.float64, device=device)
+
+    def add(self, logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
+        """Take [R, C] logits of entries `first ..`; target: [R] relative to `first`.
+
+        Returns exp(logits - maximum) [R, C], made in the place of `logits`, and the factor [R] by which earlier sums
+        of such terms must be rescaled.
+        """
+        inside = (target >= 0) & (target < logits.shape[1])
+        picked = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
+        self.target = torch.where(inside, picked.to(torch.float64), self.target)
+        highest, where = logits.max(dim=1)
+        self.best = torch.where(highest > self.maximum, where + first, self.best)
+        maximum = torch.maximum(self.maximum, highest)
+        rescale = (self.maximum - maximum).exp().to(torch.float64)
+        exponentials = logits.sub_(maximum[:, None]).exp_()
+        self.total = self.total * rescale + exponentials.sum(1).to(torch.float64)
+        self.maximum = maximum
+        return exponentials, rescale
+
+    def logsumexp(self) -> Tensor:
+        return self.total.log() + self.maximum.to(torch.float64)

@@ -4,7 +4,7 @@ Source: Lin et al., "AWQ: Activation-aware Weight Quantization" (2306.00978). Au
 20 candidates; here a candidate costs one product with the Gram matrix.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,19 +13,20 @@ from torch import Tensor
 from gemma_awq_cli.awq.grid import Grid, dequantize, grid_of_range, minmax_grid, nearest, quantize
 from gemma_awq_cli.awq.gram import output_error
 
-RATIOS = 20
+RATIOS = 20  # exponents are multiples of 1 / RATIOS
+COARSE = 2  # every second one is tried first, then the neighbours of the best
+SEARCH_ROWS = 512  # outputs of a linear that the search looks at, evenly spread: enough to rank candidates
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72, 0.68, 0.64, 0.60)
 # A scale outside this range costs more float16 range in `scales` than it can gain.
 SCALE_LIMIT = 1e3
 
 
 class ScaleChoice(NamedTuple):
-    """scale: [K] float32 that the linears get; ratio: the exponents it came from; error, unscaled: `tr(E H E^T)`."""
+    """scale: [K] float32 that the linears get; exponents: a and b it came from; error: `tr(E H E^T)`, estimated."""
 
     scale: Tensor
-    ratio: tuple[float, float]
+    exponents: tuple[float, float]
     error: float
-    unscaled: float
 
 
 def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
@@ -40,14 +41,12 @@ def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     return total / rows
 
 
-def candidates(mean_abs: Tensor, magnitude: Tensor) -> Iterator[tuple[tuple[float, float], Tensor]]:
-    """Scales `mean|x|^a / magnitude^b`, normalized to a geometric middle of 1. All but the trivial a = b = 0."""
-    for step in range(1, RATIOS):
-        a = step / RATIOS
-        for b in (0.0, 1.0 - a):
-            scale = mean_abs.clamp(min=1e-8).pow(a) / magnitude.clamp(min=1e-4).pow(b)
-            scale = scale / (scale.max() * scale.min()).sqrt()
-            yield (a, b), scale.clamp(1 / SCALE_LIMIT, SCALE_LIMIT)
+def candidate(mean_abs: Tensor, magnitude: Tensor, exponents: tuple[float, float]) -> Tensor:
+    """The scale `mean|x|^a / magnitude^b`, normalized to a geometric middle of 1: [K]."""
+    a, b = exponents
+    scale = mean_abs.clamp(min=1e-8).pow(a) / magnitude.clamp(min=1e-4).pow(b)
+    scale = scale / (scale.max() * scale.min()).sqrt()
+    return scale.clamp(1 / SCALE_LIMIT, SCALE_LIMIT)
 
 
 def search_scale(
@@ -62,23 +61,34 @@ def search_scale(
     weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; gram: [B, k, k]. `realise` turns a
     wanted scale into the one that can be folded exactly; candidates are judged by that one.
     """
+    samples = [weight[:: -(-weight.shape[0] // SEARCH_ROWS)] for weight in weights]
+    shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
+    magnitude = weight_magnitude(weights, group_size)
 
     def error_of(scale: Tensor) -> float:
         total = 0.0
-        for weight in weights:
+        for weight, share in zip(samples, shares, strict=True):
             scaled = weight * scale
-            total += output_error((nearest(scaled, minmax_grid(scaled, group_size)) - scaled) / scale, gram)
+            error = (nearest(scaled, minmax_grid(scaled, group_size)) - scaled) / scale
+            total += share * output_error(error, gram)
         return total
 
     one = torch.ones_like(mean_abs)
-    unscaled = error_of(one)
-    best = ScaleChoice(one, (0.0, 0.0), unscaled, unscaled)
-    for ratio, wanted in candidates(mean_abs, weight_magnitude(weights, group_size)):
-        scale = realise(wanted)
-        error = error_of(scale)
-        if error < best.error:
-            best = ScaleChoice(scale, ratio, error, unscaled)
-    return best
+    best = ScaleChoice(one, (0.0, 0.0), error_of(one))
+
+    def try_steps(steps: Iterable[int], best: ScaleChoice) -> ScaleChoice:
+        for step in steps:
+            a = step / RATIOS
+            for exponents in ((a, 0.0), (a, 1.0 - a)):
+                scale = realise(candidate(mean_abs, magnitude, exponents))
+                error = error_of(scale)
+                if error < best.error:
+                    best = ScaleChoice(scale, exponents, error)
+        return best
+
+    best = try_steps(range(COARSE, RATIOS, COARSE), best)
+    middle = round(best.exponents[0] * RATIOS)
+    return try_steps((step for step in (middle - 1, middle + 1) if 0 < step < RATIOS), best)
 
 
 def group_gram(gram: Tensor, group_size: int) -> Tensor:

@@ -27,7 +27,7 @@ class Source:
 def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -> Source:
     """The local folder of a MODEL argument, fetched or made if need be. `note` is told what takes long."""
     path = Path(asked).expanduser()
-    if asked == DEMO and not path.is_dir():
+    if asked == DEMO:  # a folder of that name is ./demo
         if revision:
             raise UsageError("--revision goes with a hub id, and the demo model has none.")
         from gemma_awq_cli.models.demo import NAME, demo_checkpoint

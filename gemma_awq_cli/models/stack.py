@@ -5,6 +5,7 @@ recorded from transformers' own forward, so that no family's forward is written 
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -123,11 +124,10 @@ class TextStack:
         )
         return norm, weights[name]
 
-    def logits(self, norm: nn.Module, head: Tensor, hidden: Tensor, chunk: int = 32768) -> Tensor:
-        """Final hidden states [R, hidden] -> logits [R, V] float32, the head upcast `chunk` rows at a time."""
-        normed = norm(hidden)
-        parts = [normed @ part.to(self.device, torch.float32).t() for part in head.split(chunk)]
-        logits = torch.cat(parts, dim=-1)
-        if self.softcap is not None:
-            logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-        return logits
+    def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int = 4096) -> Iterator[Tensor]:
+        """Normed final states [R, hidden] -> logits [R, <= chunk] float32, `chunk` vocabulary entries at a time."""
+        for part in head.split(chunk):
+            logits = normed @ part.to(self.device, torch.float32).t()
+            if self.softcap is not None:
+                logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
+            yield logits

@@ -1,0 +1,49 @@
+"""The baseline: a checkpoint rounded to nearest in the same layout, without any calibration.
+
+    python benchmarks/round_to_nearest.py CHECKPOINT_DIR OUT_DIR [--group-size 128]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from gemma_awq_cli.awq.grid import minmax_grid, quantize
+from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint
+from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.writing import StagedFolder, TensorWriter, write_json
+from gemma_awq_cli.planning import make_plan, stored_dtype
+from gemma_awq_cli.quantizing import artifact_config, copy_side_files
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--group-size", type=int, default=128)
+    args = parser.parse_args()
+    checkpoint = Checkpoint(args.checkpoint)
+    stack = TextStack(checkpoint, torch.device("cpu"))
+    plan = make_plan(checkpoint, stack, args.group_size, stored_dtype(checkpoint, None), rows=1, seq_len=8)
+    quantized = {tensor.name.rpartition(".")[0] for tensor in plan.tensors if tensor.name.endswith(".qweight")}
+    with StagedFolder(args.output) as folder:
+        writer = TensorWriter(folder, plan.tensors)
+        for name in stack.shapes:
+            key = checkpoint.key(name)
+            weight = checkpoint.read([name])[name].to(plan.dtype)
+            base = key.removesuffix(".weight")
+            if base not in quantized:
+                writer.write(key, weight)
+                continue
+            grid = minmax_grid(weight.float(), args.group_size)
+            for kind, tensor in pack_weight(quantize(weight.float(), grid), grid)._asdict().items():
+                writer.write(f"{base}.{kind}", tensor)
+        writer.finish()
+        copy_side_files(checkpoint, folder)
+        write_json(folder / CONFIG, artifact_config(checkpoint, plan))
+    print(args.output)
+
+
+if __name__ == "__main__":
+    main()
