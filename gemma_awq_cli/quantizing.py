@@ -35,6 +35,7 @@ from gemma_awq_cli.layer_quantizing import (
 from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_tensors, require_finite
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.models.writing import REPORT, StagedFolder, TensorWriter, require_space, write_errors, write_json
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 
@@ -114,10 +115,11 @@ def quantize(
         fidelity = _measure(stack, hidden, rows)
         _write_unquantized(checkpoint, stack, plan, writer)
         writer.finish()
-        report = _report(source, checkpoint, plan, rows, arguments, groups, fidelity, time.perf_counter() - started)
         copy_side_files(checkpoint, staging)
+        write_json(staging / CONFIG, artifact_config(checkpoint, plan))
+        verified = verify_artifact(staging)
+        report = _report(source, checkpoint, plan, rows, arguments, groups, fidelity, verified, started)
         write_json(staging / REPORT, report)
-        write_json(staging / CONFIG, artifact_config(checkpoint, plan))  # last: without it no reader sees a model
     return Quantized(target, report)
 
 
@@ -217,7 +219,8 @@ def _report(
     arguments: dict[str, Any],
     groups: list[list[GroupReport]],
     fidelity: Fidelity,
-    seconds: float,
+    verified: dict[str, Any],
+    started: float,
 ) -> dict[str, Any]:
     import safetensors
     import transformers
@@ -253,6 +256,7 @@ def _report(
             "perplexity_4bit": fidelity.perplexity_quantized,
             "top1_agreement": fidelity.top1_agreement,
         },
+        "verified": verified,
         "layers": [[asdict(group) for group in layer] for layer in groups],
         "versions": {
             "gemma_awq": __version__,
@@ -263,7 +267,7 @@ def _report(
         },
         "run": {
             "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(seconds, 1),
+            "seconds": round(time.perf_counter() - started, 1),
             "peak_memory_bytes": peak_memory(),
             "peak_vram_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
             "machine": f"{platform.system()} {platform.machine()}",

@@ -27,7 +27,7 @@ def fold_into_norm(weight: Tensor, scale: Tensor, gain_offset: float) -> tuple[T
 def tie_heads(statistic: Tensor, kv_heads: int, head_dim: int) -> Tensor:
     """Mean over the query heads that share a kv head: [heads * head_dim] -> [kv_heads * head_dim].
 
-    transformers' order of o_proj's columns: (kv * repeats + r) * head_dim + d.
+    The order of o_proj's columns in the Hugging Face layout: (kv * repeats + r) * head_dim + d.
     """
     return statistic.view(kv_heads, -1, head_dim).mean(1).flatten()
 

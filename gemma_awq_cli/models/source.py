@@ -1,5 +1,6 @@
 """Where a model comes from: a local folder, a hub repository, or the embedded demo. Ends in a local folder."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ from gemma_awq_cli.models.checkpoint import CONFIG
 DEMO = "demo"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 # Weights other than safetensors, and framework exports, stay on the hub.
-_HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*"]
+_HUB_FILES = [
+    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -26,33 +29,57 @@ class Source:
 
 def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -> Source:
     """The local folder of a MODEL argument, fetched or made if need be. `note` is told what takes long."""
-    path = Path(asked).expanduser()
     if asked == DEMO:  # a folder of that name is ./demo
         if revision:
             raise UsageError("--revision goes with a hub id, and the demo model has none.")
         from gemma_awq_cli.models.demo import NAME, demo_checkpoint
 
         return Source(demo_checkpoint(note), DEMO, NAME)
-    if path.is_dir():
+    try:
+        path = Path(asked).expanduser()
+        is_folder, is_there = path.is_dir(), path.exists()
+    except (OSError, RuntimeError) as error:  # no permission, too long for a name, the home of nobody
+        raise GemmaAwqError(f"{asked} cannot be looked up: {error}.", "Give another folder, or a hub id.") from None
+    if is_folder:
         if revision:
             raise UsageError(f"--revision goes with a hub id, and {asked} is a local folder.")
         if not (path / CONFIG).is_file():
             raise GemmaAwqError(f"{path} has no {CONFIG}.", "Give a folder that holds a Hugging Face checkpoint.")
         return Source(path, asked, path.resolve().name)
-    if path.exists():
+    if is_there:
         raise GemmaAwqError(f"{asked} is a file.", "Give the folder that holds the checkpoint, not a file in it.")
     if not _REPO_ID.fullmatch(asked):
         raise GemmaAwqError(
             f"{asked!r} is neither a folder nor a hub id.",
             "Give a checkpoint folder, a hub id such as google/gemma-3-1b-it, or demo.",
         )
-    return Source(_fetch(asked, revision), asked, asked.split("/")[1], revision)
+    folder = _fetch(asked, revision)
+    if not (folder / CONFIG).is_file():  # a repository of GGUF files or adapters, say
+        raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
+    return Source(folder, asked, asked.split("/")[1], revision)
 
 
 def _fetch(repo: str, revision: str | None) -> Path:
-    import httpx
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
+
+    # the HTTP library of the installed client: httpx up to 1.x, httpx2 after it
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError:
+        raise GemmaAwqError(
+            f"{repo!r} cannot be a hub id.", "Check the name: letters, digits, - _ . but no -- or .., and no .git."
+        ) from None
+    except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # every error of the client's own is one of these
+        raise _explained(error, repo, revision) from None
+
+
+def _explained(error: BaseException, repo: str, revision: str | None) -> GemmaAwqError:
+    """The client's error in the user's terms. Its own text stays out where it may quote the request."""
     from huggingface_hub.errors import (
+        FileMetadataError,
         GatedRepoError,
         HfHubHTTPError,
         LocalEntryNotFoundError,
@@ -60,39 +87,43 @@ def _fetch(repo: str, revision: str | None) -> Path:
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     login = "Log in with `hf auth login`, or set HF_TOKEN."
-    try:
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
-    except GatedRepoError:
-        raise GemmaAwqError(
+    if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
+        error = error.__cause__  # nothing in the cache to fall back on: what kept the client from the hub is the reason
+    if isinstance(error, GatedRepoError):  # before RepositoryNotFoundError, which it is one of
+        return GemmaAwqError(
             f"{repo} is gated, and this account has no access to it.",
             f"Accept its terms at https://huggingface.co/{repo}. {login}",
-        ) from None
-    except RevisionNotFoundError:
-        raise GemmaAwqError(f"{repo} has no revision {revision!r}.", "Give a branch, tag or commit that exists.") from None
-    except RepositoryNotFoundError as error:
-        if _status(error) == 401:
-            raise GemmaAwqError(f"The hub does not show {repo} without a login.", f"Check the name. {login}") from None
-        raise GemmaAwqError(f"The hub has no repository {repo}.", f"Check the name. If it is private: {login}") from None
-    except OfflineModeIsEnabled:
-        raise GemmaAwqError(
+        )
+    if isinstance(error, RevisionNotFoundError):
+        return GemmaAwqError(f"{repo} has no revision {revision or 'main'!r}.", "Give a branch, tag or commit it has.")
+    if isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        if isinstance(error, RepositoryNotFoundError) and status == 401:
+            return GemmaAwqError(f"The hub does not show {repo} without a login.", f"Check the name. {login}")
+        if isinstance(error, RepositoryNotFoundError):
+            return GemmaAwqError(f"The hub has no repository {repo}.", f"Check the name. If it is private: {login}")
+        if status in (401, 403):
+            return GemmaAwqError(f"The hub refused access to {repo} (HTTP {status}).", f"Check the token. {login}")
+        return GemmaAwqError(f"The hub answered HTTP {status} for {repo}.", "Try again later.")
+    if isinstance(error, OfflineModeIsEnabled):
+        return GemmaAwqError(
             f"{repo} is not in the local cache, and HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE, or give a folder."
-        ) from None
-    except (LocalEntryNotFoundError, httpx.HTTPError, ConnectionError) as error:
-        # the hub client wraps what broke the connection, and may have met a refusal behind it
-        cause = error.__cause__
-        if isinstance(cause, HfHubHTTPError) and _status(cause) in (401, 403):
-            raise GemmaAwqError(f"The hub refused access to {repo}.", login) from None
-        raise GemmaAwqError(
+        )
+    if isinstance(error, (FileMetadataError, json.JSONDecodeError)):
+        return GemmaAwqError(f"What answered for {repo} is not a hub.", "Check HF_ENDPOINT, and any proxy or firewall.")
+    if isinstance(error, (httpx.ReadError, httpx.ReadTimeout, httpx.RemoteProtocolError)):
+        return GemmaAwqError(
+            f"The connection to the hub broke off while fetching {repo}.",
+            "Run the command again: the files that arrived whole are kept.",
+        )
+    if isinstance(error, (httpx.HTTPError, ConnectionError, LocalEntryNotFoundError)):
+        return GemmaAwqError(
             f"{repo} is not in the local cache, and the hub cannot be reached.",
             "Check the network (and HF_ENDPOINT), or give a local folder.",
-        ) from None
-    except HfHubHTTPError as error:
-        if _status(error) in (401, 403):
-            raise GemmaAwqError(f"The hub refused access to {repo} (HTTP {_status(error)}).", login) from None
-        raise GemmaAwqError(f"The hub answered HTTP {_status(error)} for {repo}.", "Try again later.") from None
-
-
-def _status(error: Exception) -> int | None:
-    return getattr(getattr(error, "response", None), "status_code", None)
+        )
+    return GemmaAwqError(
+        f"{repo} cannot be fetched: {error}.", "Check the free space and the permissions of the hub's cache (HF_HOME)."
+    )

@@ -1,0 +1,74 @@
+"""Shared fixtures: one tiny checkpoint and one artifact of every family, made once a session."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_awq_cli.calibration import Rows, build_rows, find_recipe
+from gemma_awq_cli.cli import main
+from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
+from tests.tiny import CONFIGS, TEXT, make_checkpoint
+
+torch.set_num_threads(min(2, os.cpu_count() or 1))
+FAMILIES = sorted(CONFIGS)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or writes what the user's own cache holds, and none reaches the network."""
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    path.write_text("".join(f"{i}. {TEXT}" for i in range(60)), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """family -> its tiny checkpoint; Gemma 2's is sharded."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def get(kind: str) -> Path:
+        folder = root / kind
+        return folder if folder.exists() else make_checkpoint(folder, kind, sharded=kind == "gemma2")
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def artifacts(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path
+) -> Callable[[str], Path]:
+    """family -> the artifact that the command makes of its tiny checkpoint."""
+    root = tmp_path_factory.mktemp("artifacts")
+
+    def get(kind: str) -> Path:
+        folder = root / kind
+        if not folder.exists():
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setenv("GEMMA_AWQ_CACHE", str(root / "cache"))
+                assert main(quantize_arguments(checkpoints(kind), folder, text_file)) == 0
+        return folder
+
+    return get
+
+
+def quantize_arguments(checkpoint: Path, output: Path, text: Path, *more: str) -> list[str]:
+    """A quick quantization of a tiny checkpoint: rows of 40 tokens, longer than the sliding window of 16."""
+    return [
+        "quantize", str(checkpoint), "-o", str(output), "--calibration", str(text), "--group-size", "32",
+        "--num-samples", "24", "--seq-len", "40", "--device", "cpu", *more,
+    ]  # fmt: skip
+
+
+def tiny_rows(checkpoint: Path, text: Path) -> Rows:
+    return build_rows(find_recipe(str(text)), Prompter(checkpoint), 24, 40, seed=0, heldout_samples=HELDOUT_SAMPLES)

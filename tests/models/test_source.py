@@ -1,0 +1,289 @@
+"""Fetching a checkpoint from a hub, against a hub on localhost, and what a MODEL argument that names none is told.
+
+The hub's client reads its endpoint, cache and login when it is imported, so it runs in a process of its own: one for
+each way of being connected, and in it one call for each model.
+"""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.models.source import find_source
+from tests.hub_server import TOKEN, HubServer, Repo, hub_server
+
+Asked = tuple[str, str | None]  # a model, and a revision or None
+
+WEIGHTS = bytes(range(256)) * 64
+FETCHED = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "README.md", "LICENSE"}
+LEFT = {"pytorch_model.bin", "model-Q4_K_M.gguf", "onnx/model.onnx", ".gitattributes"}
+ALWAYS = 10**6
+
+CLIENT = """
+import json, sys, time
+from huggingface_hub import constants
+time.sleep = lambda seconds: None  # the client waits between its tries
+constants.DOWNLOAD_CHUNK_SIZE = 1024  # and counts what arrives in pieces larger than a test's weights
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.source import find_source
+answers = []
+for asked, revision in json.load(sys.stdin):
+    try:
+        source = find_source(asked, revision, lambda note: None)
+        answers.append({"folder": str(source.folder), "name": source.name, "revision": source.revision})
+    except GemmaAwqError as error:
+        answers.append({"message": error.message, "hint": error.hint})
+json.dump(answers, sys.stdout)
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model that cannot be had, and what is said of it. `how`: the process that asks for it."""
+
+    how: str
+    asked: str
+    message: str
+    hint: str
+    revision: str | None = None
+
+
+CASES = [
+    Case("anonymous", "org/gated", "org/gated is gated", r"terms at https://huggingface.co/org/gated.*hf auth login"),
+    Case("anonymous", "org/private", "does not show org/private without a login", "Check the name.*HF_TOKEN"),
+    Case("anonymous", "org/misspelt", "does not show org/misspelt without a login", "Check the name.*HF_TOKEN"),
+    Case("anonymous", "org/good", "org/good has no revision 'v9'", "branch, tag or commit", "v9"),
+    Case("anonymous", "org/good", f"org/good has no revision '{'0' * 40}'", "branch, tag or commit", "0" * 40),
+    Case("anonymous", "org/down", "hub answered HTTP 503 for org/down", "later"),
+    Case("anonymous", "org/down", "hub answered HTTP 503 for org/down", "later", "0" * 40),
+    Case("anonymous", "org/broken", "hub answered HTTP 500 for org/broken", "later"),
+    Case("anonymous", "org/busy", "hub answered HTTP 429 for org/busy", "later"),
+    Case("anonymous", "org/forbidden", r"refused access to org/forbidden \(HTTP 403\)", "HF_TOKEN"),
+    Case("anonymous", "org/portal", "What answered for org/portal is not a hub", "HF_ENDPOINT.*proxy"),
+    Case("anonymous", "org/cut", "connection to the hub broke off while fetching org/cut", "Run the command again"),
+    Case("anonymous", "org/gguf-only", "org/gguf-only has no config.json on the hub", "safetensors"),
+    Case("anonymous", "org/two--dashes", "'org/two--dashes' cannot be a hub id", "Check the name"),
+    Case("anonymous", "org/model.git", "'org/model.git' cannot be a hub id", "Check the name"),
+    Case("login", "org/gated", "org/gated is gated", r"terms at https://huggingface.co/org/gated"),
+    Case("login", "org/misspelt", "hub has no repository org/misspelt", "Check the name.*private"),
+    Case("stale login", "org/good", r"refused access to org/good \(HTTP 401\)", "Check the token.*hf auth login"),
+    Case("offline", "org/good", "org/good is not in the local cache, and HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE"),
+    Case("unreachable", "org/good", "org/good is not in the local cache, and the hub cannot", "network.*HF_ENDPOINT"),
+    Case("no cache", "org/good", "org/good cannot be fetched: .*not-a-folder", "permissions.*HF_HOME"),
+]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
+    """What the hub's repositories hold: `main`, an earlier `v1`, and `gguf`."""
+    root = tmp_path_factory.mktemp("hub")
+    for revision in ("main", "v1"):
+        for name in sorted(FETCHED | LEFT):
+            file = root / revision / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(WEIGHTS if name.endswith(".safetensors") else f"{name} of {revision}".encode())
+    (root / "gguf").mkdir()
+    (root / "gguf" / "model-Q4_K_M.gguf").write_bytes(WEIGHTS)
+    return {folder.name: folder for folder in root.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def hub(folders: Mapping[str, Path]) -> Iterator[HubServer]:
+    main = {"main": folders["main"]}
+    repos = {
+        "org/good": Repo({"main": folders["main"], "v1": folders["v1"]}),
+        "org/private": Repo(main, private=True),
+        "org/gated": Repo(main, gated=True),
+        "org/down": Repo(main, status=503),
+        "org/broken": Repo(main, status=500),
+        "org/busy": Repo(main, status=429),
+        "org/forbidden": Repo(main, status=403),
+        "org/portal": Repo(main, page=True),
+        "org/cut": Repo(main, cuts=ALWAYS),
+        "org/cut-once": Repo(main, cuts=1),
+        "org/gguf-only": Repo({"main": folders["gguf"]}),
+    }
+    with hub_server(repos) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def nobody() -> Iterator[str]:
+    """An endpoint that refuses the connection: its port is taken, and nothing listens on it."""
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{taken.getsockname()[1]}"
+
+
+@pytest.fixture(scope="module")
+def told(hub: HubServer, nobody: str, tmp_path_factory: pytest.TempPathFactory) -> Mapping[Case, dict[str, str]]:
+    """Every case's message and hint, from one process for each way of being connected."""
+    root = tmp_path_factory.mktemp("homes")
+    (root / "not-a-folder").touch()
+    settings: dict[str, dict[str, str]] = {
+        "anonymous": {"HF_ENDPOINT": hub.url},
+        "login": {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN},
+        "stale login": {"HF_ENDPOINT": hub.url, "HF_TOKEN": f"{TOKEN}_expired"},
+        "offline": {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"},
+        "unreachable": {"HF_ENDPOINT": nobody, "HF_TOKEN": TOKEN},
+        "no cache": {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(root / "not-a-folder")},
+    }
+    answers: dict[Case, dict[str, str]] = {}
+    for how, variables in settings.items():
+        cases = [case for case in CASES if case.how == how]
+        found = ask([(case.asked, case.revision) for case in cases], root / how, variables)
+        answers.update(zip(cases, found, strict=True))
+    return answers
+
+
+def client_environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without the user's own hub, login and proxy."""
+    theirs = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
+    own = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
+
+
+def ask(models: Sequence[Asked], home: Path, variables: Mapping[str, str]) -> list[dict[str, Any]]:
+    """What `find_source` returns or says of each model, with the hub client's home at `home`. No word of the token."""
+    run = subprocess.run(
+        [sys.executable, "-c", CLIENT], input=json.dumps(models), env=client_environment(home, variables),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert TOKEN not in run.stdout + run.stderr
+    answers: list[dict[str, Any]] = json.loads(run.stdout)
+    return answers
+
+
+def files_of(folder: str) -> dict[str, bytes]:
+    root = Path(folder)
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_a_checkpoint_arrives_once_and_without_the_other_formats(
+    hub: HubServer, nobody: str, folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    hub.requests.clear()
+    commit = hub.repos["org/good"].commit("v1")
+    latest, tagged, pinned = ask(
+        [("org/good", None), ("org/good", "v1"), ("org/good", commit)], tmp_path, {"HF_ENDPOINT": hub.url}
+    )
+
+    for answer, revision in ((latest, "main"), (tagged, "v1"), (pinned, "v1")):
+        expected = {name: data for name, data in files_of(str(folders[revision])).items() if name in FETCHED}
+        assert files_of(answer["folder"]) == expected
+        assert answer["name"] == "good"
+    assert (latest["revision"], tagged["revision"], pinned["revision"]) == (None, "v1", commit)
+    fetched = [request.path.split("/", 5)[5] for request in hub.requests if "/resolve/" in request.path]
+    assert set(fetched) == FETCHED  # not even their headers were asked for
+    transfers = [request for request in hub.requests if request.method == "GET" and "/resolve/" in request.path]
+    assert len(transfers) == 2 * len(FETCHED) - 1  # the weights are the same in both
+
+    # what has arrived is enough without the hub
+    for variables in ({"HF_ENDPOINT": nobody}, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}):
+        assert ask([("org/good", None)], tmp_path, variables) == [latest]
+
+
+def test_a_login_opens_a_private_repository(hub: HubServer, tmp_path: Path) -> None:
+    (answer,) = ask([("org/private", None)], tmp_path, {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN})
+    assert set(files_of(answer["folder"])) == FETCHED
+
+
+def test_a_transfer_that_broke_off_is_continued_where_it_stopped(hub: HubServer, tmp_path: Path) -> None:
+    hub.requests.clear()
+    (answer,) = ask([("org/cut-once", None)], tmp_path, {"HF_ENDPOINT": hub.url})
+    assert files_of(answer["folder"])["model.safetensors"] == WEIGHTS
+    tries = [r.start for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
+    assert tries == [0, len(WEIGHTS) // 2]
+
+
+def test_half_a_checkpoint_in_the_cache_is_not_taken_for_a_whole_one(hub: HubServer, tmp_path: Path) -> None:
+    """The small files arrive, the weights do not: the next run, without the hub, must not open what is there."""
+    (cut,) = ask([("org/cut", None)], tmp_path, {"HF_ENDPOINT": hub.url})
+    assert "broke off" in cut["message"]
+    (offline,) = ask([("org/cut", None)], tmp_path, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})
+    assert "HF_HUB_OFFLINE is set" in offline["message"]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.how}: {case.asked}@{case.revision or ''}"[:48])
+def test_a_model_that_cannot_be_had_is_explained(case: Case, told: Mapping[Case, dict[str, str]]) -> None:
+    answer = told[case]
+    assert re.search(case.message, answer["message"]), answer
+    assert re.search(case.hint, answer["hint"]), answer
+    for text in answer.values():
+        assert text.endswith(".")
+        assert "127.0.0.1" not in text  # the client's own text, addresses and all, stays out
+
+
+def test_the_command_shows_message_and_hint_without_a_traceback_or_the_token(hub: HubServer, tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, "-m", "gemma_awq_cli", "run", "x", "-m", "org/misspelt"],
+        env=client_environment(tmp_path, {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN}),
+        capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert run.returncode == 1
+    assert run.stdout == ""
+    error, hint = run.stderr.splitlines()
+    assert error == "error: The hub has no repository org/misspelt."
+    assert hint.startswith("hint: Check the name.")
+
+
+@pytest.mark.parametrize(
+    ("asked", "message", "hint"),
+    [
+        ("gemma", "'gemma' is neither a folder nor a hub id", "google/gemma-3-1b-it"),
+        ("google/gemma/3", "'google/gemma/3' is neither", "google/gemma-3-1b-it"),
+        ("google/gemma 3", "'google/gemma 3' is neither", "google/gemma-3-1b-it"),
+        ("https://huggingface.co/google/gemma-3-1b-it", "is neither a folder nor a hub id", "google/gemma-3-1b-it"),
+        ("./no/such/folder", "'./no/such/folder' is neither", "checkpoint folder"),
+        ("/no/such", "'/no/such' is neither", "checkpoint folder"),
+        ("x" * 300, "cannot be looked up: .*too long", "Give another folder"),
+        ("~no-such-user/model", "cannot be looked up: .*home", "Give another folder"),
+    ],
+)
+def test_what_names_nothing_is_told_what_would(asked: str, message: str, hint: str) -> None:
+    with pytest.raises(GemmaAwqError, match=message) as caught:
+        find_source(asked, None, pytest.fail)
+    assert hint in caught.value.hint
+
+
+def test_a_local_folder_is_taken_as_it_is_and_named_after_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its path could be a hub id, and where it is called like the demo."""
+    (tmp_path / "org" / "tiny").mkdir(parents=True)
+    (tmp_path / "org" / "tiny" / "config.json").write_text("{}")
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    for asked, name in (("org/tiny", "tiny"), (str(tmp_path / "org" / "tiny"), "tiny"), ("./demo", "demo")):
+        source = find_source(asked, None, pytest.fail)
+        assert source.folder.resolve() == tmp_path / asked
+        assert (source.asked, source.name, source.revision) == (asked, name, None)
+
+
+def test_a_file_or_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) -> None:
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(WEIGHTS)
+    with pytest.raises(GemmaAwqError, match=r"model\.safetensors is a file") as caught:
+        find_source(str(weights), None, pytest.fail)
+    assert "folder that holds the checkpoint" in caught.value.hint
+    with pytest.raises(GemmaAwqError, match=r"has no config\.json") as caught:
+        find_source(str(tmp_path), None, pytest.fail)
+    assert "Hugging Face checkpoint" in caught.value.hint
+
+
+@pytest.mark.parametrize("asked", ["folder", "demo"])
+def test_a_revision_of_what_has_none_is_wrong_usage(asked: str, tmp_path: Path) -> None:
+    model = str(tmp_path) if asked == "folder" else asked
+    with pytest.raises(UsageError, match="--revision goes with a hub id") as caught:
+        find_source(model, "v1", pytest.fail)
+    assert caught.value.exit_code == 2

@@ -1,0 +1,154 @@
+"""Calibration rows: BOS everywhere, no text lost, the same for a seed, and every kind of source."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma_awq_cli.calibration import build_rows, data_folder, find_recipe, recipe_names
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.models.prompting import Prompter
+from tests.tiny import make_tokenizer
+
+BOS = 2
+
+
+@pytest.fixture
+def prompter(checkpoints: Callable[[str], Path]) -> Prompter:
+    return Prompter(checkpoints("gemma"))
+
+
+@pytest.fixture
+def chat_prompter(tmp_path: Path, checkpoints: Callable[[str], Path]) -> Prompter:
+    make_tokenizer(tmp_path / "chat", chat=True)
+    (tmp_path / "chat" / "config.json").write_text((checkpoints("gemma") / "config.json").read_text())
+    return Prompter(tmp_path / "chat")
+
+
+def rows_of(prompter: Prompter, path: Path, samples: int = 1000, seq_len: int = 16, seed: int = 0) -> list[list[int]]:
+    rows = build_rows(find_recipe(str(path)), prompter, samples, seq_len, seed, heldout_samples=2)
+    return [*rows.ids.tolist(), *rows.heldout.tolist()]
+
+
+def write_jsonl(path: Path, *rows: object) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def test_every_row_begins_with_bos_and_no_text_is_lost(tmp_path: Path, prompter: Prompter) -> None:
+    text = "".join(f"{i:03d}." for i in range(300))
+    (tmp_path / "t.txt").write_text(text)
+    rows = rows_of(prompter, tmp_path / "t.txt")
+    assert all(row[0] == BOS and row.count(BOS) == 1 and len(row) == 16 for row in rows)
+    pieces = sorted(prompter.tokenizer.decode(row[1:]) for row in rows)
+    assert pieces == sorted(text[i : i + 15] for i in range(0, 1200, 15))
+
+
+def test_rows_are_decided_by_the_seed_alone(tmp_path: Path, prompter: Prompter) -> None:
+    (tmp_path / "t.txt").write_text("".join(f"{i:03d}." for i in range(300)))
+    recipe = find_recipe(str(tmp_path / "t.txt"))
+    first, again, other = (build_rows(recipe, prompter, 20, 16, seed, 2) for seed in (7, 7, 8))
+    assert first.text_sha256 == again.text_sha256 != other.text_sha256
+    assert len(first.ids) == 20
+    held_out = {tuple(row) for row in first.heldout.tolist()}
+    assert held_out.isdisjoint(tuple(row) for row in first.ids.tolist())
+
+
+def test_jsonl_takes_text_prompt_and_response_and_messages(tmp_path: Path, chat_prompter: Prompter) -> None:
+    path = write_jsonl(
+        tmp_path / "t.jsonl",
+        {"text": "plain words"},
+        {"prompt": "ask me", "response": "an answer"},
+        {"messages": [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]},
+        *({"text": "filler " * 30} for _ in range(9)),
+    )
+    rows = build_rows(find_recipe(str(path)), chat_prompter, 1000, 400, 0, 1)
+    text = "".join(chat_prompter.tokenizer.decode(row) for row in [*rows.ids.tolist(), *rows.heldout.tolist()])
+    assert "plain words" in text
+    assert "<bos><start_of_turn>user\nask me<end_of_turn>\n<start_of_turn>model\nan answer<end_of_turn>" in text
+    assert "<start_of_turn>model\ngood day<end_of_turn>" in text
+
+
+def test_a_base_model_sees_conversations_as_plain_text(tmp_path: Path, prompter: Prompter) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", *({"prompt": "ask me", "response": "an answer"} for _ in range(30)))
+    text = "".join(prompter.tokenizer.decode(row) for row in rows_of(prompter, path))
+    assert "ask me" in text
+    assert "start_of_turn" not in text
+
+
+def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["some words " * 20] * 4}), path)
+    with pytest.raises(GemmaAwqError, match="neither text, nor prompt") as error:
+        rows_of(prompter, path)
+    assert "--text-column" in error.value.hint
+    recipe = find_recipe(str(path), text_column="body")
+    assert len(build_rows(recipe, prompter, 5, 16, 0, 2).ids) == 5
+
+
+@pytest.mark.parametrize("content", ["", "short"])
+def test_a_text_that_is_too_short(tmp_path: Path, prompter: Prompter, content: str) -> None:
+    (tmp_path / "t.txt").write_text(content)
+    with pytest.raises(GemmaAwqError, match="too short") as error:
+        rows_of(prompter, tmp_path / "t.txt")
+    assert "--seq-len" in error.value.hint
+
+
+def test_bad_files_are_named(tmp_path: Path, prompter: Prompter) -> None:
+    (tmp_path / "latin.txt").write_bytes("Größe".encode("latin-1"))
+    with pytest.raises(GemmaAwqError, match="not UTF-8"):
+        rows_of(prompter, tmp_path / "latin.txt")
+    (tmp_path / "t.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    with pytest.raises(GemmaAwqError, match="line 2 is not JSON"):
+        rows_of(prompter, tmp_path / "t.jsonl")
+    with pytest.raises(GemmaAwqError, match="does not exist"):
+        find_recipe(str(tmp_path / "absent.txt"))
+    with pytest.raises(GemmaAwqError, match="No calibration recipe") as error:
+        find_recipe("embeded")
+    assert "embedded" in error.value.hint
+    with pytest.raises(UsageError):
+        find_recipe("embedded", split="train")
+
+
+def test_a_recipe_file_of_ones_own(tmp_path: Path, prompter: Prompter) -> None:
+    (tmp_path / "a.txt").write_text("words of mine " * 50)
+    (tmp_path / "mine.json").write_text(json.dumps({"texts": ["a.txt"]}))
+    assert rows_of(prompter, tmp_path / "mine.json")
+    (tmp_path / "bad.json").write_text(json.dumps({"texts": ["absent.txt"]}))
+    with pytest.raises(GemmaAwqError, match=r"missing: .*absent.txt"):
+        find_recipe(str(tmp_path / "bad.json"))
+    (tmp_path / "bad.json").write_text(json.dumps({"text": ["a.txt"]}))
+    with pytest.raises(GemmaAwqError, match="not a recipe"):
+        find_recipe(str(tmp_path / "bad.json"))
+
+
+def test_the_shipped_recipes_are_all_readable() -> None:
+    assert {"embedded", "wikitext", "pile", "c4", "ultrachat"} <= set(recipe_names())
+    for name in recipe_names():
+        recipe = find_recipe(name)
+        assert (recipe.dataset is None) == bool(recipe.sources)
+
+
+def test_the_embedded_text_is_varied_and_its_held_out_part_is_its_own(prompter: Prompter) -> None:
+    recipe = find_recipe("embedded")
+    sizes = {path.name: path.stat().st_size for path in recipe.sources}
+    assert 90_000 < sum(sizes.values()) < 200_000
+    assert len(sizes) >= 7
+    assert recipe.heldout is not None
+    assert recipe.heldout not in recipe.sources
+    rows = build_rows(recipe, prompter, 40, 512, 0, 4)
+    assert rows.ids.shape == (40, 512)
+    # every prefix of the rows holds every large source: encyclopedic prose, code and the languages are in any forty
+    text = " ".join(prompter.tokenizer.decode(row) for row in rows.ids.tolist())
+    assert any("\u4e00" <= character <= "\u9fff" for character in text)
+    assert "return" in text
+
+
+def test_a_wheel_would_carry_the_data() -> None:
+    folder = data_folder()
+    assert (folder / "recipes" / "embedded.json").is_file()
+    assert (folder / "text" / "heldout.txt").is_file()

@@ -1,0 +1,110 @@
+"""Completions: greedy equals transformers' own generate, seeds repeat, stop strings never leak, Ctrl-C keeps the text."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.generation import Completion, Sampling, complete, prompt_ids
+from gemma_awq_cli.models.opening import OpenModel, open_model
+from tests.conftest import FAMILIES
+from tests.tiny import make_checkpoint
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def opened(artifacts: Callable[[str], Path]) -> OpenModel:
+    """A tiny model that writes ASCII: a random one's bytes are hardly ever valid UTF-8."""
+    opened = open_model(artifacts("gemma3_text"), CPU)
+    head = opened.model.lm_head.weight.clone()
+    for index, token in enumerate(opened.prompter.tokenizer.convert_ids_to_tokens(range(262))):
+        if len(token) > 1 or not token.isascii():
+            head[index] = 0  # its logit is 0, and some other is larger
+    opened.model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
+    return opened
+
+
+def run(opened: OpenModel, **options: object) -> tuple[Completion, list[str]]:
+    pieces: list[str] = []
+    sampling = options.pop("sampling", Sampling())
+    stop = options.pop("stop", ())
+    ids = prompt_ids(opened, "Hello there", None, raw=False)
+    return complete(opened, ids, int(options.pop("tokens", 30)), sampling, stop, pieces.append), pieces  # type: ignore[arg-type, call-overload]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_greedy_is_what_transformers_generates(kind: str, artifacts: Callable[[str], Path]) -> None:
+    opened = open_model(artifacts(kind), CPU)
+    ids = prompt_ids(opened, "Hello there, how long is the window?", None, raw=False)
+    assert ids[0] == 2
+    assert ids.count(2) == 1
+    result = complete(opened, ids, 12, Sampling(), (), lambda _: None)
+    with torch.inference_mode():
+        expected = opened.model.generate(torch.tensor([ids]), max_new_tokens=12, do_sample=False)
+    assert result.tokens == expected[0, len(ids) :].tolist()
+
+
+def test_streamed_pieces_are_the_text(opened: OpenModel) -> None:
+    result, pieces = run(opened, tokens=40)
+    assert len(pieces) > 10
+    assert "".join(pieces) == result.text == opened.prompter.tokenizer.decode(result.tokens)
+
+
+def test_seeds_repeat(opened: OpenModel) -> None:
+    first, again, other = (run(opened, sampling=Sampling(temperature=1.5, seed=s))[0].tokens for s in (1, 1, 2))
+    assert first == again != other
+    greedy = run(opened)[0].tokens
+    assert run(opened, sampling=Sampling(temperature=0.0))[0].tokens == greedy
+    assert run(opened, sampling=Sampling(temperature=1.0, top_k=1, seed=3))[0].tokens == greedy
+    assert run(opened, sampling=Sampling(top_p=1e-6, seed=3))[0].tokens == greedy
+
+
+def test_a_stop_string_ends_the_text_and_never_leaks(opened: OpenModel) -> None:
+    whole = run(opened, tokens=40)[0].text
+    stop = whole[5:8]
+    result, pieces = run(opened, tokens=40, stop=(stop,))
+    assert result.finish == "stop"
+    assert "".join(pieces) == result.text == whole[: whole.index(stop)]
+
+
+def test_an_interruption_keeps_what_was_generated(opened: OpenModel) -> None:
+    pieces: list[str] = []
+
+    def interrupt(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 4:
+            raise KeyboardInterrupt
+
+    result = complete(opened, [2, 40, 41], 50, Sampling(), (), interrupt)
+    assert result.finish == "interrupted"
+    assert 1 <= len(result.tokens) < 50
+
+
+def test_the_length_limits(opened: OpenModel) -> None:
+    result, _ = run(opened, tokens=3)
+    assert len(result.tokens) <= 3
+    with pytest.raises(GemmaAwqError, match="context holds 256"):
+        complete(opened, [2] * 256, 5, Sampling(), (), lambda _: None)
+
+
+def test_chat_templates(tmp_path: Path, opened: OpenModel) -> None:
+    chat = open_model(make_checkpoint(tmp_path / "chat", "gemma2", chat=True), CPU)
+    decode = chat.prompter.tokenizer.decode
+    answer = "<start_of_turn>model\n"
+    assert decode(prompt_ids(chat, "Hi", None, raw=False)) == f"<bos><start_of_turn>user\nHi<end_of_turn>\n{answer}"
+    # Gemma 2 knows no system role
+    with_system = decode(prompt_ids(chat, "Hi", "Be brief.", raw=False))
+    assert with_system == f"<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n{answer}"
+    assert decode(prompt_ids(chat, "Hi", None, raw=True)) == "<bos>Hi"
+    with pytest.raises(UsageError, match="chat template"):
+        prompt_ids(opened, "Hi", "Be brief.", raw=False)
+
+
+def test_nan_stops_with_an_error(artifacts: Callable[[str], Path]) -> None:
+    broken = open_model(artifacts("gemma"), CPU)
+    broken.model.model.norm.weight.data.fill_(float("nan"))
+    with pytest.raises(GemmaAwqError, match="NaN"):
+        complete(broken, [2, 40], 3, Sampling(), (), lambda _: None)

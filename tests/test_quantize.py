@@ -1,0 +1,159 @@
+"""`quantize` on tiny Gemmas of every family: the artifact, its report, and its promises."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.cli import main
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.stack import TextStack
+from tests.conftest import FAMILIES, quantize_arguments, tiny_rows
+from tests.tiny import make_checkpoint
+
+
+def report_of(folder: Path) -> dict:  # type: ignore[type-arg]
+    return json.loads((folder / "quantization_report.json").read_text())  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_no_group_is_worse_than_round_to_nearest_and_outliers_gain(kind: str, artifacts: Callable[[str], Path]) -> None:
+    layers = report_of(artifacts(kind))["layers"]
+    assert len(layers) == 3
+    for layer in layers:
+        assert [group["name"] for group in layer] == ["qkv", "o", "gate_up", "down"]
+        for group in layer:
+            assert group["error"] <= group["rtn_error"]
+            # every group's input has planted outlier channels (large gains, large rows of v and up)
+            assert group["error"] < 0.9 * group["rtn_error"]
+            assert group["method"] == "scale+compensation"
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.inference_mode()
+def test_the_report_tells_the_measured_truth(
+    kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    """KL, perplexities and top-1, measured again on the stored artifact by transformers' whole-model forward."""
+    from tests.models.test_opening import dequantized
+
+    rows = tiny_rows(checkpoints(kind), text_file)
+    fidelity = report_of(artifacts(kind))["fidelity"]
+    assert fidelity["heldout_tokens"] == rows.heldout[:, 1:].numel()
+    quantized = dequantized(artifacts(kind))(input_ids=rows.heldout).logits[:, :-1].log_softmax(-1)
+    original = _original(checkpoints(kind))(input_ids=rows.heldout).logits[:, :-1].log_softmax(-1)
+    kl = float((original.exp() * (original - quantized)).sum(-1).mean())
+    target = rows.heldout[:, 1:, None]
+    assert fidelity["kl"] == pytest.approx(kl, rel=0.02)
+    assert fidelity["perplexity_4bit"] == pytest.approx(float((-quantized.gather(-1, target)).mean().exp()), rel=0.01)
+    assert fidelity["perplexity_16bit"] == pytest.approx(float((-original.gather(-1, target)).mean().exp()), rel=0.01)
+    assert fidelity["top1_agreement"] == pytest.approx(
+        float((original.argmax(-1) == quantized.argmax(-1)).float().mean()), abs=0.02
+    )
+
+
+def _original(folder: Path) -> torch.nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    checkpoint = Checkpoint(folder)
+    stack = TextStack(checkpoint, torch.device("cpu"))
+    model = AutoModelForCausalLM.from_config(checkpoint.text_config, dtype=torch.float32)
+    model.load_state_dict({n: t.float() for n, t in checkpoint.read(stack.shapes).items()}, strict=False)
+    model.tie_weights()
+    return model.eval()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_artifacts_files(kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path]) -> None:
+    folder = artifacts(kind)
+    config = json.loads((folder / "config.json").read_text())
+    quantization = config["quantization_config"]
+    assert quantization["quant_method"] == "awq"
+    assert quantization["version"] == "gemm"
+    assert quantization["zero_point"] is True
+    assert (quantization["bits"], quantization["group_size"]) == (4, 32)
+    source, artifact = Checkpoint(checkpoints(kind)), Checkpoint(folder)
+    linears = {key for key in source.tensors if key.endswith("_proj.weight") and "vision" not in key}
+    assert len(linears) == 21
+    for key in linears:
+        base = key.removesuffix(".weight")
+        assert key not in artifact.tensors
+        out_features, in_features = source.tensors[key].shape
+        assert artifact.tensors[f"{base}.qweight"].shape == (in_features, out_features // 8)
+        assert artifact.tensors[f"{base}.qzeros"].shape == (in_features // 32, out_features // 8)
+        assert artifact.tensors[f"{base}.scales"].shape == (in_features // 32, out_features)
+        assert artifact.tensors[f"{base}.scales"].dtype == torch.float16
+    # all else keeps its key; the head stays tied, written once
+    assert {k for k in source.tensors if k not in linears} <= set(artifact.tensors)
+    assert not any(key.endswith("lm_head.weight") for key in artifact.tensors)
+    for name in ("tokenizer.json", "tokenizer_config.json", "generation_config.json"):
+        assert (folder / name).read_bytes() == (checkpoints(kind) / name).read_bytes()
+
+
+def test_a_multimodal_tower_is_copied_as_it_is(
+    artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path]
+) -> None:
+    source, artifact = load_file(checkpoints("gemma3") / "model.safetensors"), load_file(artifacts("gemma3") / "model.safetensors")
+    companions = [key for key in source if "vision_tower" in key or "multi_modal_projector" in key]
+    assert companions
+    for key in companions:
+        assert torch.equal(source[key], artifact[key])
+    config = json.loads((artifacts("gemma3") / "config.json").read_text())
+    skipped = config["quantization_config"]["modules_to_not_convert"]
+    for key in companions:
+        assert any(name in key for name in skipped)
+
+
+def test_scales_read_the_same_in_float16_and_bfloat16(artifacts: Callable[[str], Path]) -> None:
+    for key, tensor in load_file(artifacts("gemma") / "model.safetensors").items():
+        if key.endswith(".scales"):
+            assert torch.equal(tensor.float(), tensor.to(torch.bfloat16).float())
+
+
+def test_the_same_command_gives_the_same_bytes(
+    tmp_path: Path, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    assert main(quantize_arguments(checkpoints("gemma2"), tmp_path / "again", text_file)) == 0
+    for path in sorted(artifacts("gemma2").iterdir()):
+        if path.name != "quantization_report.json":
+            assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256((tmp_path / "again" / path.name).read_bytes()).digest()
+
+
+def test_an_untied_head_is_kept(tmp_path: Path, text_file: Path) -> None:
+    from tests.tiny import edit_weights
+
+    folder = make_checkpoint(tmp_path / "untied", "gemma")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
+    edit_weights(folder, lambda t: t.update({"lm_head.weight": torch.randn(264, 64).to(torch.bfloat16)}))
+    assert main(quantize_arguments(folder, tmp_path / "out", text_file)) == 0
+    source, artifact = load_file(folder / "model.safetensors"), load_file(tmp_path / "out" / "model.safetensors")
+    assert torch.equal(source["lm_head.weight"], artifact["lm_head.weight"])
+
+
+@torch.inference_mode()
+def test_a_float16_artifact_of_gemma_1(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
+    """The folds are exact in the dtype that is stored, whichever it is."""
+    out = tmp_path / "half"
+    assert main(quantize_arguments(checkpoints("gemma"), out, text_file, "--dtype", "float16")) == 0
+    tensors = load_file(out / "model.safetensors")
+    assert tensors["model.layers.0.input_layernorm.weight"].dtype == torch.float16
+    assert json.loads((out / "config.json").read_text())["dtype"] == "float16"
+    packed = PackedWeight(*(tensors[f"model.layers.0.mlp.up_proj.{kind}"] for kind in PackedWeight._fields))
+    assert torch.isfinite(dequantize(*unpack_weight(packed))).all()
+
+
+def test_large_artifacts_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[[str], Path], text_file: Path) -> None:
+    from gemma_awq_cli.models.opening import open_model
+    from gemma_awq_cli.models.writing import TensorWriter
+
+    monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000,))
+    assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 0
+    assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
+    assert open_model(tmp_path / "out", torch.device("cpu")).quantized

@@ -1,0 +1,137 @@
+"""Tiny random Gemmas of every family, made at test time and hard on purpose.
+
+Norm gains are 0, tiny, negative and large; q is wider than the hidden size; kv heads are shared; soft-caps bite; rows
+are longer than the sliding window. What passes here is not passed by luck.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    Gemma2Config,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Gemma3TextConfig,
+    GemmaConfig,
+    PreTrainedConfig,
+    PreTrainedTokenizerFast,
+    SiglipVisionConfig,
+)
+from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+VOCAB = 264  # bytes, the special tokens, and two that nothing maps to
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
+    "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
+)
+TEXT = "The quick brown fox jumps over the lazy dog; 0123456789 times. Größe, naïve, 東京.\n"
+
+_SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,  # q is 128 wide, hidden 64
+    "max_position_embeddings": 256,
+    "bos_token_id": 2,
+    "eos_token_id": 1,
+    "pad_token_id": 0,
+}
+_LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+
+
+def _gemma(**changes: object) -> PreTrainedConfig:
+    return GemmaConfig(**{**_SIZES, **changes})
+
+
+def _gemma2() -> PreTrainedConfig:
+    return Gemma2Config(
+        **_SIZES, query_pre_attn_scalar=32, sliding_window=16, layer_types=_LAYER_TYPES,
+        attn_logit_softcapping=2.0, final_logit_softcapping=20.0,
+    )  # fmt: skip
+
+
+def _gemma3_text() -> PreTrainedConfig:
+    return Gemma3TextConfig(**_SIZES, query_pre_attn_scalar=32, sliding_window=16, layer_types=_LAYER_TYPES)
+
+
+def _gemma3() -> PreTrainedConfig:
+    vision = SiglipVisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    return Gemma3Config(text_config=_gemma3_text(), vision_config=vision, mm_tokens_per_image=4, image_token_index=262)
+
+
+CONFIGS = {
+    "gemma": _gemma,
+    "gemma-mqa": lambda: _gemma(num_key_value_heads=1),
+    "gemma2": _gemma2,
+    "gemma3_text": _gemma3_text,
+    "gemma3": _gemma3,
+}
+
+
+def make_tokenizer(folder: Path, chat: bool = False) -> None:
+    """A byte tokenizer with Gemma's special tokens."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(SPECIAL)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = False, chat: bool = False) -> Path:
+    """A tiny checkpoint folder in bfloat16: config, weights, tokenizer."""
+    config = CONFIGS[kind]()
+    config.dtype = "bfloat16"
+    torch.manual_seed(seed)
+    if kind == "gemma3":
+        model = Gemma3ForConditionalGeneration(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+                _hard_gains(parameter)
+            else:
+                parameter.copy_(torch.randn_like(parameter) * 0.15)
+        # a few inputs of down_proj and o_proj are far larger than the rest
+        for name, parameter in model.named_parameters():
+            if name.endswith(("up_proj.weight", "v_proj.weight")):
+                parameter[3] *= 20
+    folder.mkdir(parents=True, exist_ok=True)
+    model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
+    make_tokenizer(folder, chat)
+    return folder
+
+
+def _hard_gains(weight: torch.Tensor) -> None:
+    """Plant gains (1 + weight) that are 0, tiny, negative and large."""
+    if weight.numel() >= 32:
+        weight[0] = -1.0
+        weight[1] = -1.0 + 2**-8
+        weight[2] = -1.7
+        weight[5] = 7.0
+        weight[9] = 11.0
+
+
+def edit_weights(folder: Path, change: object) -> None:
+    """Rewrite a single-file checkpoint's tensors: `change(tensors)` edits the dict in place."""
+    path = folder / "model.safetensors"
+    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
+    change(tensors)  # type: ignore[operator]
+    save_file(tensors, path, metadata={"format": "pt"})
