@@ -1,6 +1,6 @@
 """The baseline: a checkpoint rounded to nearest in the same layout, without any calibration.
 
-    python benchmarks/round_to_nearest.py CHECKPOINT_DIR OUT_DIR [--group-size 128]
+python benchmarks/round_to_nearest.py CHECKPOINT_DIR OUT_DIR [--group-size 128]
 """
 
 import argparse

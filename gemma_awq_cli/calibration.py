@@ -35,7 +35,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What to calibrate on. sources: files, or one hub dataset; heldout: a file to measure on, if the recipe has one."""
+    """What to calibrate on. sources: files, or one hub dataset; heldout: a file to measure on, if any."""
 
     name: str
     sources: tuple[Path, ...] = ()
@@ -81,7 +81,9 @@ def find_recipe(
     elif path.suffix in FILE_KINDS and path.is_file():
         recipe = Recipe(path.name, (path,))
     elif path.is_file():
-        raise GemmaAwqError(f"{asked} is not a text this tool reads.", f"Give a {', '.join(FILE_KINDS)} or .json recipe.")
+        raise GemmaAwqError(
+            f"{asked} is not a text this tool reads.", f"Give a {', '.join(FILE_KINDS)} or .json recipe."
+        )
     elif path.suffix in (*FILE_KINDS, ".json") or path.is_absolute() or asked.count("/") > 1:
         raise GemmaAwqError(f"{asked} does not exist.", "Check the path.")
     elif "/" in asked:
@@ -141,7 +143,7 @@ def build_rows(
     if not chosen or not heldout:
         tokens = sum(len(own) for own in windows) * (seq_len - 1)
         raise GemmaAwqError(
-            f"The calibration text {recipe.name!r} is too short: {tokens} whole-window tokens, and at least two windows "
+            f"The calibration text {recipe.name!r} is too short: {tokens} tokens in whole windows, and at least two "
             f"of {seq_len} are needed (one to calibrate, one to measure).",
             "Give a longer text, or a smaller --seq-len.",
         )
@@ -242,20 +244,24 @@ def _document(row: Any, column: str | None, where: str) -> Document:
         if isinstance(row.get("prompt"), str) and isinstance(row.get("response"), str):
             return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
         messages = row.get("messages")
-        if isinstance(messages, list) and messages:
-            if all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") for m in messages):
-                return [{"role": m["role"], "content": m["content"]} for m in messages]
+        if isinstance(messages, list) and messages and all(_is_message(m) for m in messages):
+            return [{"role": m["role"], "content": m["content"]} for m in messages]
     raise GemmaAwqError(
         f"{where} has neither text, nor prompt and response, nor messages with role and content.",
         "Name another column with --text-column.",
     )
 
 
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and isinstance(value.get("content"), str) and isinstance(value.get("role"), str)
+
+
 def _read_dataset(dataset: Dataset, characters: int) -> list[Document]:
     """The first documents of a hub dataset, streamed: about `characters` of them, enough for the rows asked for."""
     import datasets
-    import httpx
-    from huggingface_hub.errors import HfHubHTTPError
+
+    # the HTTP library of the installed client: httpx up to 1.x, httpx2 after it
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     documents: list[Document] = []
     size = 0
@@ -269,7 +275,7 @@ def _read_dataset(dataset: Dataset, characters: int) -> list[Document]:
             size += length
             if size >= characters:
                 break
-    except (OSError, ValueError, HfHubHTTPError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
+    except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise GemmaAwqError(
             f"The dataset {dataset.dataset} cannot be read: {error}",
             "Check its id, --dataset-config, --dataset-split and the network, or use the embedded calibration.",

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.rounding import compensated
 from gemma_awq_cli.awq.search import ScaleChoice, search_range, search_scale
 from gemma_awq_cli.errors import GemmaAwqError
@@ -139,7 +139,10 @@ def quantize_layer(
             layer.dense[f"{name}.weight"] = dequantize(result.q, result.grid)
             layer.folded[f"{name}.weight"] = result.wanted
         layer.groups.insert(
-            0, GroupReport(group.name, group.linears, method, _exponents(choice, method), error, rtn_error, own.gram.shape[1])
+            0,
+            GroupReport(
+                group.name, group.linears, method, _exponents(choice, method), error, rtn_error, own.gram.shape[1]
+            ),
         )
     return layer
 
@@ -207,9 +210,7 @@ def _realiser(
         norm = weights[f"{group.source}.weight"].to(device)
         return lambda scale: fold_into_norm(norm, scale, family.gain_offset)[1]
     if group.fold == "heads":
-        return lambda scale: repeat_heads(
-            tie_heads(scale, heads.kv_heads, heads.head_dim), heads.heads, heads.head_dim
-        )
+        return lambda scale: repeat_heads(tie_heads(scale, heads.kv_heads, heads.head_dim), heads.heads, heads.head_dim)
     return lambda scale: scale
 
 

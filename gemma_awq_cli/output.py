@@ -28,7 +28,9 @@ class Output:
 
             # outside a terminal rich would assume 80 columns and break long paths
             width = None if sys.stderr.isatty() else 200
-            self._console = Console(stderr=True, highlight=False, force_terminal=None if sys.stderr.isatty() else False, width=width)
+            self._console = Console(
+                stderr=True, highlight=False, force_terminal=None if sys.stderr.isatty() else False, width=width
+            )
         return self._console
 
     def result(self, text: str) -> None:
@@ -84,8 +86,8 @@ class Output:
         from rich.progress import Progress as Bar
 
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+            TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
         with Bar(*columns, console=self.console, transient=True) as bar:
             yield Progress(bar, bar.add_task(description, total=total))

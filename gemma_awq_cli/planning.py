@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
+from gemma_awq_cli.awq.gram import block_width
+from gemma_awq_cli.awq.pack import PACK
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import FLOAT16_REASON
 from gemma_awq_cli.layer_quantizing import GRAM_LIMIT
-from gemma_awq_cli.awq.gram import block_width
-from gemma_awq_cli.awq.pack import PACK
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.writing import PlannedTensor
@@ -125,4 +125,3 @@ def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, tokens: 
         flops += 2 * tokens * k * n + 2 * tokens * k * block  # the forward, the Gram matrix
         flops += 40 * 2 * n * k * block + 4 * k * block * block + 2 * n * k * block  # search, factor, rounding
     return 20 + checkpoint.layers * flops / ESTIMATED_FLOPS
-

@@ -35,7 +35,9 @@ def imports() -> list[tuple[str, str]]:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = []
             if isinstance(node, ast.ImportFrom) and node.module:
-                names = [node.module] if node.module != "gemma_awq_cli" else [f"gemma_awq_cli.{a.name}" for a in node.names]
+                names = (
+                    [node.module] if node.module != "gemma_awq_cli" else [f"gemma_awq_cli.{a.name}" for a in node.names]
+                )
             elif isinstance(node, ast.Import):
                 names = [alias.name for alias in node.names]
             pairs += [(module, name) for name in names if name.startswith("gemma_awq_cli")]

@@ -78,7 +78,7 @@ def test_a_base_model_sees_conversations_as_plain_text(tmp_path: Path, prompter:
 
 
 def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     path = tmp_path / "t.parquet"

@@ -33,7 +33,12 @@ def test_version_and_help(capsys: Capture) -> None:
 
 @pytest.mark.parametrize(
     "arguments",
-    [["quantise"], ["quantize", "--group-size", "100"], ["quantize", "--num-samples", "0"], ["run", "--top-p", "2", "x"]],
+    [
+        ["quantise"],
+        ["quantize", "--group-size", "100"],
+        ["quantize", "--num-samples", "0"],
+        ["run", "--top-p", "2", "x"],
+    ],
 )
 def test_wrong_usage_is_2(arguments: list[str], capsys: Capture) -> None:
     assert main(arguments) == 2
@@ -80,7 +85,9 @@ def test_json_documents(tmp_path: Path, checkpoints: Callable[[str], Path], text
     assert document == {"artifact": str(tmp_path / "out"), "report": written}
     size = (tmp_path / "out" / "model.safetensors").stat().st_size
     assert plan["artifact_bytes"] <= size < plan["artifact_bytes"] * 1.1
-    assert main(["run", "Hello", "--json", "--max-new-tokens", "4", "-m", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    assert (
+        main(["run", "Hello", "--json", "--max-new-tokens", "4", "-m", str(tmp_path / "out"), "--device", "cpu"]) == 0
+    )
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt_tokens"] == 6
     assert answer["tokens"] <= 4
@@ -101,7 +108,9 @@ def test_run_without_any_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch,
     assert "config.json" in capsys.readouterr().err
 
 
-def run_process(arguments: list[str], stdin: bytes | None = None, **environment: str) -> subprocess.CompletedProcess[bytes]:
+def run_process(
+    arguments: list[str], stdin: bytes | None = None, **environment: str
+) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         [sys.executable, "-m", "gemma_awq_cli", *arguments], input=stdin, capture_output=True, timeout=120,
         env={**os.environ, **environment}, check=False,

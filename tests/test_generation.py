@@ -1,4 +1,4 @@
-"""Completions: greedy equals transformers' own generate, seeds repeat, stop strings never leak, Ctrl-C keeps the text."""
+"""Completions: greedy is transformers' own generate, seeds repeat, stop strings never leak, Ctrl-C keeps the text."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -99,7 +99,10 @@ def test_the_artifacts_files(kind: str, artifacts: Callable[[str], Path], checkp
 def test_a_multimodal_tower_is_copied_as_it_is(
     artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path]
 ) -> None:
-    source, artifact = load_file(checkpoints("gemma3") / "model.safetensors"), load_file(artifacts("gemma3") / "model.safetensors")
+    source, artifact = (
+        load_file(checkpoints("gemma3") / "model.safetensors"),
+        load_file(artifacts("gemma3") / "model.safetensors"),
+    )
     companions = [key for key in source if "vision_tower" in key or "multi_modal_projector" in key]
     assert companions
     for key in companions:
@@ -122,7 +125,10 @@ def test_the_same_command_gives_the_same_bytes(
     assert main(quantize_arguments(checkpoints("gemma2"), tmp_path / "again", text_file)) == 0
     for path in sorted(artifacts("gemma2").iterdir()):
         if path.name != "quantization_report.json":
-            assert hashlib.sha256(path.read_bytes()).digest() == hashlib.sha256((tmp_path / "again" / path.name).read_bytes()).digest()
+            assert (
+                hashlib.sha256(path.read_bytes()).digest()
+                == hashlib.sha256((tmp_path / "again" / path.name).read_bytes()).digest()
+            )
 
 
 def test_an_untied_head_is_kept(tmp_path: Path, text_file: Path) -> None:
@@ -149,7 +155,9 @@ def test_a_float16_artifact_of_gemma_1(tmp_path: Path, checkpoints: Callable[[st
     assert torch.isfinite(dequantize(*unpack_weight(packed))).all()
 
 
-def test_large_artifacts_are_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[[str], Path], text_file: Path) -> None:
+def test_large_artifacts_are_sharded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
     from gemma_awq_cli.models.opening import open_model
     from gemma_awq_cli.models.writing import TensorWriter
 

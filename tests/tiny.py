@@ -24,7 +24,7 @@ from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 VOCAB = 264  # bytes, the special tokens, and two that nothing maps to
 CHAT_TEMPLATE = (
-    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+    "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     "{% for m in messages %}<start_of_turn>{{ 'model' if m['role'] == 'assistant' else m['role'] }}\n"
     "{{ m['content'] }}<end_of_turn>\n{% endfor %}{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}"
 )
@@ -98,10 +98,8 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
     config = CONFIGS[kind]()
     config.dtype = "bfloat16"
     torch.manual_seed(seed)
-    if kind == "gemma3":
-        model = Gemma3ForConditionalGeneration(config)
-    else:
-        model = AutoModelForCausalLM.from_config(config)
+    multimodal = kind == "gemma3"
+    model = Gemma3ForConditionalGeneration(config) if multimodal else AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):

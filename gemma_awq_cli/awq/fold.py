@@ -14,7 +14,8 @@ def fold_into_norm(weight: Tensor, scale: Tensor, gain_offset: float) -> tuple[T
     weight: [K] in the dtype that is stored; scale: [K] float32 > 0. Returns the new weight (same dtype) and the scale
     that the linears must get. The stored weight is rounded first and the scale follows from it: next to -1 a bfloat16
     weight steps by 0.4 %, and a scale that ignored this would be folded inexactly. A channel whose gain is 0, or whose
-    stored gain would become 0, change its sign or overflow, keeps its weight and the scale 1; so does a wanted scale of 1.
+    stored gain would become 0, change its sign or overflow, keeps its weight and the scale 1; so does one
+    whose wanted scale is 1.
     """
     gain = gain_offset + weight.to(torch.float32)
     folded = (gain / scale - gain_offset).to(weight.dtype)

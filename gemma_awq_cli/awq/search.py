@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.grid import Grid, dequantize, grid_of_range, minmax_grid, nearest, quantize
 from gemma_awq_cli.awq.gram import output_error
+from gemma_awq_cli.awq.grid import Grid, dequantize, grid_of_range, minmax_grid, nearest, quantize
 
 RATIOS = 20  # exponents are multiples of 1 / RATIOS
 COARSE = 2  # every second one is tried first, then the neighbours of the best

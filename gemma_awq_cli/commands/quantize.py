@@ -16,22 +16,28 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[
-        str, typer.Argument(help="Checkpoint folder, hub id, or `demo`: the Gemma 3 270M of the demo extra.", metavar="MODEL")
+        str,
+        typer.Argument(
+            help="Checkpoint folder, hub id, or `demo`: the Gemma 3 270M of the demo extra.", metavar="MODEL"
+        ),
     ] = "demo",
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the artifact.  [default: ./NAME-AWQ]", metavar="DIR")
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the artifact.  [default: ./NAME-AWQ]", metavar="DIR"),
     ] = None,
     revision: RevisionOption = None,
-    group_size: Annotated[GroupSize, typer.Option(help="Weights that share one scale and zero point.")] = GroupSize.g128,
+    group_size: Annotated[
+        GroupSize, typer.Option(help="Weights that share one scale and zero point.")
+    ] = GroupSize.g128,
     calibration: Annotated[
         str,
-        typer.Option(
-            help="Recipe name, recipe file, .txt/.jsonl/.parquet file, or hub dataset id.", metavar="TEXT"
-        ),
+        typer.Option(help="Recipe name, recipe file, .txt/.jsonl/.parquet file, or hub dataset id.", metavar="TEXT"),
     ] = "embedded",
     dataset_config: Annotated[str | None, typer.Option(help="Config of a hub dataset.", metavar="NAME")] = None,
     dataset_split: Annotated[str | None, typer.Option(help="Split of a hub dataset.", metavar="NAME")] = None,
-    text_column: Annotated[str | None, typer.Option(help="Column that holds the text or the messages.", metavar="NAME")] = None,
+    text_column: Annotated[
+        str | None, typer.Option(help="Column that holds the text or the messages.", metavar="NAME")
+    ] = None,
     num_samples: Annotated[int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
     seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,

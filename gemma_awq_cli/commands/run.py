@@ -21,18 +21,28 @@ def command(
     model: Annotated[
         str | None,
         typer.Option(
-            "--model", "-m", help=f"Artifact, checkpoint folder or hub id.  [default: {MODEL_VARIABLE}, else the last artifact]"
+            "--model",
+            "-m",
+            help=f"Artifact, checkpoint folder or hub id.  [default: {MODEL_VARIABLE}, else the last artifact]",
         ),
     ] = None,
     revision: RevisionOption = None,
     max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 256,
-    temperature: Annotated[float | None, typer.Option(help="Sample at this temperature.  [default: greedy]", min=0.0)] = None,
+    temperature: Annotated[
+        float | None, typer.Option(help="Sample at this temperature.  [default: greedy]", min=0.0)
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.", min=1)] = None,
-    top_p: Annotated[float | None, typer.Option(help="Sample among tokens of this total probability.", min=0.0, max=1.0)] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample among tokens of this total probability.", min=0.0, max=1.0)
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Make sampling repeat.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="TEXT")] = None,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="TEXT")
+    ] = None,
     system: Annotated[str | None, typer.Option(help="System message for an instruct model.", metavar="TEXT")] = None,
-    raw: Annotated[bool, typer.Option("--raw", help="Give an instruct model the prompt without its chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Give an instruct model the prompt without its chat template.")
+    ] = False,
     device: DeviceOption = Device.auto,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -80,7 +90,9 @@ def read_prompt(argument: str | None) -> str:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
         except UnicodeDecodeError as error:
-            raise GemmaAwqError(f"The prompt on standard input is not UTF-8: {error}.", "Convert it to UTF-8.") from None
+            raise GemmaAwqError(
+                f"The prompt on standard input is not UTF-8: {error}.", "Convert it to UTF-8."
+            ) from None
         text = text.removesuffix("\n").removesuffix("\r")
     if not text:
         raise UsageError("The prompt is empty.", 'Give one: gemma-awq run "PROMPT", or pipe it in.')
@@ -100,9 +112,13 @@ def default_model(out: Output) -> str:
 
     last = last_artifact()
     if last is None:
-        raise GemmaAwqError("No model is named and none was quantized yet.", "Run `gemma-awq quantize`, or name one with -m.")
+        raise GemmaAwqError(
+            "No model is named and none was quantized yet.", "Run `gemma-awq quantize`, or name one with -m."
+        )
     if not last.is_dir():
-        raise GemmaAwqError(f"The last artifact, {last}, is gone.", "Run `gemma-awq quantize` again, or name a model with -m.")
+        raise GemmaAwqError(
+            f"The last artifact, {last}, is gone.", "Run `gemma-awq quantize` again, or name a model with -m."
+        )
     out.note(f"Model: {_short(last)} (the last artifact)")
     return str(last)
 

@@ -67,7 +67,7 @@ class CpuInt4Linear(nn.Module):
 
 
 def _unpack_blocks(packed: Tensor, block: int) -> Tensor:
-    """The op's layout -> uint8 [N, K]: blocks of rows; for each column, row d low and row d + block/2 high in a byte."""
+    """The op's layout -> uint8 [N, K]: in a block of rows, each column's byte d holds rows d (low) and d + block/2."""
     outputs, inputs = packed.shape[0], packed.shape[1] * 2
     bytes_ = packed.view(-1, inputs, block // 2)  # [N/block, K, block/2]
     both = torch.stack([bytes_ & 15, bytes_ >> 4], dim=1)  # [N/block, 2, K, block/2]

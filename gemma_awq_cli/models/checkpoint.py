@@ -49,7 +49,9 @@ def read_json(path: Path) -> dict[str, Any]:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise GemmaAwqError(f"{path} is not valid JSON: {error}.", REDOWNLOAD) from None
     except OSError as error:
-        raise GemmaAwqError(f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions.") from None
+        raise GemmaAwqError(
+            f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions."
+        ) from None
     if not isinstance(value, dict):
         raise GemmaAwqError(f"{path} does not hold a JSON object.", REDOWNLOAD)
     return value
@@ -124,7 +126,8 @@ def require_finite(name: str, tensor: Tensor) -> None:
     for part in tensor.split(max(1, 2**24 // max(1, tensor[0].numel()))) if tensor.dim() else (tensor,):
         if not torch.isfinite(part).all():
             raise GemmaAwqError(
-                f"{name} holds NaN or infinite values.", "The checkpoint is damaged or its training diverged. " + REDOWNLOAD
+                f"{name} holds NaN or infinite values.",
+                "The checkpoint is damaged or its training diverged. " + REDOWNLOAD,
             )
 
 
@@ -147,7 +150,9 @@ class Checkpoint:
         try:
             self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
         except (ValueError, TypeError, KeyError, OSError) as error:
-            raise GemmaAwqError(f"{folder / CONFIG} is not a readable {model_type} config: {error}.", REDOWNLOAD) from None
+            raise GemmaAwqError(
+                f"{folder / CONFIG} is not a readable {model_type} config: {error}.", REDOWNLOAD
+            ) from None
         self.text_config = self.config.get_text_config()
         self.tensors = read_headers(folder)
         self.layout = self._find_layout()

@@ -5,6 +5,7 @@ transformers would load the same file, but holds the whole model and several cop
 """
 
 import hashlib
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -51,7 +52,7 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
         note(f"{weights} is damaged; making it again.")
         shutil.rmtree(folder)
     try:
-        package = __import__(PACKAGE)
+        package = importlib.import_module(PACKAGE)
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith(PACKAGE):
             raise
@@ -71,8 +72,9 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
             ) from None
         convert(gguf_file, staging)
         gguf_file.unlink()
+        data = Path(str(package.__file__)).parent / "data"
         for notice in ("GEMMA_TERMS.html", "NOTICE.md"):
-            shutil.copyfile(Path(package.__file__).parent / "data" / notice, staging / notice)
+            shutil.copyfile(data / notice, staging / notice)
         if (digest := _sha256(staging / SINGLE)) != SHA256:
             raise GemmaAwqError(
                 f"The dequantized demo model has SHA-256 {digest}, expected {SHA256}.",
@@ -82,7 +84,7 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
-    """A Gemma 3 text GGUF -> a bf16 checkpoint folder (config, tokenizer, weights). Peak memory: the embedding twice."""
+    """A Gemma 3 text GGUF -> a bf16 checkpoint folder: config, tokenizer, weights."""
     import gguf
     from transformers import AutoTokenizer
 

@@ -19,7 +19,8 @@ class Prompter:
             self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise GemmaAwqError(
-                f"The tokenizer of {folder} cannot be loaded: {error}", "Copy the tokenizer files of the original model."
+                f"The tokenizer of {folder} cannot be loaded: {error}",
+                "Copy the tokenizer files of the original model.",
             ) from None
         if self.tokenizer.bos_token_id is None:
             raise GemmaAwqError(

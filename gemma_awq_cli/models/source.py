@@ -72,6 +72,10 @@ def _fetch(repo: str, revision: str | None) -> Path:
         raise GemmaAwqError(
             f"{repo!r} cannot be a hub id.", "Check the name: letters, digits, - _ . but no -- or .., and no .git."
         ) from None
+    except UnicodeEncodeError:  # of the Authorization header, which is ASCII
+        raise GemmaAwqError(
+            "The hub token holds characters that no token has.", "Set HF_TOKEN again, or log in with `hf auth login`."
+        ) from None
     except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # every error of the client's own is one of these
         raise _explained(error, repo, revision) from None
 

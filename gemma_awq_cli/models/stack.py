@@ -119,9 +119,7 @@ class TextStack:
         name = "model.embed_tokens.weight" if self.checkpoint.tied_head else "lm_head.weight"
         weights = self.checkpoint.read(["model.norm.weight", name])
         norm = copy.deepcopy(self.model.model.norm)
-        norm.load_state_dict(
-            {"weight": weights["model.norm.weight"].to(self.device, torch.float32)}, assign=True
-        )
+        norm.load_state_dict({"weight": weights["model.norm.weight"].to(self.device, torch.float32)}, assign=True)
         return norm, weights[name]
 
     def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int = 4096) -> Iterator[Tensor]:

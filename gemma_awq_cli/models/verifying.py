@@ -32,7 +32,9 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
         if theirs is not None:
             ours = dequantize(*unpack_weight(packed)).t()
             if not torch.equal(theirs.to(torch.float32), ours.to(theirs.dtype).to(torch.float32)):
-                raise GemmaAwqError(f"AutoAWQ reads {name} otherwise than it was written.", "This is a bug: please report it.")
+                raise GemmaAwqError(
+                    f"AutoAWQ reads {name} otherwise than it was written.", "This is a bug: please report it."
+                )
             compared += 1
     dense = parameter_shapes(model, checkpoint.tied_head)
     rest = [name for name in dense if name.removesuffix(".weight") not in {linear for linear, _ in linears}]

@@ -155,10 +155,10 @@ class TensorWriter:
         if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
             raise ValueError(f"{name}: planned {planned}, got {tensor.dtype} {tuple(tensor.shape)}")
         path, offset = self._place[name]
-        data = tensor.detach().cpu().contiguous().view(torch.uint8).numpy() if tensor.dim() else None
+        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with path.open("r+b") as file:
             file.seek(offset)
-            file.write(memoryview(data if data is not None else tensor.cpu()[None].view(torch.uint8).numpy()))
+            file.write(data.data)
 
     def finish(self) -> None:
         """Make sure that every planned tensor was written and is on the disk."""

@@ -53,7 +53,9 @@ def test_block_width_divides_into_whole_groups() -> None:
 
 def test_scaled_gram_is_the_gram_of_the_scaled_input() -> None:
     x, scale = outlier_rows(), torch.rand(K) + 0.5
-    assert torch.allclose(scaled_gram(statistics_of(x).gram, scale), statistics_of(x / scale).gram, rtol=1e-3, atol=1e-4)
+    assert torch.allclose(
+        scaled_gram(statistics_of(x).gram, scale), statistics_of(x / scale).gram, rtol=1e-3, atol=1e-4
+    )
 
 
 def test_scale_search_beats_round_to_nearest_on_outliers() -> None:

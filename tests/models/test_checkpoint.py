@@ -50,7 +50,7 @@ def test_a_truncated_file(tiny: Path) -> None:
 
 def test_a_missing_file(tiny: Path) -> None:
     (tiny / "model.safetensors").unlink()
-    with pytest.raises(GemmaAwqError, match="has no model.safetensors"):
+    with pytest.raises(GemmaAwqError, match=r"has no model\.safetensors"):
         Checkpoint(tiny)
 
 

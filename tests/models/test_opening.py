@@ -131,7 +131,9 @@ def test_damaged_artifacts_are_refused(
         open_model(folder, CPU)
 
     folder = damaged("shape")
-    edit_weights(folder, lambda t: t.update({"model.layers.0.mlp.gate_proj.qweight": torch.zeros(8, 8, dtype=torch.int32)}))
+    edit_weights(
+        folder, lambda t: t.update({"model.layers.0.mlp.gate_proj.qweight": torch.zeros(8, 8, dtype=torch.int32)})
+    )
     with pytest.raises(GemmaAwqError, match=r"has shape \[8, 8\]"):
         open_model(folder, CPU)
 

@@ -21,22 +21,24 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.source import find_source
 from tests.hub_server import TOKEN, HubServer, Repo, hub_server
 
-Asked = tuple[str, str | None]  # a model, and a revision or None
+Asked = tuple[str, str | None, str]  # a model, a revision or None, and a token or ""
 
 WEIGHTS = bytes(range(256)) * 64
 FETCHED = {"config.json", "model.safetensors", "tokenizer.model", "chat_template.jinja", "README.md", "LICENSE"}
 LEFT = {"pytorch_model.bin", "model-Q4_K_M.gguf", "onnx/model.onnx", ".gitattributes"}
 ALWAYS = 10**6
+STALE = f"{TOKEN}_expired"
 
 CLIENT = """
-import json, sys, time
+import json, os, sys, time
 from huggingface_hub import constants
 time.sleep = lambda seconds: None  # the client waits between its tries
 constants.DOWNLOAD_CHUNK_SIZE = 1024  # and counts what arrives in pieces larger than a test's weights
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.source import find_source
 answers = []
-for asked, revision in json.load(sys.stdin):
+for asked, revision, token in json.load(sys.stdin):
+    os.environ["HF_TOKEN"] = token
     try:
         source = find_source(asked, revision, lambda note: None)
         answers.append({"folder": str(source.folder), "name": source.name, "revision": source.revision})
@@ -48,36 +50,40 @@ json.dump(answers, sys.stdout)
 
 @dataclass(frozen=True)
 class Case:
-    """A model that cannot be had, and what is said of it. `how`: the process that asks for it."""
+    """A model that cannot be had, and what is said of it. `how`: the connection, one process for each."""
 
     how: str
     asked: str
     message: str
     hint: str
     revision: str | None = None
+    token: str = ""
 
 
 CASES = [
-    Case("anonymous", "org/gated", "org/gated is gated", r"terms at https://huggingface.co/org/gated.*hf auth login"),
-    Case("anonymous", "org/private", "does not show org/private without a login", "Check the name.*HF_TOKEN"),
-    Case("anonymous", "org/misspelt", "does not show org/misspelt without a login", "Check the name.*HF_TOKEN"),
-    Case("anonymous", "org/good", "org/good has no revision 'v9'", "branch, tag or commit", "v9"),
-    Case("anonymous", "org/good", f"org/good has no revision '{'0' * 40}'", "branch, tag or commit", "0" * 40),
-    Case("anonymous", "org/down", "hub answered HTTP 503 for org/down", "later"),
-    Case("anonymous", "org/down", "hub answered HTTP 503 for org/down", "later", "0" * 40),
-    Case("anonymous", "org/broken", "hub answered HTTP 500 for org/broken", "later"),
-    Case("anonymous", "org/busy", "hub answered HTTP 429 for org/busy", "later"),
-    Case("anonymous", "org/forbidden", r"refused access to org/forbidden \(HTTP 403\)", "HF_TOKEN"),
-    Case("anonymous", "org/portal", "What answered for org/portal is not a hub", "HF_ENDPOINT.*proxy"),
-    Case("anonymous", "org/cut", "connection to the hub broke off while fetching org/cut", "Run the command again"),
-    Case("anonymous", "org/gguf-only", "org/gguf-only has no config.json on the hub", "safetensors"),
-    Case("anonymous", "org/two--dashes", "'org/two--dashes' cannot be a hub id", "Check the name"),
-    Case("anonymous", "org/model.git", "'org/model.git' cannot be a hub id", "Check the name"),
-    Case("login", "org/gated", "org/gated is gated", r"terms at https://huggingface.co/org/gated"),
-    Case("login", "org/misspelt", "hub has no repository org/misspelt", "Check the name.*private"),
-    Case("stale login", "org/good", r"refused access to org/good \(HTTP 401\)", "Check the token.*hf auth login"),
-    Case("offline", "org/good", "org/good is not in the local cache, and HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE"),
-    Case("unreachable", "org/good", "org/good is not in the local cache, and the hub cannot", "network.*HF_ENDPOINT"),
+    Case("online", "org/gated", "org/gated is gated", r"terms at https://huggingface.co/org/gated.*hf auth login"),
+    Case("online", "org/private", "does not show org/private without a login", "Check the name.*HF_TOKEN"),
+    Case("online", "org/misspelt", "does not show org/misspelt without a login", "Check the name.*HF_TOKEN"),
+    Case("online", "org/good", "org/good has no revision 'v9'", "branch, tag or commit", "v9"),
+    Case("online", "org/good", f"org/good has no revision '{'0' * 40}'", "branch, tag or commit", "0" * 40),
+    Case("online", "org/down", "hub answered HTTP 503 for org/down", "later"),
+    Case("online", "org/down", "hub answered HTTP 503 for org/down", "later", "0" * 40),
+    Case("online", "org/broken", "hub answered HTTP 500 for org/broken", "later"),
+    Case("online", "org/busy", "hub answered HTTP 429 for org/busy", "later"),
+    Case("online", "org/forbidden", r"refused access to org/forbidden \(HTTP 403\)", "HF_TOKEN"),
+    Case("online", "org/portal", "What answered for org/portal is not a hub", "HF_ENDPOINT.*proxy"),
+    Case("online", "org/cut", "connection to the hub broke off while fetching org/cut", "Run the command again"),
+    Case("online", "org/gguf-only", "org/gguf-only has no config.json on the hub", "safetensors"),
+    Case("online", "org/two--dashes", "'org/two--dashes' cannot be a hub id", "Check the name"),
+    Case("online", "org/model.git", "'org/model.git' cannot be a hub id", "Check the name"),
+    Case("online", "org/gated", "org/gated is gated", "terms at https://huggingface.co/org/gated", token=TOKEN),
+    Case("online", "org/misspelt", "hub has no repository org/misspelt", "Check the name.*private", token=TOKEN),
+    Case("online", "org/good", r"refused access to org/good \(HTTP 401\)", "Check the token.*login", token=STALE),
+    Case("online", "org/good", "token holds characters that no token has", "HF_TOKEN again", token=f"{TOKEN}…"),
+    Case("offline", "org/good", "org/good is not in .*cache, and HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE", token=TOKEN),
+    Case(
+        "unreachable", "org/good", "org/good is not in .*, and the hub cannot be", "network.*HF_ENDPOINT", token=TOKEN
+    ),
     Case("no cache", "org/good", "org/good cannot be fetched: .*not-a-folder", "permissions.*HF_HOME"),
 ]
 
@@ -129,18 +135,16 @@ def told(hub: HubServer, nobody: str, tmp_path_factory: pytest.TempPathFactory) 
     """Every case's message and hint, from one process for each way of being connected."""
     root = tmp_path_factory.mktemp("homes")
     (root / "not-a-folder").touch()
-    settings: dict[str, dict[str, str]] = {
-        "anonymous": {"HF_ENDPOINT": hub.url},
-        "login": {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN},
-        "stale login": {"HF_ENDPOINT": hub.url, "HF_TOKEN": f"{TOKEN}_expired"},
-        "offline": {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN, "HF_HUB_OFFLINE": "1"},
-        "unreachable": {"HF_ENDPOINT": nobody, "HF_TOKEN": TOKEN},
+    connections: dict[str, dict[str, str]] = {
+        "online": {"HF_ENDPOINT": hub.url},
+        "offline": {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"},
+        "unreachable": {"HF_ENDPOINT": nobody},
         "no cache": {"HF_ENDPOINT": hub.url, "HF_HUB_CACHE": str(root / "not-a-folder")},
     }
     answers: dict[Case, dict[str, str]] = {}
-    for how, variables in settings.items():
+    for how, variables in connections.items():
         cases = [case for case in CASES if case.how == how]
-        found = ask([(case.asked, case.revision) for case in cases], root / how, variables)
+        found = ask([(case.asked, case.revision, case.token) for case in cases], root / how, variables)
         answers.update(zip(cases, found, strict=True))
     return answers
 
@@ -176,7 +180,7 @@ def test_a_checkpoint_arrives_once_and_without_the_other_formats(
     hub.requests.clear()
     commit = hub.repos["org/good"].commit("v1")
     latest, tagged, pinned = ask(
-        [("org/good", None), ("org/good", "v1"), ("org/good", commit)], tmp_path, {"HF_ENDPOINT": hub.url}
+        [("org/good", None, ""), ("org/good", "v1", ""), ("org/good", commit, "")], tmp_path, {"HF_ENDPOINT": hub.url}
     )
 
     for answer, revision in ((latest, "main"), (tagged, "v1"), (pinned, "v1")):
@@ -191,17 +195,17 @@ def test_a_checkpoint_arrives_once_and_without_the_other_formats(
 
     # what has arrived is enough without the hub
     for variables in ({"HF_ENDPOINT": nobody}, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"}):
-        assert ask([("org/good", None)], tmp_path, variables) == [latest]
+        assert ask([("org/good", None, "")], tmp_path, variables) == [latest]
 
 
 def test_a_login_opens_a_private_repository(hub: HubServer, tmp_path: Path) -> None:
-    (answer,) = ask([("org/private", None)], tmp_path, {"HF_ENDPOINT": hub.url, "HF_TOKEN": TOKEN})
+    (answer,) = ask([("org/private", None, TOKEN)], tmp_path, {"HF_ENDPOINT": hub.url})
     assert set(files_of(answer["folder"])) == FETCHED
 
 
 def test_a_transfer_that_broke_off_is_continued_where_it_stopped(hub: HubServer, tmp_path: Path) -> None:
     hub.requests.clear()
-    (answer,) = ask([("org/cut-once", None)], tmp_path, {"HF_ENDPOINT": hub.url})
+    (answer,) = ask([("org/cut-once", None, "")], tmp_path, {"HF_ENDPOINT": hub.url})
     assert files_of(answer["folder"])["model.safetensors"] == WEIGHTS
     tries = [r.start for r in hub.requests if r.method == "GET" and r.path.endswith(".safetensors")]
     assert tries == [0, len(WEIGHTS) // 2]
@@ -209,13 +213,13 @@ def test_a_transfer_that_broke_off_is_continued_where_it_stopped(hub: HubServer,
 
 def test_half_a_checkpoint_in_the_cache_is_not_taken_for_a_whole_one(hub: HubServer, tmp_path: Path) -> None:
     """The small files arrive, the weights do not: the next run, without the hub, must not open what is there."""
-    (cut,) = ask([("org/cut", None)], tmp_path, {"HF_ENDPOINT": hub.url})
+    (cut,) = ask([("org/cut", None, "")], tmp_path, {"HF_ENDPOINT": hub.url})
     assert "broke off" in cut["message"]
-    (offline,) = ask([("org/cut", None)], tmp_path, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})
+    (offline,) = ask([("org/cut", None, "")], tmp_path, {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"})
     assert "HF_HUB_OFFLINE is set" in offline["message"]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.how}: {case.asked}@{case.revision or ''}"[:48])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.how}-{case.message}")
 def test_a_model_that_cannot_be_had_is_explained(case: Case, told: Mapping[Case, dict[str, str]]) -> None:
     answer = told[case]
     assert re.search(case.message, answer["message"]), answer

@@ -47,10 +47,13 @@ def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
 
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
-    target = tmp_path / "artifact"
-    with pytest.raises(KeyboardInterrupt), StagedFolder(target) as staging:
-        (staging / "model.safetensors").write_bytes(b"half")
-        raise KeyboardInterrupt
+    def interrupted() -> None:
+        with StagedFolder(tmp_path / "artifact") as staging:
+            (staging / "model.safetensors").write_bytes(b"half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
     assert list(tmp_path.iterdir()) == []
 
 
