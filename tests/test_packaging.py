@@ -1,0 +1,47 @@
+"""What `pip install` gives: the wheel alone, outside the clone, has every recipe and text and the command."""
+
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel of this clone, unpacked where nothing else of the project is."""
+    folder = tmp_path_factory.mktemp("wheel")
+    subprocess.run(
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", str(folder), str(ROOT)],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    (wheel,) = folder.glob("*.whl")
+    zipfile.ZipFile(wheel).extractall(folder / "site")
+    return folder / "site"
+
+
+def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> None:
+    source, data = ROOT / "calibration", installed / "gemma_awq_cli" / "calibration_data"
+    expected = {path.relative_to(source): path.read_bytes() for path in source.rglob("*") if path.is_file()}
+    assert len(expected) > 10
+    assert {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()} == expected
+    assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"gemma_awq_cli"}
+    (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
+    assert "gemma-awq = gemma_awq_cli.cli:entry" in entry_points.read_text()
+
+
+def test_the_wheel_finds_its_recipes_outside_the_clone(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import gemma_awq_cli; from gemma_awq_cli.calibration import find_recipe, recipe_names; "
+        f"assert gemma_awq_cli.__file__.startswith({str(installed)!r}), gemma_awq_cli.__file__; "
+        "print(sorted(recipe_names())); print(all(p.is_file() for p in find_recipe('embedded').sources))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
+    )
+    assert done.stdout == "['c4', 'embedded', 'pile', 'ultrachat', 'wikitext']\nTrue\n"
