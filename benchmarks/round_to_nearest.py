@@ -10,10 +10,11 @@ import torch
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.writing import StagedFolder, TensorWriter, write_json
-from gemma_awq_cli.planning import make_plan, stored_dtype
+from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
 from gemma_awq_cli.quantizing import artifact_config, copy_side_files
 
 
@@ -25,7 +26,9 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = Checkpoint(args.checkpoint)
     stack = TextStack(checkpoint, torch.device("cpu"))
-    plan = make_plan(checkpoint, stack, args.group_size, stored_dtype(checkpoint, None), rows=1, seq_len=8)
+    require_layout(checkpoint, stack, args.group_size)
+    none = torch.zeros(0, 8)
+    plan = make_plan(checkpoint, stack, args.group_size, stored_dtype(checkpoint, None), Rows(none, none, "", "", ""))
     quantized = {tensor.name.rpartition(".")[0] for tensor in plan.tensors if tensor.name.endswith(".qweight")}
     with StagedFolder(args.output) as folder:
         writer = TensorWriter(folder, plan.tensors)

@@ -6,16 +6,19 @@ import torch
 
 from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.pack import PACK
+from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import FLOAT16_REASON
 from gemma_awq_cli.layer_quantizing import GRAM_LIMIT
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.stack import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.models.writing import PlannedTensor
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# What this kind of work reaches on two CPU cores, for the estimate only: fp32-accurate products and everything else.
-ESTIMATED_FLOPS = 1.5e11
+# What this work reaches on two CPU cores with AVX-512; for the estimate only.
+ESTIMATED_FLOPS = 1.3e11
+# torch, transformers and the tokenizer of 262144 entries, before any weight
+LIBRARY_BYTES = 700_000_000
 
 
 @dataclass(frozen=True)
@@ -46,24 +49,42 @@ def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     return dtype if dtype in DTYPE_NAMES else torch.bfloat16
 
 
-def make_plan(
-    checkpoint: Checkpoint, stack: TextStack, group_size: int, dtype: torch.dtype, rows: int, seq_len: int
-) -> Plan:
-    """The plan of one quantization; an error if the group size or the layout does not fit a dimension."""
+def require_layout(checkpoint: Checkpoint, stack: TextStack, group_size: int) -> None:
+    """An error if the group size or the packed layout does not fit a dimension of a linear."""
+    for name in _linear_names(checkpoint, stack):
+        out_features, in_features = stack.shapes[name]
+        if in_features % group_size:
+            fits = [size for size in (128, 64, 32) if in_features % size == 0]
+            raise GemmaAwqError(
+                f"Group size {group_size} does not divide the {in_features} inputs of {name}.",
+                f"Use --group-size {fits[0]}." if fits else "No group size of this layout divides it.",
+            )
+        if out_features % PACK:
+            raise GemmaAwqError(
+                f"{name} has {out_features} outputs, and the AutoAWQ layout needs a multiple of {PACK}.",
+                "This model cannot be stored in this layout.",
+            )
+
+
+def _linear_names(checkpoint: Checkpoint, stack: TextStack) -> set[str]:
+    """The weights that become 4-bit, by their names in the model."""
     linears = {f"{linear}.weight" for group in checkpoint.family.groups for linear in group.linears}
+    return {name for name in stack.shapes if name.startswith("model.layers.") and name.split(".", 3)[-1] in linears}
+
+
+def make_plan(checkpoint: Checkpoint, stack: TextStack, group_size: int, dtype: torch.dtype, rows: Rows) -> Plan:
+    """The plan of one quantization on `rows`."""
+    linears = _linear_names(checkpoint, stack)
     tensors: list[PlannedTensor] = []
-    quantized = 0
     for name, shape in stack.shapes.items():
         key = checkpoint.key(name)
-        if name.split(".", 3)[-1] in linears and name.startswith("model.layers."):
+        if name in linears:
             out_features, in_features = shape
-            _require_divisible(name, in_features, out_features, group_size)
             base = key.removesuffix(".weight")
             groups = in_features // group_size
             tensors.append(PlannedTensor(f"{base}.qweight", torch.int32, (in_features, out_features // PACK)))
             tensors.append(PlannedTensor(f"{base}.qzeros", torch.int32, (groups, out_features // PACK)))
             tensors.append(PlannedTensor(f"{base}.scales", torch.float16, (groups, out_features)))
-            quantized += 1
         else:
             tensors.append(PlannedTensor(key, dtype, tuple(shape)))
     for key in checkpoint.companions():
@@ -71,29 +92,15 @@ def make_plan(
         tensors.append(PlannedTensor(key, info.dtype, info.shape))
     return Plan(
         layers=checkpoint.layers,
-        quantized_linears=quantized,
+        quantized_linears=len(linears),
         group_size=group_size,
         dtype=dtype,
         tensors=tuple(tensors),
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
-        memory_bytes=_memory(checkpoint, stack, group_size, rows, seq_len),
-        seconds=_seconds(checkpoint, stack, group_size, rows * seq_len),
+        memory_bytes=_memory(checkpoint, stack, group_size, rows),
+        seconds=_seconds(checkpoint, stack, group_size, rows),
     )
-
-
-def _require_divisible(name: str, in_features: int, out_features: int, group_size: int) -> None:
-    if in_features % group_size:
-        fits = [size for size in (128, 64, 32) if in_features % size == 0]
-        raise GemmaAwqError(
-            f"Group size {group_size} does not divide the {in_features} inputs of {name}.",
-            f"Use --group-size {fits[0]}." if fits else "No group size of this layout divides it.",
-        )
-    if out_features % PACK:
-        raise GemmaAwqError(
-            f"{name} has {out_features} outputs, and the AutoAWQ layout needs a multiple of {PACK}.",
-            "This model cannot be stored in this layout.",
-        )
 
 
 def _widths(checkpoint: Checkpoint, stack: TextStack) -> list[tuple[int, int]]:
@@ -107,21 +114,26 @@ def _widths(checkpoint: Checkpoint, stack: TextStack) -> list[tuple[int, int]]:
     ]
 
 
-def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: int, seq_len: int) -> int:
+def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows) -> int:
     """Peak bytes: the libraries, the hidden states, a layer in several forms, its Gram matrices, a chunk of logits."""
     hidden = int(stack.config.hidden_size)
+    tokens = rows.ids.numel() + 2 * rows.heldout.numel()
     layer = sum(s.numel() for n, s in stack.shapes.items() if n.startswith("model.layers.0.")) * 4
     grams = [block_width(k, group_size, GRAM_LIMIT) * k * 4 for k, _ in _widths(checkpoint, stack)]
     embedding = stack.shapes["model.embed_tokens.weight"].numel() * 2
     working = 4 * layer + sum(grams) + 4 * max(grams)
-    logits = 4 * 128 * int(stack.config.vocab_size) * 4
-    return 450_000_000 + embedding + 2 * rows * seq_len * hidden * 4 + max(working, logits)
+    logits = 8 * rows.heldout.numel() * LOGIT_CHUNK * 4
+    return LIBRARY_BYTES + embedding + tokens * hidden * 4 + max(working, logits)
 
 
-def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, tokens: int) -> float:
+def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows) -> float:
+    tokens = rows.ids.numel() + 2 * rows.heldout.numel()
     flops = 0.0
     for k, n in _widths(checkpoint, stack):
         block = block_width(k, group_size, GRAM_LIMIT)
-        flops += 2 * tokens * k * n + 2 * tokens * k * block  # the forward, the Gram matrix
-        flops += 40 * 2 * n * k * block + 4 * k * block * block + 2 * n * k * block  # search, factor, rounding
-    return 20 + checkpoint.layers * flops / ESTIMATED_FLOPS
+        flops += 2 * tokens * k * n + 2 * rows.ids.numel() * k * block  # the forward, the Gram matrix
+        flops += (
+            22 * 2 * min(n, 1024) * k * block + 4 * k * block * block + 6 * n * k * block
+        )  # search, factor, rounding
+    head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
+    return 5 + (checkpoint.layers * flops + head) / ESTIMATED_FLOPS

@@ -66,7 +66,7 @@ def command(
     from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
     from gemma_awq_cli.models.writing import StagedFolder
-    from gemma_awq_cli.planning import make_plan, stored_dtype
+    from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
 
     chosen = pick_device(device.value)
     recipe = find_recipe(calibration, dataset_config, dataset_split, text_column)
@@ -80,14 +80,16 @@ def command(
     quantizing.require_quantizable(checkpoint)
     stack = TextStack(checkpoint, chosen)
     size = int(group_size.value)
-    plan = make_plan(checkpoint, stack, size, stored_dtype(checkpoint, dtype and dtype.value), num_samples, seq_len)
+    stored = stored_dtype(checkpoint, dtype and dtype.value)
+    require_layout(checkpoint, stack, size)
+    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, quantizing.HELDOUT_SAMPLES)
+    plan = make_plan(checkpoint, stack, size, stored, rows)
+    if len(rows.ids) < num_samples:
+        out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
     _show_plan(out, plan, source, target, chosen.type)
     if dry_run:
         _finish_dry_run(out, plan, target, as_json)
         return
-    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, quantizing.HELDOUT_SAMPLES)
-    if len(rows.ids) < num_samples:
-        out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
     arguments = {
         "group_size": size, "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
         "device": chosen.type, "dtype": dtype and dtype.value,
@@ -109,13 +111,14 @@ def command(
 
 
 def _show_plan(out: Output, plan: "Plan", source: "Source", target: Path, device: str) -> None:
+    out.note(f"{source.asked} -> {target}, on {device}")
     out.note(
-        f"{source.asked} -> {target}: {plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of "
-        f"{plan.group_size}, the rest {str(plan.dtype).removeprefix('torch.')}, on {device}."
+        f"{plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of {plan.group_size}, "
+        f"the rest {str(plan.dtype).removeprefix('torch.')}"
     )
     out.note(
         f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.artifact_bytes)}; about "
-        f"{human_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}."
+        f"{human_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}"
     )
 
 

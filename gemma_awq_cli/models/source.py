@@ -19,7 +19,10 @@ _HUB_FILES = [
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine: the folder, what the user called it, and a short name for files made from it."""
+    """A model on this machine: the folder, what the user called it, and a short name for files made from it.
+
+    revision: the commit of a hub repository, however it was asked for.
+    """
 
     folder: Path
     asked: str
@@ -56,7 +59,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
     folder = _fetch(asked, revision)
     if not (folder / CONFIG).is_file():  # a repository of GGUF files or adapters, say
         raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
-    return Source(folder, asked, asked.split("/")[1], revision)
+    return Source(folder, asked, asked.split("/")[1], folder.name)
 
 
 def _fetch(repo: str, revision: str | None) -> Path:

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.models.checkpoint import Checkpoint
 
+LOGIT_CHUNK = 4096  # vocabulary entries that logits are computed for at a time
+
 
 def meta_model(text_config: Any) -> Any:
     """transformers' causal model of this config, without memory: every parameter on the meta device."""
@@ -122,7 +124,7 @@ class TextStack:
         norm.load_state_dict({"weight": weights["model.norm.weight"].to(self.device, torch.float32)}, assign=True)
         return norm, weights[name]
 
-    def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int = 4096) -> Iterator[Tensor]:
+    def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int = LOGIT_CHUNK) -> Iterator[Tensor]:
         """Normed final states [R, hidden] -> logits [R, <= chunk] float32, `chunk` vocabulary entries at a time."""
         for part in head.split(chunk):
             logits = normed @ part.to(self.device, torch.float32).t()
