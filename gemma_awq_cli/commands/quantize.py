@@ -101,7 +101,8 @@ def command(
             progress.step()
 
         result = quantizing.quantize(source, checkpoint, stack, plan, rows, target, arguments, on_layer, force)
-    remember_artifact(target)
+    if (failure := remember_artifact(target)) is not None:
+        out.warning(f"{failure}: give `gemma-awq run` the folder with -m.")
     _show_result(out, result.report)
     if as_json:
         out.document({"artifact": str(target), "report": result.report})

