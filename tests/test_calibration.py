@@ -90,6 +90,26 @@ def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
     assert len(build_rows(recipe, prompter, 5, 16, 0, 2).ids) == 5
 
 
+def test_a_dataset_through_the_datasets_library(
+    tmp_path: Path, prompter: Prompter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dataset id `owner/name`, read by the real library (from a local folder of that name: no network here)."""
+    folder = tmp_path / "owner" / "name"
+    folder.mkdir(parents=True)
+    write_jsonl(folder / "train.jsonl", *({"body": f"document {i} " * 9} for i in range(40)))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    recipe = find_recipe("owner/name", split="train", text_column="body")
+    rows = build_rows(recipe, prompter, 12, 32, 0, 2)
+    assert rows.ids.shape == (12, 32)
+    assert "document" in prompter.tokenizer.decode(rows.ids[0])
+    assert rows.description == "owner/name (hub dataset owner/name, train)"
+    with pytest.raises(GemmaAwqError, match="no text column 'words'"):
+        build_rows(find_recipe("owner/name", text_column="words"), prompter, 12, 32, 0, 2)
+    with pytest.raises(GemmaAwqError, match="dataset owner/other cannot be read"):
+        build_rows(find_recipe("owner/other"), prompter, 12, 32, 0, 2)
+
+
 @pytest.mark.parametrize("content", ["", "short"])
 def test_a_text_that_is_too_short(tmp_path: Path, prompter: Prompter, content: str) -> None:
     (tmp_path / "t.txt").write_text(content)

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.precision import widest_float
+
 
 @dataclass(frozen=True)
 class Fidelity:
@@ -28,13 +30,14 @@ def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Fidelit
     """
     rows, device = targets.numel(), targets.device
     a, b = _Running(rows, device), _Running(rows, device)
-    difference = torch.zeros(rows, dtype=torch.float64, device=device)  # sum of exp(a - m) (a - b)
+    wide = widest_float(device)
+    difference = torch.zeros(rows, dtype=wide, device=device)  # sum of exp(a - m) (a - b)
     first = 0
     for chunk_a, chunk_b in chunks:
         gap = chunk_a - chunk_b
         own = targets - first
         exponentials, rescale = a.add(chunk_a, own, first)
-        difference = difference * rescale + torch.linalg.vecdot(exponentials, gap).to(torch.float64)
+        difference = difference * rescale + torch.linalg.vecdot(exponentials, gap).to(wide)
         b.add(chunk_b, own, first)
         first += chunk_a.shape[1]
     kl = difference / a.total - (a.logsumexp() - b.logsumexp())
@@ -43,7 +46,7 @@ def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Fidelit
         kl=float(kl.mean()),
         perplexity_reference=math.exp(float((a.logsumexp() - a.target).mean())),
         perplexity_quantized=math.exp(float((b.logsumexp() - b.target).mean())),
-        top1_agreement=float((a.best == b.best).to(torch.float64).mean()),
+        top1_agreement=float((a.best == b.best).to(torch.float32).mean()),
     )
 
 
@@ -52,9 +55,10 @@ class _Running:
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.maximum = torch.full((rows,), -torch.inf, device=device)
-        self.total = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.wide = widest_float(device)
+        self.total = torch.zeros(rows, dtype=self.wide, device=device)
         self.best = torch.zeros(rows, dtype=torch.int64, device=device)
-        self.target = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.target = torch.zeros(rows, dtype=self.wide, device=device)
 
     def add(self, logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
         """Take [R, C] logits of entries `first ..`; target: [R] relative to `first`.
@@ -64,15 +68,15 @@ class _Running:
         """
         inside = (target >= 0) & (target < logits.shape[1])
         picked = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
-        self.target = torch.where(inside, picked.to(torch.float64), self.target)
+        self.target = torch.where(inside, picked.to(self.wide), self.target)
         highest, where = logits.max(dim=1)
         self.best = torch.where(highest > self.maximum, where + first, self.best)
         maximum = torch.maximum(self.maximum, highest)
-        rescale = (self.maximum - maximum).exp().to(torch.float64)
+        rescale = (self.maximum - maximum).exp().to(self.wide)
         exponentials = logits.sub_(maximum[:, None]).exp_()
-        self.total = self.total * rescale + exponentials.sum(1).to(torch.float64)
+        self.total = self.total * rescale + exponentials.sum(1).to(self.wide)
         self.maximum = maximum
         return exponentials, rescale
 
     def logsumexp(self) -> Tensor:
-        return self.total.log() + self.maximum.to(torch.float64)
+        return self.total.log() + self.maximum.to(self.wide)

@@ -1,4 +1,4 @@
-"""How exactly float32 matrices are multiplied."""
+"""How exactly is computed: float32 products, and where sums are kept wider."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,3 +15,8 @@ def matmul_precision(precision: str) -> Iterator[None]:
         yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64 where the device has it; Apple's GPUs do not."""
+    return torch.float32 if device.type == "mps" else torch.float64

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import QMAX, Grid
+from gemma_awq_cli.awq.precision import widest_float
 
 DAMPING = 0.01
 COLUMNS = 64  # columns rounded between two updates of all that follow
@@ -27,6 +28,9 @@ def compensated(weight: Tensor, grid: Grid, gram: Tensor, damping: float = DAMPI
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper Cholesky factor of `(H + damping * mean(diag H))^-1`; the damping grows until it exists. [k, k]"""
+    device = gram.device
+    if widest_float(device) != torch.float64:
+        gram = gram.cpu()  # a factorization in float32 would need more damping
     gram = gram.to(torch.float64)
     diagonal = gram.diagonal()
     mean = diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny)
@@ -36,7 +40,7 @@ def inverse_factor(gram: Tensor, damping: float) -> Tensor:
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper.to(torch.float32)
+                return upper.to(torch.float32).to(device)
         damping *= 10
 
 
