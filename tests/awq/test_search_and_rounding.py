@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.rounding import compensated, inverse_factor
+from gemma_awq_cli.awq.rounding import DAMPING, compensated, inverse_factor
 from gemma_awq_cli.awq.search import group_gram, search_range, search_scale
 
 K, N, GROUP = 128, 64, 32
@@ -98,7 +98,7 @@ def test_compensation_is_the_textbook_recursion() -> None:
     weight = torch.randn(8, K)
     grid = minmax_grid(weight, GROUP)
     order = torch.argsort(gram[0].diagonal(), descending=True, stable=True)
-    factor = inverse_factor(gram[0][order][:, order], 0.01).double()
+    factor = inverse_factor(gram[0][order][:, order], DAMPING).double()
     work, expected = weight[:, order].double(), torch.empty(8, K)
     for i in range(K):
         column = Grid(grid.scale[:, [order[i] // GROUP]].double(), grid.zero[:, [order[i] // GROUP]].double())
