@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
-from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
+from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest, quantize
 from gemma_awq_cli.awq.pack import pack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.rounding import compensated
@@ -124,9 +124,8 @@ def quantize_layer(
             choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise)
         scale = _take_up(layer, family, group, choice.scale, row_factor, weights, heads)
         rounded = _round_group(originals, scale, row_factor, own.gram, group_size)
-        plain = {n: _round_to_nearest(w, group_size) for n, w in originals.items()}
-        rtn_error = sum(_error(plain[n], w, own.gram) for n, w in originals.items())
-        error = sum(_error(rounded[n].effective(), w, own.gram) for n, w in originals.items())
+        rtn_error = sum(output_error(nearest(w, minmax_grid(w, group_size)) - w, own.gram) for w in originals.values())
+        error = sum(output_error(rounded[n].effective() - w, own.gram) for n, w in originals.items())
         method = "scale+compensation"
         if not error <= rtn_error:  # also when it is NaN
             method, error = "round-to-nearest", rtn_error
@@ -183,15 +182,6 @@ def _round_group(
             q = compensated(wanted, grid, scaled)
         results[name] = _Rounded(q, grid, wanted, scale, rows)
     return results
-
-
-def _round_to_nearest(weight: Tensor, group_size: int) -> Tensor:
-    grid = minmax_grid(weight, group_size)
-    return dequantize(quantize(weight, grid), grid)
-
-
-def _error(candidate: Tensor, weight: Tensor, gram: Tensor) -> float:
-    return output_error(candidate - weight, gram)
 
 
 def _exponents(choice: ScaleChoice, method: str) -> tuple[float, float]:

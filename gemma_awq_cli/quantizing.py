@@ -23,6 +23,7 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.awq.fidelity import Fidelity, compare
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.layer_quantizing import (
     GroupReport,
     Heads,
@@ -71,8 +72,6 @@ class Quantized:
 
 def require_quantizable(checkpoint: Checkpoint) -> None:
     """An error for a checkpoint that is quantized already or that this method does not cover."""
-    from gemma_awq_cli.errors import GemmaAwqError
-
     if checkpoint.quantization is not None:
         method = checkpoint.quantization.get("quant_method", "an unknown method")
         raise GemmaAwqError(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.gram import output_error
-from gemma_awq_cli.awq.grid import Grid, dequantize, grid_of_range, minmax_grid, nearest, quantize
+from gemma_awq_cli.awq.grid import Grid, grid_of_range, minmax_grid, nearest
 
 RATIOS = 20  # exponents are multiples of 1 / RATIOS
 COARSE = 2  # every second one is tried first, then the neighbours of the best
@@ -117,7 +117,7 @@ def _search_range_of_rows(weight: Tensor, diagonal: Tensor, group_size: int) -> 
     best = grid_of_range(low, high)
     for shrink in SHRINKS:
         grid = grid_of_range(low * shrink, high * shrink)
-        error = (dequantize(quantize(weight, grid), grid) - weight).unflatten(1, (-1, group_size))
+        error = (nearest(weight, grid) - weight).unflatten(1, (-1, group_size))
         by_group = error.transpose(0, 1)  # [G, N, g]
         loss = torch.linalg.vecdot(by_group @ diagonal, by_group).t()  # [N, G]
         better = loss < best_error

@@ -56,7 +56,7 @@ def command(
     """
     out = Output(quiet)
     if model == "demo":
-        out.note("No model named: quantizing the demo, Gemma 3 270M.")
+        out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli import quantizing
     from gemma_awq_cli.calibration import build_rows, find_recipe
     from gemma_awq_cli.models.cache import remember_artifact

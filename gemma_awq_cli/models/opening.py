@@ -14,8 +14,6 @@ from gemma_awq_cli.models.checkpoint import REDOWNLOAD, Checkpoint, read_tensors
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
-KINDS = ("qweight", "qzeros", "scales")
-
 
 @dataclass(frozen=True)
 class OpenModel:
@@ -49,7 +47,9 @@ def open_model(folder: Path, device: torch.device) -> OpenModel:
     if dtype not in (torch.float16, torch.bfloat16):
         dtype = torch.bfloat16
     model = meta_model(checkpoint.text_config)
-    packed = _replace_linears(model, checkpoint, device, dtype) if checkpoint.quantization is not None else False
+    quantized = checkpoint.quantization is not None
+    if quantized:
+        _replace_linears(model, checkpoint, device, dtype)
     shapes = parameter_shapes(model, checkpoint.tied_head)
     checkpoint.require_shapes(shapes)
     weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
@@ -61,7 +61,7 @@ def open_model(folder: Path, device: torch.device) -> OpenModel:
     if left:
         raise AssertionError(f"never made real: {left[:3]}")
     model.requires_grad_(False)
-    return OpenModel(model, Prompter(folder), checkpoint, device, dtype, packed)
+    return OpenModel(model, Prompter(folder), checkpoint, device, dtype, quantized)
 
 
 def _make_buffers_real(model: Any, device: torch.device, dtype: torch.dtype) -> None:
@@ -72,14 +72,13 @@ def _make_buffers_real(model: Any, device: torch.device, dtype: torch.dtype) -> 
     text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
 
 
-def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> bool:
-    """Put packed linears where the artifact has them. True: it is an artifact, in a layout that this tool reads."""
+def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+    """Put packed linears where the artifact has them."""
     group_size = require_awq(checkpoint)
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and name.startswith("model.layers."):
             packed = read_packed(checkpoint, name, module.in_features, module.out_features, group_size)
             model.set_submodule(name, make_linear(packed, device, dtype))
-    return True
 
 
 def require_awq(checkpoint: Checkpoint) -> int:
@@ -109,7 +108,7 @@ def read_packed(
         "qzeros": (in_features // group_size, out_features // PACK),
         "scales": (in_features // group_size, out_features),
     }
-    for kind in KINDS:
+    for kind in PackedWeight._fields:
         info = checkpoint.tensors.get(f"{base}.{kind}")
         if info is None:
             raise GemmaAwqError(f"{checkpoint.folder} lacks the tensor {base}.{kind}.", REDOWNLOAD)
@@ -118,6 +117,6 @@ def read_packed(
                 f"{base}.{kind} has shape {list(info.shape)}, but config.json asks for {list(expected[kind])}.",
                 "The config and the weights are of different models. " + REDOWNLOAD,
             )
-    tensors = read_tensors(checkpoint.tensors, [f"{base}.{kind}" for kind in KINDS])
+    tensors = read_tensors(checkpoint.tensors, [f"{base}.{kind}" for kind in PackedWeight._fields])
     require_finite(f"{base}.scales", tensors[f"{base}.scales"])
-    return PackedWeight(*(tensors[f"{base}.{kind}"] for kind in KINDS))
+    return PackedWeight(*(tensors[f"{base}.{kind}"] for kind in PackedWeight._fields))
