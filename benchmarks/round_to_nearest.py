@@ -8,14 +8,15 @@ from pathlib import Path
 
 import torch
 
+from gemma_awq_cli.artifact import artifact_config, copy_side_files
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.pack import pack_weight
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint
 from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.writing import StagedFolder, TensorWriter, write_json
+from gemma_awq_cli.models.staging import StagedFolder
+from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
-from gemma_awq_cli.quantizing import artifact_config, copy_side_files
 
 
 def main() -> None:
@@ -30,7 +31,8 @@ def main() -> None:
     none = torch.zeros(0, 8)
     plan = make_plan(checkpoint, stack, args.group_size, stored_dtype(checkpoint, None), Rows(none, none, "", "", ""))
     quantized = {tensor.name.rpartition(".")[0] for tensor in plan.tensors if tensor.name.endswith(".qweight")}
-    with StagedFolder(args.output) as folder:
+    with StagedFolder(args.output) as staged:
+        folder = staged.folder
         writer = TensorWriter(folder, plan.tensors)
         for name in stack.shapes:
             key = checkpoint.key(name)

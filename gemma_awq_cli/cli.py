@@ -1,6 +1,8 @@
 """The `gemma-awq` command: the Typer app, and `main`, the one place where errors become messages and exit codes."""
 
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -8,7 +10,7 @@ import typer
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.commands import quantize, run
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from gemma_awq_cli.output import Output, quiet_libraries
 
 app = typer.Typer(
@@ -39,12 +41,16 @@ def _global(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
     try:
+        _heed_termination()
         app(args=list(argv) if argv is not None else None, prog_name="gemma-awq")
     except GemmaAwqError as error:
         Output().error(error)
         return error.exit_code
+    except Terminated:
+        Output().note("terminated")
+        return 128 + signal.SIGTERM
     except SystemExit as exit_:
         code = exit_.code if isinstance(exit_.code, int) else 1 if exit_.code else 0
         # Typer turns Ctrl-C into its own exit; a command that ends with 130 by itself has said so already
@@ -52,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             Output().note("interrupted")
         return code
     return 0
+
+
+def _heed_termination() -> None:
+    """Let SIGTERM unwind like Ctrl-C, so that what is done is kept and said."""
+
+    def terminate(*_: object) -> None:
+        raise Terminated
+
+    if threading.current_thread() is threading.main_thread():  # signals are the main thread's alone
+        signal.signal(signal.SIGTERM, terminate)
 
 
 def entry() -> None:

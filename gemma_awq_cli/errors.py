@@ -15,6 +15,10 @@ class GemmaAwqError(Exception):
         self.hint = hint
 
 
+class Terminated(BaseException):
+    """A scheduler asked the process to end (SIGTERM): like Ctrl-C, it stops the work and corrupts nothing."""
+
+
 class UsageError(GemmaAwqError):
     """The command was typed in a way that cannot be carried out: exit code 2."""
 

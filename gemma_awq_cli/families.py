@@ -42,6 +42,7 @@ class Family:
     model_type: str
     title: str
     gain_offset: float  # an RMSNorm multiplies by gain_offset + weight
+    post_norms: bool  # whether a norm follows attention and MLP before the residual is added
     groups: tuple[ScaleGroup, ...]
     layouts: tuple[Layout, ...]  # where the language model's tensors live in a checkpoint, tried in this order
     companions: tuple[str, ...]  # key prefixes copied as they are (vision tower, projector)
@@ -56,6 +57,7 @@ GEMMA = Family(
     model_type="gemma",
     title="Gemma 1, 1.1, CodeGemma",
     gain_offset=1.0,
+    post_norms=False,
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
@@ -73,6 +75,7 @@ GEMMA2 = Family(
     model_type="gemma2",
     title="Gemma 2",
     gain_offset=1.0,
+    post_norms=True,
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
@@ -90,6 +93,7 @@ GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     title="Gemma 3 (text)",
     gain_offset=1.0,
+    post_norms=True,
     groups=(
         # q_norm and k_norm follow q and k, so a scale of their *input* still folds exactly.
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
@@ -107,6 +111,7 @@ GEMMA3 = Family(
     model_type="gemma3",
     title="Gemma 3 (multimodal: the language model is quantized, the vision tower is copied)",
     gain_offset=1.0,
+    post_norms=True,
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),

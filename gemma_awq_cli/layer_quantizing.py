@@ -9,20 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
-from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
+from gemma_awq_cli.awq.gram import InputStatistics, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest, quantize
-from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.awq.pack import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.rounding import compensated
-from gemma_awq_cli.awq.search import ScaleChoice, search_range, search_scale
+from gemma_awq_cli.awq.search import search_range, search_scale
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family, ScaleGroup
 
 FOLD_TOLERANCE = 1e-4
-GRAM_LIMIT = 16384  # inputs wider than this keep their Gram matrix in blocks
+PART = 2**24  # elements of a weight that an error is computed for at a time
 
 
 @dataclass(frozen=True)
@@ -55,137 +55,113 @@ class GroupReport:
 
 @dataclass
 class QuantizedLayer:
-    """tensors: what is written, by names relative to the layer; dense: float32 weights that compute the same;
-    folded: float32 weights of the folded but unquantized layer; groups: the decisions, in the family's order."""
+    """tensors: what is written, by names relative to the layer; groups: the decisions, in the family's order.
+
+    columns, rows: what each linear's weight was multiplied by before it was rounded, [K] and [N, 1] float32.
+    """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    dense: dict[str, Tensor] = field(default_factory=dict)
-    folded: dict[str, Tensor] = field(default_factory=dict)
     groups: list[GroupReport] = field(default_factory=list)
-
-    @property
-    def error(self) -> float:
-        return sum(group.error for group in self.groups)
-
-    @property
-    def rtn_error(self) -> float:
-        return sum(group.rtn_error for group in self.groups)
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    rows: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Observer:
-    """Collects the statistics of each group's input while a layer runs."""
+def folded_weights(layer: QuantizedLayer, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """float32 weights of the folded but unquantized layer; what is not a linear as it is stored."""
+    folded = _unquantized(layer, device)
+    for name, columns in layer.columns.items():
+        weight = weights[f"{name}.weight"].to(device, torch.float32, copy=True)
+        folded[f"{name}.weight"] = weight.mul_(columns).mul_(layer.rows[name])
+    return folded
 
-    def __init__(self, family: Family, module: nn.Module, group_size: int, device: torch.device) -> None:
-        self.statistics: dict[str, InputStatistics] = {}
-        self._hooks = []
-        for group in family.groups:
-            linear = module.get_submodule(group.linears[0])
-            width = int(linear.in_features)  # type: ignore[arg-type]
-            statistics = InputStatistics(width, block_width(width, group_size, GRAM_LIMIT), device)
-            self.statistics[group.name] = statistics
-            self._hooks.append(linear.register_forward_pre_hook(self._adder(statistics)))
 
-    @staticmethod
-    def _adder(statistics: InputStatistics) -> Any:
-        def add(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            statistics.add(arguments[0])
+def dense_weights(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
+    """float32 weights that compute what the packed layer computes, from the tensors that are written."""
+    dense = _unquantized(layer, device)
+    for name in layer.columns:
+        packed = PackedWeight(*(layer.tensors[f"{name}.{kind}"].to(device) for kind in PackedWeight._fields))
+        dense[f"{name}.weight"] = dequantize(*unpack_weight(packed))
+    return dense
 
-        return add
 
-    def finish(self) -> dict[str, InputStatistics]:
-        """Stop observing; the means are ready."""
-        for hook in self._hooks:
-            hook.remove()
-        for statistics in self.statistics.values():
-            statistics.finish()
-        return self.statistics
+def _unquantized(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
+    return {n: t.to(device, torch.float32) for n, t in layer.tensors.items() if n.endswith(".weight")}
 
 
 def quantize_layer(
     family: Family,
     weights: Mapping[str, Tensor],
-    statistics: Mapping[str, InputStatistics],
+    statistics: dict[str, InputStatistics],
     heads: Heads,
     group_size: int,
     device: torch.device,
 ) -> QuantizedLayer:
-    """Quantize one layer. weights: all of its parameters in the dtype that stays 16-bit, by name."""
+    """Quantize one layer. weights: all of its parameters in the dtype that stays 16-bit, by name.
+
+    The statistics are taken out of their dict as they are used up: a Gram matrix is as large as a weight.
+    """
     layer = QuantizedLayer()
     layer.tensors.update({n: w for n, w in weights.items() if not _is_linear(family, n)})
-    layer.dense.update({n: w.to(device, torch.float32) for n, w in layer.tensors.items()})
-    layer.folded.update(layer.dense)
-    row_factor: dict[str, Tensor] = {}
     # Backwards, so that what a linear's rows take up (v for o, up for down) is decided before the linear is rounded.
     for group in reversed(family.groups):
         originals = {n: weights[f"{n}.weight"].to(device, torch.float32) for n in group.linears}
-        own = statistics[group.name]
+        own = statistics.pop(group.name)
         realise = _realiser(family, group, weights, heads, device)
         with matmul_precision("medium"):  # candidates are only ranked here
             choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise)
-        scale = _take_up(layer, family, group, choice.scale, row_factor, weights, heads)
-        rounded = _round_group(originals, scale, row_factor, own.gram, group_size)
-        rtn_error = sum(output_error(nearest(w, minmax_grid(w, group_size)) - w, own.gram) for w in originals.values())
-        error = sum(output_error(rounded[n].effective() - w, own.gram) for n, w in originals.items())
-        method = "scale+compensation"
+        rtn_error = sum(_rounding_error(w, minmax_grid(w, group_size), own.gram) for w in originals.values())
+        method, exponents = "scale+compensation", choice.exponents
+        scale = _take_up(layer, family, group, choice.scale, weights, heads)
+        error = _round_group(layer, originals, scale, own.gram, group_size)
         if not error <= rtn_error:  # also when it is NaN
-            method, error = "round-to-nearest", rtn_error
-            scale = _take_up(layer, family, group, torch.ones_like(scale), row_factor, weights, heads)
-            rounded = _round_group(originals, scale, row_factor, own.gram, group_size, plain=True)
-        for name, result in rounded.items():
-            packed = pack_weight(result.q, result.grid)
-            for kind, tensor in packed._asdict().items():
-                layer.tensors[f"{name}.{kind}"] = tensor.cpu()
-            layer.dense[f"{name}.weight"] = dequantize(result.q, result.grid)
-            layer.folded[f"{name}.weight"] = result.wanted
+            method, exponents, error = "round-to-nearest", (0.0, 0.0), rtn_error
+            scale = _take_up(layer, family, group, torch.ones_like(scale), weights, heads)
+            _round_group(layer, originals, scale, own.gram, group_size, plain=True)
         layer.groups.insert(
-            0,
-            GroupReport(
-                group.name, group.linears, method, _exponents(choice, method), error, rtn_error, own.gram.shape[1]
-            ),
+            0, GroupReport(group.name, group.linears, method, exponents, error, rtn_error, own.gram.shape[1])
         )
     return layer
 
 
-@dataclass(frozen=True)
-class _Rounded:
-    """One linear on its grid. wanted: what was rounded, `W * scale * rows`; all [N, K] but rows [N, 1]."""
-
-    q: Tensor
-    grid: Grid
-    wanted: Tensor
-    scale: Tensor
-    rows: Tensor
-
-    def effective(self) -> Tensor:
-        """The weight that the original, unscaled input meets."""
-        return dequantize(self.q, self.grid) / self.scale / self.rows
+def _rounding_error(weight: Tensor, grid: Grid, gram: Tensor) -> float:
+    """`output_error` of rounding [N, K] to nearest, some rows at a time."""
+    rows = max(1, PART // weight.shape[1])
+    parts = zip(weight.split(rows), grid.scale.split(rows), grid.zero.split(rows), strict=True)
+    return sum(output_error(nearest(part, Grid(scale, zero)) - part, gram) for part, scale, zero in parts)
 
 
 def _round_group(
+    layer: QuantizedLayer,
     originals: Mapping[str, Tensor],
     scale: Tensor,
-    row_factor: Mapping[str, Tensor],
     gram: Tensor,
     group_size: int,
     plain: bool = False,
-) -> dict[str, _Rounded]:
-    scaled = scaled_gram(gram, scale)
-    results = {}
+) -> float:
+    """Round a group's linears into `layer`. Returns their summed `output_error` on the unscaled input."""
+    scaled = gram if plain else scaled_gram(gram, scale)
+    total = 0.0
     for name, weight in originals.items():
-        rows = row_factor.get(name, torch.ones((), device=weight.device)).reshape(-1, 1)
-        wanted = weight * scale * rows
+        rows = layer.rows.setdefault(name, torch.ones(1, 1, device=weight.device))
+        layer.columns[name] = scale
+        wanted = weight * scale
+        wanted *= rows
         if plain:
             grid = minmax_grid(wanted, group_size)
             q = quantize(wanted, grid)
         else:
             grid = search_range(wanted, scaled, group_size)
             q = compensated(wanted, grid, scaled)
-        results[name] = _Rounded(q, grid, wanted, scale, rows)
-    return results
-
-
-def _exponents(choice: ScaleChoice, method: str) -> tuple[float, float]:
-    return choice.exponents if method != "round-to-nearest" else (0.0, 0.0)
+        del wanted
+        for kind, tensor in pack_weight(q, grid)._asdict().items():
+            layer.tensors[f"{name}.{kind}"] = tensor.cpu()
+        count = max(1, PART // weight.shape[1])
+        for start in range(0, weight.shape[0], count):
+            part = slice(start, start + count)
+            effective = dequantize(q[part], Grid(grid.scale[part], grid.zero[part])).div_(scale)
+            effective.div_(rows[part] if rows.shape[0] > 1 else rows)
+            total += output_error(effective.sub_(weight[part]), gram)
+    return total
 
 
 def _is_linear(family: Family, name: str) -> bool:
@@ -209,7 +185,6 @@ def _take_up(
     family: Family,
     group: ScaleGroup,
     scale: Tensor,
-    row_factor: dict[str, Tensor],
     weights: Mapping[str, Tensor],
     heads: Heads,
 ) -> Tensor:
@@ -218,11 +193,10 @@ def _take_up(
         name = f"{group.source}.weight"
         folded, scale = fold_into_norm(weights[name].to(scale.device), scale, family.gain_offset)
         layer.tensors[name] = folded.cpu()
-        layer.dense[name] = layer.folded[name] = folded.to(torch.float32)
     elif group.fold == "heads":
-        row_factor[group.source] = tie_heads(scale, heads.kv_heads, heads.head_dim).reciprocal()
+        layer.rows[group.source] = tie_heads(scale, heads.kv_heads, heads.head_dim).reciprocal()[:, None]
     else:
-        row_factor[group.source] = scale.reciprocal()
+        layer.rows[group.source] = scale.reciprocal()[:, None]
     return scale
 
 

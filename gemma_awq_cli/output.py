@@ -5,6 +5,7 @@ Progress is drawn only on a terminal; `NO_COLOR` and pipes give plain text.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -103,6 +104,11 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._task)
 
+    def begin_at(self, done: int, total: int) -> None:
+        """So much was done before: it does not count for the time that is left."""
+        if self._bar is not None:
+            self._bar.reset(self._task, total=total, completed=done)
+
 
 def quiet_libraries() -> None:
     """Keep the libraries' own bars and chatter off the screen; warnings of theirs are not for our users."""
@@ -118,6 +124,15 @@ def human_bytes(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.1f} TB"
+
+
+def bytes_of(text: str) -> int | None:
+    """`6GB`, `900MB`, `1.5 GiB` or plain bytes -> bytes; None if it is no size."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
+    if match is None:
+        return None
+    number, unit, binary = match.groups()
+    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
 
 
 def human_seconds(seconds: float) -> str:

@@ -9,16 +9,28 @@ from gemma_awq_cli.awq.pack import PACK
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import FLOAT16_REASON
-from gemma_awq_cli.layer_quantizing import GRAM_LIMIT
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.stack import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.models.writing import PlannedTensor
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What this work reaches on two CPU cores with AVX-512; for the estimate only.
-ESTIMATED_FLOPS = 1.3e11
+ESTIMATED_FLOPS = 2.5e11
 # torch, transformers and the tokenizer of 262144 entries, before any weight
 LIBRARY_BYTES = 700_000_000
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What trades memory for speed or reach. gram_limit: inputs wider than this keep their Gram matrix in blocks."""
+
+    tokens_per_batch: int
+    gram_limit: int
+
+
+FITS = tuple(
+    Fit(tokens, limit) for limit in (8192, 4096, 2048, 1024) for tokens in (4096, 2048, 1024, 512) if tokens <= limit
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +44,11 @@ class Plan:
     tensors: tuple[PlannedTensor, ...]
     source_bytes: int
     artifact_bytes: int
+    fit: Fit
+    rows_per_batch: int
     memory_bytes: int
+    smaller: int | None  # the memory of the next smaller fit
+    state_bytes: int  # on the disk, while the work goes on
     seconds: float
 
 
@@ -72,8 +88,24 @@ def _linear_names(checkpoint: Checkpoint, stack: TextStack) -> set[str]:
     return {name for name in stack.shapes if name.startswith("model.layers.") and name.split(".", 3)[-1] in linears}
 
 
-def make_plan(checkpoint: Checkpoint, stack: TextStack, group_size: int, dtype: torch.dtype, rows: Rows) -> Plan:
-    """The plan of one quantization on `rows`."""
+def make_plan(
+    checkpoint: Checkpoint,
+    stack: TextStack,
+    group_size: int,
+    dtype: torch.dtype,
+    rows: Rows,
+    max_memory: int | None = None,
+) -> Plan:
+    """The plan of one quantization on `rows`, in at most `max_memory` bytes; an error if that is not possible."""
+    choices = [(fit, _memory(checkpoint, stack, group_size, rows, fit)) for fit in FITS]
+    fitting = [choice for choice in choices if max_memory is None or choice[1] <= max_memory]
+    least = min(memory for _, memory in choices)
+    if not fitting:
+        raise GemmaAwqError(
+            f"This needs at least {least / 1e9:.1f} GB of memory, more than --max-memory allows.",
+            "Allow more, or use shorter rows (--seq-len).",
+        )
+    fit, memory = fitting[0]
     linears = _linear_names(checkpoint, stack)
     tensors: list[PlannedTensor] = []
     for name, shape in stack.shapes.items():
@@ -98,8 +130,12 @@ def make_plan(checkpoint: Checkpoint, stack: TextStack, group_size: int, dtype: 
         tensors=tuple(tensors),
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
-        memory_bytes=_memory(checkpoint, stack, group_size, rows),
-        seconds=_seconds(checkpoint, stack, group_size, rows),
+        fit=fit,
+        rows_per_batch=max(1, fit.tokens_per_batch // max(1, rows.ids.shape[1])),
+        memory_bytes=memory,
+        smaller=max((other for _, other in choices if other < 0.9 * memory), default=None),
+        state_bytes=2 * (rows.ids.numel() + 2 * rows.heldout.numel()) * int(stack.config.hidden_size) * 4,
+        seconds=_seconds(checkpoint, stack, group_size, rows, fit),
     )
 
 
@@ -114,26 +150,35 @@ def _widths(checkpoint: Checkpoint, stack: TextStack) -> list[tuple[int, int]]:
     ]
 
 
-def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows) -> int:
-    """Peak bytes: the libraries, the hidden states, a layer in several forms, its Gram matrices, a chunk of logits."""
-    hidden = int(stack.config.hidden_size)
-    tokens = rows.ids.numel() + 2 * rows.heldout.numel()
-    layer = sum(s.numel() for n, s in stack.shapes.items() if n.startswith("model.layers.0.")) * 4
-    grams = [block_width(k, group_size, GRAM_LIMIT) * k * 4 for k, _ in _widths(checkpoint, stack)]
-    embedding = stack.shapes["model.embed_tokens.weight"].numel() * 2
-    working = 4 * layer + sum(grams) + 4 * max(grams)
-    logits = 8 * rows.heldout.numel() * LOGIT_CHUNK * 4
-    return LIBRARY_BYTES + embedding + tokens * hidden * 4 + max(working, logits)
+def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit) -> int:
+    """Peak bytes: the largest of the stages a layer goes through, and of the comparison at the end."""
+    config = stack.config
+    widths = _widths(checkpoint, stack)
+    length = rows.ids.shape[1]
+    layer = sum(s.numel() for n, s in stack.shapes.items() if n.startswith("model.layers.0."))
+    tokens = max(fit.tokens_per_batch, length)
+    blocks = [block_width(k, group_size, fit.gram_limit) for k, _ in widths]
+    grams = [block * k * 4 for block, (k, _) in zip(blocks, widths, strict=True)]
+    # an MLP holds its input, both projections, their product and its weighted copy
+    activations = tokens * 4 * (8 * int(config.hidden_size) + 5 * max(k for k, _ in widths))
+    scores = max(1, tokens // length) * int(config.num_attention_heads) * length * length * 4
+    observing = 6 * layer + sum(grams) + activations + scores
+    # a group's weights in float32, one linear of it scaled and rounded, the scaled Gram, its factor in float64
+    rounding = 0
+    for block, gram, (k, n) in zip(blocks, grams, widths, strict=True):
+        own = 4 * k * n + 12 * k * max(n // 2, min(n, 4096)) + gram + 20 * block * block
+        rounding = max(rounding, 3 * layer + sum(grams) + own)
+    vocabulary = stack.shapes["model.embed_tokens.weight"]
+    comparing = 2 * vocabulary.numel() + rows.heldout.numel() * 4 * (8 * LOGIT_CHUNK + 4 * vocabulary[1])
+    return LIBRARY_BYTES + max(observing, rounding, comparing)
 
 
-def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows) -> float:
+def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit) -> float:
     tokens = rows.ids.numel() + 2 * rows.heldout.numel()
     flops = 0.0
     for k, n in _widths(checkpoint, stack):
-        block = block_width(k, group_size, GRAM_LIMIT)
+        block = block_width(k, group_size, fit.gram_limit)
         flops += 2 * tokens * k * n + 2 * rows.ids.numel() * k * block  # the forward, the Gram matrix
-        flops += (
-            22 * 2 * min(n, 1024) * k * block + 4 * k * block * block + 6 * n * k * block
-        )  # search, factor, rounding
+        flops += 22 * 2 * min(n, 1024) * k * block + k * block * block + 6 * n * k * block  # search, factor, rounding
     head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
     return 5 + (checkpoint.layers * flops + head) / ESTIMATED_FLOPS

@@ -2,72 +2,67 @@
 
 Layer by layer: the calibration rows run through the 16-bit layer while its inputs are observed; the layer is
 quantized, its folds are proved, its tensors are written; a few held-out rows run through both the 16-bit and the
-quantized layers, so that at the end the two models' predictions can be compared.
+quantized layers, so that at the end the two models' predictions can be compared. A journal says which layers are done.
 """
 
-import hashlib
 import platform
-import shutil
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gemma_awq_cli import __version__
+from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
 from gemma_awq_cli.awq.fidelity import Fidelity, compare
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.layer_quantizing import (
-    GroupReport,
     Heads,
-    Observer,
     QuantizedLayer,
+    dense_weights,
     fold_deviation,
+    folded_weights,
     quantize_layer,
     require_exact_fold,
 )
-from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_json, read_tensors, require_finite
+from gemma_awq_cli.models.hidden_states import HiddenStates
+from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.verifying import verify_artifact
-from gemma_awq_cli.models.writing import REPORT, StagedFolder, TensorWriter, require_space, write_errors, write_json
+from gemma_awq_cli.models.writing import TensorWriter, write_json
+from gemma_awq_cli.observing import Observer
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 
 HELDOUT_SAMPLES = 6
-TOKENS_PER_BATCH = 4096
-REPORT_SCHEMA = 1
-
-# Files of the source that belong to the model's text side and its licence; weights and configs are written anew.
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
-    "processor_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*", "USE_POLICY*",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LayerDone:
-    """Progress: layer `index` of `layers` is written."""
+    """Progress: layer `index` of `layers` is written. resumed: by an earlier run."""
 
     index: int
     layers: int
     error: float
     rtn_error: float
     seconds: float
+    resumed: bool = False
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The result: where the artifact is, and the report that lies in it."""
+    """The result: where the artifact is, and the report that lies in it. found: it was whole before."""
 
     folder: Path
     report: dict[str, Any]
+    found: bool = False
 
 
 def require_quantizable(checkpoint: Checkpoint) -> None:
@@ -83,6 +78,18 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
         )
 
 
+def require_free(target: Path, force: bool, resume: bool) -> StagedFolder:
+    """The folder to build in; an error if `target` is taken, or holds work that neither flag speaks of."""
+    staged = StagedFolder(target, force, resume)
+    done = len(Journal(staged.state).records)
+    if done and not resume and not force:
+        raise GemmaAwqError(
+            f"An earlier run was interrupted after {done} layers; they are kept in {staged.path}.",
+            "Go on with --resume, or begin anew with --force.",
+        )
+    return staged
+
+
 @torch.inference_mode()
 def quantize(
     source: Source,
@@ -94,78 +101,171 @@ def quantize(
     arguments: dict[str, Any],
     on_layer: Callable[[LayerDone], None],
     force: bool = False,
+    resume: bool = False,
 ) -> Quantized:
-    """Quantize `checkpoint` into the folder `target`, which appears only when it is complete."""
+    """Quantize `checkpoint` into the folder `target`, which appears only when it is complete.
+
+    An interrupted run keeps its finished layers; `resume` goes on after them, or returns the artifact if it is whole.
+    """
     started = time.perf_counter()
-    staged = StagedFolder(target, force)
-    require_space(target, plan.artifact_bytes + 40_000_000)
-    with staged as staging, write_errors(target):
-        writer = TensorWriter(staging, plan.tensors)
-        hidden = _Hidden(stack, rows)
-        groups: list[list[GroupReport]] = []
+    fingerprint = make_fingerprint(checkpoint, stack, plan, rows, arguments)
+    staged = require_free(target, force, resume)
+    if resume and (found := _found(target, fingerprint, force)) is not None:
+        staged.remove()
+        return found
+    earlier = Journal(staged.state)
+    staged.resume = resume and bool(earlier.records) and _same(earlier.fingerprint, fingerprint, staged.path, force)
+    require_space(target, plan.artifact_bytes + plan.state_bytes + 40_000_000 - staged.size())
+    with write_errors(target), staged:
+        journal = Journal(staged.state)
+        staged.keep = bool(journal.records)
+        writer = TensorWriter(staged.folder, plan.tensors, begun=bool(journal.records))
+        hidden = HiddenStates(
+            staged.state, len(rows.ids), len(rows.heldout), rows.ids.shape[1], int(stack.config.hidden_size)
+        )
+        if not journal.records:
+            ids = torch.cat([rows.ids, rows.heldout])
+            hidden.start(ids, stack.embedder(ids))
+            journal.begin(fingerprint)
         for index in range(checkpoint.layers):
+            names = _layer_tensors(checkpoint, plan, index)
+            if index < len(journal.records):
+                writer.keep(names)
+                on_layer(LayerDone(layers=checkpoint.layers, resumed=True, **_summary(index, journal.records[index])))
+                continue
             layer_started = time.perf_counter()
-            layer = _one_layer(checkpoint, stack, plan, hidden, index)
+            with _memory_errors(plan, index):
+                layer = _one_layer(checkpoint, stack, plan, hidden, index)
             for name, tensor in layer.tensors.items():
                 writer.write(checkpoint.key(f"model.layers.{index}.{name}"), tensor)
-            groups.append(layer.groups)
-            seconds = time.perf_counter() - layer_started
-            on_layer(LayerDone(index, checkpoint.layers, layer.error, layer.rtn_error, seconds))
-        fidelity = _measure(stack, hidden, rows)
+            writer.sync()
+            hidden.sync(index + 1)
+            seconds = round(time.perf_counter() - layer_started, 2)
+            journal.add({"groups": [asdict(group) for group in layer.groups], "seconds": seconds})
+            staged.keep = True
+            on_layer(LayerDone(layers=checkpoint.layers, **_summary(index, journal.records[index])))
+            del layer
+        staged.keep = True
+        with _memory_errors(plan, checkpoint.layers):
+            fidelity = _measure(stack, hidden, rows)
         _write_unquantized(checkpoint, stack, plan, writer)
         writer.finish()
-        copy_side_files(checkpoint, staging)
-        write_json(staging / CONFIG, artifact_config(checkpoint, plan))
-        verified = verify_artifact(staging)
-        report = _report(source, checkpoint, plan, rows, arguments, groups, fidelity, verified, started)
-        write_json(staging / REPORT, report)
+        copy_side_files(checkpoint, staged.folder)
+        write_json(staged.folder / CONFIG, artifact_config(checkpoint, plan))
+        verified = verify_artifact(staged.folder)
+        run = {
+            "seconds": round(time.perf_counter() - started, 1),
+            "seconds_a_layer": [record["seconds"] for record in journal.records],
+        }
+        layers = [record["groups"] for record in journal.records]
+        report = make_report(source, checkpoint, plan, rows, arguments, layers, fidelity, verified, fingerprint, run)
+        write_json(staged.folder / REPORT, report)
     return Quantized(target, report)
 
 
-class _Hidden:
-    """The rows' hidden states between two layers, float32 on the CPU.
+def make_fingerprint(
+    checkpoint: Checkpoint, stack: TextStack, plan: Plan, rows: Rows, arguments: dict[str, Any]
+) -> Fingerprint:
+    """All that an artifact's bytes depend on, by names that a user understands: sums repeat only if all of it does."""
+    import transformers
 
-    calibration, heldout: [R, S, hidden] on the 16-bit path; quantized: the held-out rows on the quantized path.
-    """
+    device = stack.device
+    return {
+        "gemma-awq": __version__,
+        "model": checkpoint.identity(),
+        **arguments,
+        "stored dtype": DTYPE_NAMES[plan.dtype],
+        "calibration rows": rows.text_sha256,
+        "held-out rows": rows.heldout_sha256,
+        "tokens a batch": plan.fit.tokens_per_batch,
+        "widest Gram matrix": plan.fit.gram_limit,
+        "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
 
-    def __init__(self, stack: TextStack, rows: Rows) -> None:
-        self.calibration = stack.embed(rows.ids)
-        self.heldout = stack.embed(rows.heldout)
-        self.quantized = self.heldout.clone()
+
+def _same(then: Fingerprint | None, now: Fingerprint, where: Path, force: bool) -> bool:
+    """Whether a run may be gone on with. If not, that is an error, unless the user allows to begin anew."""
+    if then != now and not force:
+        require_same(then or {}, now, where)
+    return then == now
 
 
-def _one_layer(checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: _Hidden, index: int) -> QuantizedLayer:
+def _found(target: Path, fingerprint: Fingerprint, force: bool) -> Quantized | None:
+    """What a resumed run finds finished."""
+    if not (target / REPORT).is_file():
+        return None
+    report = read_json(target / REPORT)
+    return (
+        Quantized(target, report, found=True) if _same(report.get("fingerprint"), fingerprint, target, force) else None
+    )
+
+
+def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:
+    prefix = checkpoint.key(f"model.layers.{index}.")
+    return [tensor.name for tensor in plan.tensors if tensor.name.startswith(prefix)]
+
+
+def _summary(index: int, record: dict[str, Any]) -> dict[str, Any]:
+    groups = record["groups"]
+    sums = {name: sum(group[name] for group in groups) for name in ("error", "rtn_error")}
+    return {"index": index, "seconds": record["seconds"], **sums}
+
+
+@contextmanager
+def _memory_errors(plan: Plan, index: int) -> Iterator[None]:
+    """Turn the allocators' refusals into an error that names a smaller setting."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+        if not exhausted:
+            raise
+        smaller = f"Give --max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "Close other programs"
+        raise GemmaAwqError(
+            f"Out of memory in layer {index + 1} (planned: {plan.memory_bytes / 1e9:.1f} GB).",
+            f"{smaller}, or use fewer tokens a row (--seq-len) or another machine.",
+        ) from None
+
+
+def _one_layer(
+    checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: HiddenStates, index: int
+) -> QuantizedLayer:
     weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
+    batch = plan.rows_per_batch
+    sample = hidden.read(index, slice(0, 1)).to(stack.device)
     module = stack.layer(index, weights)
-    sample = hidden.calibration[:1].to(stack.device, copy=True)  # the rows themselves advance in place
     with matmul_precision("highest"):
         expected = stack.run_layer(index, module, sample)
     with matmul_precision("medium"):
-        observer = Observer(checkpoint.family, module, plan.group_size, stack.device)
-        _advance(stack, index, module, hidden.calibration)
+        observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device)
+        hidden.advance(index, hidden.calibration, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
         statistics = observer.finish()
-        _advance(stack, index, module, hidden.heldout)
-    heads = Heads.of(stack.config)
-    layer = quantize_layer(checkpoint.family, weights, statistics, heads, plan.group_size, stack.device)
+        hidden.advance(index, hidden.heldout, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
+    del module, observer
+    layer = quantize_layer(
+        checkpoint.family, weights, statistics, Heads.of(stack.config), plan.group_size, stack.device
+    )
+    module = stack.layer(index, folded_weights(layer, weights, stack.device))
     with matmul_precision("highest"):
-        folded = stack.run_layer(index, stack.layer(index, layer.folded), sample)
-        require_exact_fold(index, fold_deviation(expected, folded, sample))
+        require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))
+    del module
+    module = stack.layer(index, dense_weights(layer, stack.device))
     with matmul_precision("medium"):
-        _advance(stack, index, stack.layer(index, layer.dense), hidden.quantized)
+        hidden.advance(index, hidden.quantized, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
     return layer
 
 
-def _advance(stack: TextStack, index: int, module: torch.nn.Module, hidden: Tensor) -> None:
-    """Run rows [R, S, hidden] through a layer in place, a batch at a time."""
-    for batch in hidden.split(max(1, TOKENS_PER_BATCH // hidden.shape[1])):
-        batch.copy_(stack.run_layer(index, module, batch.to(stack.device)))
-
-
-def _measure(stack: TextStack, hidden: _Hidden, rows: Rows) -> Fidelity:
+def _measure(stack: TextStack, hidden: HiddenStates, rows: Rows) -> Fidelity:
     """Compare both paths' predictions of every next token of the held-out rows."""
     norm, head = stack.head()
+    layers = stack.checkpoint.layers
     reference, quantized = (
-        norm(path[:, :-1].reshape(-1, path.shape[-1]).to(stack.device)) for path in (hidden.heldout, hidden.quantized)
+        norm(states[:, :-1].reshape(-1, states.shape[-1]).to(stack.device))
+        for states in (hidden.read(layers, hidden.heldout), hidden.read(layers, hidden.quantized))
     )
     targets = rows.heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
@@ -181,105 +281,3 @@ def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, wri
         tensor = read_tensors(checkpoint.tensors, [key])[key]
         require_finite(key, tensor)
         writer.write(key, tensor)
-
-
-def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config, processor and licence files into an artifact."""
-    for pattern in COPIED:
-        for path in checkpoint.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
-
-
-def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
-    dtype = DTYPE_NAMES[plan.dtype]
-    config = {key: value for key, value in checkpoint.raw_config.items() if key != "torch_dtype"}
-    config["dtype"] = dtype
-    if isinstance(config.get("text_config"), dict):
-        text_config = {key: value for key, value in config["text_config"].items() if key != "torch_dtype"}
-        config["text_config"] = {**text_config, "dtype": dtype}
-    config["quantization_config"] = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": 4,
-        "group_size": plan.group_size,
-        "zero_point": True,
-        "modules_to_not_convert": list(checkpoint.family.not_converted),
-    }
-    return config
-
-
-def _report(
-    source: Source,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    rows: Rows,
-    arguments: dict[str, Any],
-    groups: list[list[GroupReport]],
-    fidelity: Fidelity,
-    verified: dict[str, Any],
-    started: float,
-) -> dict[str, Any]:
-    import safetensors
-    import transformers
-
-    return {
-        "schema": REPORT_SCHEMA,
-        "source": {
-            "model": source.asked,
-            "revision": source.revision,
-            "model_type": checkpoint.family.model_type,
-            "config_sha256": hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest(),
-            "bytes": plan.source_bytes,
-        },
-        "artifact": {
-            "bytes": plan.artifact_bytes,
-            "bits": 4,
-            "group_size": plan.group_size,
-            "dtype": DTYPE_NAMES[plan.dtype],
-            "quantized_linears": plan.quantized_linears,
-        },
-        "arguments": arguments,
-        "calibration": {
-            "text": rows.description,
-            "rows": rows.ids.shape[0],
-            "seq_len": rows.ids.shape[1],
-            "sha256": rows.text_sha256,
-        },
-        "fidelity": {
-            "heldout_tokens": fidelity.tokens,
-            "heldout_sha256": rows.heldout_sha256,
-            "kl": fidelity.kl,
-            "perplexity_16bit": fidelity.perplexity_reference,
-            "perplexity_4bit": fidelity.perplexity_quantized,
-            "top1_agreement": fidelity.top1_agreement,
-        },
-        "verified": verified,
-        "layers": [[asdict(group) for group in layer] for layer in groups],
-        "versions": {
-            "gemma_awq": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
-        "run": {
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.perf_counter() - started, 1),
-            "peak_memory_bytes": peak_memory(),
-            "peak_vram_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-        },
-    }
-
-
-def peak_memory() -> int | None:
-    """This process's largest resident set in bytes, where the system tells."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -214,7 +214,9 @@ def test_bad_input_fails_clearly_and_leaves_nothing(
         assert captured.out == ""
         assert message in captured.err
         assert "hint: " in captured.err
-        assert not list(tmp_path.glob("*out*"))
+        assert not list(tmp_path.glob("out*"))
+        assert ("--resume" in captured.err) == (tmp_path / ".out.partial").exists()
+        shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
 
     good = make_checkpoint(tmp_path / "good", "gemma3_text")
     fails(good, "Group size 128 does not divide the 64 inputs", "--group-size", "128")

@@ -161,7 +161,7 @@ def test_large_artifacts_are_sharded(
     from gemma_awq_cli.models.opening import open_model
     from gemma_awq_cli.models.writing import TensorWriter
 
-    monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000,))
+    monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))
     assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 0
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     assert open_model(tmp_path / "out", torch.device("cpu")).quantized

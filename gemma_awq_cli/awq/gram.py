@@ -12,7 +12,7 @@ from torch import Tensor
 class InputStatistics:
     """Running sums over the rows that enter a set of linears.
 
-    gram: [B, k, k] float32, mean over the rows of x^T x; mean_abs: [K] float32, mean |x|.
+    gram: [B, k, k] float32, mean over the rows of their weight times x^T x; mean_abs: [K] float32, mean |x|.
     """
 
     def __init__(self, width: int, block: int, device: torch.device) -> None:
@@ -21,11 +21,13 @@ class InputStatistics:
         self.abs_sum = torch.zeros(width, dtype=torch.float32, device=device)
         self.rows = 0
 
-    def add(self, x: Tensor) -> None:
-        """Add rows x: [..., K]."""
+    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
+        """Add rows x: [..., K]; weights [...]: how much each counts in the Gram matrix, 1 by default."""
         x = x.reshape(-1, self.abs_sum.shape[0]).to(torch.float32)
         self.rows += x.shape[0]
         self.abs_sum += x.abs().sum(0)
+        if weights is not None:
+            x = x * weights.reshape(-1, 1).sqrt()
         for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
             total.addmm_(part.t(), part)
 
@@ -49,7 +51,7 @@ def block_width(width: int, group_size: int, limit: int) -> int:
 def scaled_gram(gram: Tensor, scale: Tensor) -> Tensor:
     """The Gram of X / scale: gram [B, k, k], scale [K] -> [B, k, k]."""
     inverse = scale.reciprocal().view(gram.shape[0], -1)
-    return gram * inverse[:, :, None] * inverse[:, None, :]
+    return (gram * inverse[:, :, None]).mul_(inverse[:, None, :])
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:

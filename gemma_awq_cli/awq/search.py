@@ -17,6 +17,7 @@ RATIOS = 20  # exponents are multiples of 1 / RATIOS
 COARSE = 2  # every second one is tried first, then the neighbours of the best
 SEARCH_ROWS = 512  # outputs of a linear that the search looks at, evenly spread: enough to rank candidates
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72, 0.68, 0.64, 0.60)
+PART = 2**22  # elements of a weight that are tried at a time: they stay in the processor's cache
 # A scale outside this range costs more float16 range in `scales` than it can gain.
 SCALE_LIMIT = 1e3
 
@@ -33,11 +34,11 @@ def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Mean over all rows of |w| relative to its group's largest: [K]. (AutoAWQ's `w_mean`.)"""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     rows = 0
-    for weight in weights:
-        groups = weight.abs().unflatten(1, (-1, group_size))
+    for part in (part for weight in weights for part in weight.split(max(1, PART // weight.shape[1]))):
+        groups = part.abs().unflatten(1, (-1, group_size))
         relative = groups / groups.amax(-1, keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny)
         total += relative.flatten(1).sum(0)
-        rows += weight.shape[0]
+        rows += part.shape[0]
     return total / rows
 
 
@@ -100,12 +101,13 @@ def group_gram(gram: Tensor, group_size: int) -> Tensor:
     return grid[:, index, :, index].transpose(0, 1).reshape(blocks * per_block, group_size, group_size)
 
 
-def search_range(weight: Tensor, gram: Tensor, group_size: int, rows: int = 2048) -> Grid:
+def search_range(weight: Tensor, gram: Tensor, group_size: int) -> Grid:
     """Each group's range, shrunk where clipping the largest weights lowers the group's own output error.
 
-    weight: [N, K] float32; gram: [B, k, k] of the same (scaled) input. `rows` of the weight are tried at a time.
+    weight: [N, K] float32; gram: [B, k, k] of the same (scaled) input.
     """
     diagonal = group_gram(gram, group_size)
+    rows = max(1, PART // weight.shape[1])
     parts = [_search_range_of_rows(part, diagonal, group_size) for part in weight.split(rows)]
     return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
 

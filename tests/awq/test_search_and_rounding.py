@@ -6,7 +6,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.rounding import DAMPING, compensated, inverse_factor
+from gemma_awq_cli.awq.rounding import DAMPING, compensated
 from gemma_awq_cli.awq.search import group_gram, search_range, search_scale
 
 K, N, GROUP = 128, 64, 32
@@ -93,12 +93,14 @@ def test_compensation_beats_nearest_on_the_same_grid(block: int) -> None:
 
 
 def test_compensation_is_the_textbook_recursion() -> None:
-    """Against a plain transcription of the GPTQ paper's algorithm 1: no blocks, no lazy updates, one column a step."""
+    """Against a plain transcription of the GPTQ paper's algorithm 1: the inverse's factor, one column a step."""
     gram = statistics_of(outlier_rows()).gram
     weight = torch.randn(8, K)
     grid = minmax_grid(weight, GROUP)
     order = torch.argsort(gram[0].diagonal(), descending=True, stable=True)
-    factor = inverse_factor(gram[0][order][:, order], DAMPING).double()
+    damped = gram[0][order][:, order].double()
+    damped += DAMPING * damped.diagonal().mean() * torch.eye(K, dtype=torch.float64)
+    factor = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
     work, expected = weight[:, order].double(), torch.empty(8, K)
     for i in range(K):
         column = Grid(grid.scale[:, [order[i] // GROUP]].double(), grid.zero[:, [order[i] // GROUP]].double())

@@ -21,7 +21,7 @@ def test_logits_equal_transformers(kind: str, checkpoints: Callable[[str], Path]
     expected = auto.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
 
     stack = TextStack(Checkpoint(folder), torch.device("cpu"))
-    hidden = stack.embed(ids)
+    hidden = stack.embedder(ids)(ids)
     for index in range(stack.checkpoint.layers):
         hidden = stack.run_layer(index, stack.layer(index, stack.read_layer(index)), hidden)
     norm, head = stack.head()

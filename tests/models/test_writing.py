@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import read_headers
-from gemma_awq_cli.models.writing import REPORT, PlannedTensor, StagedFolder, TensorWriter, require_space
+from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space
+from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
 
 TENSORS = {
     "b": torch.randn(5, 7),
@@ -48,8 +49,8 @@ def test_a_forgotten_tensor_is_noticed(tmp_path: Path) -> None:
 
 def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with StagedFolder(tmp_path / "artifact") as staging:
-            (staging / "model.safetensors").write_bytes(b"half")
+        with StagedFolder(tmp_path / "artifact") as staged:
+            (staged.folder / "model.safetensors").write_bytes(b"half")
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -59,15 +60,15 @@ def test_a_failure_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_was_there_stays_until_its_successor_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
-    with StagedFolder(target) as staging:
-        (staging / REPORT).write_text("old")
+    with StagedFolder(target) as staged:
+        (staged.folder / REPORT).write_text("old")
     with pytest.raises(GemmaAwqError, match="exists and is not empty"):
         StagedFolder(target)
-    with pytest.raises(RuntimeError), StagedFolder(target, force=True) as staging:
+    with pytest.raises(RuntimeError), StagedFolder(target, force=True) as staged:
         raise RuntimeError
     assert (target / REPORT).read_text() == "old"
-    with StagedFolder(target, force=True) as staging:
-        (staging / REPORT).write_text("new")
+    with StagedFolder(target, force=True) as staged:
+        (staged.folder / REPORT).write_text("new")
     assert (target / REPORT).read_text() == "new"
     assert list(tmp_path.iterdir()) == [target]
 
@@ -82,8 +83,8 @@ def test_force_never_replaces_a_folder_that_is_not_an_artifact(tmp_path: Path) -
 def test_an_empty_folder_is_taken(tmp_path: Path) -> None:
     target = tmp_path / "artifact"
     target.mkdir()
-    with StagedFolder(target) as staging:
-        (staging / REPORT).write_text("x")
+    with StagedFolder(target) as staged:
+        (staged.folder / REPORT).write_text("x")
     assert (target / REPORT).exists()
 
 

@@ -1,0 +1,131 @@
+"""Everything in an artifact beside its tensors: config, tokenizer and licence files, and the report."""
+
+import hashlib
+import platform
+import shutil
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gemma_awq_cli import __version__
+from gemma_awq_cli.awq.fidelity import Fidelity
+from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint
+from gemma_awq_cli.models.source import Source
+from gemma_awq_cli.planning import DTYPE_NAMES, Plan
+
+REPORT_SCHEMA = 2
+
+# Files of the source that belong to the model's text side and its licence; weights and configs are written anew.
+COPIED = (
+    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
+    "processor_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*", "USE_POLICY*",
+)  # fmt: skip
+
+
+def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Copy tokenizer, chat template, generation config, processor and licence files into an artifact."""
+    for pattern in COPIED:
+        for path in checkpoint.folder.glob(pattern):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
+
+
+def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """The source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
+    dtype = DTYPE_NAMES[plan.dtype]
+    config = {key: value for key, value in checkpoint.raw_config.items() if key != "torch_dtype"}
+    config["dtype"] = dtype
+    if isinstance(config.get("text_config"), dict):
+        text_config = {key: value for key, value in config["text_config"].items() if key != "torch_dtype"}
+        config["text_config"] = {**text_config, "dtype": dtype}
+    config["quantization_config"] = {
+        "quant_method": "awq",
+        "version": "gemm",
+        "bits": 4,
+        "group_size": plan.group_size,
+        "zero_point": True,
+        "modules_to_not_convert": list(checkpoint.family.not_converted),
+    }
+    return config
+
+
+def make_report(
+    source: Source,
+    checkpoint: Checkpoint,
+    plan: Plan,
+    rows: Rows,
+    arguments: dict[str, Any],
+    layers: list[list[dict[str, Any]]],
+    fidelity: Fidelity,
+    verified: dict[str, Any],
+    fingerprint: dict[str, Any],
+    run: dict[str, Any],
+) -> dict[str, Any]:
+    """The report that lies in the artifact. fingerprint: all that its bytes depend on; run: what this run took."""
+    import safetensors
+    import transformers
+
+    return {
+        "schema": REPORT_SCHEMA,
+        "source": {
+            "model": source.asked,
+            "revision": source.revision,
+            "model_type": checkpoint.family.model_type,
+            "config_sha256": hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest(),
+            "bytes": plan.source_bytes,
+        },
+        "artifact": {
+            "bytes": plan.artifact_bytes,
+            "bits": 4,
+            "group_size": plan.group_size,
+            "dtype": DTYPE_NAMES[plan.dtype],
+            "quantized_linears": plan.quantized_linears,
+        },
+        "arguments": arguments,
+        "calibration": {
+            "text": rows.description,
+            "rows": rows.ids.shape[0],
+            "seq_len": rows.ids.shape[1],
+            "sha256": rows.text_sha256,
+        },
+        "fidelity": {
+            "heldout_tokens": fidelity.tokens,
+            "heldout_sha256": rows.heldout_sha256,
+            "kl": fidelity.kl,
+            "perplexity_16bit": fidelity.perplexity_reference,
+            "perplexity_4bit": fidelity.perplexity_quantized,
+            "top1_agreement": fidelity.top1_agreement,
+        },
+        "verified": verified,
+        "layers": layers,
+        "fingerprint": fingerprint,
+        "versions": {
+            "gemma_awq": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+        "run": {
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            **run,
+            "peak_memory_bytes": peak_memory(),
+            "peak_vram_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            "machine": f"{platform.system()} {platform.machine()}",
+            "threads": torch.get_num_threads(),
+        },
+    }
+
+
+def peak_memory() -> int | None:
+    """This process's largest resident set in bytes, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

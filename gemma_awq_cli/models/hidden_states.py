@@ -1,0 +1,62 @@
+"""The rows' hidden states between two layers, on the disk: no row count and no interruption costs memory or work.
+
+Two files take turns. A layer reads its input from one and writes its output to the other, so the input is whole until
+the output is, and a run that was killed inside a layer does that layer again from the same bytes.
+"""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+class HiddenStates:
+    """Rows [R, S, hidden] float32 in a folder.
+
+    calibration: the first rows; heldout: those that are only measured on, on the 16-bit path; quantized: the same rows
+    on the quantized path. All are named by `slice`s of R.
+    """
+
+    def __init__(self, folder: Path, calibration: int, heldout: int, seq_len: int, hidden: int) -> None:
+        self.calibration = slice(0, calibration)
+        self.heldout = slice(calibration, calibration + heldout)
+        self.quantized = slice(calibration + heldout, calibration + 2 * heldout)
+        self.reference = slice(0, calibration + heldout)  # all that takes the 16-bit path
+        self._row = (seq_len, hidden)
+        self._files = (folder / "hidden-0.f32", folder / "hidden-1.f32")
+
+    def start(self, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
+        """Write every row's input to layer 0. ids: [R', S] of the reference rows; `embed` gives their states."""
+        with self._files[0].open("wb") as file:
+            for rows in (self.reference, self.heldout):
+                for row in ids[rows].split(1):
+                    file.write(_bytes(embed(row)))
+        self._files[1].touch()
+
+    def read(self, layer: int, rows: slice) -> Tensor:
+        """Rows of layer `layer`'s input: [R', S, hidden] float32."""
+        result = torch.empty((rows.stop - rows.start, *self._row), dtype=torch.float32)
+        with self._files[layer % 2].open("rb") as file:
+            file.seek(rows.start * result[:1].nbytes)
+            if file.readinto(_bytes(result)) != result.nbytes:
+                raise ValueError(f"{file.name} is shorter than its rows")
+        return result
+
+    def advance(self, layer: int, rows: slice, batch: int, run: Callable[[Tensor], Tensor]) -> None:
+        """Write what `run` makes of `rows`, `batch` at a time, as the next layer's input."""
+        with self._files[1 - layer % 2].open("r+b") as file:
+            for first in range(rows.start, rows.stop, batch):
+                hidden = self.read(layer, slice(first, min(first + batch, rows.stop)))
+                file.seek(first * hidden[:1].nbytes)
+                file.write(_bytes(run(hidden)))
+
+    def sync(self, layer: int) -> None:
+        """Make sure that layer `layer`'s input is on the disk."""
+        with self._files[layer % 2].open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,64 @@
+"""What a layer's linears see while the calibration rows run through it, each token counted by what its error would do.
+
+Two things make tokens unequal, and both were measured (see `BOS_WEIGHT`, and the README's table of choices):
+
+- Every row's BOS is what attention rests on: one token of hundreds, but an error there reaches all of them.
+- Gemma 2 and 3 normalize what attention and MLP give before it is added. An error of `o` or `down` is divided by that
+  token's output, so the squared error that counts is relative to the output's mean square.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_awq_cli.awq.gram import InputStatistics, block_width
+from gemma_awq_cli.families import Family
+
+BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens
+
+
+class Observer:
+    """Collects the statistics of each group's input while a layer runs on rows that each begin with BOS."""
+
+    def __init__(
+        self, family: Family, module: nn.Module, group_size: int, gram_limit: int, device: torch.device
+    ) -> None:
+        self.statistics: dict[str, InputStatistics] = {}
+        self._hooks = []
+        for group in family.groups:
+            linear = module.get_submodule(group.linears[0])
+            width = int(linear.in_features)  # type: ignore[arg-type]
+            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device)
+            self.statistics[group.name] = statistics
+            normalized = family.post_norms and group.fold != "norm"
+            self._hooks.append(linear.register_forward_hook(self._adder(statistics, normalized)))
+
+    @staticmethod
+    def _adder(statistics: InputStatistics, normalized: bool) -> Any:
+        def add(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+            statistics.add(arguments[0], token_weights(output, normalized))
+
+        return add
+
+    def finish(self) -> dict[str, InputStatistics]:
+        """Stop observing; the means are ready."""
+        for hook in self._hooks:
+            hook.remove()
+        for statistics in self.statistics.values():
+            statistics.finish()
+        return self.statistics
+
+
+def token_weights(output: Tensor, normalized: bool) -> Tensor:
+    """How much an error at each token counts: [R, S], the mean over a row's tokens after the BOS is 1.
+
+    output: [R, S, N] of the linear; normalized: whether a norm follows it.
+    """
+    weights = torch.ones(output.shape[:2], device=output.device)
+    if normalized:
+        tiny = torch.finfo(torch.float32).tiny
+        weights = output.to(torch.float32).square().mean(-1).clamp_(min=tiny).reciprocal_()
+        weights /= weights[:, 1:].mean(1, keepdim=True)
+    weights[:, 0] = BOS_WEIGHT
+    return weights

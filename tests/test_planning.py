@@ -1,0 +1,55 @@
+"""The plan: what --max-memory changes, and what it says when memory ends."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.output import bytes_of
+from gemma_awq_cli.planning import FITS, LIBRARY_BYTES, Plan, make_plan
+from gemma_awq_cli.quantizing import _memory_errors
+
+
+def plan_of(checkpoint: Path, max_memory: int | None = None) -> Plan:
+    """A plan for so many tokens that activations, and not the libraries, decide."""
+    opened = Checkpoint(checkpoint)
+    rows = Rows(torch.zeros(64, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.int64), "", "", "")
+    stack = TextStack(opened, torch.device("cpu"))
+    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory)
+
+
+def test_less_memory_takes_smaller_batches(checkpoints: Callable[[str], Path]) -> None:
+    largest = plan_of(checkpoints("gemma"))
+    assert largest.fit == FITS[0]
+    assert largest.rows_per_batch == 8
+    allowed = LIBRARY_BYTES + (largest.memory_bytes - LIBRARY_BYTES) * 2 // 3
+    smaller = plan_of(checkpoints("gemma"), allowed)
+    assert smaller.memory_bytes <= allowed
+    assert smaller.rows_per_batch < 8
+    with pytest.raises(GemmaAwqError, match=r"needs at least \d"):
+        plan_of(checkpoints("gemma"), 1000)
+
+
+def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:
+    import dataclasses
+
+    plan = dataclasses.replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000)
+    for exhausted in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
+        with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, _memory_errors(plan, 4):
+            raise exhausted
+        assert "--max-memory 3.2GB" in caught.value.hint
+    with pytest.raises(RuntimeError, match="a bug"), _memory_errors(plan, 4):
+        raise RuntimeError("a bug")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("6GB", 6 * 10**9), ("1.5 gib", 3 * 2**29), ("900M", 900 * 10**6), ("123", 123), ("6 apples", None), ("", None)],
+)
+def test_sizes(text: str, expected: int | None) -> None:
+    assert bytes_of(text) == expected

@@ -1,0 +1,380 @@
+"""A run that is killed anywhere and resumed ends in the same bytes as one that was not.
+
+The kills are real SIGKILLs of a real process, at chosen file operations (between any two of them, a rename and a
+journal entry included) and at random moments. A process that has imported everything once is forked for every run.
+"""
+
+import hashlib
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_awq_cli.cli import main
+from gemma_awq_cli.models.journal import Journal, differences
+from tests.conftest import quantize_arguments
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
+Capture = pytest.CaptureFixture[str]
+
+# Reads commands as JSON lines: the arguments, and at which of its file operations or after how many seconds to die.
+# Answers: the exit code, and how many file operations below the target's parent there were.
+SERVER = """
+import json, os, signal, sys, threading
+import torch
+torch.set_num_threads(1)  # no threads exist that a fork would lose
+from gemma_awq_cli.cli import main
+import gemma_awq_cli.quantizing, transformers.models.gemma3.modeling_gemma3, gemma_awq_cli.commands.quantize
+from gemma_awq_cli.kernels.autoawq import _packing_utils
+_packing_utils()
+WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+for line in sys.stdin:
+    order = json.loads(line)
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        os.close(reading)
+        count = 0
+        def hook(event, arguments):
+            global count
+            if event in WATCHED and order["below"] in str(arguments[0]):
+                count += 1
+                if count == order.get("at_operation"):
+                    os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(hook)
+        if order.get("after_seconds"):
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.setitimer(signal.ITIMER_REAL, order["after_seconds"])
+        code = main(order["arguments"])
+        os.write(writing, json.dumps([code, count]).encode())
+        os._exit(0)
+    os.close(writing)
+    _, status = os.waitpid(pid, 0)
+    answer = os.read(reading, 1000)
+    os.close(reading)
+    print("answer", answer.decode() if os.WIFEXITED(status) else "[-9, 0]", flush=True)
+"""
+
+
+class Runner:
+    """Runs `gemma-awq quantize` in a fresh process each time, and may kill it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(folder / "cache")},
+        )  # fmt: skip
+
+    def run(self, arguments: list[str], **kill: float) -> tuple[int, int]:
+        """(exit code or -9, file operations)"""
+        assert self._server.stdin is not None
+        assert self._server.stdout is not None
+        order = {"arguments": arguments, "below": str(self.folder / "work"), **kill}
+        self._server.stdin.write(json.dumps(order) + "\n")
+        self._server.stdin.flush()
+        while line := self._server.stdout.readline():
+            if line.startswith("answer "):
+                code, count = json.loads(line.removeprefix("answer "))
+                return code, count
+        raise AssertionError("the server died")
+
+    def close(self) -> None:
+        assert self._server.stdin is not None
+        self._server.stdin.close()
+        self._server.wait(timeout=30)
+
+
+@pytest.fixture(scope="module")
+def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+    folder = tmp_path_factory.mktemp("resume")
+    (folder / "work").mkdir()
+    runner = Runner(folder)
+    yield runner
+    runner.close()
+
+
+def identity(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of the identity set: all but the report."""
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.iterdir())
+        if path.name != "quantization_report.json"
+    }
+
+
+@pytest.mark.timeout(900)
+def test_killed_anywhere_and_resumed_gives_the_same_bytes(
+    runner: Runner, checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    out = runner.folder / "work" / "out"
+
+    def command(*more: str) -> list[str]:
+        return quantize_arguments(checkpoints("gemma3_text"), out, text_file, "--num-samples", "4", *more)
+
+    whole = time.monotonic()
+    code, operations = runner.run(command())
+    whole = time.monotonic() - whole
+    assert code == 0
+    expected = identity(out)
+    assert operations > 60
+
+    old = runner.folder / "old"
+    assert runner.run(quantize_arguments(checkpoints("gemma"), old, text_file))[0] == 0
+
+    rng = random.Random(0)
+    kills = 0
+
+    def prepare(replacing: bool) -> None:
+        """The target is free, or holds an older artifact of another model that --force may replace."""
+        shutil.rmtree(out, ignore_errors=True)
+        if replacing:
+            shutil.copytree(old, out)
+
+    def resumed(where: str) -> None:
+        code, _ = runner.run(command("--resume", "--force"))
+        assert code == 0, where
+        assert identity(out) == expected, where
+        assert [p.name for p in out.parent.iterdir()] == ["out"], where
+
+    # every operation from the last layer to the last clean-up, where renames and journal entries meet
+    late = list(range(operations - 30, operations + 1))
+    early = rng.sample(range(1, operations - 30), 24)
+    for at in sorted(early + late):
+        prepare(replacing=at % 3 == 0)
+        code, _ = runner.run(command("--force"), at_operation=at)
+        assert code == -9, f"not killed at operation {at}"
+        kills += 1
+        assert not out.exists() or identity(out) in (expected, identity(old)), "something half-written looks whole"
+        if at % 2:  # the resumed run is killed as well
+            code, _ = runner.run(command("--resume", "--force"), at_operation=1 + rng.randrange(operations // 2))
+            kills += code == -9
+        resumed(f"killed at operation {at}")
+    for _ in range(15):
+        prepare(replacing=False)
+        code, _ = runner.run(command(), after_seconds=rng.uniform(0.02, whole))
+        kills += code == -9
+        resumed("killed at a random moment")
+    assert kills >= 50
+
+
+def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run that was interrupted after two of three layers. Returns its arguments."""
+    from gemma_awq_cli import quantizing
+
+    arguments = quantize_arguments(checkpoint, out, text)
+    real = quantizing._one_layer
+
+    def interrupted(*given: object) -> object:
+        if given[-1] == 2:
+            raise KeyboardInterrupt
+        return real(*given)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "_one_layer", interrupted)
+        assert main(arguments) == 130
+    return arguments
+
+
+def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    artifacts: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    out = tmp_path / "out"
+    arguments = kept_run(out, checkpoints("gemma2"), text_file, monkeypatch)
+    assert "2 of 3 layers are kept: repeat the command with --resume" in capsys.readouterr().err
+    assert not out.exists()
+    # neither thrown away nor gone on with unless that is asked for
+    assert main(arguments) == 1
+    assert "interrupted after 2 layers" in capsys.readouterr().err
+    assert main([*arguments, "--resume"]) == 0
+    captured = capsys.readouterr()
+    assert captured.out == f"{out}\n"
+    assert "layer 3/3" in captured.err
+    assert "layer 2/3" not in captured.err
+    assert identity(out) == identity(artifacts("gemma2"))
+    layers = json.loads((out / "quantization_report.json").read_text())["layers"]
+    assert layers == json.loads((artifacts("gemma2") / "quantization_report.json").read_text())["layers"]
+    # once more: it is there
+    assert main([*arguments, "--resume"]) == 0
+    assert "complete already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (["--seed", "1"], "seed: 0 then, 1 now"),
+        (["--dtype", "float16"], "dtype: none then, float16 now"),
+        (["--calibration", "other"], "calibration rows"),
+        (["--max-memory", "100GB"], "max_memory: none then"),
+        (["model"], "model: "),
+        (["threads"], "threads: "),
+        (["torch"], "torch: 2.6.0 then"),
+    ],
+)
+def test_resuming_under_other_conditions_is_refused(
+    change: list[str],
+    named: str,
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import torch
+
+    from tests.tiny import make_checkpoint
+
+    out = tmp_path / "out"
+    arguments = kept_run(out, checkpoints("gemma"), text_file, monkeypatch)
+    journal = tmp_path / ".out.partial" / "state" / "journal.jsonl"
+    if change == ["model"]:
+        arguments[1] = str(make_checkpoint(tmp_path / "finetuned", "gemma", seed=1))
+    elif change == ["threads"]:
+        monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    elif change == ["torch"]:
+        journal.write_text(journal.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.6.0"'))
+    elif change[0] == "--calibration":
+        other = tmp_path / "other.txt"
+        other.write_text(text_file.read_text().replace("fox", "cat"))
+        arguments += ["--calibration", str(other)]
+    else:
+        arguments += change
+    before = journal.read_bytes()
+    assert main([*arguments, "--resume"]) == 1
+    captured = capsys.readouterr()
+    assert named in captured.err
+    assert "--force" in captured.err
+    assert journal.read_bytes() == before
+    assert not out.exists()
+
+
+def test_two_processes_do_not_write_one_artifact(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
+) -> None:
+    from gemma_awq_cli.models.staging import StagedFolder
+
+    with StagedFolder(tmp_path / "out"):
+        assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 1
+    assert "Another process is writing" in capsys.readouterr().err
+
+
+def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from gemma_awq_cli import quantizing\n"
+        "from gemma_awq_cli.cli import main\n"
+        "real = quantizing._one_layer\n"
+        "def slow(*a):\n"
+        "    if a[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
+        "    return real(*a)\n"
+        "quantizing._one_layer = slow\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 128 + signal.SIGTERM
+    assert ended.stdout == ""
+    assert "1 of 3 layers are kept" in ended.stderr
+    assert ended.stderr.endswith("terminated\n")
+    assert main([*arguments, "--resume"]) == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit a process's address space")
+def test_out_of_memory_is_said_and_resumable(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    """A real refusal of the allocator: the address space is limited when the second layer begins."""
+    code = (
+        "import resource, sys\n"
+        "from gemma_awq_cli import quantizing\n"
+        "from gemma_awq_cli.cli import main\n"
+        "import torch\n"
+        "real = quantizing._one_layer\n"
+        "def limited(*a):\n"
+        "    if a[-1] == 1:\n"
+        "        used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
+        "        torch.empty(2**30)\n"
+        "    return real(*a)\n"
+        "quantizing._one_layer = limited\n"
+        "sys.exit(main(sys.argv[1:]))\n"
+    )
+    arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1, ended.stderr
+    assert "Out of memory in layer 2" in ended.stderr
+    assert "hint: " in ended.stderr
+    assert "1 of 3 layers are kept" in ended.stderr
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_shard_that_vanishes_half_way(
+    tmp_path: Path, text_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemma_awq_cli import quantizing
+    from tests.tiny import make_checkpoint
+
+    checkpoint = make_checkpoint(tmp_path / "sharded", "gemma2", sharded=True)
+    shards = sorted(checkpoint.glob("model-*.safetensors"))
+    real = quantizing._one_layer
+
+    def vanishing(*given: object) -> object:
+        if given[-1] == 1:
+            for shard in shards:
+                shard.rename(shard.with_suffix(".away"))
+        return real(*given)  # type: ignore[arg-type]
+
+    arguments = quantize_arguments(checkpoint, tmp_path / "out", text_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(quantizing, "_one_layer", vanishing)
+        assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "cannot be read" in captured.err
+    assert "1 of 3 layers are kept" in captured.err
+    for shard in shards:
+        shard.with_suffix(".away").rename(shard)
+    assert main([*arguments, "--resume"]) == 0
+
+
+def test_a_changed_file_of_the_kept_work_is_noticed(
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    arguments = kept_run(tmp_path / "out", checkpoints("gemma"), text_file, monkeypatch)
+    (tmp_path / ".out.partial" / "model" / "model.safetensors").unlink()
+    assert main([*arguments, "--resume"]) == 1
+    assert "missing or was changed" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+
+
+def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin({"seed": 0})
+    journal.add({"groups": []})
+    with journal.path.open("ab") as file:
+        file.write(b'{"groups": [')
+    again = Journal(tmp_path)
+    assert again.fingerprint == {"seed": 0}
+    assert again.records == [{"groups": []}]
+    again.add({"groups": [1]})
+    assert Journal(tmp_path).records == [{"groups": []}, {"groups": [1]}]
+
+
+def test_differences_are_named() -> None:
+    assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 then, 3 now"]
