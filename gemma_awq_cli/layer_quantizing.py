@@ -17,7 +17,7 @@ from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest, quant
 from gemma_awq_cli.awq.pack import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.rounding import compensated
-from gemma_awq_cli.awq.search import search_range, search_scale
+from gemma_awq_cli.awq.search import BALANCED, Effort, search_range, search_scale
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family, ScaleGroup
 
@@ -95,6 +95,7 @@ def quantize_layer(
     heads: Heads,
     group_size: int,
     device: torch.device,
+    effort: Effort = BALANCED,
 ) -> QuantizedLayer:
     """Quantize one layer. weights: all of its parameters in the dtype that stays 16-bit, by name.
 
@@ -108,15 +109,15 @@ def quantize_layer(
         own = statistics.pop(group.name)
         realise = _realiser(family, group, weights, heads, device)
         with matmul_precision("medium"):  # candidates are only ranked here
-            choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise)
+            choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise, effort)
         rtn_error = sum(_rounding_error(w, minmax_grid(w, group_size), own.gram) for w in originals.values())
         method, exponents = "scale+compensation", choice.exponents
         scale = _take_up(layer, family, group, choice.scale, weights, heads)
-        error = _round_group(layer, originals, scale, own.gram, group_size)
+        error = _round_group(layer, originals, scale, own.gram, group_size, effort)
         if not error <= rtn_error:  # also when it is NaN
             method, exponents, error = "round-to-nearest", (0.0, 0.0), rtn_error
             scale = _take_up(layer, family, group, torch.ones_like(scale), weights, heads)
-            _round_group(layer, originals, scale, own.gram, group_size, plain=True)
+            _round_group(layer, originals, scale, own.gram, group_size, None)
         layer.groups.insert(
             0, GroupReport(group.name, group.linears, method, exponents, error, rtn_error, own.gram.shape[1])
         )
@@ -136,21 +137,24 @@ def _round_group(
     scale: Tensor,
     gram: Tensor,
     group_size: int,
-    plain: bool = False,
+    effort: Effort | None,
 ) -> float:
-    """Round a group's linears into `layer`. Returns their summed `output_error` on the unscaled input."""
-    scaled = gram if plain else scaled_gram(gram, scale)
+    """Round a group's linears into `layer`, to nearest without `effort`.
+
+    Returns their summed `output_error` on the unscaled input.
+    """
+    scaled = gram if effort is None else scaled_gram(gram, scale)
     total = 0.0
     for name, weight in originals.items():
         rows = layer.rows.setdefault(name, torch.ones(1, 1, device=weight.device))
         layer.columns[name] = scale
         wanted = weight * scale
         wanted *= rows
-        if plain:
+        if effort is None:
             grid = minmax_grid(wanted, group_size)
             q = quantize(wanted, grid)
         else:
-            grid = search_range(wanted, scaled, group_size)
+            grid = search_range(wanted, scaled, group_size, effort)
             q = compensated(wanted, grid, scaled)
         del wanted
         for kind, tensor in pack_weight(q, grid)._asdict().items():

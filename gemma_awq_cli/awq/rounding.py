@@ -74,12 +74,11 @@ def _round_columns(weight: Tensor, grid: Grid, order: Tensor, feedback: Tensor) 
             wanted.addmm_(feedback[:start, start : start + COLUMNS].t(), work[:start], alpha=-1.0)
         for i in range(part.shape[0]):
             column, group = start + i, group_of[start + i]
-            if i:
-                wanted[i].addmv_(part[:i].t(), feedback[start:column, column], alpha=-1.0)
             torch.div(wanted[i], scale[group], out=q[column]).add_(zero[group]).round_().clamp_(0, QMAX)
             # the column's place now holds its error, q - w
-            torch.sub(q[column], zero[group], out=wanted[i]).mul_(scale[group])
-            torch.sub(wanted[i], part[i], out=part[i])
+            error = torch.sub(q[column], zero[group]).mul_(scale[group]).sub_(part[i])
+            part[i] = error
+            wanted[i + 1 :].addr_(feedback[column, column + 1 : start + part.shape[0]], error, alpha=-1.0)
     result = torch.empty_like(weight)
     result[:, order] = q.t()
     return result

@@ -14,12 +14,27 @@ from gemma_awq_cli.awq.gram import output_error
 from gemma_awq_cli.awq.grid import Grid, grid_of_range, minmax_grid, nearest
 
 RATIOS = 20  # exponents are multiples of 1 / RATIOS
-COARSE = 2  # every second one is tried first, then the neighbours of the best
-SEARCH_ROWS = 512  # outputs of a linear that the search looks at, evenly spread: enough to rank candidates
-SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.80, 0.76, 0.72, 0.68, 0.64, 0.60)
 PART = 2**22  # elements of a weight that are tried at a time: they stay in the processor's cache
 # A scale outside this range costs more float16 range in `scales` than it can gain.
 SCALE_LIMIT = 1e3
+
+
+class Effort(NamedTuple):
+    """How hard is searched.
+
+    stride: every so many of the exponents are tried first, then the neighbours of the best if `refine`; rows: outputs
+    of a linear that the scale search looks at, evenly spread; shrinks: the shares of a group's range that are tried.
+    """
+
+    stride: int
+    refine: bool
+    rows: int
+    shrinks: tuple[float, ...]
+
+
+FAST = Effort(4, False, 128, (1.0, 0.92, 0.84, 0.76))
+BALANCED = Effort(2, True, 512, tuple(1 - 0.04 * step for step in range(11)))
+BEST = Effort(1, False, 2048, tuple(1 - 0.025 * step for step in range(21)))
 
 
 class ScaleChoice(NamedTuple):
@@ -56,13 +71,14 @@ def search_scale(
     gram: Tensor,
     group_size: int,
     realise: Callable[[Tensor], Tensor],
+    effort: Effort = BALANCED,
 ) -> ScaleChoice:
     """The scale under which rounding to nearest costs least.
 
     weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; gram: [B, k, k]. `realise` turns a
     wanted scale into the one that can be folded exactly; candidates are judged by that one.
     """
-    samples = [weight[:: -(-weight.shape[0] // SEARCH_ROWS)] for weight in weights]
+    samples = [weight[:: -(-weight.shape[0] // effort.rows)] for weight in weights]
     shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
     magnitude = weight_magnitude(weights, group_size)
 
@@ -87,7 +103,9 @@ def search_scale(
                     best = ScaleChoice(scale, exponents, error)
         return best
 
-    best = try_steps(range(COARSE, RATIOS, COARSE), best)
+    best = try_steps(range(effort.stride, RATIOS, effort.stride), best)
+    if not effort.refine:
+        return best
     middle = round(best.exponents[0] * RATIOS)
     return try_steps((step for step in (middle - 1, middle + 1) if 0 < step < RATIOS), best)
 
@@ -101,23 +119,23 @@ def group_gram(gram: Tensor, group_size: int) -> Tensor:
     return grid[:, index, :, index].transpose(0, 1).reshape(blocks * per_block, group_size, group_size)
 
 
-def search_range(weight: Tensor, gram: Tensor, group_size: int) -> Grid:
+def search_range(weight: Tensor, gram: Tensor, group_size: int, effort: Effort = BALANCED) -> Grid:
     """Each group's range, shrunk where clipping the largest weights lowers the group's own output error.
 
     weight: [N, K] float32; gram: [B, k, k] of the same (scaled) input.
     """
     diagonal = group_gram(gram, group_size)
     rows = max(1, PART // weight.shape[1])
-    parts = [_search_range_of_rows(part, diagonal, group_size) for part in weight.split(rows)]
+    parts = [_search_range_of_rows(part, diagonal, group_size, effort.shrinks) for part in weight.split(rows)]
     return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
 
 
-def _search_range_of_rows(weight: Tensor, diagonal: Tensor, group_size: int) -> Grid:
+def _search_range_of_rows(weight: Tensor, diagonal: Tensor, group_size: int, shrinks: Sequence[float]) -> Grid:
     groups = weight.unflatten(1, (-1, group_size))  # [N, G, g]
     low, high = groups.amin(-1), groups.amax(-1)
     best_error = torch.full_like(low, torch.inf)
     best = grid_of_range(low, high)
-    for shrink in SHRINKS:
+    for shrink in shrinks:
         grid = grid_of_range(low * shrink, high * shrink)
         error = (nearest(weight, grid) - weight).unflatten(1, (-1, group_size))
         by_group = error.transpose(0, 1)  # [G, N, g]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.models.checkpoint import Checkpoint
 
-LOGIT_CHUNK = 4096  # vocabulary entries that logits are computed for at a time
+LOGIT_CHUNK = 512  # vocabulary entries that logits are computed for at a time: they stay in the cache
 
 
 def meta_model(text_config: Any) -> Any:
