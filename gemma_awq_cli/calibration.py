@@ -19,6 +19,7 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.prompting import Message, Prompter
 
 DEFAULT_RECIPE = "embedded"
+SELF = "self"  # rows that the model samples itself; measured on the default recipe's held-out text
 FILE_KINDS = (".txt", ".jsonl", ".parquet")
 Document = str | list[Message]
 
@@ -149,10 +150,11 @@ def build_rows(
         )
     chosen = chosen[:num_samples]
     ids, heldout_ids = torch.tensor(chosen), torch.tensor(heldout)
-    return Rows(ids, heldout_ids, _hash(ids), _hash(heldout_ids), _describe(recipe))
+    return Rows(ids, heldout_ids, hash_rows(ids), hash_rows(heldout_ids), _describe(recipe))
 
 
-def _hash(ids: Tensor) -> str:
+def hash_rows(ids: Tensor) -> str:
+    """SHA-256 of token rows."""
     return hashlib.sha256(ids.to(torch.int64).numpy().tobytes()).hexdigest()
 
 

@@ -18,6 +18,12 @@ class StoredDtype(StrEnum):
     float16 = "float16"
 
 
+class QualityName(StrEnum):
+    fast = "fast"
+    balanced = "balanced"
+    best = "best"
+
+
 class GroupSize(StrEnum):
     g128 = "128"
     g64 = "64"

@@ -1,11 +1,13 @@
 """What quantizing a checkpoint will write, need and take, from its headers alone."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.pack import PACK
+from gemma_awq_cli.awq.search import BALANCED, FAST, Effort
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import FLOAT16_REASON
@@ -18,6 +20,10 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 ESTIMATED_FLOPS = 2.5e11
 # torch, transformers and the tokenizer of 262144 entries, before any weight
 LIBRARY_BYTES = 700_000_000
+
+
+EFFORTS = {"fast": FAST, "balanced": BALANCED, "best": BALANCED}  # `best` has more rows instead: see the README
+BEST_OWN_ROWS = 96  # rows of the model's own that `best` adds to the text's
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Plan:
     smaller: int | None  # the memory of the next smaller fit
     state_bytes: int  # on the disk, while the work goes on
     seconds: float
+    effort: Effort
 
 
 def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
@@ -95,6 +102,7 @@ def make_plan(
     dtype: torch.dtype,
     rows: Rows,
     max_memory: int | None = None,
+    quality: str = "balanced",
 ) -> Plan:
     """The plan of one quantization on `rows`, in at most `max_memory` bytes; an error if that is not possible."""
     choices = [(fit, _memory(checkpoint, stack, group_size, rows, fit)) for fit in FITS]
@@ -136,6 +144,7 @@ def make_plan(
         smaller=max((other for _, other in choices if other < 0.9 * memory), default=None),
         state_bytes=2 * (rows.ids.numel() + 2 * rows.heldout.numel()) * int(stack.config.hidden_size) * 4,
         seconds=_seconds(checkpoint, stack, group_size, rows, fit),
+        effort=EFFORTS[quality],
     )
 
 
@@ -182,3 +191,12 @@ def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Ro
         flops += 22 * 2 * min(n, 1024) * k * block + k * block * block + 6 * n * k * block  # search, factor, rounding
     head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
     return 5 + (checkpoint.layers * flops + head) / ESTIMATED_FLOPS
+
+
+def available_memory() -> int | None:
+    """Bytes that the system could give now, where it tells (Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

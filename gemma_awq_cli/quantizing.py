@@ -247,7 +247,7 @@ def _one_layer(
         hidden.advance(index, hidden.heldout, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
     del module, observer
     layer = quantize_layer(
-        checkpoint.family, weights, statistics, Heads.of(stack.config), plan.group_size, stack.device
+        checkpoint.family, weights, statistics, Heads.of(stack.config), plan.group_size, stack.device, plan.effort
     )
     module = stack.layer(index, folded_weights(layer, weights, stack.device))
     with matmul_precision("highest"):

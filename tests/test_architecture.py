@@ -14,7 +14,16 @@ import gemma_awq_cli
 PACKAGE = Path(gemma_awq_cli.__file__).parent
 # A room may import from itself and from the rooms before it.
 ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
-VERBS = {"artifact", "calibration", "generation", "layer_quantizing", "observing", "planning", "quantizing"}
+VERBS = {
+    "artifact",
+    "calibration",
+    "generation",
+    "layer_quantizing",
+    "observing",
+    "planning",
+    "quantizing",
+    "self_sampling",
+}
 ANYWHERE = {"__init__", "errors"}
 COMMAND_SIDE = {"output", "options"}  # for commands and cli only
 

@@ -34,7 +34,6 @@ class Effort(NamedTuple):
 
 FAST = Effort(4, False, 128, (1.0, 0.92, 0.84, 0.76))
 BALANCED = Effort(2, True, 512, tuple(1 - 0.04 * step for step in range(11)))
-BEST = Effort(1, False, 2048, tuple(1 - 0.025 * step for step in range(21)))
 
 
 class ScaleChoice(NamedTuple):

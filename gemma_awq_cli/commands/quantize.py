@@ -1,15 +1,27 @@
 """`gemma-awq quantize`: a 16-bit Gemma to a 4-bit AWQ artifact."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.options import Device, DeviceOption, GroupSize, JsonOption, QuietOption, RevisionOption, StoredDtype
+from gemma_awq_cli.options import (
+    Device,
+    DeviceOption,
+    GroupSize,
+    JsonOption,
+    QualityName,
+    QuietOption,
+    RevisionOption,
+    StoredDtype,
+)
 from gemma_awq_cli.output import Output, bytes_of, human_bytes, human_seconds
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from gemma_awq_cli.models.source import Source
     from gemma_awq_cli.planning import Plan
     from gemma_awq_cli.quantizing import LayerDone
@@ -32,13 +44,18 @@ def command(
     ] = GroupSize.g128,
     calibration: Annotated[
         str,
-        typer.Option(help="Recipe name, recipe file, .txt/.jsonl/.parquet file, or hub dataset id.", metavar="TEXT"),
+        typer.Option(
+            help="Recipe name, recipe file, .txt/.jsonl/.parquet file, hub dataset id, or `self`.", metavar="TEXT"
+        ),
     ] = "embedded",
     dataset_config: Annotated[str | None, typer.Option(help="Config of a hub dataset.", metavar="NAME")] = None,
     dataset_split: Annotated[str | None, typer.Option(help="Split of a hub dataset.", metavar="NAME")] = None,
     text_column: Annotated[
         str | None, typer.Option(help="Column that holds the text or the messages.", metavar="NAME")
     ] = None,
+    quality: Annotated[
+        QualityName, typer.Option(help="How much work to spend: see the README for what each costs and gains.")
+    ] = QualityName.balanced,
     num_samples: Annotated[int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
     seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,
@@ -65,17 +82,20 @@ def command(
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli import quantizing
-    from gemma_awq_cli.calibration import build_rows, find_recipe
+    from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
     from gemma_awq_cli.models.cache import remember_artifact
     from gemma_awq_cli.models.checkpoint import Checkpoint
     from gemma_awq_cli.models.opening import pick_device
     from gemma_awq_cli.models.prompting import Prompter
     from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
-    from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
+    from gemma_awq_cli.planning import BEST_OWN_ROWS, available_memory, make_plan, require_layout, stored_dtype
+    from gemma_awq_cli.self_sampling import require_room, with_own_rows
 
     chosen = pick_device(device.value)
-    recipe = find_recipe(calibration, dataset_config, dataset_split, text_column)
+    recipe = find_recipe(
+        DEFAULT_RECIPE if calibration == SELF else calibration, dataset_config, dataset_split, text_column
+    )
     memory = max_memory and bytes_of(max_memory)
     if max_memory is not None and not memory:
         raise UsageError(f"--max-memory {max_memory!r} is no size.", "Write 6GB, 900MB or 4GiB.")
@@ -92,15 +112,22 @@ def command(
     stored = stored_dtype(checkpoint, dtype and dtype.value)
     require_layout(checkpoint, stack, size)
     rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, quantizing.HELDOUT_SAMPLES)
-    plan = make_plan(checkpoint, stack, size, stored, rows, memory or None)
-    if len(rows.ids) < num_samples:
+    own = num_samples if calibration == SELF else BEST_OWN_ROWS if quality is QualityName.best else 0
+    if own:
+        require_room(checkpoint, own, seq_len, memory or available_memory())
+        if calibration == SELF:
+            rows = replace(rows, ids=rows.ids[:0], description=SELF)
+        rows = with_own_rows(rows, _sample(out, source, chosen, own, seq_len, seed, dry_run))
+    plan = make_plan(checkpoint, stack, size, stored, rows, memory or None, quality.value)
+    if not own and len(rows.ids) < num_samples:
         out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
     _show_plan(out, plan, source, target, chosen.type)
     if dry_run:
         _finish_dry_run(out, plan, target, as_json)
         return
     arguments = {
-        "group_size": size, "calibration": calibration, "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
+        "quality": quality.value, "group_size": size, "calibration": calibration, "num_samples": num_samples,
+        "seq_len": seq_len, "seed": seed,
         "device": chosen.type, "dtype": dtype and dtype.value, "max_memory": memory,
     }  # fmt: skip
     finished = 0
@@ -133,6 +160,18 @@ def command(
     else:
         out.result(str(target))
     out.note('Next: gemma-awq run "The capital of France is"')
+
+
+def _sample(out: Output, source: "Source", device: Any, rows: int, seq_len: int, seed: int, dry_run: bool) -> "Tensor":
+    import torch
+
+    from gemma_awq_cli.self_sampling import sample_rows
+
+    if dry_run:  # only their number matters
+        return torch.zeros(rows, seq_len, dtype=torch.int64)
+    out.note(f"Sampling {rows} rows of {seq_len} tokens from the 16-bit model.")
+    with out.progress("Sampling", seq_len - 1) as progress:
+        return sample_rows(source.folder, device, rows, seq_len, seed, lambda _: progress.step())
 
 
 def _show_plan(out: Output, plan: "Plan", source: "Source", target: Path, device: str) -> None:

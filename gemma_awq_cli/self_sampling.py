@@ -1,0 +1,91 @@
+"""Calibration rows that the 16-bit model writes itself: no data set, no licence question, the model's own distribution.
+
+All rows are sampled at once, token by token from BOS at temperature 1, through transformers' static cache.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.calibration import Rows, hash_rows
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.opening import open_model
+
+CHUNKS = 64  # parts of the vocabulary that a draw first chooses among
+
+
+def sampling_bytes(checkpoint: Checkpoint, rows: int, seq_len: int) -> int:
+    """Memory that sampling takes: the whole model in 16 bit, the cache of every row, a token's logits."""
+    config = checkpoint.text_config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    cache = 4 * rows * seq_len * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    weights = sum(info.nbytes for info in checkpoint.tensors.values())
+    return 700_000_000 + weights + cache + 4 * rows * int(config.vocab_size)
+
+
+def require_room(checkpoint: Checkpoint, rows: int, seq_len: int, memory: int | None) -> None:
+    """An error if sampling does not fit in `memory` bytes (None: unknown, so allowed)."""
+    needed = sampling_bytes(checkpoint, rows, seq_len)
+    if memory is not None and needed > memory:
+        raise GemmaAwqError(
+            f"Sampling from the 16-bit model needs the whole of it in memory: {needed / 1e9:.1f} GB, and there are "
+            f"{memory / 1e9:.1f} GB.",
+            "Use another --calibration text, and --quality balanced instead of best.",
+        )
+
+
+@torch.inference_mode()
+def sample_rows(
+    folder: Path, device: torch.device, rows: int, seq_len: int, seed: int, on_token: Callable[[int], None]
+) -> Tensor:
+    """[rows, seq_len] int64 token ids, each row from BOS. The same seed, threads and libraries give the same rows."""
+    from transformers import StaticCache
+
+    opened = open_model(folder, device)
+    model = opened.model
+    generator = torch.Generator(device=device).manual_seed(seed)
+    cache = StaticCache(config=model.config, max_cache_len=seq_len)
+    ids = torch.full((rows, seq_len), opened.prompter.bos, dtype=torch.int64, device=device)
+    for position in range(seq_len - 1):
+        states = model.model(
+            input_ids=ids[:, position : position + 1],
+            position_ids=torch.full((1, 1), position, device=device),
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state[:, -1]
+        logits = model.lm_head(states)
+        softcap = getattr(model.config, "final_logit_softcapping", None)
+        if softcap is not None:
+            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        ids[:, position + 1] = draw(logits, generator)
+        on_token(position + 1)
+    return ids.cpu()
+
+
+def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """One token a row from softmax(logits [R, V]): [R]. First the part of the vocabulary is drawn, then the token.
+
+    A whole row's running sum of 262144 terms would cost more than the model.
+    """
+    rows, vocabulary = logits.shape
+    width = -(-vocabulary // CHUNKS)
+    weights = (logits - logits.max(1, keepdim=True).values).exp_()
+    weights = torch.nn.functional.pad(weights, (0, width * CHUNKS - vocabulary)).view(rows, CHUNKS, width)
+    sums = weights.sum(2, dtype=torch.float32).cumsum(1)
+    point = torch.rand(rows, 1, generator=generator, device=logits.device) * sums[:, -1:]
+    part = torch.searchsorted(sums, point).clamp_(max=CHUNKS - 1)
+    before = torch.where(part > 0, sums.gather(1, (part - 1).clamp_(min=0)), torch.zeros_like(point))
+    inside = weights[torch.arange(rows, device=logits.device), part[:, 0]].to(torch.float32).cumsum(1)
+    # a point that rounding put beyond the part's own sum falls on the part's last token of any weight
+    token = torch.searchsorted(inside, torch.minimum(point - before, inside[:, -1:]))
+    return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1)
+
+
+def with_own_rows(rows: Rows, own: Tensor) -> Rows:
+    """`rows` with the model's own [R', S] after the text's."""
+    ids = torch.cat([rows.ids, own])
+    described = f"{rows.description} + {len(own)} rows of the model's own"
+    return Rows(ids, rows.heldout, hash_rows(ids), rows.heldout_sha256, described)
