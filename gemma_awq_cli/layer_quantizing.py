@@ -110,7 +110,7 @@ def quantize_layer(
         realise = _realiser(family, group, weights, heads, device)
         with matmul_precision("medium"):  # candidates are only ranked here
             choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise, effort)
-        rtn_error = sum(_rounding_error(w, minmax_grid(w, group_size), own.gram) for w in originals.values())
+            rtn_error = sum(_rounding_error(w, minmax_grid(w, group_size), own.gram) for w in originals.values())
         method, exponents = "scale+compensation", choice.exponents
         scale = _take_up(layer, family, group, choice.scale, weights, heads)
         error = _round_group(layer, originals, scale, own.gram, group_size, effort)
@@ -164,7 +164,8 @@ def _round_group(
             part = slice(start, start + count)
             effective = dequantize(q[part], Grid(grid.scale[part], grid.zero[part])).div_(scale)
             effective.div_(rows[part] if rows.shape[0] > 1 else rows)
-            total += output_error(effective.sub_(weight[part]), gram)
+            with matmul_precision("medium"):  # as round-to-nearest's error is computed
+                total += output_error(effective.sub_(weight[part]), gram)
     return total
 
 

@@ -111,7 +111,8 @@ def command(
     size = int(group_size.value)
     stored = stored_dtype(checkpoint, dtype and dtype.value)
     require_layout(checkpoint, stack, size)
-    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, quantizing.HELDOUT_SAMPLES)
+    heldout = quantizing.HELDOUT_SAMPLES_FAST if quality is QualityName.fast else quantizing.HELDOUT_SAMPLES
+    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, heldout)
     own = num_samples if calibration == SELF else BEST_OWN_ROWS if quality is QualityName.best else 0
     if own:
         require_room(checkpoint, own, seq_len, memory or available_memory())

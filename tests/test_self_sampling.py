@@ -1,0 +1,76 @@
+"""Rows that the model samples itself: the draw is the softmax, the cache changes nothing, the command records it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma_awq_cli import planning, self_sampling
+from gemma_awq_cli.cli import main
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.opening import open_model
+from tests.conftest import FAMILIES, quantize_arguments
+
+CPU = torch.device("cpu")
+
+
+def test_draws_follow_the_softmax() -> None:
+    logits = torch.randn(1, 300, generator=torch.Generator().manual_seed(0)) * 2
+    logits[0, 17] = -torch.inf
+    draws = self_sampling.draw(logits.expand(40_000, -1).clone(), torch.Generator().manual_seed(1))
+    seen = torch.bincount(draws, minlength=300) / len(draws)
+    assert seen[17] == 0
+    assert float((seen - logits.softmax(-1)[0]).abs().sum()) < 0.1  # total variation of 40000 draws is about 0.06
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.inference_mode()
+def test_the_cache_changes_nothing(
+    kind: str, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Token by token as from the whole row at once, beyond the sliding window too."""
+    given: list[Tensor] = []
+
+    def likeliest(logits: Tensor, _: torch.Generator) -> Tensor:
+        given.append(logits.float())
+        # spread the rows, so that they are not all alike
+        return logits.topk(3).indices[torch.arange(3), torch.arange(3)]
+
+    monkeypatch.setattr(self_sampling, "draw", likeliest)
+    ids = self_sampling.sample_rows(checkpoints(kind), CPU, 3, 40, 0, lambda _: None)
+    opened = open_model(checkpoints(kind), CPU)
+    assert (ids[:, 0] == opened.prompter.bos).all()
+    whole = opened.model(input_ids=ids).logits[:, :-1].float()
+    stepped = torch.stack(given, 1)
+    # both are bfloat16; a wrong mask or position would be as far off as another row is
+    assert (stepped - whole).norm(dim=-1).median() < 0.1 * (whole[0] - whole[1]).norm(dim=-1).median()
+
+
+def test_quantize_on_its_own_rows(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
+    own = quantize_arguments(checkpoints("gemma"), tmp_path / "own", text_file)
+    own[own.index("--calibration") + 1] = "self"
+    assert main(own) == 0
+    calibration = json.loads((tmp_path / "own" / "quantization_report.json").read_text())["calibration"]
+    assert calibration["rows"] == 24
+    assert "model's own" in calibration["text"]
+    best = quantize_arguments(checkpoints("gemma"), tmp_path / "best", text_file, "--quality", "best")
+    assert main(best) == 0
+    calibration = json.loads((tmp_path / "best" / "quantization_report.json").read_text())["calibration"]
+    assert calibration["rows"] == 24 + planning.BEST_OWN_ROWS
+
+
+def test_the_same_seed_gives_the_same_rows(checkpoints: Callable[[str], Path]) -> None:
+    first, again, other = (
+        self_sampling.sample_rows(checkpoints("gemma"), CPU, 4, 24, seed, lambda _: None) for seed in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+
+
+def test_a_model_that_does_not_fit_is_not_sampled_from(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(GemmaAwqError, match="whole of it in memory"):
+        self_sampling.require_room(Checkpoint(checkpoints("gemma")), 8, 512, 500_000_000)
