@@ -378,3 +378,33 @@ def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:
 
 def test_differences_are_named() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 then, 3 now"]
+
+
+def test_a_disk_that_fills_up_in_the_middle_of_a_layer(
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    artifacts: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import errno
+
+    from gemma_awq_cli.models.writing import TensorWriter
+
+    real = TensorWriter.write
+
+    def full(writer: TensorWriter, name: str, tensor: object) -> None:
+        if "layers.1.mlp.up_proj.qweight" in name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(writer, name, tensor)  # type: ignore[arg-type]
+
+    arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorWriter, "write", full)
+        assert main(arguments) == 1
+    captured = capsys.readouterr()
+    assert "is full" in captured.err
+    assert "1 of 3 layers are kept" in captured.err
+    assert main([*arguments, "--resume"]) == 0
+    assert identity(tmp_path / "out") == identity(artifacts("gemma"))
