@@ -129,9 +129,8 @@ def quantize(
             hidden.start(ids, stack.embedder(ids))
             journal.begin(fingerprint)
         for index in range(checkpoint.layers):
-            names = _layer_tensors(checkpoint, plan, index)
             if index < len(journal.records):
-                writer.keep(names)
+                writer.keep(_layer_tensors(checkpoint, plan, index))
                 on_layer(LayerDone(layers=checkpoint.layers, resumed=True, **_summary(index, journal.records[index])))
                 continue
             layer_started = time.perf_counter()

@@ -122,6 +122,11 @@ def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[
     return tensors
 
 
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """A tensor's bytes as a safetensors file holds them."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
 def require_finite(name: str, tensor: Tensor) -> None:
     """An error if a weight holds NaN or infinity."""
     for part in tensor.split(max(1, 2**24 // max(1, tensor[0].numel()))) if tensor.dim() else (tensor,):
@@ -197,17 +202,9 @@ class Checkpoint:
         Not a hash of all weights: that would read a whole 27B checkpoint for an answer that is the same in practice.
         """
         digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
-        by_file: dict[Path, list[str]] = {}
-        for name, info in sorted(self.tensors.items()):
-            by_file.setdefault(info.file, []).append(name)
-        for file, names in by_file.items():
-            with safe_open(file, "pt") as handle:
-                for name in names:
-                    info = self.tensors[name]
-                    digest.update(f"{name} {info.dtype} {info.shape}".encode())
-                    if info.shape:
-                        middle = handle.get_slice(name)[info.shape[0] // 2 : info.shape[0] // 2 + 1]
-                        digest.update(middle.contiguous().view(torch.uint8).numpy().tobytes())
+        for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() else tensor))
         return digest.hexdigest()
 
     def companions(self) -> list[str]:

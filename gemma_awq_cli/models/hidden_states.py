@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.models.checkpoint import raw_bytes
+
 
 class HiddenStates:
     """Rows [R, S, hidden] float32 in a folder.
@@ -32,7 +34,7 @@ class HiddenStates:
         with self._files[0].open("wb") as file:
             for rows in (self.reference, self.heldout):
                 for row in ids[rows].split(1):
-                    file.write(_bytes(embed(row)))
+                    file.write(raw_bytes(embed(row)))
         self._files[1].touch()
 
     def read(self, layer: int, rows: slice) -> Tensor:
@@ -40,7 +42,7 @@ class HiddenStates:
         result = torch.empty((rows.stop - rows.start, *self._row), dtype=torch.float32)
         with self._files[layer % 2].open("rb") as file:
             file.seek(rows.start * result[:1].nbytes)
-            if file.readinto(_bytes(result)) != result.nbytes:
+            if file.readinto(raw_bytes(result)) != result.nbytes:
                 raise ValueError(f"{file.name} is shorter than its rows")
         return result
 
@@ -50,13 +52,9 @@ class HiddenStates:
             for first in range(rows.start, rows.stop, batch):
                 hidden = self.read(layer, slice(first, min(first + batch, rows.stop)))
                 file.seek(first * hidden[:1].nbytes)
-                file.write(_bytes(run(hidden)))
+                file.write(raw_bytes(run(hidden)))
 
     def sync(self, layer: int) -> None:
         """Make sure that layer `layer`'s input is on the disk."""
         with self._files[layer % 2].open("r+b") as file:
             os.fsync(file.fileno())
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

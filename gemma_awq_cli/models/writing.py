@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import DTYPES, INDEX, SINGLE
+from gemma_awq_cli.models.checkpoint import DTYPES, INDEX, SINGLE, raw_bytes
 
 SHARD_BYTES = 4 * 10**9
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -93,10 +93,9 @@ class TensorWriter:
             raise ValueError(f"{name}: planned {planned}, got {tensor.dtype} {tuple(tensor.shape)}")
         path, offset = self._place[name]
         self._unsynced.add(path)
-        data = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
         with path.open("r+b") as file:
             file.seek(offset)
-            file.write(data.data)
+            file.write(raw_bytes(tensor))
 
     def finish(self) -> None:
         """Make sure that every planned tensor was written and is on the disk."""
