@@ -73,8 +73,6 @@ def complete(
 
     An interruption (Ctrl-C) ends the completion and keeps what was generated.
     """
-    from transformers import DynamicCache
-
     context = int(opened.checkpoint.text_config.max_position_embeddings)
     if len(ids) >= context:
         raise GemmaAwqError(
@@ -84,14 +82,13 @@ def complete(
     choose = _chooser(sampling, opened.device)
     ends = _end_tokens(opened)
     text = _TextStream(opened.prompter.tokenizer, stop, on_text)
-    cache = DynamicCache(config=opened.checkpoint.text_config)
-    step = torch.tensor([list(ids)], device=opened.device)
     limit = min(max_new_tokens, context - len(ids))
+    session = opened.session(1, len(ids) + limit)
+    step: Sequence[int] = ids
     started = time.perf_counter()
     try:
         while len(result.tokens) < limit:
-            logits = opened.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
-            token = choose(logits.to(torch.float32), result.tokens)
+            token = choose(session.feed([step])[0], result.tokens)
             if not result.tokens:
                 result.prefill_seconds = time.perf_counter() - started
                 started = time.perf_counter()
@@ -102,7 +99,7 @@ def complete(
             if text.add(token):
                 result.finish = "stop"
                 break
-            step = torch.tensor([[token]], device=opened.device)
+            step = [token]
     except KeyboardInterrupt:
         result.finish = "interrupted"
     result.decode_seconds = time.perf_counter() - started if result.tokens else 0.0

@@ -12,6 +12,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.models.checkpoint import REDOWNLOAD, Checkpoint, read_tensors, require_finite
 from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.session import Session, TransformersSession
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
 
@@ -25,6 +26,10 @@ class OpenModel:
     device: torch.device
     dtype: torch.dtype
     quantized: bool
+
+    def session(self, rows: int, capacity: int) -> Session:
+        """A new session of so many rows, each of at most `capacity` tokens."""
+        return TransformersSession(self.model, rows, capacity, self.device)
 
 
 def pick_device(asked: str) -> torch.device:

@@ -1,0 +1,56 @@
+"""A running model: what it has read so far, and the logits of what comes next.
+
+`Session` is all that generation knows of a model. One is opened for a prompt, a chat or a batch, and is fed tokens.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Session(Protocol):
+    """One or more rows of tokens, read from position 0 on, with their cache."""
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """Read the next tokens of every row: the logits [R, V] float32 that follow each row's last one.
+
+        The first call may bring rows of different lengths; every later one brings equally many tokens a row.
+        """
+        ...
+
+
+class TransformersSession:
+    """transformers' own forward and dynamic cache: every model, every device, every dtype.
+
+    capacity: the most tokens that a row will hold, prompt and answer together.
+    """
+
+    def __init__(self, model: Any, rows: int, capacity: int, device: torch.device, pad: int = 0) -> None:
+        from transformers import DynamicCache
+
+        self._model = model
+        self._cache = DynamicCache(config=model.config)
+        self._device = device
+        self._pad = pad
+        self._rows = rows
+        self._mask = torch.zeros(rows, 0, dtype=torch.int64)  # [R, read so far]: 0 where a row was padded
+        self.capacity = capacity
+
+    @torch.inference_mode()
+    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        longest = max(map(len, tokens))
+        # padded on the left, so that every row's last token is in the last column
+        ids = torch.tensor([[self._pad] * (longest - len(row)) + list(row) for row in tokens])
+        mask = torch.tensor([[0] * (longest - len(row)) + [1] * len(row) for row in tokens])
+        self._mask = torch.cat([self._mask, mask], dim=1)
+        arguments: dict[str, Any] = {}
+        if not self._mask.all():
+            positions = (self._mask.cumsum(1) - 1).clamp_(min=0)[:, -longest:]
+            arguments = {"attention_mask": self._mask.to(self._device), "position_ids": positions.to(self._device)}
+        output = self._model(
+            ids.to(self._device), past_key_values=self._cache, use_cache=True, logits_to_keep=1, **arguments
+        )
+        logits: Tensor = output.logits[:, -1].to(torch.float32)
+        return logits
