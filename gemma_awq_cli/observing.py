@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import InputStatistics, block_width
+from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family
 
 BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens
@@ -41,12 +42,17 @@ class Observer:
 
         return add
 
-    def finish(self) -> dict[str, InputStatistics]:
-        """Stop observing; the means are ready."""
+    def finish(self, index: int) -> dict[str, InputStatistics]:
+        """Stop observing layer `index`; the means are ready. An error if the rows' activations overflowed."""
         for hook in self._hooks:
             hook.remove()
-        for statistics in self.statistics.values():
+        for name, statistics in self.statistics.items():
             statistics.finish()
+            if not torch.isfinite(statistics.gram.diagonal(dim1=1, dim2=2)).all():
+                raise GemmaAwqError(
+                    f"Layer {index + 1}: what enters {name} holds NaN or infinite values; the weights are finite.",
+                    "The checkpoint is damaged or its training diverged: compare it with the source's.",
+                )
         return self.statistics
 
 

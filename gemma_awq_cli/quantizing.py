@@ -243,7 +243,7 @@ def _one_layer(
     with matmul_precision("medium"):
         observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device)
         hidden.advance(index, hidden.calibration, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
-        statistics = observer.finish()
+        statistics = observer.finish(index)
         hidden.advance(index, hidden.heldout, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
     del module, observer
     layer = quantize_layer(

@@ -1,16 +1,24 @@
 """Calibration rows that the 16-bit model writes itself: no data set, no licence question, the model's own distribution.
 
-All rows are sampled at once, token by token from BOS at temperature 1, through transformers' static cache.
+All rows are sampled at once, token by token from BOS at temperature 1, through transformers' static cache. The tool's
+cache keeps them, so that a resumed run, or one with other settings, does not sample them again.
 """
 
+import hashlib
+import json
+import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_awq_cli.calibration import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.cache import cache_folder
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 
@@ -35,6 +43,34 @@ def require_room(checkpoint: Checkpoint, rows: int, seq_len: int, memory: int | 
             f"{memory / 1e9:.1f} GB.",
             "Use another --calibration text, and --quality balanced instead of best.",
         )
+
+
+def own_rows(
+    checkpoint: Checkpoint, device: torch.device, rows: int, seq_len: int, seed: int, on_token: Callable[[int], None]
+) -> Tensor:
+    """`sample_rows` of a checkpoint, from the cache if the same sampling was done before.
+
+    A cache that cannot be read or written costs the time of sampling again, and nothing else.
+    """
+    conditions = {
+        "model": checkpoint.identity(), "rows": rows, "seq_len": seq_len, "seed": seed, "device": device.type,
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+    }  # fmt: skip
+    name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:32]
+    path = cache_folder() / "own-rows" / f"{name}.safetensors"
+    with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged
+        ids = load_file(path)["ids"]
+        if ids.shape == (rows, seq_len) and ids.dtype == torch.int32:
+            return ids.to(torch.int64)
+    ids = sample_rows(checkpoint.folder, device, rows, seq_len, seed, on_token)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    with suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"ids": ids.to(torch.int32)}, partial)
+        partial.replace(path)
+    with suppress(OSError):
+        partial.unlink()
+    return ids
 
 
 @torch.inference_mode()

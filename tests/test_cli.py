@@ -229,6 +229,9 @@ def test_bad_input_fails_clearly_and_leaves_nothing(
     fails(bad, "holds NaN or infinite")  # found half-way: the first layers were written already
     edit_weights(bad, lambda t: t.pop("model.layers.2.mlp.down_proj.weight"))
     fails(bad, "lacks 1 tensors")
+    wild = shutil.copytree(good, tmp_path / "wild")
+    edit_weights(wild, lambda t: [t[f"model.layers.1.mlp.{name}_proj.weight"].mul_(1e25) for name in ("gate", "up")])
+    fails(wild, "Layer 2: what enters down holds NaN or infinite values")  # finite weights, infinite activations
     fails(tmp_path / "absent", "neither a folder nor a hub id")
     assert main(["quantize", "demo", "--revision", "main", "-o", str(tmp_path / "out")]) == 2
 

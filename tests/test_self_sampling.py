@@ -71,6 +71,39 @@ def test_the_same_seed_gives_the_same_rows(checkpoints: Callable[[str], Path]) -
     assert not torch.equal(first, other)
 
 
+def test_rows_are_sampled_once(
+    tmp_path: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampled = 0
+    sample_rows = self_sampling.sample_rows
+
+    def counted(*arguments: object) -> Tensor:
+        nonlocal sampled
+        sampled += 1
+        return sample_rows(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(self_sampling, "sample_rows", counted)
+
+    def rows(seed: int = 0, kind: str = "gemma") -> Tensor:
+        return self_sampling.own_rows(Checkpoint(checkpoints(kind)), CPU, 2, 16, seed, lambda _: None)
+
+    first = rows()
+    assert torch.equal(rows(), first)
+    assert sampled == 1
+    assert not torch.equal(rows(seed=1), first)
+    assert not torch.equal(rows(kind="gemma2"), first)
+    assert sampled == 3
+    kept = sorted((tmp_path / "cache" / "own-rows").iterdir())
+    assert len(kept) == 3
+    for path in kept:  # damaged
+        path.write_bytes(path.read_bytes()[:20])
+    assert torch.equal(rows(), first)
+    assert sampled == 4
+    # a cache that cannot be written
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(kept[0]))
+    assert torch.equal(rows(), first)
+
+
 def test_a_model_that_does_not_fit_is_not_sampled_from(checkpoints: Callable[[str], Path]) -> None:
     with pytest.raises(GemmaAwqError, match="whole of it in memory"):
         self_sampling.require_room(Checkpoint(checkpoints("gemma")), 8, 512, 500_000_000)

@@ -22,6 +22,7 @@ from gemma_awq_cli.output import Output, bytes_of, human_bytes, human_seconds
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from gemma_awq_cli.models.checkpoint import Checkpoint
     from gemma_awq_cli.models.source import Source
     from gemma_awq_cli.planning import Plan
     from gemma_awq_cli.quantizing import LayerDone
@@ -118,7 +119,7 @@ def command(
         require_room(checkpoint, own, seq_len, memory or available_memory())
         if calibration == SELF:
             rows = replace(rows, ids=rows.ids[:0], description=SELF)
-        rows = with_own_rows(rows, _sample(out, source, chosen, own, seq_len, seed, dry_run))
+        rows = with_own_rows(rows, _sample(out, checkpoint, chosen, own, seq_len, seed, dry_run))
     plan = make_plan(checkpoint, stack, size, stored, rows, memory or None, quality.value)
     if not own and len(rows.ids) < num_samples:
         out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
@@ -163,16 +164,18 @@ def command(
     out.note('Next: gemma-awq run "The capital of France is"')
 
 
-def _sample(out: Output, source: "Source", device: Any, rows: int, seq_len: int, seed: int, dry_run: bool) -> "Tensor":
+def _sample(
+    out: Output, checkpoint: "Checkpoint", device: Any, rows: int, seq_len: int, seed: int, dry_run: bool
+) -> "Tensor":
     import torch
 
-    from gemma_awq_cli.self_sampling import sample_rows
+    from gemma_awq_cli.self_sampling import own_rows
 
     if dry_run:  # only their number matters
         return torch.zeros(rows, seq_len, dtype=torch.int64)
     out.note(f"Sampling {rows} rows of {seq_len} tokens from the 16-bit model.")
     with out.progress("Sampling", seq_len - 1) as progress:
-        return sample_rows(source.folder, device, rows, seq_len, seed, lambda _: progress.step())
+        return own_rows(checkpoint, device, rows, seq_len, seed, lambda _: progress.step())
 
 
 def _show_plan(out: Output, plan: "Plan", source: "Source", target: Path, device: str) -> None:

@@ -1,0 +1,70 @@
+"""AutoAWQ 0.2.9's quantizer on a Gemma 3 text model, 4 bits, groups of 128: a peer, in an environment of its own.
+
+pip install torch==2.13.0 && pip install autoawq==0.2.9 transformers==4.51.3
+python benchmarks/peers/autoawq_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16] [--layers N]
+
+Its algorithm is its own, untouched. Around it: Gemma 3 is added to its tables in the form of its Gemma 2 entry, with
+the rotary table that each layer really uses; and on a CPU its saved copy of the weights aliases the live ones
+(`.cpu()` copies nothing there), so that a first in-place scale would spoil every later restore: the copy is made real.
+Prints the seconds that its `quantize` took. --layers stops after so many, to time a layer.
+"""
+
+import time
+from typing import Any
+
+import torch
+from awq import AutoAWQForCausalLM
+from awq.models import auto, base
+from awq.models.gemma2 import Gemma2AWQForCausalLM
+from awq.quantize.quantizer import AwqQuantizer
+from rows import SEQ_LEN, arguments, windows
+from transformers import AutoTokenizer
+
+parser = arguments(__doc__)
+parser.add_argument("--layers", type=int)
+args = parser.parse_args()
+
+
+class Gemma3(Gemma2AWQForCausalLM):
+    layer_type = "Gemma3DecoderLayer"
+
+    @staticmethod
+    def get_model_layers(model: Any) -> Any:
+        return model.model.layers[: args.layers]
+
+    @staticmethod
+    def get_layers_for_scaling(module: Any, input_feat: Any, module_kwargs: dict[str, Any]) -> list[dict[str, Any]]:
+        which = "local" if module.is_sliding else "global"
+        own = {**module_kwargs, "position_embeddings": module_kwargs[f"position_embeddings_{which}"]}
+        return Gemma2AWQForCausalLM.get_layers_for_scaling(module, input_feat, own)
+
+
+class Quantizer(AwqQuantizer):
+    def _compute_best_scale(self, x: Any, w_mean: Any, x_mean: Any, module2inspect: Any, *rest: Any) -> Any:
+        live = module2inspect.state_dict
+        module2inspect.state_dict = lambda: {name: tensor.clone() for name, tensor in live().items()}
+        try:
+            return super()._compute_best_scale(x, w_mean, x_mean, module2inspect, *rest)
+        finally:
+            del module2inspect.state_dict
+
+
+auto.AWQ_CAUSAL_LM_MODEL_MAP["gemma3_text"] = Gemma3
+base.TRANSFORMERS_AUTO_MAPPING_DICT["gemma3_text"] = "AutoModelForCausalLM"
+tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+model = AutoAWQForCausalLM.from_pretrained(
+    args.checkpoint, torch_dtype=torch.bfloat16, device_map="cpu", use_cache=False, attn_implementation="eager"
+)
+started = time.perf_counter()
+model.quantize(
+    tokenizer,
+    quant_config={"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"},
+    calib_data=windows(tokenizer, args.text, args.rows),
+    max_calib_samples=args.rows,
+    max_calib_seq_len=SEQ_LEN,
+    quantizer_cls=Quantizer,
+)
+print(f"seconds {time.perf_counter() - started:.1f}")
+if args.layers is None:
+    model.save_quantized(args.output)
+    tokenizer.save_pretrained(args.output)

@@ -1,0 +1,35 @@
+"""GPTQModel's GPTQ of a checkpoint, 4 bits, groups of 128: a peer, in an environment of its own.
+
+pip install torch==2.13.0 && pip install --no-deps gptqmodel==7.7.0   (then what it names, but not its newer torch)
+python benchmarks/peers/gptqmodel_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16]
+
+Prints the seconds that its `quantize` took, and writes dequantized 16-bit weights, which any judge can read.
+"""
+
+import time
+
+import torch
+from gptqmodel import GPTQModel, QuantizeConfig
+from rows import arguments, windows
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+args = arguments(__doc__).parse_args()
+tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+ids = windows(tokenizer, args.text, args.rows)
+rows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)} for row in ids]
+model = GPTQModel.load(args.checkpoint, QuantizeConfig(bits=4, group_size=128), device="cpu")
+started = time.perf_counter()
+model.quantize(rows, batch_size=1)
+print(f"seconds {time.perf_counter() - started:.1f}")
+
+# What it computes with: its own modules' dense weights in the original's place.
+dense = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+for name, module in model.model.named_modules():
+    if hasattr(module, "qweight"):
+        module.post_init()
+        weight = module.dequantize_weight().t().float()
+        target = dense.get_submodule(name.removeprefix("model.") if name.startswith("model.model.") else name)
+        assert target.weight.shape == weight.shape, name
+        target.weight.data = weight
+dense.save_pretrained(args.output)
+tokenizer.save_pretrained(args.output)

@@ -1,0 +1,26 @@
+"""The same calibration rows for every peer: the first windows of a text, each BOS and 511 tokens."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+SEQ_LEN = 512
+
+
+def arguments(description: str | None) -> argparse.ArgumentParser:
+    """What every peer's script takes."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint")
+    parser.add_argument("output")
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--rows", type=int, default=16)
+    return parser
+
+
+def windows(tokenizer: Any, text: Path, rows: int) -> list[list[int]]:
+    """`rows` token rows of SEQ_LEN from a text file."""
+    tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
+    step = SEQ_LEN - 1
+    if len(tokens) < rows * step:
+        raise SystemExit(f"{text} holds {len(tokens)} tokens, {rows * step} are needed")
+    return [[tokenizer.bos_token_id, *tokens[i * step : (i + 1) * step]] for i in range(rows)]
