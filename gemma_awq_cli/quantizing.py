@@ -18,7 +18,7 @@ import torch
 from gemma_awq_cli import __version__
 from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
 from gemma_awq_cli.awq.fidelity import Fidelity, compare
-from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.precision import bfloat16_products, matmul_precision
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.layer_quantizing import (
@@ -242,7 +242,10 @@ def _one_layer(
         expected = stack.run_layer(index, module, sample)
     with matmul_precision("medium"):
         observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device)
-        hidden.advance(index, hidden.calibration, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
+        with bfloat16_products(stack.device):
+            hidden.advance(
+                index, hidden.calibration, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)).float()
+            )
         statistics = observer.finish(index)
         hidden.advance(index, hidden.heldout, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
     del module, observer

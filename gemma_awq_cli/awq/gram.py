@@ -9,10 +9,14 @@ import torch
 from torch import Tensor
 
 
+TILE = 256  # a Gram matrix is symmetric: only its upper tiles of this width are summed
+
+
 class InputStatistics:
     """Running sums over the rows that enter a set of linears.
 
-    gram: [B, k, k] float32, mean over the rows of their weight times x^T x; mean_abs: [K] float32, mean |x|.
+    gram: [B, k, k] float32, mean over the rows of their weight times x^T x, whole after `finish`; mean_abs: [K]
+    float32, mean |x|.
     """
 
     def __init__(self, width: int, block: int, device: torch.device) -> None:
@@ -29,10 +33,16 @@ class InputStatistics:
         if weights is not None:
             x = x * weights.reshape(-1, 1).sqrt()
         for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
-            total.addmm_(part.t(), part)
+            for first in range(0, total.shape[0], TILE):
+                tile = slice(first, first + TILE)
+                total[tile, first:].addmm_(part[:, tile].t(), part[:, first:])
 
     def finish(self) -> None:
         """Turn the sums into means. Call once, after the last row."""
+        for total in self.gram:
+            for first in range(0, total.shape[0], TILE):
+                end = first + TILE
+                total[end:, first:end] = total[first:end, end:].t()
         self.gram /= self.rows
         self.mean_abs = self.abs_sum / self.rows
 

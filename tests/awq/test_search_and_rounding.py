@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.gram import InputStatistics, block_width, output_error, scaled_gram
+from gemma_awq_cli.awq.gram import TILE, InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
 from gemma_awq_cli.awq.rounding import DAMPING, compensated
 from gemma_awq_cli.awq.search import group_gram, search_range, search_scale
@@ -34,6 +34,16 @@ def test_gram_error_is_the_output_error() -> None:
     expected = float((x @ error.t()).square().sum(1).mean())
     assert output_error(error, statistics.gram) == pytest.approx(expected, rel=1e-4)
     assert torch.allclose(statistics.mean_abs, x.abs().mean(0), rtol=1e-5)
+
+
+def test_a_gram_of_many_tiles_is_whole() -> None:
+    x = torch.randn(300, 2 * TILE + 64, generator=torch.Generator().manual_seed(0))
+    weights = torch.rand(300, generator=torch.Generator().manual_seed(1))
+    statistics = InputStatistics(x.shape[1], x.shape[1], torch.device("cpu"))
+    for part, own in zip(x.split(150), weights.split(150), strict=True):
+        statistics.add(part, own)
+    statistics.finish()
+    assert torch.allclose(statistics.gram[0], (x.t() * weights) @ x / 300, atol=1e-5)
 
 
 def test_blocks_hold_the_diagonal_of_the_whole_gram() -> None:
