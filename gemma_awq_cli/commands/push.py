@@ -158,7 +158,8 @@ def _described(prepared: "Prepared", files: "tuple[OutgoingFile, ...]") -> dict[
 def _show_files(out: Output, title: str, files: "tuple[OutgoingFile, ...]") -> None:
     rows = [(file.name, human_bytes(file.size)) for file in files]
     total = human_bytes(sum(file.size for file in files))
-    out.table(title, (*rows, (f"{len(files)} files", total)), header=("file", "size"))
+    out.note(title)
+    out.table("", (*rows, (f"{len(files)} files", total)), header=("file", "size"))
 
 
 def _show_step(out: Output, step: "Step", target: str) -> None:
