@@ -86,6 +86,7 @@ class WritingHub:
     faults: list[Fault] = field(default_factory=list)
     seen: list[Seen] = field(default_factory=list)
     url: str = ""
+    log: bool = False
 
     def __post_init__(self) -> None:
         self.lock = RLock()
@@ -146,6 +147,11 @@ class WritingHub:
     def path_of(self, entry: Mapping[str, Any]) -> Path:
         return self.root / "objects" / entry["lfs"] if entry["lfs"] else self.root / "blobs" / entry["oid"]
 
+    def note(self, seen: Seen) -> None:
+        self.seen.append(seen)
+        if self.log:
+            print(f"hub: {seen.status} {seen.step:<9} {seen.received:>9} bytes  {seen.path}", flush=True)
+
     def received(self, step: str = "put") -> int:
         """Bytes that arrived at a step."""
         return sum(seen.received for seen in self.seen if seen.step == step)
@@ -174,10 +180,10 @@ def make_app(hub: WritingHub) -> Flask:
             headers = {"X-Error-Message": refusal.message} | ({"X-Error-Code": refusal.code} if refusal.code else {})
             response = Response(json.dumps({"error": refusal.message}), refusal.status, headers)
         except _Cut:
-            hub.seen.append(Seen(call.step, request.path, 0, call.received))
+            hub.note(Seen(call.step, request.path, 0, call.received))
             request.environ["werkzeug.socket"].shutdown(socket.SHUT_RDWR)
             return Response(status=500)
-        hub.seen.append(Seen(call.step, request.path, response.status_code, call.received))
+        hub.note(Seen(call.step, request.path, response.status_code, call.received))
         return response
 
     return app
@@ -531,8 +537,9 @@ def main() -> None:
     parser.add_argument("--port", type=int, default=0)
     parser.add_argument("--die-after", type=int, help="kill the process after so many bytes of objects")
     parser.add_argument("--slow", type=float, default=0.0, help="seconds to wait after each 64 kB of an object")
+    parser.add_argument("--log", action="store_true", help="print every request")
     arguments = parser.parse_args()
-    hub = WritingHub(arguments.root, die_after=arguments.die_after)
+    hub = WritingHub(arguments.root, die_after=arguments.die_after, log=arguments.log)
     if arguments.slow:
         hub.faults.append(Fault("put", slow=arguments.slow))
     server = make_hub_server(hub, arguments.port)

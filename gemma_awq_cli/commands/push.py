@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.output import Output, human_bytes
 
@@ -94,7 +94,7 @@ def command(
     summary = message or f"gemma-awq {prepared.report['versions']['gemma_awq']}: {prepared.base_model} in 4 bits"
     try:
         result = publishing.push(api, prepared, revision, private, create_pr, replace_card, summary, agree)
-    except BaseException:
+    except (KeyboardInterrupt, Terminated):
         if sending:
             out.note("Repeat the command to go on: what has arrived is not sent again.")
         raise

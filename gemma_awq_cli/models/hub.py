@@ -20,11 +20,11 @@ def fetch_errors(repo: str, revision: str | None) -> Iterator[None]:
     # the HTTP library of the installed client: httpx up to 1.x, httpx2 after it
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    with _malformed(repo):
-        try:
+    try:
+        with _malformed(repo):
             yield
-        except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # every error of the client's own is one
-            raise _fetch_explained(error, repo, revision) from None
+    except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # every error of the client's own is one of these
+        raise _fetch_explained(error, repo, revision) from None
 
 
 @contextmanager
@@ -32,12 +32,12 @@ def push_errors(repo: str, revision: str) -> Iterator[None]:
     """Explain what keeps `repo` from being written to."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    with _malformed(repo):
-        try:
+    try:
+        with _malformed(repo):
             yield
-        except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-            # the client wraps what stops an upload in a RuntimeError, and tells an LFS refusal by a ValueError
-            raise _push_explained(error, repo, revision) from None
+    except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
+        # the client wraps what stops an upload in a RuntimeError, and tells an LFS refusal by a ValueError
+        raise _push_explained(error, repo, revision) from None
 
 
 @contextmanager
@@ -84,11 +84,16 @@ def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> G
 
 
 def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqError:
-    from huggingface_hub.errors import BadRequestError, HfHubHTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        BadRequestError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        OfflineModeIsEnabled,
+    )
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     again = "Run the command again: what has arrived is not sent a second time."
-    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+    if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None:
         error = error.__cause__  # "Error while uploading ...": what stopped it is the reason
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
@@ -102,9 +107,11 @@ def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqE
                 f"A file is larger than {repo} takes (HTTP 413).",
                 "Check the hub's file and storage limits for this account.",
             )
-        if status == 403 or (status == 401 and not isinstance(error, RepositoryNotFoundError)):
+        if status == 401:
+            return GemmaAwqError(f"The hub does not accept this login for {repo} (HTTP 401).", f"Check it. {LOGIN}")
+        if status == 403:
             return GemmaAwqError(
-                f"This login may not write to {repo} (HTTP {status}).",
+                f"This login may not write to {repo} (HTTP 403).",
                 "Push to an account or organization of your own with a token that may write, or propose the files with "
                 "--create-pr.",
             )
