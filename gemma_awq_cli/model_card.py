@@ -60,7 +60,7 @@ def _digest(text: str) -> str:
 
 def changed_sentence(report: Mapping[str, Any], base_model: str, weights: list[str]) -> str:
     """The statement that files were modified, which ones and how."""
-    files = ", ".join((*weights, "config.json"))
+    files = f"{', '.join(weights)} and config.json"
     version = report["versions"]["gemma_awq"]
     return (
         f"{files} were modified from {base_model}: the weights of the linear layers were quantized to 4 bits with "

@@ -28,7 +28,7 @@ READ = 1 << 20
 
 _SECRET_NAMES = re.compile(
     r"\.env(\..*)?|\.netrc|\.git-credentials|\.npmrc|\.pypirc|id_(rsa|ed25519|ecdsa|dsa)|.*\.(pem|key|p12|pfx|kdbx)"
-    r"|.*(credential|secret|password).*|(.*[_.-])?(api_?key|(hf|access|auth)?_?token)(\.(txt|json|ya?ml|toml))?",
+    r"|.*(credential|secret|password).*|(.*[_.-])?(api[_-]?key|(hf|access|auth)?_?token)(\.(txt|json|ya?ml|toml))?",
     re.IGNORECASE,
 )
 _SECRET_TEXT = re.compile(
