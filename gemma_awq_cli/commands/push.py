@@ -101,8 +101,8 @@ def command(
     step = result.step
     if step.card_kept:
         out.warning("The card on the hub was edited by hand and is kept as it is; --replace-card replaces it.")
-    sent = f"{len(step.sent)} files, {human_bytes(step.bytes)} sent" if step.sent else "Nothing had to be sent"
-    out.note(f"{sent}; size and hash of {result.verified} files on the hub compared with the local ones.")
+    done = f"{len(step.sent)} files, {human_bytes(step.bytes)} committed" if step.sent else "Nothing had to be sent"
+    out.note(f"{done}; size and hash of {result.verified} files on the hub compared with the local ones.")
     if result.pull_request:
         number = result.pull_request.rstrip("/").rsplit("/", 1)[1]
         out.note(f"To change this pull request: gemma-awq push {repo_id} --revision refs/pr/{number}")
