@@ -26,7 +26,7 @@ from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 
-# Another processor, thread count or torch build rounds otherwise. Measured between machines: see the tests.
+# Relative: another processor, thread count or torch build rounds otherwise.
 TOLERANCE = 0.02
 PROMPT = "The three primary colours are"
 SMALLEST = 1e-4  # nats a token: below this the difference is rounding
