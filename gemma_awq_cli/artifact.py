@@ -53,6 +53,20 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     return config
 
 
+def source_card(folder: Path) -> dict[str, Any] | None:
+    """What the source's own model card declares of its licence and its base; None if it has no readable metadata."""
+    import yaml
+    from huggingface_hub import metadata_load
+
+    try:
+        declared = metadata_load(folder / "README.md")
+    except (OSError, ValueError, yaml.YAMLError):
+        return None
+    if not isinstance(declared, dict):
+        return None
+    return {key: declared[key] for key in ("license", "license_name", "license_link", "base_model") if key in declared}
+
+
 def make_report(
     source: Source,
     checkpoint: Checkpoint,
@@ -77,6 +91,7 @@ def make_report(
             "model_type": checkpoint.family.model_type,
             "config_sha256": hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest(),
             "bytes": plan.source_bytes,
+            "card": source_card(checkpoint.folder),
         },
         "artifact": {
             "bytes": plan.artifact_bytes,

@@ -9,13 +9,13 @@ from typing import Annotated
 import typer
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.commands import quantize, run
+from gemma_awq_cli.commands import push, quantize, run
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from gemma_awq_cli.output import Output, quiet_libraries
 
 app = typer.Typer(
     name="gemma-awq",
-    help="Quantize Google's Gemma models to 4-bit AWQ with measured fidelity, and run them.",
+    help="Quantize Google's Gemma models to 4-bit AWQ with measured fidelity, run them, publish them.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.command)
 app.command("run")(run.command)
+app.command("push")(push.command)
 
 
 def _version(asked: bool) -> None:

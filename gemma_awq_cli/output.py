@@ -54,6 +54,11 @@ class Output:
     def warning(self, text: str) -> None:
         self.console.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
 
+    def confirm(self, question: str) -> bool:
+        """Ask on stderr; only where a person can answer."""
+        self.console.print(f"{question} [y/N] ", markup=False, end="", soft_wrap=True)
+        return sys.stdin.readline().strip().lower() in ("y", "yes")
+
     def error(self, error: GemmaAwqError) -> None:
         from rich.text import Text
 
@@ -114,6 +119,7 @@ def quiet_libraries() -> None:
     """Keep the libraries' own bars and chatter off the screen; warnings of theirs are not for our users."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 

@@ -19,9 +19,14 @@ VERBS = {
     "calibration",
     "generation",
     "layer_quantizing",
+    "licensing",
+    "model_card",
     "observing",
+    "outgoing",
     "planning",
+    "publishing",
     "quantizing",
+    "remeasuring",
     "self_sampling",
 }
 ANYWHERE = {"__init__", "errors"}
@@ -94,7 +99,7 @@ def test_no_file_grows_beyond_what_fits_in_a_head() -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gemma_awq_cli.cli import main\n"
-        "for arguments in (['--help'], ['quantize', '--help'], ['run', '--help']): assert main(arguments) == 0\n"
+        "for command in ([], ['quantize'], ['run'], ['push']): assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

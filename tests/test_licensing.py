@@ -1,0 +1,136 @@
+"""What passing a quantized Gemma on asks for, by generation, and what is said where the source does not tell."""
+
+import importlib.util
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.families import FAMILIES
+from gemma_awq_cli.licensing import APACHE, GEMMA_TERMS, TERMS, TEXTS, Own, decide, read_own
+from gemma_awq_cli.models.demo import PACKAGE
+
+CHANGED = "model.safetensors was modified."
+SENTENCE = b"Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
+GEMMA = {"license": "gemma"}
+
+
+def test_every_family_has_its_terms() -> None:
+    assert FAMILIES.keys() <= TERMS.keys()
+
+
+@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text", "gemma3", "gemma3n"])
+def test_up_to_3n_the_terms_a_notice_and_the_restrictions_go_with_it(model_type: str) -> None:
+    licence = decide(model_type, GEMMA, {}, CHANGED, None, None)
+    assert licence.metadata == GEMMA
+    assert licence.copies == ("GEMMA_TERMS_OF_USE.md",)
+    assert b"Section 3: DISTRIBUTION AND RESTRICTIONS" in licence.files["GEMMA_TERMS_OF_USE.md"]
+    notice = licence.files["Notice"]
+    assert notice.startswith(SENTENCE)
+    assert CHANGED.encode() in notice
+    assert b"ai.google.dev/gemma/prohibited_use_policy" in notice
+    assert "LICENSE" not in licence.files
+
+
+def test_gemma_4_is_apache() -> None:
+    licence = decide("gemma4", {"license": "apache-2.0"}, {}, CHANGED, None, None)
+    assert licence.metadata == {"license": "apache-2.0"}
+    assert b"Version 2.0, January 2004" in licence.files["LICENSE"]
+    assert licence.files["Notice"] == f"{CHANGED}\n".encode()  # section 4 (b)
+
+
+def test_what_the_source_ships_is_kept_and_completed() -> None:
+    present = {"GEMMA_TERMS.html": b"<title>Gemma Terms of Use", "NOTICE": b"Copyright someone\n", "NOTICE.md": b"else"}
+    licence = decide("gemma2", GEMMA, present, CHANGED, None, None)
+    assert licence.copies == ("GEMMA_TERMS.html",)
+    assert set(licence.files) == {"NOTICE"}  # no second one that differs in case alone
+    assert licence.files["NOTICE"].startswith(SENTENCE)
+    assert licence.files["NOTICE"].endswith(b"\n\nCopyright someone\n")
+    # a second push of what came down changes nothing
+    present["NOTICE"] = licence.files["NOTICE"]
+    assert decide("gemma2", GEMMA, present, CHANGED, None, None).files == {}
+
+
+@pytest.mark.parametrize(
+    ("declared", "present", "message"),
+    [
+        (None, {}, "declares no licence"),
+        ({"base_model": "google/gemma-2-2b"}, {}, "declares no licence"),
+        ({"license": "mit"}, {}, "declares the licence mit, but models of this generation are under Gemma Terms"),
+        ({"license": "other", "license_name": "hai-def"}, {}, r"other \(hai-def\)"),
+        ({"license": ["gemma", "mit"]}, {}, r"\['gemma', 'mit'\]"),
+        (GEMMA, {"LICENSE": APACHE.opening.encode()}, "declares the licence gemma, but its file LICENSE is Apache"),
+    ],
+)
+def test_missing_or_contradictory_information_is_no_reason_to_guess(
+    declared: dict[str, str] | None, present: dict[str, bytes], message: str
+) -> None:
+    with pytest.raises(GemmaAwqError, match=message) as caught:
+        decide("gemma2", declared, present, CHANGED, None, None)
+    assert "--license gemma" in caught.value.hint
+    assert "--license-file" in caught.value.hint
+    # the user may tell
+    assert decide("gemma2", declared, present, CHANGED, "gemma", None).metadata == GEMMA
+
+
+def test_a_derived_models_own_licence_stands_beside_the_terms(tmp_path: Path) -> None:
+    text = tmp_path / "my-licence.txt"
+    text.write_text("For research only.")
+    own = read_own("research-only", text)
+    licence = decide("gemma3_text", {"license": "other"}, {}, CHANGED, "research-only", own)
+    assert licence.metadata == {"license": "other", "license_name": "research-only", "license_link": "LICENSE"}
+    assert licence.files["LICENSE"] == b"For research only."
+    assert licence.files["Notice"].startswith(SENTENCE)
+    assert licence.copies == ("GEMMA_TERMS_OF_USE.md",)
+    of_4 = decide("gemma4", None, {"LICENSE": b"Apache License"}, CHANGED, "research-only", own)
+    assert of_4.files["LICENSE"] == b"For research only."
+    assert of_4.copies == ("LICENSE-apache-2.0",)
+
+
+def test_options_that_do_not_go_together(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--license mit needs the licence's text"):
+        decide("gemma2", GEMMA, {}, CHANGED, "mit", None)
+    with pytest.raises(UsageError, match="--license-file needs --license"):
+        read_own(None, tmp_path / "x")
+    with pytest.raises(GemmaAwqError, match="cannot be read"):
+        read_own("mit", tmp_path / "x")
+    (tmp_path / "x").write_text(" \n")
+    with pytest.raises(GemmaAwqError, match="is empty"):
+        read_own("mit", tmp_path / "x")
+    assert read_own("gemma", None) is None
+    assert decide("gemma2", None, {}, CHANGED, "gemma", Own("gemma", b"x")).own is None
+
+
+class _Words(HTMLParser):
+    """The words of a page, without scripts and styles."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text, self.hidden = "", 0
+
+    def handle_starttag(self, tag: str, attrs: object) -> None:
+        self.hidden += tag in ("script", "style")
+        self.text += "" if tag in ("strong", "a", "span") else " "
+
+    def handle_endtag(self, tag: str) -> None:
+        self.hidden -= tag in ("script", "style")
+
+    def handle_data(self, data: str) -> None:
+        self.text += "" if self.hidden else data
+
+
+@pytest.mark.skipif(importlib.util.find_spec(PACKAGE) is None, reason="the demo package is not installed")
+def test_the_terms_text_is_googles_word_for_word() -> None:
+    """Against the page as the demo package has it."""
+    spec = importlib.util.find_spec(PACKAGE)
+    assert spec is not None
+    assert spec.origin is not None
+    page = _Words()
+    page.feed((Path(spec.origin).parent / "data" / "GEMMA_TERMS.html").read_text(encoding="utf-8"))
+    theirs = page.text.split("Last modified:")[1].split("Note: Previous versions")[0].split()
+    text = (TEXTS / GEMMA_TERMS.text).read_text(encoding="utf-8").split("\n---\n")[0].split("Last modified:")[1]
+    ours = re.sub(r"^(#+|-|\d\.) ", "", re.sub(r"^ +", "", text, flags=re.MULTILINE), flags=re.MULTILINE).split()
+    assert len(ours) > 1200
+    assert ours == theirs

@@ -1,0 +1,151 @@
+"""The card: what it says is the report's, and the hub's own reader understands it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import ModelCard
+
+from gemma_awq_cli.calibration import Recipe, _describe, find_recipe
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.model_card import is_unedited, quantize_command
+from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.publishing import Prepared, prepare
+from tests.conftest import FAMILIES
+
+
+@pytest.fixture
+def prepared(artifacts: Callable[[str], Path]) -> Callable[[str], Prepared]:
+    return lambda kind: prepare(artifacts(kind), "me/tiny-AWQ", "google/tiny", "gemma", None)
+
+
+def with_report(folder: Path, target: Path, change: Callable[[dict], None]) -> Path:  # type: ignore[type-arg]
+    """A copy of an artifact whose report is changed."""
+    import shutil
+
+    shutil.copytree(folder, target)
+    report = json.loads((target / REPORT).read_text())
+    change(report)
+    (target / REPORT).write_text(json.dumps(report))
+    return target
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_the_hubs_reader_finds_the_metadata(kind: str, prepared: Callable[[str], Prepared]) -> None:
+    made = prepared(kind)
+    data = ModelCard(made.card).data
+    assert data.base_model == "google/tiny"
+    assert data.base_model_relation == "quantized"
+    assert data.library_name == "transformers"
+    assert data.pipeline_tag == ("image-text-to-text" if kind == "gemma3" else "text-generation")
+    assert data.license == "gemma"
+    assert {"gemma", "awq", "4-bit"} <= set(data.tags)
+    fidelity = made.report["fidelity"]
+    results = [(result.metric_type, result.metric_value) for result in data.eval_results]
+    assert ("kl_divergence", round(fidelity["kl"], 5)) in results
+    assert ("perplexity", round(fidelity["perplexity_4bit"], 5)) in results
+
+
+def test_what_it_says_is_what_was_measured(prepared: Callable[[str], Prepared]) -> None:
+    made = prepared("gemma2")
+    fidelity, calibration = made.report["fidelity"], made.report["calibration"]
+    for text in (
+        f"| Perplexity | {fidelity['perplexity_16bit']:.2f} | {fidelity['perplexity_4bit']:.2f} |",
+        f"| KL divergence, nats a token | 0 | {fidelity['kl']:.4f} |",
+        f"on {fidelity['heldout_tokens']} tokens of held-out text (text.txt)",
+        f"{calibration['rows']} rows of 40 tokens of text.txt",
+        calibration["sha256"],
+        "21 linears",
+        "model.safetensors and config.json were modified from google/tiny",
+        "Gemma is provided under and subject to the Gemma Terms of Use",
+        "Prohibited Use Policy",
+        "gemma-awq run -m me/tiny-AWQ",
+        "vllm serve me/tiny-AWQ --dtype bfloat16",
+        "overflow float16",
+    ):
+        assert text in made.card, text
+    command = " ".join(quantize_command(made.report).replace("\\\n", " ").split())
+    assert "--group-size 32 --calibration text.txt --num-samples 24 --seq-len 40 --seed 0 --device cpu" in command
+    assert "/tmp" not in made.card
+    assert "overflow float16" not in prepared("gemma").card
+    assert "AutoModelForImageTextToText" in prepared("gemma3").card
+
+
+def test_the_same_artifact_gives_the_same_card_and_an_edit_is_noticed(prepared: Callable[[str], Prepared]) -> None:
+    card = prepared("gemma").card
+    assert card == prepared("gemma").card
+    assert is_unedited(card)
+    assert is_unedited(card.replace("\n", "\r\n"))
+    assert not is_unedited(card.replace("KL divergence", "Divergence"))
+    assert not is_unedited(card + "More.\n")
+    assert not is_unedited("# A model\n")
+
+
+def test_a_hub_model_calibrated_on_a_hub_dataset(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    recipe: Recipe = find_recipe("wikitext")
+    assert recipe.dataset is not None
+
+    def change(report: dict) -> None:  # type: ignore[type-arg]
+        report["source"] |= {"model": "google/gemma-2b", "revision": "0" * 40, "card": {"license": "gemma"}}
+        report["calibration"]["text"] = _describe(recipe)
+        report["arguments"]["calibration"] = "wikitext"
+
+    made = prepare(with_report(artifacts("gemma"), tmp_path / "a", change), "me/x", None, None, None)
+    assert made.base_model == "google/gemma-2b"
+    assert ModelCard(made.card).data.datasets == [recipe.dataset.dataset]
+    assert f"google/gemma-2b/tree/{'0' * 40}" in made.card
+    command = quantize_command(made.report)
+    assert command.startswith(f"gemma-awq quantize google/gemma-2b --revision {'0' * 40}")
+    assert max(map(len, command.splitlines())) < 120
+
+
+def test_the_demo_says_where_its_weights_come_from(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = with_report(artifacts("gemma3_text"), tmp_path / "a", lambda r: r["source"].update(model="demo"))
+    made = prepare(folder, "me/x", None, None, None)
+    assert made.base_model == "google/gemma-3-270m"
+    assert made.licence.metadata == {"license": "gemma"}
+    assert "dequantized from a Q4_K_M GGUF" in made.card
+
+
+def test_an_instruct_model_is_shown_with_its_chat_template(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    from tests.tiny import CHAT_TEMPLATE
+
+    folder = with_report(artifacts("gemma"), tmp_path / "a", lambda _: None)
+    (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    assert "apply_chat_template" in prepare(folder, "me/x", "google/tiny", "gemma", None).card
+
+
+def test_a_local_source_must_be_named(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    with pytest.raises(GemmaAwqError, match="quantized from a local folder") as caught:
+        prepare(artifacts("gemma"), "me/x", None, "gemma", None)
+    assert "--base-model" in caught.value.hint
+    folder = with_report(
+        artifacts("gemma"), tmp_path / "a", lambda r: r["source"].update(card={"base_model": "google/gemma-2b"})
+    )
+    with pytest.raises(GemmaAwqError) as caught:
+        prepare(folder, "me/x", None, "gemma", None)
+    assert "names google/gemma-2b as its own base" in caught.value.hint
+    with pytest.raises(GemmaAwqError, match="is no hub id"):
+        prepare(folder, "me/x", "gemma", "gemma", None)
+
+
+def test_a_card_of_ones_own_in_the_folder_is_not_thrown_away(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    folder = with_report(artifacts("gemma"), tmp_path / "a", lambda _: None)
+    (folder / "README.md").write_text("# Mine\n")
+    with pytest.raises(GemmaAwqError, match="was written by hand"):
+        prepare(folder, "me/x", "google/tiny", "gemma", None)
+
+
+def test_quantize_records_what_the_source_card_declares(tmp_path: Path) -> None:
+    from gemma_awq_cli.artifact import source_card
+
+    assert source_card(tmp_path) is None
+    readme = tmp_path / "README.md"
+    readme.write_text("# no metadata\n")
+    assert source_card(tmp_path) is None
+    readme.write_text("---\nlicense: gemma\nbase_model: google/gemma-3-1b-pt\ntags: [x]\n---\n# A\n")
+    assert source_card(tmp_path) == {"license": "gemma", "base_model": "google/gemma-3-1b-pt"}
+    for broken in ("---\nlicense: [\n---\n", "---\njust text\n---\n"):
+        readme.write_text(broken)
+        assert source_card(tmp_path) is None
