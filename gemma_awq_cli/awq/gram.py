@@ -8,7 +8,6 @@ left out of the sums, for every candidate and for round-to-nearest alike.
 import torch
 from torch import Tensor
 
-
 TILE = 256  # a Gram matrix is symmetric: only its upper tiles of this width are summed
 
 
