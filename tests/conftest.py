@@ -13,7 +13,8 @@ from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
-torch.set_num_threads(min(2, os.cpu_count() or 1))
+torch.set_num_threads(min(2, torch.get_num_threads()))
+os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of child processes: the sums repeat only for as many
 FAMILIES = sorted(CONFIGS)
 
 
