@@ -43,6 +43,14 @@ class Output:
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    def ask(self, prompt: str) -> str:
+        """A line that the user types. The prompt is no result: it goes to stderr where stdout is not the screen."""
+        if sys.stdout.isatty():
+            return input(prompt)
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        return input()
+
     def document(self, value: Any) -> None:
         """Exactly one JSON document on stdout."""
         print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
