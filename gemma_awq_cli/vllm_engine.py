@@ -36,6 +36,7 @@ def engine_arguments(
         "max_model_len": context,
         "max_num_seqs": rows,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
     }
     if checkpoint.family.companions:  # a multimodal model that is given text only
         arguments["limit_mm_per_prompt"] = {"image": 0}
@@ -84,7 +85,8 @@ class VllmEngine:
         # in this process if one worker does it all: then Ctrl-C ends an answer, not the engine
         if tensor_parallel == pipeline_parallel == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # its own default is stdout
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             from vllm import EngineArgs, LLMEngine, SamplingParams

@@ -59,6 +59,11 @@ def forward(opened: OpenModel, ids: list[int]) -> Tensor:
     return opened.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1]
 
 
+def apart(given: Tensor, expected: Tensor) -> float:
+    """Relative distance. These hard models amplify float32's noise to some 1e-4; a wrong mask gives 0.1 and more."""
+    return float((given - expected).norm() / expected.norm())
+
+
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_padding_does_not_change_a_row(kind: str, opened: Callable[[str], OpenModel]) -> None:
     model = opened(kind)
@@ -66,9 +71,9 @@ def test_padding_does_not_change_a_row(kind: str, opened: Callable[[str], OpenMo
     for index, ids in enumerate(prompts()):
         (alone,), expected = greedy(session(model, 1), [ids], NEW_TOKENS)
         assert together[index] == alone
-        torch.testing.assert_close(logits[:, index], expected[:, 0], rtol=1e-4, atol=1e-3)
+        assert apart(logits[:, index], expected[:, 0]) < 1e-3
         # and all of it is what transformers computes without any cache
-        torch.testing.assert_close(logits[-1, index], forward(model, [*ids, *alone[:-1]]), rtol=1e-4, atol=1e-3)
+        assert apart(logits[-1, index], forward(model, [*ids, *alone[:-1]])) < 1e-3
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -81,7 +86,7 @@ def test_several_feeds_equal_one(kind: str, opened: Callable[[str], OpenModel]) 
     for length in (3, 1, 20, 1, 1, 16, 33, 15):
         logits = live.feed([ids[at : at + length]])
         at += length
-        torch.testing.assert_close(logits[0], forward(model, ids[:at]), rtol=1e-4, atol=1e-3)
+        assert apart(logits[0], forward(model, ids[:at])) < 1e-3
     assert at == len(ids)
 
 
@@ -94,4 +99,4 @@ def test_ragged_rows_take_further_pieces(kind: str, opened: Callable[[str], Open
     more = torch.randint(6, 260, (len(rows), 19), generator=torch.Generator().manual_seed(7)).tolist()
     logits = live.feed(more)
     for index, ids in enumerate(rows):
-        torch.testing.assert_close(logits[index], forward(model, [*ids, *more[index]]), rtol=1e-4, atol=1e-3)
+        assert apart(logits[index], forward(model, [*ids, *more[index]])) < 1e-3
