@@ -154,9 +154,12 @@ def complete_batch(
                 on_row(index, completion)
 
             chosen = [rows[index] for index in indices]
-            done = engine.complete(chosen, batch.settings, lambda _, piece: None, on_done, indices)
-            if any(completion.finish == "interrupted" for completion in done):
+            try:
+                done = engine.complete(chosen, batch.settings, lambda _, piece: None, on_done, indices)
+                whole = not any(completion.finish == "interrupted" for completion in done)
+            except KeyboardInterrupt:
                 whole = False
+            if not whole:
                 break
     if order != sorted(order):
         with _writing(path):

@@ -22,6 +22,7 @@ from gemma_awq_cli.sampling import Chooser, Sampling
 from gemma_awq_cli.text_stream import TextStream
 
 GENERATION_CONFIG = "generation_config.json"
+KEPT_TOKENS = 512  # the least that a session which waits for further turns has room for
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,8 @@ class Engine(Protocol):
 
         on_text: (row, piece), the pieces of a row together are its text. on_done: (row, completion) as soon as a row
         ends by itself. numbers: what tells the rows' random numbers apart, by default 0, 1, ...; it is the row's alone,
-        so its tokens do not depend on its company. Ctrl-C ends the rows that are unfinished and keeps their text.
+        so its tokens do not depend on its company. Ctrl-C ends the rows that are unfinished and keeps their text; if there
+        are none it is passed on.
         """
         ...
 
@@ -193,6 +195,8 @@ class LocalEngine:
                 self._generate(work, on_done)
         except KeyboardInterrupt:
             self._live = None  # the cache may be half-way through a token
+            if all(row.done for row in work):
+                raise  # too late for these rows, but whoever brings more must hear of it
             for row in work:
                 if not row.done:
                     row.completion.finish = "interrupted"
@@ -262,7 +266,7 @@ class LocalEngine:
                 self._live = live
                 return live.session, [ids[read:]]
         if self._keep and len(work) == 1:
-            needed = min(self.context, 2 * needed)  # room for the next turns
+            needed = min(self.context, max(2 * needed, KEPT_TOKENS))  # room for the next turns
             session = self._opened.session(1, needed)
             self._live = _Live(session, needed, [])
             return session, [work[0].ids]

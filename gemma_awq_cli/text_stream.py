@@ -39,8 +39,9 @@ class TextStream:
 
     def _give(self, end: int) -> None:
         if end > self._given:
-            self._on_text(self._text[self._given : end])
-            self._given = end
+            piece = self._text[self._given : end]
+            self._given = end  # first: an interruption of on_text must not hand the piece out twice
+            self._on_text(piece)
 
     def finish(self) -> str:
         """Hand out what was held back; the whole text."""

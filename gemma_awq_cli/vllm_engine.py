@@ -129,6 +129,8 @@ class VllmEngine:
                             self._engine.abort_request([output.request_id])
                         on_done(request.index, request.completion)
         except KeyboardInterrupt:
+            if all(request.done for request in work.values()):
+                raise
             for request in work.values():
                 request.interrupt()
         finally:

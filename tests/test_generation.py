@@ -94,7 +94,10 @@ def test_chat_templates(tmp_path: Path, opened: OpenModel) -> None:
     chat = open_model(make_checkpoint(tmp_path / "chat", "gemma2", chat=True), CPU)
     decode = chat.prompter.tokenizer.decode
     answer = "<start_of_turn>model\n"
-    assert decode(prompt_ids(chat.prompter, "Hi", None, raw=False)) == f"<bos><start_of_turn>user\nHi<end_of_turn>\n{answer}"
+    assert (
+        decode(prompt_ids(chat.prompter, "Hi", None, raw=False))
+        == f"<bos><start_of_turn>user\nHi<end_of_turn>\n{answer}"
+    )
     # Gemma 2 knows no system role
     with_system = decode(prompt_ids(chat.prompter, "Hi", "Be brief.", raw=False))
     assert with_system == f"<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n{answer}"

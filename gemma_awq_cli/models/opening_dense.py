@@ -1,6 +1,7 @@
 """Opening a 16-bit Gemma: in the dtype, with the quantization on loading and with the attention that are asked for."""
 
 import importlib.util
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,6 +106,7 @@ def _require_bitsandbytes() -> None:
             "--quantization needs bitsandbytes, which is not installed.",
             "Install it: pip install 'gemma-awq[bnb]'. A 4-bit artifact needs nothing: `gemma-awq quantize`.",
         )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it laments optional kernels that it could download
 
 
 def _quantized(
