@@ -129,7 +129,7 @@ def _quantized(
     else:
         held = bnb.nn.Int8Params(weight.to(dtype), requires_grad=False, has_fp16_weights=False)
     made.weight = held.to(device)
-    return made
+    return made.eval()  # bitsandbytes rounds otherwise while it trains
 
 
 def _places(
