@@ -78,8 +78,8 @@ class Engine(Protocol):
 
         on_text: (row, piece), the pieces of a row together are its text. on_done: (row, completion) as soon as a row
         ends by itself. numbers: what tells the rows' random numbers apart, by default 0, 1, ...; it is the row's alone,
-        so its tokens do not depend on its company. Ctrl-C ends the rows that are unfinished and keeps their text; if there
-        are none it is passed on.
+        so its tokens do not depend on its company. Ctrl-C ends the rows that are unfinished and keeps their text;
+        if there are none it is passed on.
         """
         ...
 

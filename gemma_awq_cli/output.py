@@ -98,7 +98,7 @@ class Output:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Bar(*columns, console=self.console, transient=True) as bar:
+        with Bar(*columns, console=self.console, transient=True, speed_estimate_period=600) as bar:
             yield Progress(bar, bar.add_task(description, total=total))
 
 
@@ -116,6 +116,7 @@ class Progress:
         """So much was done before: it does not count for the time that is left."""
         if self._bar is not None:
             self._bar.reset(self._task, total=total, completed=done)
+            self._bar.advance(self._task, 0)  # steps that come many at a time are timed from here, not from each other
 
 
 def quiet_libraries() -> None:

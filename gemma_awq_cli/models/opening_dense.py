@@ -23,7 +23,8 @@ BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # nf4: half a byte, and a scale of
 class Precision:
     """How a 16-bit checkpoint is opened; None: what suits the device and the model.
 
-    quantization: `int8` or `nf4`, of the layers' linears on loading, by bitsandbytes. attention: what transformers calls it.
+    quantization: `int8` or `nf4`, of the layers' linears on loading, by bitsandbytes. attention: transformers' name for
+    an implementation.
     """
 
     dtype: torch.dtype | None = None
