@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING
 
 from gemma_awq_cli.generation import Engine, LocalEngine, generation_config
 from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import OpenModel, open_model, other_devices, pick_device
-from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.opening_dense import SMALLER, Precision
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.options import EngineName
@@ -21,7 +22,9 @@ VLLM_CHAT_CONTEXT = 8192  # vLLM sets memory aside for a whole context; Gemma 3'
 
 def find_model(out: Output, name: str, revision: str | None, asked: Sampling) -> tuple[Checkpoint, Sampling]:
     """The model's checkpoint, and the sampling that its generation_config and `asked` make together."""
-    checkpoint = Checkpoint(find_source(name, revision, out.note).folder)
+    folder = find_source(name, revision, out.note).folder
+    with memory_errors(f"opening {folder.name}", SMALLER):
+        checkpoint = Checkpoint(folder)
     sampling = resolve(asked, generation_config(checkpoint))
     out.note(f"Sampling: {sampling.described()}.")
     return checkpoint, sampling

@@ -30,12 +30,19 @@ def require_memory(needed: int, device: torch.device, what: str, hint: str) -> N
         )
 
 
+def is_refusal(error: BaseException) -> bool:
+    """Whether an allocator refused: Python's, a GPU's, PyTorch's own on the CPU, or the system's mapping of a file."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
+        said in str(error) for said in ("can't allocate memory", "Cannot allocate memory")
+    )
+
+
 @contextmanager
 def memory_errors(what: str, hint: str) -> Iterator[None]:
     """Turn the allocators' refusals into an error that says what to make smaller."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not (isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)):
+        if not is_refusal(error):
             raise
         raise GemmaAwqError(f"Out of memory while {what}.", hint) from None

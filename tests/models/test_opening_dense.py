@@ -127,7 +127,12 @@ def test_memory_that_is_not_there_is_said_before_it_is_taken(
 
 @pytest.mark.parametrize(
     "refusal",
-    [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("[enforce] can't allocate memory: 9")],
+    [
+        MemoryError(),
+        torch.OutOfMemoryError("CUDA out of memory"),
+        RuntimeError("[enforce] can't allocate memory: 9"),
+        RuntimeError("unable to mmap: Cannot allocate memory (12)"),
+    ],
 )
 def test_an_allocator_that_refuses_while_loading(
     refusal: Exception, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
