@@ -18,13 +18,14 @@ from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generation import Sampling, complete
+from gemma_awq_cli.generation import complete
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model, read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
+from gemma_awq_cli.sampling import Sampling
 
 # Relative: another processor, thread count or torch build rounds otherwise.
 TOLERANCE = 0.02
