@@ -23,6 +23,7 @@ LIBRARY_BYTES = 700_000_000
 
 EFFORTS = {"fast": FAST, "balanced": BALANCED, "best": BALANCED}  # `best` has more rows instead: see the README
 BEST_OWN_ROWS = 96  # rows of the model's own that `best` adds to the text's
+ROWS = {"fast": 128, "balanced": 128, "best": 512}  # by default, at most as many as the text gives
 
 
 @dataclass(frozen=True)

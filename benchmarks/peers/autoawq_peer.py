@@ -29,10 +29,6 @@ class Gemma3(Gemma2AWQForCausalLM):
     layer_type = "Gemma3DecoderLayer"
 
     @staticmethod
-    def get_model_layers(model: Any) -> Any:
-        return model.model.layers[: args.layers]
-
-    @staticmethod
     def get_layers_for_scaling(module: Any, input_feat: Any, module_kwargs: dict[str, Any]) -> list[dict[str, Any]]:
         which = "local" if module.is_sliding else "global"
         own = {**module_kwargs, "position_embeddings": module_kwargs[f"position_embeddings_{which}"]}
@@ -55,6 +51,8 @@ tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
 model = AutoAWQForCausalLM.from_pretrained(
     args.checkpoint, torch_dtype=torch.bfloat16, device_map="cpu", use_cache=False, attn_implementation="eager"
 )
+if args.layers is not None:
+    del model.model.model.layers[args.layers :]
 started = time.perf_counter()
 model.quantize(
     tokenizer,
