@@ -61,6 +61,10 @@ class Prompter:
                 # Gemma 1 and 2 know no system role: what it says goes before the first user message.
                 first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
                 text = render([first, *messages[2:]], tokenize=False, add_generation_prompt=answer_next)
+        except jinja2.exceptions.TemplateSyntaxError as error:
+            raise GemmaAwqError(
+                f"The chat template cannot be used: {error}.", "Copy the chat template of the original model."
+            ) from None
         except jinja2.exceptions.TemplateError as error:
             raise GemmaAwqError(
                 f"The model's chat template refuses the messages: {error}",
