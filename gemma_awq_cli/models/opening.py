@@ -1,35 +1,63 @@
-"""Opening a model to run: an artifact with its weights left packed, or any supported 16-bit Gemma."""
+"""Opening a model to run: an artifact with its weights left packed, or any supported 16-bit Gemma.
+
+Which forward runs it is decided here, best first: the compiled decoder, the torch decoder, transformers' own modules.
+"""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from gemma_awq_cli.awq.pack import PACK, PackedWeight
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.kernels import make_linear
-from gemma_awq_cli.models.checkpoint import REDOWNLOAD, Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.kernels.native import library as native_library
+from gemma_awq_cli.models import architecture
+from gemma_awq_cli.models.cache import cache_folder
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
+from gemma_awq_cli.models.native_text import NativeSession, NativeText, native_refusal, read_native_text
+from gemma_awq_cli.models.packed_reading import require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.session import Session, TransformersSession
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.text_weights import require_text_shapes
+from gemma_awq_cli.models.torch_text import read_torch_text
+from gemma_awq_cli.models.transformers_model import build_model
+
+DEFAULT_HEAD = "int8"
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """model: transformers' causal model of the text side, ready on `device`; quantized: whether it is an artifact."""
+    """text: the weights of the forward that runs it, None where that is transformers' own; report: how it was chosen."""
 
-    model: Any
-    prompter: Prompter
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
     quantized: bool
+    text: NativeText | TextWeights | None
+    report: tuple[str, ...]
+
+    @cached_property
+    def model(self) -> Any:
+        """transformers' causal model of the text side, ready on `device`; built when it is first asked for."""
+        return build_model(self.checkpoint, self.device, self.dtype)
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        return Prompter(self.checkpoint.folder)
 
     def session(self, rows: int, capacity: int) -> Session:
         """A new session of so many rows, each of at most `capacity` tokens."""
+        if isinstance(self.text, NativeText):
+            return NativeSession(self.text, rows, capacity)
+        if self.text is not None:
+            return DecoderSession(self.text, rows, capacity)
         return TransformersSession(self.model, rows, capacity, self.device)
+
+    def kernel_report(self) -> list[str]:
+        """Which kernel each kind of linear got and why others were refused, a line each."""
+        return list(self.report)
 
 
 def pick_device(asked: str) -> torch.device:
@@ -44,84 +72,34 @@ def pick_device(asked: str) -> torch.device:
 
 
 @torch.inference_mode()
-def open_model(folder: Path, device: torch.device) -> OpenModel:
-    """Open a model folder. An artifact's linears stay packed; nothing is ever expanded to 16 bit as a whole."""
+def open_model(folder: Path, device: torch.device, head: str = DEFAULT_HEAD) -> OpenModel:
+    """Open a model folder. An artifact's linears stay packed; nothing is ever expanded to 16 bit as a whole.
+
+    head: `16bit`, or `int8` or `int4` for a quantized copy of an artifact's head (a 16-bit checkpoint stays as it is).
+    """
     checkpoint = Checkpoint(folder)
     # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
     dtype = checkpoint.declared_dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
     if dtype not in (torch.float16, torch.bfloat16):
         dtype = torch.bfloat16
-    model = meta_model(checkpoint.text_config)
     quantized = checkpoint.quantization is not None
-    if quantized:
-        _replace_linears(model, checkpoint, device, dtype)
-    shapes = parameter_shapes(model, checkpoint.tied_head)
-    checkpoint.require_shapes(shapes)
-    weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    if checkpoint.tied_head:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    _make_buffers_real(model, device, dtype)
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if left:
-        raise AssertionError(f"never made real: {left[:3]}")
-    model.requires_grad_(False)
-    return OpenModel(model, Prompter(folder), checkpoint, device, dtype, quantized)
-
-
-def _make_buffers_real(model: Any, device: torch.device, dtype: torch.dtype) -> None:
-    """Rotary tables and the embedding's scale are computed from the config, not stored."""
-    text = model.model
-    with torch.device(device):
-        text.rotary_emb = type(text.rotary_emb)(text.config)
-    text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
-
-
-def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Put packed linears where the artifact has them."""
-    group_size = require_awq(checkpoint)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("model.layers."):
-            packed = read_packed(checkpoint, name, module.in_features, module.out_features, group_size)
-            model.set_submodule(name, make_linear(packed, device, dtype))
-
-
-def require_awq(checkpoint: Checkpoint) -> int:
-    """The group size of an AutoAWQ GEMM artifact; an error for any other kind of quantization."""
-    config = checkpoint.quantization or {}
-    method, version, bits = config.get("quant_method"), str(config.get("version", "gemm")).lower(), config.get("bits")
-    if method != "awq" or version != "gemm" or bits != 4:
-        raise GemmaAwqError(
-            f"{checkpoint.folder} is quantized as {method} {version} {bits}-bit; only 4-bit AWQ (gemm) is read.",
-            "Quantize the original 16-bit checkpoint with `gemma-awq quantize`.",
-        )
-    group_size = config.get("group_size")
-    if not isinstance(group_size, int) or group_size <= 0:
-        raise GemmaAwqError(
-            f"{checkpoint.folder}: quantization_config has group_size {group_size!r}.", "Quantize the model again."
-        )
-    return group_size
-
-
-def read_packed(
-    checkpoint: Checkpoint, name: str, in_features: int, out_features: int, group_size: int
-) -> PackedWeight:
-    """One linear's packed tensors, checked against the shapes that the config implies."""
-    base = checkpoint.key(f"{name}.weight").removesuffix(".weight")
-    expected = {
-        "qweight": (in_features, out_features // PACK),
-        "qzeros": (in_features // group_size, out_features // PACK),
-        "scales": (in_features // group_size, out_features),
-    }
-    for kind in PackedWeight._fields:
-        info = checkpoint.tensors.get(f"{base}.{kind}")
-        if info is None:
-            raise GemmaAwqError(f"{checkpoint.folder} lacks the tensor {base}.{kind}.", REDOWNLOAD)
-        if info.shape != expected[kind]:
-            raise GemmaAwqError(
-                f"{base}.{kind} has shape {list(info.shape)}, but config.json asks for {list(expected[kind])}.",
-                "The config and the weights are of different models. " + REDOWNLOAD,
-            )
-    tensors = read_tensors(checkpoint.tensors, [f"{base}.{kind}" for kind in PackedWeight._fields])
-    require_finite(f"{base}.scales", tensors[f"{base}.scales"])
-    return PackedWeight(*(tensors[f"{base}.{kind}"] for kind in PackedWeight._fields))
+    group_size = require_awq(checkpoint) if quantized else None
+    unknown = architecture.refusal(checkpoint.text_config)
+    if device.type != "cpu":
+        unknown = unknown or f"on {device.type} transformers' modules are used"
+    if unknown:
+        opened = OpenModel(checkpoint, device, dtype, quantized, None, (f"transformers' own modules: {unknown}",))
+        assert opened.model is not None
+        return opened
+    arch = architecture.architecture_of(checkpoint.text_config, checkpoint.family)
+    require_text_shapes(checkpoint, arch)
+    head = head if quantized else "16bit"
+    refused = native_refusal(checkpoint, arch, group_size)
+    library = native_library.load(cache_folder() / "native") if refused is None else refused
+    if isinstance(library, str):
+        text: NativeText | TextWeights = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
+        report = [f"torch: {library}"]
+    else:
+        text = read_native_text(library, checkpoint, arch, group_size, head)
+        report = [f"native {library.instructions}"]
+    return OpenModel(checkpoint, device, dtype, quantized, text, tuple(report))

@@ -10,7 +10,7 @@ from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import read_packed, require_awq
+from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
 
