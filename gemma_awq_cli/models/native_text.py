@@ -19,7 +19,7 @@ from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import Piece, chunks, tokens_of
 from gemma_awq_cli.models.kv_cache import make_cache
-from gemma_awq_cli.models.text_weights import LayerReader, read_embedding, read_final_gain
+from gemma_awq_cli.models.text_weights import JOINED, LayerReader, linear_shapes, read_embedding, read_final_gain
 
 _KINDS = {"int8": native.INT8, "int4": native.INT4}
 _MAX_HEAD_DIM = 512  # of engine.cpp's buffers
@@ -57,6 +57,9 @@ def read_native_text(
     library: lib.Library, checkpoint: Checkpoint, arch: Architecture, group_size: int | None, head: str
 ) -> NativeText:
     """All weights of the language model, repacked for the compiled kernels; 16-bit ones stay where they are mapped."""
+    embedding, weight = (tensor.to(torch.bfloat16).contiguous() for tensor in read_embedding(checkpoint))
+    group = head_group(head, arch.hidden) if head in _KINDS else None
+    arena = native.Arena(library, _arena_bytes(arch, group_size, head, group))
     keep: list[Any] = []
     linears: list[native.NativeLinear] = []
     ropes = {id(rope): (rope, rope.inv_freq.to(torch.float32).contiguous()) for rope in arch.ropes}
@@ -66,7 +69,7 @@ def read_native_text(
         spec = layers[index]
         for kind in ("qkv", "o", "gate_up", "down"):
             if group_size is not None:
-                linear = native.from_awq(library, reader.packed(kind))
+                linear = native.from_awq(library, reader.packed(kind), arena)
             else:
                 linear = native.dense(reader.dense(kind))
             linears.append(linear)
@@ -77,10 +80,8 @@ def read_native_text(
                 setattr(spec, name, gain.data_ptr())
         rope, inv_freq = ropes[id(arch.ropes[index])]
         spec.inv_freq, spec.rope_factor, spec.window = inv_freq.data_ptr(), rope.factor, arch.windows[index] or 0
-    embedding, weight = (tensor.to(torch.bfloat16).contiguous() for tensor in read_embedding(checkpoint))
     norm = read_final_gain(checkpoint, arch)
-    group = head_group(head, arch.hidden) if head in _KINDS else None
-    copy = native.dense([weight]) if group is None else native.quantized(library, weight, _KINDS[head], group)
+    copy = native.dense([weight]) if group is None else native.quantized(library, weight, _KINDS[head], group, arena)
     spec = lib.ModelSpec(
         hidden=arch.hidden, intermediate=arch.intermediate, heads=arch.heads, kv_heads=arch.kv_heads,
         head_dim=arch.head_dim, layers=arch.layers, eps=arch.eps,
@@ -89,6 +90,19 @@ def read_native_text(
         embedding=embedding.data_ptr(), norm=norm.data_ptr(), head=copy.spec, layer=layers,
     )  # fmt: skip
     return NativeText(library, arch, spec, tuple(linears), copy, (*keep, layers, ropes, embedding, norm))
+
+
+def _arena_bytes(arch: Architecture, group_size: int | None, head: str, group: int | None) -> int:
+    """What all integer weights take together."""
+    total = 0
+    if group_size is not None:
+        shapes = linear_shapes(arch)
+        for names in JOINED.values():
+            outputs = sum(shapes[name][0] for name in names)
+            total += arch.layers * native.arena_bytes(native.INT4, shapes[names[0]][1], outputs, group_size)
+    if group is not None:
+        total += native.arena_bytes(_KINDS[head], arch.hidden, arch.vocabulary, group)
+    return total
 
 
 class NativeSession:
@@ -107,15 +121,25 @@ class NativeSession:
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Session.feed`."""
         lengths = self._cache.lengths
-        logits = torch.empty(len(tokens), self._text.arch.vocabulary)
+        self._require_valid(tokens)
         ends = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
+        parts = []
         for pieces in chunks(tokens, lengths):
             ids = [token for piece in pieces for token in tokens_of(tokens[piece.row], piece, lengths[piece.row])]
             wanted = [piece.start + piece.count == ends[piece.row] for piece in pieces]
-            part = self._forward(pieces, ids, wanted)
-            logits[[piece.row for piece, want in zip(pieces, wanted, strict=True) if want]] = part
+            parts.append(self._forward(pieces, ids, wanted))
         lengths[:] = ends
-        return logits
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
+
+    def _require_valid(self, tokens: Sequence[Sequence[int]]) -> None:
+        """C++ checks nothing: a token or a position that is not there would be memory of something else."""
+        vocabulary, cache = self._text.arch.vocabulary, self._cache
+        if len(tokens) != len(cache.lengths) or not all(tokens):
+            raise ValueError(f"{len(tokens)} rows, some of them empty perhaps, for a session of {len(cache.lengths)}")
+        if any(length + len(new) > cache.capacity for length, new in zip(cache.lengths, tokens, strict=True)):
+            raise ValueError(f"more tokens than the session's capacity of {cache.capacity}")
+        if any(not 0 <= token < vocabulary for new in tokens for token in new):
+            raise ValueError(f"a token beyond the vocabulary of {vocabulary}")
 
     def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[bool]) -> Tensor:
         """Logits after those pieces that are wanted, in their order."""

@@ -6,6 +6,10 @@
 
 #include <memory>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
 struct LayerSpec {
     Linear qkv, o, gate_up, down;
     const float* input_norm;
@@ -40,17 +44,26 @@ struct Piece {
     int64_t row, start, count, offset;
 };
 
+// One call at a time: there is one set of threads, and one of buffers.
+static std::mutex one_call;
 static std::unique_ptr<Pool> the_pool;
 static Pool& pool_of(int threads) {
     if (!the_pool || the_pool->threads() != threads) the_pool = std::make_unique<Pool>(threads);
     return *the_pool;
 }
 
+// Kept from call to call and only ever grown, so that a token allocates nothing.
 struct Buffers {
     std::vector<float> x, normed, mixed, qkv, gathered, gate_up, act, scale, total, cosine, sine;
     std::vector<int8_t> q;
     std::vector<uint16_t> k, v;
+    std::vector<int64_t> position_of;
+    std::vector<std::vector<float>> scores;  // one a thread
 };
+static Buffers the_buffers;
+template <class T> static void at_least(std::vector<T>& v, int64_t size) {
+    if ((int64_t)v.size() < size) v.resize(size);
+}
 
 static void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* out) {
     F16 squares = splat(0.0f);
@@ -80,27 +93,27 @@ class Forward {
   public:
     Forward(const ModelSpec& m, Pool& pool, const CacheSpec& cache, const Piece* pieces, int64_t npieces,
             const int32_t* ids, int64_t tokens)
-        : m(m), pool(pool), cache(cache), pieces(pieces), npieces(npieces), ids(ids), tokens(tokens) {
+        : m(m), b(the_buffers), pool(pool), cache(cache), pieces(pieces), npieces(npieces), ids(ids), tokens(tokens) {
         const int64_t widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
-        b.x.resize(tokens * m.hidden);
-        b.normed.resize(tokens * m.hidden);
-        b.mixed.resize(tokens * m.hidden);
-        b.qkv.resize(tokens * qkv_size());
-        b.gathered.resize(tokens * m.heads * m.head_dim);
-        b.gate_up.resize(tokens * 2 * m.intermediate);
-        b.act.resize(tokens * m.intermediate);
-        b.q.resize(tokens * widest);
-        b.scale.resize(tokens * (widest / 16 + 1));
-        b.total.resize(tokens * (widest / 16 + 1));
-        b.k.resize(tokens * m.kv_heads * m.head_dim);
-        b.v.resize(tokens * m.kv_heads * m.head_dim);
+        at_least(b.x, tokens * m.hidden);
+        at_least(b.normed, tokens * m.hidden);
+        at_least(b.mixed, tokens * m.hidden);
+        at_least(b.qkv, tokens * qkv_size());
+        at_least(b.gathered, tokens * m.heads * m.head_dim);
+        at_least(b.gate_up, tokens * 2 * m.intermediate);
+        at_least(b.act, tokens * m.intermediate);
+        at_least(b.q, tokens * widest);
+        at_least(b.scale, tokens * (widest / 16 + 1));
+        at_least(b.total, tokens * (widest / 16 + 1));
+        at_least(b.k, tokens * m.kv_heads * m.head_dim);
+        at_least(b.v, tokens * m.kv_heads * m.head_dim);
     }
 
     // logits: [npieces, V], after the last token of each piece for which wanted[piece] is set, in that order.
     void run(const uint8_t* wanted, float* logits) {
-        position_of.resize(tokens);
+        at_least(b.position_of, tokens);
         for (int64_t p = 0; p < npieces; p++)
-            for (int64_t i = 0; i < pieces[p].count; i++) position_of[pieces[p].offset + i] = pieces[p].start + i;
+            for (int64_t i = 0; i < pieces[p].count; i++) b.position_of[pieces[p].offset + i] = pieces[p].start + i;
         embed();
         for (int64_t l = 0; l < m.layers; l++) layer(m.layer[l], l);
         head(wanted, logits);
@@ -121,7 +134,8 @@ class Forward {
     void embed() {
         for (int64_t t = 0; t < tokens; t++) {
             const uint16_t* from = m.embedding + (int64_t)ids[t] * m.hidden;
-            for (int64_t i = 0; i < m.hidden; i++) b.x[t * m.hidden + i] = float_of(from[i]) * m.embed_scale;
+            for (int64_t i = 0; i < m.hidden; i++)
+                b.x[t * m.hidden + i] = float_of(from[i]) * m.embed_scale;
         }
     }
 
@@ -133,11 +147,11 @@ class Forward {
         if (l.inv_freq == tabled) return;
         tabled = l.inv_freq;
         const int64_t half = m.head_dim / 2;
-        b.cosine.resize(tokens * half);
-        b.sine.resize(tokens * half);
+        at_least(b.cosine, tokens * half);
+        at_least(b.sine, tokens * half);
         each_token([&](int64_t t) {
             for (int64_t i = 0; i < half; i++) {
-                const float angle = (float)position_of[t] * l.inv_freq[i];
+                const float angle = (float)b.position_of[t] * l.inv_freq[i];
                 b.cosine[t * half + i] = std::cos(angle) * l.rope_factor;
                 b.sine[t * half + i] = std::sin(angle) * l.rope_factor;
             }
@@ -165,9 +179,9 @@ class Forward {
                 if (query)
                     for (int64_t i = 0; i < m.head_dim; i++) x[i] *= m.query_scale;
             }
-            for (int64_t i = 0; i < kv_size; i++) {
-                b.k[t * kv_size + i] = bf16_of(row[q_size + i]);
-                b.v[t * kv_size + i] = bf16_of(row[q_size + kv_size + i]);
+            for (int64_t i = 0; i < kv_size; i += 16) {
+                store_bf16(&b.k[t * kv_size + i], load(row + q_size + i));
+                store_bf16(&b.v[t * kv_size + i], load(row + q_size + kv_size + i));
             }
         });
         attend(l, index);
@@ -218,9 +232,9 @@ class Forward {
                                          std::min(heads, shared - h)});
             most_keys = std::max(most_keys, pieces[p].start + pieces[p].count);
         }
-        scores.resize(pool.threads());
-        for (auto& s : scores) s.resize(MAX_QUERIES * most_keys);
-        pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) { tile(tiles[i], l, index, scores[thread].data()); });
+        at_least(b.scores, pool.threads());
+        for (auto& s : b.scores) at_least(s, MAX_QUERIES * most_keys);
+        pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) { tile(tiles[i], l, index, b.scores[thread].data()); });
         // only now: what the ring loses may still have been seen by this batch's first tokens
         const int64_t slots = cache.slots[index], d = m.head_dim;
         for (int64_t p = 0; p < npieces; p++)
@@ -304,15 +318,13 @@ class Forward {
 
     static constexpr int MAX_HEAD_DIM = 512;
     const ModelSpec& m;
+    Buffers& b;
     Pool& pool;
     const CacheSpec& cache;
     const Piece* pieces;
     const int64_t npieces;
     const int32_t* ids;
     const int64_t tokens;
-    Buffers b;
-    std::vector<int64_t> position_of;
-    std::vector<std::vector<float>> scores;
     const float* tabled = nullptr;
 };
 
@@ -335,11 +347,24 @@ const char* gaq_instructions() {
 
 void gaq_forward(const ModelSpec* model, const CacheSpec* cache, const Piece* pieces, int64_t npieces, const int32_t* ids,
                  int64_t tokens, const uint8_t* wanted, float* logits, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
     Forward(*model, pool_of(threads), *cache, pieces, npieces, ids, tokens).run(wanted, logits);
+}
+
+// Asks for large pages under weights that are still to be written: a token reads all of them once, page by page.
+void gaq_large_pages(uint8_t* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    const uintptr_t last = ((uintptr_t)memory + bytes) & ~(page - 1);
+    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a wish: refusal costs speed alone
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 // x [rows, K] float32 -> out [rows, N] float32
 void gaq_linear(const Linear* linear, const float* x, int64_t rows, float* out, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
     std::vector<int8_t> q(rows * linear->inputs);
     std::vector<float> scale(rows * (linear->inputs / 16 + 1)), total(rows * (linear->inputs / 16 + 1));
     const Activations a{rows, linear->inputs, x, q.data(), scale.data(), total.data()};
@@ -350,11 +375,13 @@ void gaq_linear(const Linear* linear, const float* x, int64_t rows, float* out, 
 
 void gaq_pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs, int64_t outputs,
                   int64_t group, uint8_t* data, uint8_t* zeros, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
     pack_awq(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
 }
 
 void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group, uint8_t* data,
                   uint8_t* zeros, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
     if (kind == INT4) quantize_weight<INT4>(pool_of(threads), weight, inputs, outputs, group, data, zeros);
     else quantize_weight<INT8>(pool_of(threads), weight, inputs, outputs, group, data, zeros);
 }

@@ -64,6 +64,7 @@ _ARGUMENTS = {
         POINTER(ModelSpec), POINTER(CacheSpec), POINTER(PieceSpec), c_int64, c_void_p, c_int64, POINTER(c_uint8),
         c_void_p, c_int32,
     ),
+    "gaq_large_pages": (c_void_p, c_int64),
     "gaq_linear": (POINTER(LinearSpec), c_void_p, c_int64, c_void_p, c_int32),
     "gaq_pack_awq": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32),
     "gaq_quantize": (c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32),
@@ -82,6 +83,7 @@ class Library:
         handle.gaq_instructions.restype = c_char_p
         self.instructions: str = handle.gaq_instructions().decode()
         self.forward = handle.gaq_forward
+        self.large_pages = handle.gaq_large_pages
         self.linear = handle.gaq_linear
         self.pack_awq = handle.gaq_pack_awq
         self.quantize = handle.gaq_quantize

@@ -57,9 +57,7 @@ INLINE void quantize_group(const float* x, int64_t group, int8_t* q, float* scal
         const F16 rounded = fma(load(x + k), splat(inverse), shift);
         const I16 v = (I16)rounded - (I16)shift;
         sums += v;
-        typedef int8_t S16 __attribute__((vector_size(16)));
-        const S16 narrow = __builtin_convertvector(v, S16);
-        memcpy(q + k, &narrow, 16);
+        store_bytes(q + k, v);
     }
     *scale = amax / 127.0f + sum(poison);
     *total = sum(to_float(sums));
@@ -95,8 +93,8 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
             for (int c = 0; c < CHAINS; c++) acc[r][c][0] = acc[r][c][1] = splat(0);
         const uint8_t* p = data + 2 * BLOCK;
         for (int64_t k = 0; k < w.group; k += 8, p += KIND == INT4 ? 128 : 256) {
-            if (R <= 4) __builtin_prefetch(p + 2048), __builtin_prefetch(p + 2048 + 64);
-            if (R <= 4 && KIND == INT8) __builtin_prefetch(p + 2048 + 128), __builtin_prefetch(p + 2048 + 192);
+            if (R == 2 || R == 4)  // one row keeps up with the processor's own prefetching, many rows read each byte once
+                for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
             B64 first[2], second[2];  // inputs k .. k+3 and k+4 .. k+7
             for (int h = 0; h < 2; h++) {
                 if (KIND == INT4) {

@@ -33,11 +33,39 @@ def refusal(inputs: int, group_size: int) -> str | None:
     return None
 
 
-def from_awq(library: Library, packed: PackedWeight) -> NativeLinear:
+class Arena:
+    """Memory for packed weights, taken once, in large pages where the system has them."""
+
+    def __init__(self, library: Library, nbytes: int) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        library.large_pages(self._memory.data_ptr(), nbytes)
+        self._used = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """The next bytes, from a multiple of 64 on (torch's own memory begins at one)."""
+        taken = self._memory[self._used : self._used + nbytes]
+        assert taken.numel() == nbytes
+        self._used += _rounded(nbytes)
+        return taken
+
+
+def packed_bytes(kind: int, inputs: int, outputs: int, group: int) -> tuple[int, int]:
+    """Bytes of the blocks and of the zero points of one linear."""
+    groups = -(-outputs // BLOCK) * (inputs // group)
+    data = groups * (2 * BLOCK + group * BLOCK // (2 if kind == INT4 else 1))
+    return data, groups * BLOCK if kind == INT4 else 0
+
+
+def arena_bytes(kind: int, inputs: int, outputs: int, group: int) -> int:
+    """What one linear takes of an `Arena`."""
+    return sum(map(_rounded, packed_bytes(kind, inputs, outputs, group)))
+
+
+def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLinear:
     """AutoAWQ's tensors -> int4 blocks."""
     inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
     group = inputs // packed.scales.shape[0]
-    data, zeros = _room(INT4, inputs, outputs, group)
+    data, zeros = map(arena.take, packed_bytes(INT4, inputs, outputs, group))
     qweight, qzeros, scales = (tensor.contiguous() for tensor in packed)
     library.pack_awq(
         qweight.data_ptr(), qzeros.data_ptr(), scales.to(torch.float16).data_ptr(), inputs, outputs, group,
@@ -46,11 +74,11 @@ def from_awq(library: Library, packed: PackedWeight) -> NativeLinear:
     return _integer(INT4, inputs, outputs, group, data, zeros)
 
 
-def quantized(library: Library, weight: Tensor, kind: int, group: int) -> NativeLinear:
+def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:
     """A 16-bit weight [N, K] -> int4 (asymmetric, the best of nine ranges) or int8 (symmetric) in groups of `group`."""
     weight = weight.to(torch.bfloat16).contiguous()
     outputs, inputs = weight.shape
-    data, zeros = _room(kind, inputs, outputs, group)
+    data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
     library.quantize(
         kind, weight.data_ptr(), inputs, outputs, group, data.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
     )
@@ -76,12 +104,8 @@ def apply(library: Library, linear: NativeLinear, x: Tensor) -> Tensor:
     return result
 
 
-def _room(kind: int, inputs: int, outputs: int, group: int) -> tuple[Tensor, Tensor]:
-    """Memory for blocks and zero points. torch aligns it to 64 bytes, which the blocks' 64-byte loads like."""
-    groups = -(-outputs // BLOCK) * (inputs // group)
-    data = torch.empty(groups * (2 * BLOCK + group * BLOCK // (2 if kind == INT4 else 1)), dtype=torch.uint8)
-    zeros = torch.empty(groups * BLOCK if kind == INT4 else 0, dtype=torch.uint8)
-    return data, zeros
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 def _integer(kind: int, inputs: int, outputs: int, group: int, data: Tensor, zeros: Tensor) -> NativeLinear:

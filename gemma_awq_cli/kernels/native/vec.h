@@ -54,21 +54,62 @@ INLINE float sum(F16 v) {
 #endif
 }
 INLINE float largest(F16 v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
     float m = v[0];
     for (int i = 1; i < 16; i++) m = v[i] > m ? v[i] : m;
     return m;
 }
 
-INLINE F16 load_bf16(const uint16_t* p) { return (F16)(__builtin_convertvector(load_as<H16>(p), U16) << 16); }
-INLINE F16 load_u8(const uint8_t* p) { return __builtin_convertvector(load_as<B16>(p), F16); }
-
-// to the nearest bfloat16, ties to even; NaN stays NaN
-INLINE uint16_t bf16_of(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
-    return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+// Compilers take convertvector between lanes of unlike widths apart, lane by lane: hence intrinsics where there are any.
+INLINE F16 load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (F16)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+    union { __m256i half[2]; F16 all; } v;
+    for (int h = 0; h < 2; h++) v.half[h] = _mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p + 8 * h)), 16);
+    return v.all;
+#else
+    return (F16)(__builtin_convertvector(load_as<H16>(p), U16) << 16);
+#endif
 }
+INLINE F16 load_u8(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return to_float((I16)_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+    union { __m256i half[2]; I16 all; } v;
+    for (int h = 0; h < 2; h++) v.half[h] = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)(p + 8 * h)));
+    return to_float(v.all);
+#else
+    return __builtin_convertvector(load_as<B16>(p), F16);
+#endif
+}
+// the low byte of each lane
+INLINE void store_bytes(int8_t* p, I16 v) {
+#if defined(__AVX512F__)
+    const __m128i narrow = _mm512_cvtepi32_epi8((__m512i)v);
+    memcpy(p, &narrow, 16);
+#else
+    typedef int8_t S16 __attribute__((vector_size(16)));
+    const S16 narrow = __builtin_convertvector(v, S16);
+    memcpy(p, &narrow, 16);
+#endif
+}
+// bf16 of each lane: to nearest, ties to even; NaN stays NaN
+INLINE void store_bf16(uint16_t* p, F16 x) {
+    const U16 bits = (U16)x;
+    const U16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const U16 result = x == x ? rounded : (U16{} + 0x7fc0);
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)result);
+    memcpy(p, &narrow, 32);
+#else
+    const H16 narrow = __builtin_convertvector(result, H16);
+    memcpy(p, &narrow, 32);
+#endif
+}
+
 INLINE float float_of(uint16_t bf16) {
     uint32_t bits = (uint32_t)bf16 << 16;
     float x;
@@ -111,6 +152,10 @@ INLINE uint16_t half_of(float x) {  // x: a finite scale that float16 can hold
 INLINE F16 load_half(const uint16_t* p) {
 #if defined(__AVX512F__)
     return (F16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    union { __m256 half[2]; F16 all; } v;
+    for (int h = 0; h < 2; h++) v.half[h] = _mm256_cvtph_ps(load_as<__m128i>(p + 8 * h));
+    return v.all;
 #elif defined(__aarch64__)
     typedef __fp16 P16 __attribute__((vector_size(32)));
     return __builtin_convertvector(load_as<P16>(p), F16);
@@ -126,7 +171,6 @@ INLINE I16 dot4(I16 acc, B64 w, int32_t a) {
 #if defined(__AVX512VNNI__)
     return (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
 #elif defined(__AVX2__)
-    typedef int32_t I8 __attribute__((vector_size(32)));
     union { B64 all; __m256i half[2]; } bytes = {w};
     union { I16 all; __m256i half[2]; } result = {acc};
     const __m256i as = _mm256_set1_epi32(a);
