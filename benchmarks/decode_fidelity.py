@@ -81,7 +81,7 @@ def ways(artifact: Checkpoint, capacity: int) -> Iterator[tuple[str, Callable[[]
         for kind in ("qkv", "o", "gate_up", "down"):
             packed = PackedWeight(*getattr(layer, kind).buffers())
             object.__setattr__(layer, kind, JoinedLinear([dequantize(*unpack_weight(packed))]))
-    yield "weights exact in float32", lambda: DecoderSession(exact, 1, capacity)
+    yield "weights exact in float32", lambda text=exact: DecoderSession(text, 1, capacity)  # type: ignore[misc]
     del exact
     library = native_library.load(cache_folder() / "native")
     if isinstance(library, str):

@@ -1,4 +1,6 @@
-"""The head: hidden states to logits, the largest single read of a token. Its copy may be quantized; the look-up never is.
+"""The head: hidden states to logits, the largest single read of a token.
+
+A copy of it may be quantized; the look-up of embeddings never is.
 
 Groups along the hidden size: 8 bits are symmetric, 4 bits have a zero point.
 """
@@ -11,7 +13,9 @@ from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.pack import pack_weight
 from gemma_awq_cli.kernels import make_linear
 
-HEADS = ("16bit", "int8", "int4")
+DENSE_HEAD = "16bit"
+HEADS = (DENSE_HEAD, "int8", "int4")
+DEFAULT_HEAD = "int8"
 PREFERRED_GROUPS = {"int8": 128, "int4": 32}
 _ROWS = 8192  # vocabulary entries that are quantized at a time
 
@@ -51,7 +55,7 @@ class Int8Head(nn.Module):
 
 def make_head(weight: Tensor, head: str) -> nn.Module:
     """A module hidden [R, K] -> logits [R, V] in torch; what a device cannot do stays 16-bit (see `head_refusal`)."""
-    if head == "16bit" or head_refusal(weight, head):
+    if head == DENSE_HEAD or head_refusal(weight, head):
         return DenseHead(weight)
     if head == "int8":
         return Int8Head(weight)

@@ -59,16 +59,17 @@ class Piece:
 
 
 class DecoderSession:
-    """A `Session` over `TextWeights` on any device; `kernels` say what its linears are."""
+    """A `Session` over `TextWeights` on any device, with a cache of its own unless one is given."""
 
-    def __init__(self, weights: TextWeights, rows: int, capacity: int) -> None:
+    def __init__(self, weights: TextWeights, rows: int, capacity: int, cache: KVCache | None = None) -> None:
         self._weights = weights
-        self._cache = make_cache(weights.arch, rows, capacity, weights.device, weights.dtype)
+        self._cache = cache or make_cache(weights.arch, rows, capacity, weights.device, weights.dtype)
         self._tables = [(rope.inv_freq.to(weights.device), rope.factor) for rope in weights.arch.ropes]
 
     @torch.inference_mode()
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Session.feed`."""
+        self._cache.require_room(tokens, self._weights.arch.vocabulary)
         last: list[Tensor | None] = [None] * len(tokens)
         for pieces in chunks(tokens, self._cache.lengths):
             ids = [token for p in pieces for token in tokens_of(tokens[p.row], p, self._cache.lengths[p.row])]
@@ -102,7 +103,9 @@ class DecoderSession:
                 inv_freq, factor = self._tables[index]
                 freqs = positions[:, None].to(torch.float32) * inv_freq
                 angles[id(rope)] = tuple((f * factor).to(x.dtype)[:, None] for f in (freqs.cos(), freqs.sin()))  # type: ignore[assignment]
-            mixed = layer.o(self._attention(index, layer, _norm(x, layer.input_norm, arch.eps), pieces, angles[id(rope)]))
+            mixed = layer.o(
+                self._attention(index, layer, _norm(x, layer.input_norm, arch.eps), pieces, angles[id(rope)])
+            )
             if layer.attention_norm is not None:
                 mixed = _norm(mixed, layer.attention_norm, arch.eps)
             x = x + mixed
@@ -119,7 +122,11 @@ class DecoderSession:
         """Normed states [T, hidden] -> what the heads gathered [T, heads * head_dim]."""
         arch = self._weights.arch
         q, k, v = layer.qkv(x).split((arch.query_size, arch.kv_size, arch.kv_size), -1)
-        q, k, v = q.unflatten(-1, (arch.heads, -1)), k.unflatten(-1, (arch.kv_heads, -1)), v.unflatten(-1, (arch.kv_heads, -1))
+        q, k, v = (
+            q.unflatten(-1, (arch.heads, -1)),
+            k.unflatten(-1, (arch.kv_heads, -1)),
+            v.unflatten(-1, (arch.kv_heads, -1)),
+        )
         if layer.q_norm is not None and layer.k_norm is not None:
             q, k = _norm(q, layer.q_norm, arch.eps), _norm(k, layer.k_norm, arch.eps)
         q, k = _rotate(q, *angles), _rotate(k, *angles)

@@ -4,6 +4,7 @@ A layer's slots are a ring: position p lies in slot p % slots. A layer that sees
 position, so its ring never turns.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,15 @@ class KVCache:
     @property
     def nbytes(self) -> int:
         return 2 * sum(layer.nbytes for layer in self.keys)
+
+    def require_room(self, tokens: Sequence[Sequence[int]], vocabulary: int) -> None:
+        """An error of the caller's: rows, tokens or positions that are not there. Compiled code checks nothing."""
+        if len(tokens) != len(self.lengths) or not all(tokens):
+            raise ValueError(f"{len(tokens)} rows, some of them empty perhaps, for a cache of {len(self.lengths)}")
+        if any(length + len(new) > self.capacity for length, new in zip(self.lengths, tokens, strict=True)):
+            raise ValueError(f"more tokens than the cache's capacity of {self.capacity}")
+        if any(not 0 <= token < vocabulary for new in tokens for token in new):
+            raise ValueError(f"a token that is not in the vocabulary of {vocabulary}")
 
 
 def make_cache(arch: Architecture, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KVCache:

@@ -17,23 +17,29 @@ from gemma_awq_cli.kernels.native import library as lib
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.decoder import Piece, chunks, tokens_of
+from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of
 from gemma_awq_cli.models.kv_cache import make_cache
 from gemma_awq_cli.models.text_weights import JOINED, LayerReader, linear_shapes, read_embedding, read_final_gain
+from gemma_awq_cli.models.torch_text import read_torch_text
 
 _KINDS = {"int8": native.INT8, "int4": native.INT4}
+MANY_TOKENS = 16  # at once: from here on torch's bf16 product is faster than reading 16-bit weights row by row
 _MAX_HEAD_DIM = 512  # of engine.cpp's buffers
 
 
 @dataclass(frozen=True)
 class NativeText:
-    """spec: what C++ reads; linears: by kind, of all layers; keep: what else must stay alive for the spec's pointers."""
+    """The model as C++ reads it, and what keeps the memory behind its pointers alive.
+
+    linears: of all layers, joined; dense: the same 16-bit weights for the torch decoder, None for an artifact.
+    """
 
     library: lib.Library
     arch: Architecture
     spec: lib.ModelSpec
     linears: tuple[native.NativeLinear, ...]
     head: native.NativeLinear
+    dense: TextWeights | None
     keep: tuple[Any, ...]
 
     @property
@@ -89,7 +95,25 @@ def read_native_text(
         attention_softcap=arch.attention_softcap or 0.0, final_softcap=arch.final_softcap or 0.0,
         embedding=embedding.data_ptr(), norm=norm.data_ptr(), head=copy.spec, layer=layers,
     )  # fmt: skip
-    return NativeText(library, arch, spec, tuple(linears), copy, (*keep, layers, ropes, embedding, norm))
+    dense = None
+    if group_size is None:
+        dense = read_torch_text(checkpoint, arch, None, torch.device("cpu"), torch.bfloat16)
+    return NativeText(library, arch, spec, tuple(linears), copy, dense, (*keep, layers, ropes, embedding, norm))
+
+
+def native_report(text: NativeText) -> list[str]:
+    """A line on the forward, the linears and the head."""
+    kinds = {native.INT4: "int4", native.INT8: "int8", native.BF16: "bfloat16"}
+    names = {kind: f"{name}, activations in int8 a group" for kind, name in kinds.items()}
+    names[native.BF16] = "bfloat16, activations in float32"
+    long = "" if text.dense is None else f"; {MANY_TOKENS} tokens and more at once: torch"
+    layers, head = text.linears[0].spec, text.head.spec
+    grouped = f" in groups of {head.group}" if head.group else ""
+    return [
+        f"forward: compiled C++ ({text.library.instructions}, {torch.get_num_threads()} threads){long}",
+        f"qkv, o, gate_up, down: compiled {names[layers.kind]}, {sum(x.nbytes for x in text.linears) / 1e6:.1f} MB",
+        f"head: compiled {names[head.kind]}{grouped}, {text.head.nbytes / 1e6:.1f} MB",
+    ]
 
 
 def _arena_bytes(arch: Architecture, group_size: int | None, head: str, group: int | None) -> int:
@@ -111,6 +135,8 @@ class NativeSession:
     def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
         self._text = text
         self._cache = make_cache(text.arch, rows, capacity, torch.device("cpu"), torch.bfloat16)
+        # 16-bit weights meet many tokens faster in torch's bf16 products; both decoders keep the same cache
+        self._torch = None if text.dense is None else DecoderSession(text.dense, rows, capacity, self._cache)
         layers = text.arch.layers
         self._spec = lib.CacheSpec(
             keys=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.keys)),
@@ -121,7 +147,9 @@ class NativeSession:
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Session.feed`."""
         lengths = self._cache.lengths
-        self._require_valid(tokens)
+        self._cache.require_room(tokens, self._text.arch.vocabulary)
+        if self._torch is not None and sum(map(len, tokens)) >= MANY_TOKENS:
+            return self._torch.feed(tokens)
         ends = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
         parts = []
         for pieces in chunks(tokens, lengths):
@@ -130,16 +158,6 @@ class NativeSession:
             parts.append(self._forward(pieces, ids, wanted))
         lengths[:] = ends
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
-
-    def _require_valid(self, tokens: Sequence[Sequence[int]]) -> None:
-        """C++ checks nothing: a token or a position that is not there would be memory of something else."""
-        vocabulary, cache = self._text.arch.vocabulary, self._cache
-        if len(tokens) != len(cache.lengths) or not all(tokens):
-            raise ValueError(f"{len(tokens)} rows, some of them empty perhaps, for a session of {len(cache.lengths)}")
-        if any(length + len(new) > cache.capacity for length, new in zip(cache.lengths, tokens, strict=True)):
-            raise ValueError(f"more tokens than the session's capacity of {cache.capacity}")
-        if any(not 0 <= token < vocabulary for new in tokens for token in new):
-            raise ValueError(f"a token beyond the vocabulary of {vocabulary}")
 
     def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[bool]) -> Tensor:
         """Logits after those pieces that are wanted, in their order."""

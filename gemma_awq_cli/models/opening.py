@@ -3,6 +3,7 @@
 Which forward runs it is decided here, best first: the compiled decoder, the torch decoder, transformers' own modules.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,21 +11,21 @@ from typing import Any
 
 import torch
 
+from gemma_awq_cli import kernels
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models import architecture
 from gemma_awq_cli.models.cache import cache_folder
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
-from gemma_awq_cli.models.native_text import NativeSession, NativeText, native_refusal, read_native_text
-from gemma_awq_cli.models.packed_reading import require_awq
+from gemma_awq_cli.models.native_text import NativeSession, NativeText, native_refusal, native_report, read_native_text
+from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.session import Session, TransformersSession
-from gemma_awq_cli.models.text_weights import require_text_shapes
+from gemma_awq_cli.models.text_weights import linear_shapes, require_text_shapes
 from gemma_awq_cli.models.torch_text import read_torch_text
 from gemma_awq_cli.models.transformers_model import build_model
-
-DEFAULT_HEAD = "int8"
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,10 @@ def pick_device(asked: str) -> torch.device:
 
 
 @torch.inference_mode()
-def open_model(folder: Path, device: torch.device, head: str = DEFAULT_HEAD) -> OpenModel:
+def open_model(folder: Path, device: torch.device, head: str | None = None) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; nothing is ever expanded to 16 bit as a whole.
 
-    head: `16bit`, or `int8` or `int4` for a quantized copy of an artifact's head (a 16-bit checkpoint stays as it is).
+    head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
     """
     checkpoint = Checkpoint(folder)
     # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
@@ -84,22 +85,38 @@ def open_model(folder: Path, device: torch.device, head: str = DEFAULT_HEAD) -> 
         dtype = torch.bfloat16
     quantized = checkpoint.quantization is not None
     group_size = require_awq(checkpoint) if quantized else None
+    head = head or (DEFAULT_HEAD if quantized else DENSE_HEAD)
     unknown = architecture.refusal(checkpoint.text_config)
     if device.type != "cpu":
-        unknown = unknown or f"on {device.type} transformers' modules are used"
+        unknown = unknown or f"the decode paths of our own run on the CPU, and this is {device.type}"
     if unknown:
-        opened = OpenModel(checkpoint, device, dtype, quantized, None, (f"transformers' own modules: {unknown}",))
-        assert opened.model is not None
+        report = [f"forward: transformers' modules ({unknown})", *linear_report(checkpoint, group_size, device, dtype)]
+        opened = OpenModel(checkpoint, device, dtype, quantized, None, tuple(report))
+        assert opened.model is not None  # an error in the files shows here
         return opened
     arch = architecture.architecture_of(checkpoint.text_config, checkpoint.family)
     require_text_shapes(checkpoint, arch)
-    head = head if quantized else "16bit"
-    refused = native_refusal(checkpoint, arch, group_size)
-    library = native_library.load(cache_folder() / "native") if refused is None else refused
+    library = native_refusal(checkpoint, arch, group_size) or native_library.load(cache_folder() / "native")
     if isinstance(library, str):
+        report = [
+            f"forward: torch (not the compiled one: {library})",
+            *linear_report(checkpoint, group_size, device, dtype),
+        ]
         text: NativeText | TextWeights = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
-        report = [f"torch: {library}"]
     else:
         text = read_native_text(library, checkpoint, arch, group_size, head)
-        report = [f"native {library.instructions}"]
+        report = native_report(text)
     return OpenModel(checkpoint, device, dtype, quantized, text, tuple(report))
+
+
+def linear_report(
+    checkpoint: Checkpoint, group_size: int | None, device: torch.device, dtype: torch.dtype
+) -> Iterator[str]:
+    """Which torch kernel each kind of linear of the first layer gets, and why faster ones were refused."""
+    if group_size is None:
+        yield f"linears: {dtype} products of PyTorch"
+        return
+    shapes = linear_shapes(architecture.architecture_of(checkpoint.text_config, checkpoint.family))
+    for name, (outputs, inputs) in shapes.items():
+        packed = read_packed(checkpoint, f"model.layers.0.{name}", inputs, outputs, group_size)
+        yield f"{name.rpartition('.')[2]}: {kernels.describe(packed, device, dtype)}"
