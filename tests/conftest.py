@@ -17,9 +17,17 @@ torch.set_num_threads(min(2, os.cpu_count() or 1))
 FAMILIES = sorted(CONFIGS)
 
 
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiled kernels lie: once a session, because compiling takes seconds."""
+    return tmp_path_factory.mktemp("native")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path: Path, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user's own cache holds, and none reaches the network."""
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "native").symlink_to(native_folder)
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

@@ -38,7 +38,7 @@ KERNELS = (
 
 def choose(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, list[str]]:
     """The fastest kernel for these tensors, and why each faster one was refused."""
-    refused = []
+    refused: list[str] = []
     for kernel in KERNELS:
         reason = kernel.refusal(packed, device, dtype)
         if reason is None:

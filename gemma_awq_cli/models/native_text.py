@@ -72,20 +72,20 @@ def read_native_text(
     layers = (lib.LayerSpec * arch.layers)()
     for index in range(arch.layers):
         reader = LayerReader(checkpoint, arch, index, group_size)
-        spec = layers[index]
+        layer = layers[index]
         for kind in ("qkv", "o", "gate_up", "down"):
             if group_size is not None:
                 linear = native.from_awq(library, reader.packed(kind), arena)
             else:
                 linear = native.dense(reader.dense(kind))
             linears.append(linear)
-            setattr(spec, kind, linear.spec)
+            setattr(layer, kind, linear.spec)
         for name, gain in reader.gains().items():
             if gain is not None:
                 keep.append(gain)
-                setattr(spec, name, gain.data_ptr())
+                setattr(layer, name, gain.data_ptr())
         rope, inv_freq = ropes[id(arch.ropes[index])]
-        spec.inv_freq, spec.rope_factor, spec.window = inv_freq.data_ptr(), rope.factor, arch.windows[index] or 0
+        layer.inv_freq, layer.rope_factor, layer.window = inv_freq.data_ptr(), rope.factor, arch.windows[index] or 0
     norm = read_final_gain(checkpoint, arch)
     copy = native.dense([weight]) if group is None else native.quantized(library, weight, _KINDS[head], group, arena)
     spec = lib.ModelSpec(

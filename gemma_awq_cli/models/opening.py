@@ -30,7 +30,7 @@ from gemma_awq_cli.models.transformers_model import build_model
 
 @dataclass(frozen=True)
 class OpenModel:
-    """text: the weights of the forward that runs it, None where that is transformers' own; report: how it was chosen."""
+    """text: the weights of the forward that runs it, None where that is transformers'; report: how it was chosen."""
 
     checkpoint: Checkpoint
     device: torch.device

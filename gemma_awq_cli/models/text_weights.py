@@ -38,7 +38,7 @@ def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
 
 
 def norm_names(arch: Architecture) -> dict[str, str]:
-    """What the decode paths call a layer's norms -> what the checkpoint calls them. Gemma 1 has two, the others four."""
+    """A layer's norms by the decode paths' names -> by the checkpoint's. Gemma 1 has two, the others four."""
     names = {"input_norm": "input_layernorm"}
     if arch.post_norms:
         names |= {

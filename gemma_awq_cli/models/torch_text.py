@@ -13,7 +13,7 @@ from gemma_awq_cli.models.text_weights import LayerReader, read_embedding, read_
 
 
 class JoinedLinear(nn.Module):
-    """Several 16-bit weights with one input, side by side, each where it lies in the file: no copy of a mapped weight."""
+    """Several 16-bit weights with one input, side by side, each where it lies in the file: mapped ones stay mapped."""
 
     def __init__(self, weights: list[Tensor]) -> None:
         super().__init__()
