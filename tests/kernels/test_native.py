@@ -1,4 +1,4 @@
-"""The compiled kernels against torch: exact integer sums, every shape's edges, heads quantized at load, and no compiler."""
+"""The compiled kernels against torch: exact integer sums, every shape's edges, heads quantized at load, no compiler."""
 
 from pathlib import Path
 

@@ -1,7 +1,7 @@
 """The decode paths of our own against transformers: every family, past the window, turn by turn, rows of any length."""
 
-import copy
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -50,6 +50,11 @@ def read_whole(model: nn.Module, turns: list[list[list[int]]]) -> Tensor:
     return torch.stack(result, 1)
 
 
+def apart(given: Tensor, expected: Tensor) -> Tensor:
+    """How far each row's logits are from the expected ones, relative to these: [turns, rows]."""
+    return (given - expected).norm(dim=-1) / expected.norm(dim=-1)
+
+
 @pytest.mark.parametrize("chunk", [512, 13])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_in_float32_it_is_transformers(
@@ -60,7 +65,7 @@ def test_in_float32_it_is_transformers(
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
     session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 3, CAPACITY)
     expected = read_whole(build_model(checkpoint, CPU, torch.float32), random_turns())
-    torch.testing.assert_close(read_by(session, random_turns()), expected, rtol=1e-4, atol=1e-4)
+    assert apart(read_by(session, random_turns()), expected).max() < 1e-4
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -79,8 +84,7 @@ def test_in_bfloat16_it_errs_no_more_than_transformers(kind: str, checkpoints: C
     for session in (opened.session(3, CAPACITY), DecoderSession(torch_text, 3, CAPACITY)):
         ours = read_by(session, random_turns())
         # the median: at some tokens of these hard models any rounding flips what attention looks at, in either
-        apart, allowed = ((given - exact).norm(dim=-1).median() for given in (ours, theirs))
-        assert apart <= 1.5 * allowed
+        assert apart(ours, exact).median() <= 1.5 * apart(theirs, exact).median()
 
 
 class SeenInInt8(nn.Module):
@@ -97,11 +101,12 @@ class SeenInInt8(nn.Module):
 
 def oracle_of(text: TextWeights, group: int) -> TextWeights:
     """The torch decoder in float32 with the compiled kernels' arithmetic in its linears."""
-    text = copy.copy(text)
-    for layer in text.layers:
-        for kind in ("qkv", "o", "gate_up", "down"):
-            object.__setattr__(layer, kind, SeenInInt8(PackedWeight(*getattr(layer, kind).buffers()), group))
-    return text
+
+    def seen(linear: nn.Module) -> nn.Module:
+        return SeenInInt8(PackedWeight(*linear.buffers()), group)
+
+    layers = [replace(x, qkv=seen(x.qkv), o=seen(x.o), gate_up=seen(x.gate_up), down=seen(x.down)) for x in text.layers]
+    return replace(text, layers=tuple(layers))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -112,12 +117,16 @@ def test_compiled_artifacts_are_the_torch_decoder_with_int8_activations(
     if not isinstance(opened.text, NativeText):
         pytest.skip(opened.report[0])
     arch = opened.text.arch
-    text = oracle_of(read_torch_text(opened.checkpoint, arch, 32, CPU, torch.float32), 32)
+    exact = read_torch_text(opened.checkpoint, arch, 32, CPU, torch.float32)
+    text = oracle_of(exact, 32)
     expected = read_by(DecoderSession(text, 3, CAPACITY), random_turns())
     given = read_by(opened.session(3, CAPACITY), random_turns())
-    # keys and values are bfloat16 here and float32 there; the rest is order of summation
-    apart = ((given - expected).norm(dim=-1) / expected.norm(dim=-1)).median()
-    assert apart < 0.01
+    # Keys and values are bfloat16 here and float32 there, which these hard models amplify; the rest is order of
+    # summation. Bfloat16 throughout, with the same weights, must err more.
+    rounded = read_torch_text(opened.checkpoint, arch, 32, CPU, torch.bfloat16)
+    in_bfloat16 = read_by(DecoderSession(rounded, 3, CAPACITY), random_turns())
+    in_float32 = read_by(DecoderSession(exact, 3, CAPACITY), random_turns())
+    assert apart(given, expected).median() < apart(in_bfloat16, in_float32).median()
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
@@ -154,7 +163,7 @@ def test_without_a_compiler_torch_decodes(
     assert any(line.startswith("q_proj: PyTorch's int4 product") for line in plain.kernel_report())
     turns = random_turns(1)
     ours, theirs = (read_by(opened.session(1, CAPACITY), turns) for opened in (plain, compiled))
-    assert ((ours - theirs).norm(dim=-1) / ours.norm(dim=-1)).median() < 0.1
+    assert apart(theirs, ours).median() < 0.1
 
 
 def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str], Path]) -> None:
@@ -169,7 +178,7 @@ def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str
 def test_what_is_not_there_is_refused(tokens: list[list[int]], artifacts: Callable[[str], Path]) -> None:
     """The compiled decoder checks nothing itself."""
     opened = open_model(artifacts("gemma"), CPU)
-    with pytest.raises(ValueError, match="rows|capacity|vocabulary"):
+    with pytest.raises(ValueError, match=r"rows|capacity|vocabulary"):
         opened.session(1, 10).feed(tokens)
 
 
