@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption, RevisionOption
+from gemma_awq_cli.options import Device, DeviceOption, HeadOption, JsonOption, QuietOption, RevisionOption
 from gemma_awq_cli.output import Output
 
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
@@ -43,6 +43,7 @@ def command(
     raw: Annotated[
         bool, typer.Option("--raw", help="Give an instruct model the prompt without its chat template.")
     ] = False,
+    head: HeadOption = None,
     device: DeviceOption = Device.auto,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
@@ -58,7 +59,7 @@ def command(
     from gemma_awq_cli.models.opening import open_model, pick_device
     from gemma_awq_cli.models.source import find_source
 
-    opened = open_model(find_source(name, revision, out.note).folder, pick_device(device.value))
+    opened = open_model(find_source(name, revision, out.note).folder, pick_device(device.value), head and head.value)
     ids = prompt_ids(opened, text, system, raw)
     sampling = Sampling(temperature, top_k, top_p, seed)
     result = complete(opened, ids, max_new_tokens, sampling, stop or (), (lambda _: None) if as_json else out.piece)

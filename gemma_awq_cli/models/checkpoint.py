@@ -130,11 +130,19 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 def require_finite(name: str, tensor: Tensor) -> None:
     """An error if a weight holds NaN or infinity."""
     for part in tensor.split(max(1, 2**24 // max(1, tensor[0].numel()))) if tensor.dim() else (tensor,):
-        if not torch.isfinite(part).all():
+        if not _all_finite(part):
             raise GemmaAwqError(
                 f"{name} holds NaN or infinite values.",
                 "The checkpoint is damaged or its training diverged. " + REDOWNLOAD,
             )
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """16-bit floats by their exponents' bits: torch.isfinite takes ten times as long for them."""
+    exponent = {torch.bfloat16: 0x7F80, torch.float16: 0x7C00}.get(tensor.dtype)
+    if exponent is None or not tensor.numel():
+        return bool(torch.isfinite(tensor).all())
+    return int((tensor.contiguous().view(torch.int16) & exponent).max()) != exponent
 
 
 class Checkpoint:
