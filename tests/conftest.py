@@ -24,11 +24,11 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user's own cache holds, and none reaches the network."""
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "native").symlink_to(native_folder)
-    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "native").symlink_to(native_folder)
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(cache))
     monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -4,6 +4,7 @@ Which forward runs it is decided here, best first: the compiled decoder, the tor
 """
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -38,6 +39,7 @@ class OpenModel:
     quantized: bool
     text: NativeText | TextWeights | None
     report: tuple[str, ...]
+    loading: Future[Prompter]
 
     @cached_property
     def model(self) -> Any:
@@ -46,7 +48,8 @@ class OpenModel:
 
     @cached_property
     def prompter(self) -> Prompter:
-        return Prompter(self.checkpoint.folder)
+        """The tokenizer, which loads on a thread of its own while the weights are packed."""
+        return self.loading.result()
 
     def session(self, rows: int, capacity: int) -> Session:
         """A new session of so many rows, each of at most `capacity` tokens."""
@@ -79,6 +82,9 @@ def open_model(folder: Path, device: torch.device, head: str | None = None) -> O
     head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
     """
     checkpoint = Checkpoint(folder)
+    loader = ThreadPoolExecutor(1)
+    prompter = loader.submit(Prompter, folder)
+    loader.shutdown(wait=False)
     # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
     dtype = checkpoint.declared_dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
     if dtype not in (torch.float16, torch.bfloat16):
@@ -91,7 +97,7 @@ def open_model(folder: Path, device: torch.device, head: str | None = None) -> O
         unknown = unknown or f"the decode paths of our own run on the CPU, and this is {device.type}"
     if unknown:
         report = [f"forward: transformers' modules ({unknown})", *linear_report(checkpoint, group_size, device, dtype)]
-        opened = OpenModel(checkpoint, device, dtype, quantized, None, tuple(report))
+        opened = OpenModel(checkpoint, device, dtype, quantized, None, tuple(report), prompter)
         assert opened.model is not None  # an error in the files shows here
         return opened
     arch = architecture.architecture_of(checkpoint.text_config, checkpoint.family)
@@ -106,7 +112,7 @@ def open_model(folder: Path, device: torch.device, head: str | None = None) -> O
     else:
         text = read_native_text(library, checkpoint, arch, group_size, head)
         report = native_report(text)
-    return OpenModel(checkpoint, device, dtype, quantized, text, tuple(report))
+    return OpenModel(checkpoint, device, dtype, quantized, text, tuple(report), prompter)
 
 
 def linear_report(

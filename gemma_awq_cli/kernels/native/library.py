@@ -144,13 +144,12 @@ def _compile(command: list[str], path: Path) -> str | None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             made = Path(folder) / path.name
-            done = subprocess.run(
-                [*command, str(SOURCES / "engine.cpp"), "-o", str(made)], capture_output=True, text=True, check=False
-            )
-            if done.returncode:
-                lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-                return f"{command[0]} cannot compile them ({lines[0]})"
+            arguments = [*command, str(SOURCES / "engine.cpp"), "-o", str(made)]
+            subprocess.check_output(arguments, stderr=subprocess.STDOUT, text=True)
             made.replace(path)
+    except subprocess.CalledProcessError as error:
+        lines = error.output.strip().splitlines() or [f"exit code {error.returncode}"]
+        return f"{command[0]} cannot compile them ({lines[0]})"
     except OSError as error:
         return f"they cannot be compiled into {path.parent} ({error.strerror})"
     return None
