@@ -59,9 +59,8 @@ def main() -> None:
     total = packed + text.head.nbytes
     token, kernel, read = (statistics.median(times[name]) for name in ("token", "kernels", "read"))
     held = anonymous() - plain.nbytes
-    print(
-        f"opened in {loaded:.1f} s; anonymous memory {held / 1e9:.2f} GB, {(held - total) / 1e9:.2f} more than the weights"
-    )
+    rest = (held - total) / 1e9
+    print(f"opened in {loaded:.1f} s; anonymous memory {held / 1e9:.2f} GB, {rest:.2f} more than the weights")
     print(f"packed linears {packed / 1e9:.3f} GB, head {text.head.nbytes / 1e9:.3f} GB")
     print(f"prefill of {PROMPT}: {PROMPT / prefill:.0f} tokens/s")
     print(f"a token {1e3 * token:.2f} ms: {total / token / 1e9:.1f} GB/s")
