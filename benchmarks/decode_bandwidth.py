@@ -29,12 +29,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
     start = time.perf_counter()
-    opened = open_model(args.artifact, torch.device("cpu"), args.head)
+    opened = open_model(args.artifact, torch.device("cpu"), head=args.head)
     loaded = time.perf_counter() - start
-    text = opened.text
+    text = opened.forward.text
     if not isinstance(text, NativeText):
-        raise SystemExit("\n".join(opened.report))
-    print("\n".join(opened.report))
+        raise SystemExit("\n".join(opened.kernel_report()))
+    print("\n".join(opened.kernel_report()))
     session = opened.session(1, PROMPT + args.tokens * (args.rounds + 1) + 1)
     prompt = torch.randint(5, text.arch.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     prefill = timed(lambda: session.feed([prompt]))

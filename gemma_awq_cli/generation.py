@@ -1,45 +1,58 @@
-"""The verb `run`: continue a prompt, token by token, and hand out text as it becomes certain."""
+"""The verb `run`: continue prompts, token by token, and hand out text as it becomes certain.
+
+An `Engine` continues rows of token ids; a single prompt, a chat and a batch are all built on it. `LocalEngine` is the
+one of this tool, which knows a model by its sessions only; `vllm_engine.py` is another.
+"""
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.models.checkpoint import Checkpoint, read_json
+from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import OpenModel
+from gemma_awq_cli.models.prompting import Message, Prompter
+from gemma_awq_cli.models.session import Session
+from gemma_awq_cli.sampling import Chooser, Sampling
+from gemma_awq_cli.text_stream import TextStream
+
+GENERATION_CONFIG = "generation_config.json"
+KEPT_TOKENS = 512  # the least that a session which waits for further turns has room for
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen: greedy unless a temperature, top_k or top_p is given."""
+class Settings:
+    """How rows are continued, whoever does it. stop: texts that a row ends before."""
 
-    temperature: float | None = None
-    top_k: int | None = None
-    top_p: float | None = None
-    seed: int | None = None
-
-    @property
-    def greedy(self) -> bool:
-        return self.temperature == 0 or (self.temperature is None and self.top_k is None and self.top_p is None)
+    max_new_tokens: int
+    sampling: Sampling = field(default_factory=Sampling)
+    stop: Sequence[str] = ()
 
 
 @dataclass
 class Completion:
-    """What was generated. finish: `stop` (end of text or a stop string), `length` or `interrupted`."""
+    """What was generated. finish: `stop` (end of text or a stop string), `length` or `interrupted`.
+
+    tokens: what the model chose, an end token included; read_tokens: how many of the prompt's tokens were not in a live
+    session already.
+    """
 
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
     finish: str = "length"
+    read_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
     @property
     def prefill_rate(self) -> float:
-        return self.prompt_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
+        return self.read_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
@@ -47,20 +60,74 @@ class Completion:
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds and len(self.tokens) > 1 else 0.0
 
 
-def prompt_ids(opened: OpenModel, prompt: str, system: str | None, raw: bool) -> list[int]:
-    """The prompt's token ids: through the chat template of an instruct model unless `raw`."""
-    prompter = opened.prompter
+class Engine(Protocol):
+    """Something that continues rows of token ids with one model."""
+
+    prompter: Prompter
+    context: int  # the most tokens that a row may have, answer included
+
+    def complete(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: Settings,
+        on_text: Callable[[int, str], None],
+        on_done: Callable[[int, Completion], None] = lambda row, completion: None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """Continue each row until it ends, reaches `max_new_tokens` or fills the context.
+
+        on_text: (row, piece), the pieces of a row together are its text. on_done: (row, completion) as soon as a row
+        ends by itself. numbers: what tells the rows' random numbers apart, by default 0, 1, ...; it is the row's alone,
+        so its tokens do not depend on its company. Ctrl-C ends the rows that are unfinished and keeps their text;
+        if there are none it is passed on.
+        """
+        ...
+
+
+def prompt_ids(prompter: Prompter, prompt: str | Sequence[Message], system: str | None, raw: bool) -> list[int]:
+    """The token ids of a prompt or of a conversation: through the chat template of an instruct model unless `raw`."""
     if raw or not prompter.is_chat:
+        switched = ", which --raw switches off." if raw and prompter.is_chat else "."
         if system:
-            raise UsageError(
-                "--system needs a model with a chat template" + (", which --raw switches off." if raw else ".")
-            )
+            raise UsageError(f"--system needs a model with a chat template{switched}")
+        if not isinstance(prompt, str):
+            raise UsageError(f"Messages need a model with a chat template{switched}")
         return prompter.prompt_ids(prompt)
-    messages = [{"role": "system", "content": system}] if system else []
-    return prompter.prompt_ids(prompter.chat([*messages, {"role": "user", "content": prompt}], answer_next=True))
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    return prompter.prompt_ids(prompter.chat(messages, answer_next=True))
 
 
-@torch.inference_mode()
+def require_room(length: int, context: int, what: str = "The prompt") -> None:
+    """An error if a prompt of `length` tokens leaves no room for an answer."""
+    if length >= context:
+        raise GemmaAwqError(f"{what} has {length} tokens; this model's context holds {context}.", "Shorten it.")
+
+
+def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """What the model's makers say of its generation; empty if they say nothing."""
+    path = checkpoint.folder / GENERATION_CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+def context_of(checkpoint: Checkpoint) -> int:
+    return int(checkpoint.text_config.max_position_embeddings)
+
+
+def end_tokens(checkpoint: Checkpoint, prompter: Prompter) -> set[int]:
+    """The model's end tokens: the generation config's, the tokenizer's, and the end of a chat turn."""
+    declared = generation_config(checkpoint).get("eos_token_id")
+    ends = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    tokenizer = prompter.tokenizer
+    if tokenizer.eos_token_id is not None:
+        ends.add(int(tokenizer.eos_token_id))
+    turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
+    if prompter.is_chat and turn_end is not None and turn_end != tokenizer.unk_token_id:
+        ends.add(int(turn_end))
+    return ends
+
+
 def complete(
     opened: OpenModel,
     ids: Sequence[int],
@@ -69,130 +136,147 @@ def complete(
     stop: Sequence[str],
     on_text: Callable[[str], None],
 ) -> Completion:
-    """Continue `ids`. `on_text` is given each piece of text once; together they are the result's text.
+    """Continue one prompt's token ids. `on_text` is given each piece of text once."""
+    settings = Settings(max_new_tokens, sampling, stop)
+    return LocalEngine(opened).complete([ids], settings, lambda _, piece: on_text(piece))[0]
 
-    An interruption (Ctrl-C) ends the completion and keeps what was generated.
+
+@dataclass
+class _Live:
+    """A session of one row that waits for the next turn, and what it has read."""
+
+    session: Session
+    capacity: int
+    read: list[int]
+
+
+@dataclass
+class _Row:
+    """One row while it is generated."""
+
+    ids: Sequence[int]
+    limit: int
+    completion: Completion
+    chooser: Chooser
+    text: TextStream
+    done: bool = False
+
+
+class LocalEngine:
+    """Generates with this tool's own sessions.
+
+    keep: hold the session of a single row, so that a prompt that goes on where it ended feeds only the new tokens.
     """
-    context = int(opened.checkpoint.text_config.max_position_embeddings)
-    if len(ids) >= context:
+
+    def __init__(self, opened: OpenModel, keep: bool = False) -> None:
+        self.prompter = opened.prompter
+        self.context = context_of(opened.checkpoint)
+        self._opened = opened
+        self._ends = end_tokens(opened.checkpoint, opened.prompter)
+        self._keep = keep
+        self._live: _Live | None = None
+
+    @torch.inference_mode()
+    def complete(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: Settings,
+        on_text: Callable[[int, str], None],
+        on_done: Callable[[int, Completion], None] = lambda row, completion: None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """See `Engine`. Rows advance together until the last one ends; a row that has ended is fed on, unread."""
+        for index, ids in enumerate(rows):
+            require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
+        work = [self._row(index, ids, settings, on_text, numbers) for index, ids in enumerate(rows)]
+        hint = "Use fewer tokens (--max-new-tokens, a shorter prompt), fewer prompts at once (--batch-size), or 4 bits."
+        try:
+            with memory_errors("generating", hint):
+                self._generate(work, on_done)
+        except KeyboardInterrupt:
+            self._live = None  # the cache may be half-way through a token
+            if all(row.done for row in work):
+                raise  # too late for these rows, but whoever brings more must hear of it
+            for row in work:
+                if not row.done:
+                    row.completion.finish = "interrupted"
+                    row.completion.text = row.text.finish()
+        except BaseException:
+            self._live = None
+            raise
+        return [row.completion for row in work]
+
+    def _row(
+        self,
+        index: int,
+        ids: Sequence[int],
+        settings: Settings,
+        on_text: Callable[[int, str], None],
+        numbers: Sequence[int] | None,
+    ) -> _Row:
+        limit = min(settings.max_new_tokens, self.context - len(ids))
+        chooser = Chooser(settings.sampling, numbers[index] if numbers else index, ids)
+        text = TextStream(self.prompter.tokenizer, settings.stop, lambda piece: on_text(index, piece))
+        return _Row(ids, limit, Completion(len(ids)), chooser, text)
+
+    def _generate(self, work: list[_Row], on_done: Callable[[int, Completion], None]) -> None:
+        session, steps = self._begin(work)
+        for row, step in zip(work, steps, strict=True):
+            row.completion.read_tokens = len(step)
+        started = time.perf_counter()
+        prefilled = 0.0
+        while not all(row.done for row in work):
+            logits = session.feed(steps)
+            require_numbers(logits)
+            if self._live is not None:
+                self._live.read += steps[0]
+            steps = []
+            for index, row in enumerate(work):
+                token = 0
+                if not row.done:
+                    token = row.chooser.choose(logits[index])
+                    now = time.perf_counter()
+                    prefilled = prefilled or now
+                    row.completion.prefill_seconds = prefilled - started
+                    row.completion.decode_seconds = now - prefilled
+                    self._take(row, token)
+                    if row.done:
+                        on_done(index, row.completion)
+                steps.append([token])
+
+    def _take(self, row: _Row, token: int) -> None:
+        """Add a token to its row, and end the row if that ends it."""
+        completion = row.completion
+        completion.tokens.append(token)
+        if token in self._ends or row.text.add(token):
+            completion.finish = "stop"
+            row.done = True
+        elif len(completion.tokens) == row.limit:
+            row.done = True
+        if row.done:
+            completion.text = row.text.finish()
+
+    def _begin(self, work: list[_Row]) -> tuple[Session, list[Sequence[int]]]:
+        """A session for these rows, and what it is to be fed first."""
+        needed = max(len(row.ids) for row in work) + max(row.limit for row in work)
+        live, self._live = self._live, None
+        if live is not None and len(work) == 1 and needed <= live.capacity:
+            ids, read = list(work[0].ids), len(live.read)
+            if read < len(ids) and ids[:read] == live.read:
+                self._live = live
+                return live.session, [ids[read:]]
+        if self._keep and len(work) == 1:
+            needed = min(self.context, max(2 * needed, KEPT_TOKENS))  # room for the next turns
+            session = self._opened.session(1, needed)
+            self._live = _Live(session, needed, [])
+            return session, [work[0].ids]
+        return self._opened.session(len(work), needed), [row.ids for row in work]
+
+
+def require_numbers(logits: Tensor) -> None:
+    """An error if any logit is NaN or infinite: what it would be turned into is `<pad>` text."""
+    if not torch.isfinite(logits).all():
         raise GemmaAwqError(
-            f"The prompt has {len(ids)} tokens; this model's context holds {context}.", "Shorten the prompt."
+            "The model's output is NaN or infinite.",
+            "If you gave --dtype float16, give bfloat16: its range is wider. Otherwise the weights are damaged.",
         )
-    result = Completion(prompt_tokens=len(ids))
-    choose = _chooser(sampling, opened.device)
-    ends = _end_tokens(opened)
-    text = _TextStream(opened.prompter.tokenizer, stop, on_text)
-    limit = min(max_new_tokens, context - len(ids))
-    session = opened.session(1, len(ids) + limit)
-    step: Sequence[int] = ids
-    started = time.perf_counter()
-    try:
-        while len(result.tokens) < limit:
-            token = choose(session.feed([step])[0], result.tokens)
-            if not result.tokens:
-                result.prefill_seconds = time.perf_counter() - started
-                started = time.perf_counter()
-            result.tokens.append(token)
-            if token in ends:
-                result.finish = "stop"
-                break
-            if text.add(token):
-                result.finish = "stop"
-                break
-            step = [token]
-    except KeyboardInterrupt:
-        result.finish = "interrupted"
-    result.decode_seconds = time.perf_counter() - started if result.tokens else 0.0
-    result.text = text.finish()
-    return result
-
-
-def _end_tokens(opened: OpenModel) -> set[int]:
-    """The model's end tokens: the generation config's, the tokenizer's, and the end of a chat turn."""
-    from transformers import GenerationConfig
-
-    ends: set[int] = set()
-    if (opened.checkpoint.folder / "generation_config.json").is_file():
-        declared = GenerationConfig.from_pretrained(opened.checkpoint.folder).eos_token_id
-        ends.update(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    tokenizer = opened.prompter.tokenizer
-    if tokenizer.eos_token_id is not None:
-        ends.add(int(tokenizer.eos_token_id))
-    turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    if opened.prompter.is_chat and turn_end is not None and turn_end != tokenizer.unk_token_id:
-        ends.add(int(turn_end))
-    return ends
-
-
-def _chooser(sampling: Sampling, device: torch.device) -> Callable[[Tensor, list[int]], int]:
-    """The function that picks a token from logits [V] float32."""
-    from transformers import LogitsProcessorList, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
-
-    warpers = LogitsProcessorList()
-    if sampling.temperature not in (None, 0, 1.0):
-        warpers.append(TemperatureLogitsWarper(float(sampling.temperature or 1.0)))
-    if sampling.top_k:
-        warpers.append(TopKLogitsWarper(sampling.top_k))
-    if sampling.top_p is not None and sampling.top_p < 1.0:
-        warpers.append(TopPLogitsWarper(sampling.top_p))
-    generator = torch.Generator("cpu")
-    if sampling.seed is None:
-        generator.seed()
-    else:
-        generator.manual_seed(sampling.seed)
-
-    def choose(logits: Tensor, previous: list[int]) -> int:
-        if torch.isnan(logits).any():
-            raise GemmaAwqError(
-                "The model's output is NaN.", "The weights are damaged, or the dtype is too narrow for this model."
-            )
-        if sampling.greedy:
-            return int(logits.argmax())
-        scores = warpers(torch.tensor([previous], dtype=torch.long, device=device), logits[None])
-        return int(torch.multinomial(torch.softmax(scores[0].cpu(), -1), 1, generator=generator))
-
-    return choose
-
-
-class _TextStream:
-    """Token ids to text, piece by piece, ending before the first stop string."""
-
-    def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._backend = tokenizer.backend_tokenizer
-        self._stream = DecodeStream(skip_special_tokens=True)
-        self._stop = [string for string in stop if string]
-        self._on_text = on_text
-        self._text = ""
-        self._given = 0
-
-    def add(self, token: int) -> bool:
-        """Take one token. True if a stop string was completed."""
-        self._text += self._stream.step(self._backend, token) or ""
-        places = [place for string in self._stop if (place := self._text.find(string)) >= 0]
-        if places:
-            self._text = self._text[: min(places)]
-            self._give(len(self._text))
-            return True
-        self._give(len(self._text) - self._possible_stop())
-        return False
-
-    def _possible_stop(self) -> int:
-        """How many characters at the end may still become a stop string."""
-        longest = 0
-        for string in self._stop:
-            for length in range(1, len(string)):
-                if self._text.endswith(string[:length]):
-                    longest = max(longest, length)
-        return longest
-
-    def _give(self, end: int) -> None:
-        if end > self._given:
-            self._on_text(self._text[self._given : end])
-            self._given = end
-
-    def finish(self) -> str:
-        """Hand out what was held back; the whole text."""
-        self._give(len(self._text))
-        return self._text

@@ -18,6 +18,28 @@ class StoredDtype(StrEnum):
     float16 = "float16"
 
 
+class ComputeDtype(StrEnum):
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+    float32 = "float32"
+
+
+class Quantization(StrEnum):
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class Attention(StrEnum):
+    sdpa = "sdpa"
+    eager = "eager"
+    flash_attention_2 = "flash_attention_2"
+
+
+class EngineName(StrEnum):
+    local = "local"
+    vllm = "vllm"
+
+
 class QualityName(StrEnum):
     fast = "fast"
     balanced = "balanced"

@@ -43,6 +43,14 @@ class Output:
         sys.stdout.write(text)
         sys.stdout.flush()
 
+    def ask(self, prompt: str) -> str:
+        """A line that the user types. The prompt is no result: it goes to stderr where stdout is not the screen."""
+        if sys.stdout.isatty():
+            return input(prompt)
+        sys.stderr.write(prompt)
+        sys.stderr.flush()
+        return input()
+
     def document(self, value: Any) -> None:
         """Exactly one JSON document on stdout."""
         print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
@@ -90,7 +98,7 @@ class Output:
             TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
             TextColumn("left"), TimeRemainingColumn(),
         )  # fmt: skip
-        with Bar(*columns, console=self.console, transient=True) as bar:
+        with Bar(*columns, console=self.console, transient=True, speed_estimate_period=600) as bar:
             yield Progress(bar, bar.add_task(description, total=total))
 
 
@@ -108,6 +116,7 @@ class Progress:
         """So much was done before: it does not count for the time that is left."""
         if self._bar is not None:
             self._bar.reset(self._task, total=total, completed=done)
+            self._bar.advance(self._task, 0)  # steps that come many at a time are timed from here, not from each other
 
 
 def quiet_libraries() -> None:

@@ -1,7 +1,6 @@
 """What quantizing a checkpoint will write, need and take, from its headers alone."""
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -191,12 +190,3 @@ def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Ro
         flops += 22 * 2 * min(n, 1024) * k * block + k * block * block + 6 * n * k * block  # search, factor, rounding
     head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
     return 5 + (checkpoint.layers * flops + head) / ESTIMATED_FLOPS
-
-
-def available_memory() -> int | None:
-    """Bytes that the system could give now, where it tells (Linux)."""
-    try:
-        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    except OSError:
-        return None
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)

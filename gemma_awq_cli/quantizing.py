@@ -33,6 +33,7 @@ from gemma_awq_cli.layer_quantizing import (
 from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_json, read_tensors, require_finite
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
+from gemma_awq_cli.models.memory import is_refusal
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
@@ -221,8 +222,7 @@ def _memory_errors(plan: Plan, index: int) -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        exhausted = isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not exhausted:
+        if not is_refusal(error):
             raise
         smaller = f"Give --max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "Close other programs"
         raise GemmaAwqError(

@@ -16,13 +16,18 @@ PACKAGE = Path(gemma_awq_cli.__file__).parent
 ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
 VERBS = {
     "artifact",
+    "batching",
     "calibration",
+    "chatting",
     "generation",
     "layer_quantizing",
     "observing",
     "planning",
     "quantizing",
+    "sampling",
     "self_sampling",
+    "text_stream",
+    "vllm_engine",
 }
 ANYWHERE = {"__init__", "errors"}
 COMMAND_SIDE = {"output", "options"}  # for commands and cli only

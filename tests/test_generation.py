@@ -36,7 +36,7 @@ def run(opened: OpenModel, **options: object) -> tuple[Completion, list[str]]:
     pieces: list[str] = []
     sampling = options.pop("sampling", Sampling())
     stop = options.pop("stop", ())
-    ids = prompt_ids(opened, "Hello there", None, raw=False)
+    ids = prompt_ids(opened.prompter, "Hello there", None, raw=False)
     return complete(opened, ids, int(options.pop("tokens", 30)), sampling, stop, pieces.append), pieces  # type: ignore[arg-type, call-overload]
 
 
@@ -48,7 +48,7 @@ def test_greedy_is_what_transformers_generates(
     monkeypatch.setenv("CXX", "none")
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "no-compiler"))
     opened = open_model(artifacts(kind), CPU, head="16bit")
-    ids = prompt_ids(opened, "Hello there, how long is the window?", None, raw=False)
+    ids = prompt_ids(opened.prompter, "Hello there, how long is the window?", None, raw=False)
     assert ids[0] == 2
     assert ids.count(2) == 1
     result = complete(opened, ids, 12, Sampling(), (), lambda _: None)
@@ -104,13 +104,16 @@ def test_chat_templates(tmp_path: Path, opened: OpenModel) -> None:
     chat = open_model(make_checkpoint(tmp_path / "chat", "gemma2", chat=True), CPU)
     decode = chat.prompter.tokenizer.decode
     answer = "<start_of_turn>model\n"
-    assert decode(prompt_ids(chat, "Hi", None, raw=False)) == f"<bos><start_of_turn>user\nHi<end_of_turn>\n{answer}"
+    assert (
+        decode(prompt_ids(chat.prompter, "Hi", None, raw=False))
+        == f"<bos><start_of_turn>user\nHi<end_of_turn>\n{answer}"
+    )
     # Gemma 2 knows no system role
-    with_system = decode(prompt_ids(chat, "Hi", "Be brief.", raw=False))
+    with_system = decode(prompt_ids(chat.prompter, "Hi", "Be brief.", raw=False))
     assert with_system == f"<bos><start_of_turn>user\nBe brief.\n\nHi<end_of_turn>\n{answer}"
-    assert decode(prompt_ids(chat, "Hi", None, raw=True)) == "<bos>Hi"
+    assert decode(prompt_ids(chat.prompter, "Hi", None, raw=True)) == "<bos>Hi"
     with pytest.raises(UsageError, match="chat template"):
-        prompt_ids(opened, "Hi", "Be brief.", raw=False)
+        prompt_ids(opened.prompter, "Hi", "Be brief.", raw=False)
 
 
 def test_nan_stops_with_an_error(artifacts: Callable[[str], Path], tmp_path: Path) -> None:

@@ -85,11 +85,12 @@ def command(
     from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
     from gemma_awq_cli.models.cache import remember_artifact
     from gemma_awq_cli.models.checkpoint import Checkpoint
+    from gemma_awq_cli.models.memory import available_memory
     from gemma_awq_cli.models.opening import pick_device
     from gemma_awq_cli.models.prompting import Prompter
     from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
-    from gemma_awq_cli.planning import BEST_OWN_ROWS, available_memory, make_plan, require_layout, stored_dtype
+    from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
     from gemma_awq_cli.self_sampling import require_room, with_own_rows
 
     chosen = pick_device(device.value)

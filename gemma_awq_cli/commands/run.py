@@ -1,22 +1,45 @@
-"""`gemma-awq run`: continue a prompt from an artifact or a 16-bit Gemma."""
+"""`gemma-awq run`: complete a prompt, chat, or complete a file of prompts, from an artifact or a 16-bit Gemma."""
 
 import os
+import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.options import Device, DeviceOption, HeadOption, JsonOption, QuietOption, RevisionOption
+from gemma_awq_cli.options import (
+    Attention,
+    ComputeDtype,
+    EngineName,
+    Head,
+    HeadOption,
+    JsonOption,
+    Quantization,
+    QuietOption,
+    RevisionOption,
+)
 from gemma_awq_cli.output import Output
 
+if TYPE_CHECKING:
+    from gemma_awq_cli.generation import Engine, Settings
+    from gemma_awq_cli.models.prompting import Prompter
+
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+NEW_TOKENS = 256
+NEW_TOKENS_CHAT = 1024
 
 
 def command(
     prompt: Annotated[
-        str | None, typer.Argument(help="What to continue or answer; `-` or a pipe: standard input.", metavar="PROMPT")
+        str | None,
+        typer.Argument(
+            help="What to continue or answer; `-` or a pipe: standard input. None, on a terminal: a chat.",
+            metavar="PROMPT",
+        ),
     ] = None,
     model: Annotated[
         str | None,
@@ -27,9 +50,13 @@ def command(
         ),
     ] = None,
     revision: RevisionOption = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Stop after so many tokens.", min=1)] = 256,
+    max_new_tokens: Annotated[
+        int | None,
+        typer.Option(help=f"Stop after so many tokens.  [default: {NEW_TOKENS}; in a chat {NEW_TOKENS_CHAT}]", min=1),
+    ] = None,
     temperature: Annotated[
-        float | None, typer.Option(help="Sample at this temperature.  [default: greedy]", min=0.0)
+        float | None,
+        typer.Option(help="Sample at this temperature; 0: greedy.  [default: the model's generation_config]", min=0.0),
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.", min=1)] = None,
     top_p: Annotated[
@@ -43,31 +70,128 @@ def command(
     raw: Annotated[
         bool, typer.Option("--raw", help="Give an instruct model the prompt without its chat template.")
     ] = False,
+    input_file: Annotated[
+        Path | None,
+        typer.Option("--input", help="Many prompts: .txt, one a line, or .jsonl with `prompt` or `messages`."),
+    ] = None,
+    output_file: Annotated[
+        Path | None, typer.Option("--output", help="Where the answers to --input go: JSON lines, in the same order.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Prompts of --input that run at a time.", min=1)] = 8,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Skip the prompts of --input that are in --output already.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")
+    ] = "auto",
+    dtype: Annotated[
+        ComputeDtype | None, typer.Option(help="Compute a 16-bit model in this.  [default: what suits it]")
+    ] = None,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="Quantize a 16-bit model as it is loaded (needs bitsandbytes).")
+    ] = None,
+    attn: Annotated[
+        Attention | None, typer.Option(help="Attention of a 16-bit model.  [default: what suits it]")
+    ] = None,
     head: HeadOption = None,
-    device: DeviceOption = Device.auto,
+    engine: Annotated[
+        EngineName, typer.Option(help="Who runs the model: this tool, or vLLM if it is installed.")
+    ] = EngineName.local,
+    tensor_parallel: Annotated[int, typer.Option(help="vLLM: split every layer over so many GPUs.", min=1)] = 1,
+    pipeline_parallel: Annotated[int, typer.Option(help="vLLM: share out the layers among so many stages.", min=1)] = 1,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say which kernels were chosen, and why.")] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Complete a prompt, or answer it if the model is an instruct model.
+    """Complete a prompt, or answer it if the model is an instruct model. Without a prompt: chat.
 
-    The text streams to stdout; token rates go to stderr.
+    The text streams to stdout; everything else goes to stderr.
     """
     out = Output(quiet)
-    text = read_prompt(prompt)
+    require_consistent(prompt, input_file, output_file, resume, as_json)
+    how = How(device, dtype, quantization, attn, head, engine, tensor_parallel, pipeline_parallel, verbose)
+    how.require_consistent()
+    chatting = input_file is None and prompt is None and sys.stdin.isatty()
+    if chatting and as_json:
+        raise UsageError("--json has no meaning in a chat.", "Give a prompt.")
+    text = "" if chatting or input_file else read_prompt(prompt)
     name = model or default_model(out)
-    from gemma_awq_cli.generation import Sampling, complete, prompt_ids
-    from gemma_awq_cli.models.opening import open_model, pick_device
-    from gemma_awq_cli.models.source import find_source
 
-    opened = open_model(find_source(name, revision, out.note).folder, pick_device(device.value), head and head.value)
-    ids = prompt_ids(opened, text, system, raw)
-    sampling = Sampling(temperature, top_k, top_p, seed)
-    result = complete(opened, ids, max_new_tokens, sampling, stop or (), (lambda _: None) if as_json else out.piece)
+    from gemma_awq_cli.commands import batch, chat
+    from gemma_awq_cli.commands.engines import find_model, start_engine
+    from gemma_awq_cli.generation import Settings, prompt_ids
+    from gemma_awq_cli.sampling import Sampling
+
+    wanted = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
+    asked = Sampling(temperature, top_k, top_p, seed)
+    if input_file is not None and output_file is not None:
+        work = batch.Work(input_file, output_file, batch_size, resume, system, raw)
+        batch.run(out, name, revision, how, work, Settings(wanted, asked, stop or ()), as_json)
+        return
+    checkpoint, sampling = find_model(out, name, revision, asked)
+    settings = Settings(wanted, sampling, stop or ())
+    if chatting:
+        chat.talk(out, start_engine(out, checkpoint, how, 1, None), settings, name, system, raw)
+        return
+
+    def tokens(prompter: "Prompter") -> list[int]:
+        return prompt_ids(prompter, text, system, raw)
+
+    opened = start_engine(out, checkpoint, how, 1, lambda prompter: len(tokens(prompter)) + wanted)
+    _complete(out, opened, tokens(opened.prompter), settings, name, as_json)
+
+
+@dataclass(frozen=True)
+class How:
+    """The options that say how the model is run, as they were given."""
+
+    device: str
+    dtype: ComputeDtype | None
+    quantization: Quantization | None
+    attn: Attention | None
+    head: Head | None
+    engine: EngineName
+    tensor_parallel: int
+    pipeline_parallel: int
+    verbose: bool
+
+    def require_consistent(self) -> None:
+        """A usage error for options that exclude each other."""
+        if not DEVICES.fullmatch(self.device):
+            raise UsageError(f"--device {self.device!r} is no device.", "Give auto, cpu, cuda, cuda:0 or mps.")
+        if self.engine is EngineName.vllm:
+            given = {
+                "--quantization": self.quantization, "--attn": self.attn, "--head": self.head,
+                "--verbose": self.verbose or None, "--device": None if self.device == "auto" else self.device,
+            }  # fmt: skip
+            if wrong := [option for option, value in given.items() if value is not None]:
+                raise UsageError(f"{wrong[0]} is not for --engine vllm, which decides that itself.", "Leave it out.")
+        elif self.tensor_parallel * self.pipeline_parallel > 1:
+            raise UsageError("--tensor-parallel and --pipeline-parallel are vLLM's.", "Add --engine vllm.")
+
+
+def require_consistent(
+    prompt: str | None, input_file: Path | None, output_file: Path | None, resume: bool, as_json: bool
+) -> None:
+    """A usage error for a prompt and files that do not go together."""
+    if (input_file is None) != (output_file is None):
+        raise UsageError("--input and --output go together.", "Give both: a file of prompts, and one for the answers.")
+    if input_file is None and resume:
+        raise UsageError("--resume goes with --input and --output.")
+    if input_file is not None and prompt is not None:
+        raise UsageError("A prompt and --input exclude each other.", "Leave one of them out.")
+
+
+def _complete(out: Output, engine: "Engine", ids: list[int], settings: "Settings", name: str, as_json: bool) -> None:
+    """One prompt: its text streams to stdout, or is one JSON document."""
+    on_text = (lambda row, piece: None) if as_json else (lambda row, piece: out.piece(piece))
+    result = engine.complete([ids], settings, on_text)[0]
     if as_json:
         out.document(
             {
                 "model": name, "text": result.text, "finish": result.finish, "prompt_tokens": result.prompt_tokens,
-                "tokens": len(result.tokens), "prompt_tokens_per_second": round(result.prefill_rate, 2),
+                "tokens": len(result.tokens), "sampling": settings.sampling.described(),
+                "prompt_tokens_per_second": round(result.prefill_rate, 2),
                 "decode_tokens_per_second": round(result.decode_rate, 2),
             }
         )  # fmt: skip
@@ -85,8 +209,6 @@ def read_prompt(argument: str | None) -> str:
     """The prompt: the argument, or standard input for `-` and pipes."""
     if argument is not None and argument != "-":
         text = argument
-    elif argument is None and sys.stdin.isatty():
-        raise UsageError("There is no prompt.", 'Give one: gemma-awq run "PROMPT", or pipe it in.')
     else:
         try:
             text = sys.stdin.buffer.read().decode("utf-8")

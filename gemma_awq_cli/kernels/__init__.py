@@ -5,8 +5,8 @@ of its input. `reference.py` is the oracle that every other kernel is tested aga
 compiled kernels under `native/` have an interface of their own, because they run a whole model in one call.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -18,21 +18,30 @@ from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.kernels.triton import TritonLinear
 
 
+class PackedLinear(Protocol):
+    """What the kernels' classes have in common."""
+
+    def __call__(self, weight: PackedWeight, /) -> nn.Module: ...
+
+    def refusal(self, weight: PackedWeight, device: torch.device, dtype: torch.dtype, /) -> str | None:
+        """Why it cannot take these tensors on this device in this dtype, or None."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kernel:
-    """refusal: why it cannot take these tensors on this device in this dtype, or None."""
+    """A kernel's class under the name that users see."""
 
     name: str
-    refusal: Callable[[PackedWeight, torch.device, torch.dtype], str | None]
-    make: Callable[[PackedWeight], nn.Module]
+    linear: PackedLinear
 
 
 # Best first.
 KERNELS = (
-    Kernel("PyTorch's int4 product for CPUs", CpuInt4Linear.refusal, CpuInt4Linear),
-    Kernel("PyTorch's int4 product for CUDA", CudaInt4Linear.refusal, CudaInt4Linear),
-    Kernel("AutoAWQ's Triton product", TritonLinear.refusal, TritonLinear),
-    Kernel("unpack and multiply", lambda *_: None, ReferenceLinear),
+    Kernel("PyTorch's int4 product for CPUs", CpuInt4Linear),
+    Kernel("PyTorch's int4 product for CUDA", CudaInt4Linear),
+    Kernel("AutoAWQ's Triton product", TritonLinear),
+    Kernel("unpack and multiply", ReferenceLinear),
 )
 
 
@@ -40,7 +49,7 @@ def choose(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> tu
     """The fastest kernel for these tensors, and why each faster one was refused."""
     refused: list[str] = []
     for kernel in KERNELS:
-        reason = kernel.refusal(packed, device, dtype)
+        reason = kernel.linear.refusal(packed, device, dtype)
         if reason is None:
             return kernel, refused
         refused.append(f"{kernel.name}: {reason}")
@@ -50,7 +59,7 @@ def choose(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> tu
 def make_linear(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The fastest kernel for these tensors on this device in this dtype."""
     kernel, _ = choose(packed, device, dtype)
-    return kernel.make(PackedWeight(*(tensor.to(device) for tensor in packed))).to(device)
+    return kernel.linear(PackedWeight(*(tensor.to(device) for tensor in packed))).to(device)
 
 
 def describe(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> str:

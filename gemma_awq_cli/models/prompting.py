@@ -46,11 +46,17 @@ class Prompter:
 
         render = self.tokenizer.apply_chat_template
         try:
-            text: str = render(list(messages), tokenize=False, add_generation_prompt=answer_next)
-        except jinja2.exceptions.TemplateError:
-            if messages[0]["role"] != "system" or len(messages) < 2:
-                raise
-            # Gemma 1 and 2 know no system role: what it says goes before the first user message.
-            first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            text = render([first, *messages[2:]], tokenize=False, add_generation_prompt=answer_next)
+            try:
+                text: str = render(list(messages), tokenize=False, add_generation_prompt=answer_next)
+            except jinja2.exceptions.TemplateError:
+                if messages[0]["role"] != "system" or len(messages) < 2:
+                    raise
+                # Gemma 1 and 2 know no system role: what it says goes before the first user message.
+                first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
+                text = render([first, *messages[2:]], tokenize=False, add_generation_prompt=answer_next)
+        except jinja2.exceptions.TemplateError as error:
+            raise GemmaAwqError(
+                f"The model's chat template refuses the messages: {error}",
+                "Gemma's messages are user and assistant by turns, after at most one system message.",
+            ) from None
         return text

@@ -7,6 +7,7 @@ from torch import nn
 
 from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.opening_dense import make_buffers_real
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
@@ -23,20 +24,12 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     model.load_state_dict(weights, strict=False, assign=True)
     if checkpoint.tied_head:
         model.lm_head.weight = model.model.embed_tokens.weight
-    _make_buffers_real(model, device)
+    make_buffers_real(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise AssertionError(f"never made real: {left[:3]}")
     model.requires_grad_(False)
     return model
-
-
-def _make_buffers_real(model: Any, device: torch.device) -> None:
-    """Rotary tables and the embedding's scale are computed from the config, not stored."""
-    text = model.model
-    with torch.device(device):
-        text.rotary_emb = type(text.rotary_emb)(text.config)
-    text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
 
 
 def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:

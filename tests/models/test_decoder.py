@@ -117,9 +117,9 @@ def test_compiled_artifacts_are_the_torch_decoder_with_int8_activations(
     kind: str, artifacts: Callable[[str], Path]
 ) -> None:
     opened = open_model(artifacts(kind), CPU, head="16bit")
-    if not isinstance(opened.text, NativeText):
-        pytest.skip(opened.report[0])
-    arch = opened.text.arch
+    if not isinstance(opened.forward.text, NativeText):
+        pytest.skip(opened.kernel_report()[0])
+    arch = opened.forward.text.arch
     exact = read_torch_text(opened.checkpoint, arch, 32, CPU, torch.float32)
     text = oracle_of(exact, 32)
     expected = read_by(DecoderSession(text, 3, CAPACITY), random_turns())
@@ -195,7 +195,7 @@ def test_configs_beyond_what_we_know_go_to_transformers(checkpoints: Callable[[s
 def test_the_report_names_kernels_and_head(artifacts: Callable[[str], Path]) -> None:
     opened = open_model(artifacts("gemma"), CPU)
     if not isinstance(opened.session(1, 10), NativeSession):
-        pytest.skip(opened.report[0])
+        pytest.skip(opened.kernel_report()[0])
     forward, linears, head = opened.kernel_report()
     assert "compiled C++" in forward
     assert "int4" in linears

