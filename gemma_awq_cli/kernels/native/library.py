@@ -102,7 +102,8 @@ def load(folder: Path) -> Library | str:
         if failed:
             return failed
     try:
-        return Library(path)
+        library = Library(path)
+        return library if library.instructions else "this processor has neither AVX-512 VNNI nor AVX2"
     except (OSError, AttributeError) as error:
         return f"the compiled kernels cannot be loaded ({error})"
 

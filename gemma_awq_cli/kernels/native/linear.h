@@ -109,8 +109,8 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
             for (int r = 0; r < R; r++) {
                 const int32_t low = four(q[r] + k), high = four(q[r] + k + 4);
                 for (int h = 0; h < 2; h++) {
-                    acc[r][0][h] = dot4(acc[r][0][h], first[h], low);
-                    acc[r][CHAINS - 1][h] = dot4(acc[r][CHAINS - 1][h], second[h], high);
+                    acc[r][0][h] = dot4<KIND == INT4>(acc[r][0][h], first[h], low);
+                    acc[r][CHAINS - 1][h] = dot4<KIND == INT4>(acc[r][CHAINS - 1][h], second[h], high);
                 }
             }
         }

@@ -8,8 +8,6 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
-#elif defined(__aarch64__)
-#include <arm_neon.h>
 #endif
 
 typedef float F16 __attribute__((vector_size(64)));
@@ -135,11 +133,6 @@ INLINE float half_to_float(uint16_t h) {
 INLINE uint16_t half_of(float x) {  // x: a finite scale that float16 can hold
 #if defined(__F16C__)
     return (uint16_t)_cvtss_sh(x, 0);
-#elif defined(__aarch64__)
-    __fp16 h = (__fp16)x;
-    uint16_t bits;
-    memcpy(&bits, &h, 2);
-    return bits;
 #else
     int exponent;
     float fraction = frexpf(fabsf(x), &exponent);  // |x| = fraction * 2^exponent, fraction in [0.5, 1)
@@ -156,9 +149,6 @@ INLINE F16 load_half(const uint16_t* p) {
     union { __m256 half[2]; F16 all; } v;
     for (int h = 0; h < 2; h++) v.half[h] = _mm256_cvtph_ps(load_as<__m128i>(p + 8 * h));
     return v.all;
-#elif defined(__aarch64__)
-    typedef __fp16 P16 __attribute__((vector_size(32)));
-    return __builtin_convertvector(load_as<P16>(p), F16);
 #else
     F16 v;
     for (int i = 0; i < 16; i++) v[i] = half_to_float(p[i]);
@@ -166,8 +156,9 @@ INLINE F16 load_half(const uint16_t* p) {
 #endif
 }
 
-// acc[lane] += sum over j of w[4 lane + j] * a[j]: w unsigned, the four signed bytes of a the same for every lane
-INLINE I16 dot4(I16 acc, B64 w, int32_t a) {
+// acc[lane] += sum over j of w[4 lane + j] * a[j]: w unsigned, the four signed bytes of a the same for every lane.
+// SMALL: no byte of w is larger than 15.
+template <bool SMALL> INLINE I16 dot4(I16 acc, B64 w, int32_t a) {
 #if defined(__AVX512VNNI__)
     return (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
 #elif defined(__AVX2__)
@@ -178,10 +169,15 @@ INLINE I16 dot4(I16 acc, B64 w, int32_t a) {
 #if defined(__AVXVNNI__)
         result.half[h] = _mm256_dpbusd_avx_epi32(result.half[h], bytes.half[h], as);
 #else
-        // pairs of products saturate at 16 bits: the bytes' two halves go separately
+        const __m256i ones = _mm256_set1_epi16(1);
+        if (SMALL) {
+            const __m256i pairs = _mm256_maddubs_epi16(bytes.half[h], as);
+            result.half[h] = _mm256_add_epi32(result.half[h], _mm256_madd_epi16(pairs, ones));
+            continue;
+        }
+        // pairs of larger products saturate at 16 bits: the bytes' two halves go separately
         const __m256i low = _mm256_and_si256(bytes.half[h], _mm256_set1_epi8(15));
         const __m256i high = _mm256_and_si256(_mm256_srli_epi16(bytes.half[h], 4), _mm256_set1_epi8(15));
-        const __m256i ones = _mm256_set1_epi16(1);
         __m256i dots = _mm256_madd_epi16(_mm256_maddubs_epi16(low, as), ones);
         dots = _mm256_add_epi32(
             dots, _mm256_slli_epi32(_mm256_madd_epi16(_mm256_maddubs_epi16(high, as), ones), 4));
