@@ -23,15 +23,15 @@ template <int Q> static void score(const float* q, int64_t d, const Run* runs, i
         const Run& run = runs[n];
         for (int64_t j = 0; j < run.count; j += TOGETHER) {
             const int many = (int)std::min<int64_t>(TOGETHER, run.count - j);
-            F16 acc[Q][TOGETHER];
+            Floats acc[Q][TOGETHER];
             const uint16_t* k[TOGETHER];
             for (int t = 0; t < TOGETHER; t++) {
                 k[t] = run.k + (j + std::min(t, many - 1)) * run.stride;
                 for (int i = 0; i < Q; i++) acc[i][t] = splat(0.0f);
             }
-            for (int64_t c = 0; c < d; c += 16)
+            for (int64_t c = 0; c < d; c += LANES)
                 for (int t = 0; t < TOGETHER; t++) {
-                    const F16 key = load_bf16(k[t] + c);
+                    const Floats key = load_bf16(k[t] + c);
                     for (int i = 0; i < Q; i++) acc[i][t] = fma(load(q + i * d + c), key, acc[i][t]);
                 }
             for (int i = 0; i < Q; i++)
@@ -45,29 +45,29 @@ template <int Q> static void score(const float* q, int64_t d, const Run* runs, i
 template <int Q>
 static void mix(const float* weights, int64_t keys, const Run* runs, int nruns, int64_t d, float* const* out) {
     constexpr int WIDTH = Q <= 4 ? 4 : 2;
-    for (int64_t c = 0; c < d; c += 16 * WIDTH) {
-        F16 acc[Q][WIDTH];
+    for (int64_t c = 0; c < d; c += LANES * WIDTH) {
+        Floats acc[Q][WIDTH];
         for (int i = 0; i < Q; i++)
             for (int w = 0; w < WIDTH; w++) acc[i][w] = splat(0.0f);
-        const int64_t at_most = std::min<int64_t>(WIDTH, (d - c) / 16);
+        const int64_t at_most = std::min<int64_t>(WIDTH, (d - c) / LANES);
         int64_t at = 0;
         for (int n = 0; n < nruns; n++)
             for (int64_t j = 0; j < runs[n].count; j++, at++) {
                 const uint16_t* v = runs[n].v + j * runs[n].stride + c;
                 if (at_most == WIDTH) {
                     for (int w = 0; w < WIDTH; w++) {
-                        const F16 value = load_bf16(v + 16 * w);
+                        const Floats value = load_bf16(v + LANES * w);
                         for (int i = 0; i < Q; i++) acc[i][w] = fma(value, splat(weights[i * keys + at]), acc[i][w]);
                     }
                 } else {
                     for (int w = 0; w < at_most; w++) {
-                        const F16 value = load_bf16(v + 16 * w);
+                        const Floats value = load_bf16(v + LANES * w);
                         for (int i = 0; i < Q; i++) acc[i][w] = fma(value, splat(weights[i * keys + at]), acc[i][w]);
                     }
                 }
             }
         for (int i = 0; i < Q; i++)
-            for (int w = 0; w < at_most; w++) store(out[i] + c + 16 * w, acc[i][w]);
+            for (int w = 0; w < at_most; w++) store(out[i] + c + LANES * w, acc[i][w]);
     }
 }
 
@@ -76,32 +76,32 @@ static void softmax(float* scores, int64_t keys, int64_t first, int64_t last, fl
     for (int64_t j = 0; j < first; j++) scores[j] = 0;
     for (int64_t j = last; j < keys; j++) scores[j] = 0;
     float* s = scores + first;
-    const int64_t count = last - first, whole = count & ~15;
-    float rest[16];
-    for (int i = 0; i < 16; i++) rest[i] = i < count - whole ? s[whole + i] : -INFINITY;
-    const auto capped = [&](F16 v) { return softcap > 0 ? hyperbolic_tangent(v / softcap) * softcap : v; };
-    F16 tail = load(rest);
+    const int64_t count = last - first, whole = count & ~(LANES - 1);
+    float rest[LANES];
+    for (int i = 0; i < LANES; i++) rest[i] = i < count - whole ? s[whole + i] : -INFINITY;
+    const auto capped = [&](Floats v) { return softcap > 0 ? hyperbolic_tangent(v / softcap) * softcap : v; };
+    Floats tail = load(rest);
     if (softcap > 0) {
-        const F16 mask = tail;
+        const Floats mask = tail;
         tail = capped(tail);
         tail = mask == splat(-INFINITY) ? mask : tail;
     }
-    F16 top = tail;
-    for (int64_t j = 0; j < whole; j += 16) {
-        const F16 v = capped(load(s + j));
+    Floats top = tail;
+    for (int64_t j = 0; j < whole; j += LANES) {
+        const Floats v = capped(load(s + j));
         store(s + j, v);
         top = larger(top, v);
     }
-    const F16 most = splat(largest(top));
-    F16 total = splat(0.0f);
-    for (int64_t j = 0; j < whole; j += 16) {
-        const F16 e = exponential(load(s + j) - most);
+    const Floats most = splat(largest(top));
+    Floats total = splat(0.0f);
+    for (int64_t j = 0; j < whole; j += LANES) {
+        const Floats e = exponential(load(s + j) - most);
         store(s + j, e);
         total += e;
     }
     tail = exponential(tail - most);
     total += tail;
     const float inverse = 1.0f / sum(total);
-    for (int64_t j = 0; j < whole; j += 16) store(s + j, load(s + j) * inverse);
+    for (int64_t j = 0; j < whole; j += LANES) store(s + j, load(s + j) * inverse);
     for (int64_t i = 0; i < count - whole; i++) s[whole + i] = tail[i] * inverse;
 }

@@ -66,13 +66,13 @@ template <class T> static void at_least(std::vector<T>& v, int64_t size) {
 }
 
 static void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* out) {
-    F16 squares = splat(0.0f);
-    const int64_t whole = n & ~15;
-    for (int64_t i = 0; i < whole; i += 16) squares = fma(load(x + i), load(x + i), squares);
+    Floats squares = splat(0.0f);
+    const int64_t whole = n & ~(LANES - 1);
+    for (int64_t i = 0; i < whole; i += LANES) squares = fma(load(x + i), load(x + i), squares);
     float total = sum(squares);
     for (int64_t i = whole; i < n; i++) total += x[i] * x[i];
     const float factor = 1.0f / std::sqrt(total / (float)n + eps);
-    for (int64_t i = 0; i < whole; i += 16) store(out + i, load(x + i) * factor * load(gain + i));
+    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * factor * load(gain + i));
     for (int64_t i = whole; i < n; i++) out[i] = x[i] * factor * gain[i];
 }
 
@@ -179,7 +179,7 @@ class Forward {
                 if (query)
                     for (int64_t i = 0; i < m.head_dim; i++) x[i] *= m.query_scale;
             }
-            for (int64_t i = 0; i < kv_size; i += 16) {
+            for (int64_t i = 0; i < kv_size; i += LANES) {
                 store_bf16(&b.k[t * kv_size + i], load(row + q_size + i));
                 store_bf16(&b.v[t * kv_size + i], load(row + q_size + kv_size + i));
             }
@@ -200,7 +200,7 @@ class Forward {
         each_token([&](int64_t t) {
             const float* gate = &b.gate_up[t * 2 * m.intermediate];
             float* out = &b.act[t * m.intermediate];
-            for (int64_t i = 0; i < m.intermediate; i += 16)
+            for (int64_t i = 0; i < m.intermediate; i += LANES)
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + m.intermediate + i));
             if (l.down.kind != BF16) quantize_row(act, t, l.down.group);
         });

@@ -15,6 +15,8 @@
 
 enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2 };
 constexpr int BLOCK = 32;
+constexpr int VECTORS = BLOCK / LANES;  // of a block
+constexpr int MANY = LANES == 16 ? 8 : 2;  // rows that meet a block at once, as far as the registers go
 constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. bf16: parts are row-major [rows, K] weights side by side, read where they lie.
@@ -43,19 +45,19 @@ struct Activations {
 };
 
 INLINE void quantize_group(const float* x, int64_t group, int8_t* q, float* scale, float* total) {
-    F16 top = splat(0.0f), poison = splat(0.0f);
-    for (int64_t k = 0; k < group; k += 16) {
-        const F16 v = load(x + k);
+    Floats top = splat(0.0f), poison = splat(0.0f);
+    for (int64_t k = 0; k < group; k += LANES) {
+        const Floats v = load(x + k);
         top = larger(top, absolute(v));
         poison += v * 0.0f;  // NaN where v is NaN or infinite: it must reach the logits
     }
     const float amax = largest(top);
     const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
-    const F16 shift = splat(12582912.0f);
-    I16 sums = splat(0);
-    for (int64_t k = 0; k < group; k += 16) {
-        const F16 rounded = fma(load(x + k), splat(inverse), shift);
-        const I16 v = (I16)rounded - (I16)shift;
+    const Floats shift = splat(12582912.0f);
+    Ints sums = splat(0);
+    for (int64_t k = 0; k < group; k += LANES) {
+        const Floats rounded = fma(load(x + k), splat(inverse), shift);
+        const Ints v = (Ints)rounded - (Ints)shift;
         sums += v;
         store_bytes(q + k, v);
     }
@@ -82,46 +84,48 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
     const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group);
     const uint8_t* data = w.data + block * groups * bytes;
     const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
-    F16 result[R][2];
-    for (int r = 0; r < R; r++) result[r][0] = result[r][1] = splat(0.0f);
+    Floats result[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < VECTORS; h++) result[r][h] = splat(0.0f);
     for (int64_t g = 0; g < groups; g++, data += bytes) {
         const int8_t* q[R];
         for (int r = 0; r < R; r++) q[r] = a.q + (row + r) * a.inputs + g * w.group;
-        constexpr int CHAINS = R <= 2 ? 2 : 1;  // few rows: more independent sums hide the latency
-        I16 acc[R][CHAINS][2];
+        constexpr int CHAINS = R * VECTORS <= 4 ? 2 : 1;  // few rows: more independent sums hide the latency
+        Ints acc[R][CHAINS][VECTORS];
         for (int r = 0; r < R; r++)
-            for (int c = 0; c < CHAINS; c++) acc[r][c][0] = acc[r][c][1] = splat(0);
+            for (int c = 0; c < CHAINS; c++)
+                for (int h = 0; h < VECTORS; h++) acc[r][c][h] = splat(0);
         const uint8_t* p = data + 2 * BLOCK;
         for (int64_t k = 0; k < w.group; k += 8, p += KIND == INT4 ? 128 : 256) {
             if (R == 2 || R == 4)  // one row keeps up with the processor's own prefetching, many rows read each byte once
                 for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
-            B64 first[2], second[2];  // inputs k .. k+3 and k+4 .. k+7
-            for (int h = 0; h < 2; h++) {
+            Bytes first[VECTORS], second[VECTORS];  // inputs k .. k+3 and k+4 .. k+7
+            for (int h = 0; h < VECTORS; h++) {
                 if (KIND == INT4) {
-                    const B64 both = load_as<B64>(p + 64 * h);
+                    const Bytes both = load_as<Bytes>(p + 4 * LANES * h);
                     first[h] = both & 15;
-                    second[h] = (B64)(((U16)both >> 4)) & 15;
+                    second[h] = (Bytes)(((Words)both >> 4)) & 15;
                 } else {
-                    first[h] = load_as<B64>(p + 64 * h);
-                    second[h] = load_as<B64>(p + 128 + 64 * h);
+                    first[h] = load_as<Bytes>(p + 4 * LANES * h);
+                    second[h] = load_as<Bytes>(p + 128 + 4 * LANES * h);
                 }
             }
             for (int r = 0; r < R; r++) {
                 const int32_t low = four(q[r] + k), high = four(q[r] + k + 4);
-                for (int h = 0; h < 2; h++) {
+                for (int h = 0; h < VECTORS; h++) {
                     acc[r][0][h] = dot4<KIND == INT4>(acc[r][0][h], first[h], low);
                     acc[r][CHAINS - 1][h] = dot4<KIND == INT4>(acc[r][CHAINS - 1][h], second[h], high);
                 }
             }
         }
-        for (int h = 0; h < 2; h++) {
-            const F16 scale = load_half((const uint16_t*)data + 16 * h);
-            const F16 zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + 16 * h) : splat(128.0f);
+        for (int h = 0; h < VECTORS; h++) {
+            const Floats scale = load_half((const uint16_t*)data + LANES * h);
+            const Floats zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + LANES * h) : splat(128.0f);
             for (int r = 0; r < R; r++) {
-                I16 dots = acc[r][0][h];
+                Ints dots = acc[r][0][h];
                 if (CHAINS == 2) dots += acc[r][1][h];
                 // all integers below 2^24: exact in float
-                const F16 exact = fma(zero, splat(-a.total[(row + r) * groups + g]), to_float(dots));
+                const Floats exact = fma(zero, splat(-a.total[(row + r) * groups + g]), to_float(dots));
                 result[r][h] = fma(exact, scale * a.scale[(row + r) * groups + g], result[r][h]);
             }
         }
@@ -130,8 +134,7 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
     for (int r = 0; r < R; r++) {
         float* to = out + (row + r) * stride + n;
         if (left >= BLOCK) {
-            store(to, result[r][0]);
-            store(to + 16, result[r][1]);
+            for (int h = 0; h < VECTORS; h++) store(to + LANES * h, result[r][h]);
         } else {
             memcpy(to, &result[r][0], 4 * left);
         }
@@ -141,22 +144,22 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
 template <int KIND>
 static void block_all_rows(const Linear& w, int64_t block, const Activations& a, float* out, int64_t stride) {
     int64_t row = 0;
-    for (; row + 8 <= a.rows; row += 8) block_rows<KIND, 8>(w, block, a, row, out, stride);
-    if (row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
-    if (row + 2 <= a.rows) block_rows<KIND, 2>(w, block, a, row, out, stride), row += 2;
+    for (; row + MANY <= a.rows; row += MANY) block_rows<KIND, MANY>(w, block, a, row, out, stride);
+    if (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
+    if (MANY > 2 && row + 2 <= a.rows) block_rows<KIND, 2>(w, block, a, row, out, stride), row += 2;
     if (row < a.rows) block_rows<KIND, 1>(w, block, a, row, out, stride);
 }
 
 // R rows against C consecutive outputs of a bf16 weight, in float32.
 template <int C, int R>
 static void bf16_tile(const uint16_t* w, int64_t inputs, const float* x, float* out, int64_t stride) {
-    F16 acc[C][R];
+    Floats acc[C][R];
     for (int c = 0; c < C; c++)
         for (int r = 0; r < R; r++) acc[c][r] = splat(0.0f);
-    const int64_t whole = inputs & ~15;
-    for (int64_t k = 0; k < whole; k += 16)
+    const int64_t whole = inputs & ~(LANES - 1);
+    for (int64_t k = 0; k < whole; k += LANES)
         for (int c = 0; c < C; c++) {
-            const F16 v = load_bf16(w + c * inputs + k);
+            const Floats v = load_bf16(w + c * inputs + k);
             for (int r = 0; r < R; r++) acc[c][r] = fma(v, load(x + r * inputs + k), acc[c][r]);
         }
     for (int c = 0; c < C; c++)

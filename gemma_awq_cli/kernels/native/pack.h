@@ -62,12 +62,12 @@ static uint16_t quantize4(const float* x, int64_t group, uint8_t* q, uint8_t* ze
         const float scale = half_to_float(half);
         if (!(scale > 0)) break;
         const float inverse = 1.0f / scale, z = std::min(15.0f, std::max(0.0f, std::nearbyint(-low * shrink * inverse)));
-        F16 error = splat(0.0f);
-        const F16 shift = splat(12582912.0f);
-        for (int64_t k = 0; k < group; k += 16) {
-            const F16 v = load(x + k);
-            const F16 level = smaller(larger((fma(v, splat(inverse), splat(z)) + shift) - shift, splat(0.0f)), splat(15.0f));
-            const F16 off = (level - splat(z)) * scale - v;
+        Floats error = splat(0.0f);
+        const Floats shift = splat(12582912.0f);
+        for (int64_t k = 0; k < group; k += LANES) {
+            const Floats v = load(x + k);
+            const Floats level = smaller(larger((fma(v, splat(inverse), splat(z)) + shift) - shift, splat(0.0f)), splat(15.0f));
+            const Floats off = (level - splat(z)) * scale - v;
             error = fma(off, off, error);
         }
         if (sum(error) < best) best = sum(error), chosen = half, *zero = (uint8_t)z;
@@ -95,7 +95,7 @@ static void quantize_weight(Pool& pool, const uint16_t* weight, int64_t inputs, 
             if (KIND == INT4) memset(zeros + at * BLOCK, 0, BLOCK);
             for (int64_t lane = 0; lane < real; lane++) {
                 const uint16_t* from = weight + (b * BLOCK + lane) * inputs + g * group;
-                for (int64_t k = 0; k < group; k += 16) store(x + k, load_bf16(from + k));
+                for (int64_t k = 0; k < group; k += LANES) store(x + k, load_bf16(from + k));
                 scales[lane] = KIND == INT4 ? quantize4(x, group, q[lane], zeros + at * BLOCK + lane)
                                             : quantize8(x, group, q[lane]);
             }
