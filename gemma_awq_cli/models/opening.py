@@ -184,9 +184,7 @@ def choose_forward(
     report, slow = linear_report(checkpoint, group_size, device, dtype)
     decoder = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
     if dtype == torch.bfloat16 and group_size is not None:
-        slow = f"the compiled forward, several times as fast, is not used: {loaded}" + (
-            f"; {slow}" if slow else ""
-        )
+        slow = f"the compiled forward, several times as fast, is not used: {loaded}" + (f"; {slow}" if slow else "")
     return Forward(decoder, (f"forward: torch (not the compiled one: {loaded})", *report), slow)
 
 
