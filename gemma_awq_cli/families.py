@@ -43,6 +43,9 @@ class Family:
     title: str
     gain_offset: float  # an RMSNorm multiplies by gain_offset + weight
     post_norms: bool  # whether a norm follows attention and MLP before the residual is added
+    query_norms: bool  # whether q and k of each head are normalized (q_norm, k_norm) before the rotary embedding
+    attention_softcap: bool  # whether attention scores obey the config's attn_logit_softcapping
+    query_scale: Literal["head_dim", "query_pre_attn_scalar"]  # scores are multiplied by this config value ** -0.5
     groups: tuple[ScaleGroup, ...]
     layouts: tuple[Layout, ...]  # where the language model's tensors live in a checkpoint, tried in this order
     companions: tuple[str, ...]  # key prefixes copied as they are (vision tower, projector)
@@ -58,6 +61,9 @@ GEMMA = Family(
     title="Gemma 1, 1.1, CodeGemma",
     gain_offset=1.0,
     post_norms=False,
+    query_norms=False,
+    attention_softcap=False,
+    query_scale="head_dim",
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
@@ -76,6 +82,9 @@ GEMMA2 = Family(
     title="Gemma 2",
     gain_offset=1.0,
     post_norms=True,
+    query_norms=False,
+    attention_softcap=True,
+    query_scale="query_pre_attn_scalar",
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
@@ -94,6 +103,9 @@ GEMMA3_TEXT = Family(
     title="Gemma 3 (text)",
     gain_offset=1.0,
     post_norms=True,
+    query_norms=True,
+    attention_softcap=False,
+    query_scale="query_pre_attn_scalar",
     groups=(
         # q_norm and k_norm follow q and k, so a scale of their *input* still folds exactly.
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
@@ -112,6 +124,9 @@ GEMMA3 = Family(
     title="Gemma 3 (multimodal: the language model is quantized, the vision tower is copied)",
     gain_offset=1.0,
     post_norms=True,
+    query_norms=True,
+    attention_softcap=False,
+    query_scale="query_pre_attn_scalar",
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),

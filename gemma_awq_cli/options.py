@@ -46,6 +46,12 @@ class QualityName(StrEnum):
     best = "best"
 
 
+class Head(StrEnum):
+    bits16 = "16bit"
+    int8 = "int8"
+    int4 = "int4"
+
+
 class GroupSize(StrEnum):
     g128 = "128"
     g64 = "64"
@@ -53,6 +59,10 @@ class GroupSize(StrEnum):
 
 
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+HeadOption = Annotated[
+    Head | None,
+    typer.Option(help="Bits of the head's copy in memory.  [default: int8 for an artifact, else 16bit]"),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="REV")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead.")]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]

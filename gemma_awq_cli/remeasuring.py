@@ -20,7 +20,8 @@ from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_rec
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generation import complete
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model, read_packed, require_awq
+from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.models.stack import TextStack

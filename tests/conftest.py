@@ -18,10 +18,18 @@ os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of child process
 FAMILIES = sorted(CONFIGS)
 
 
+@pytest.fixture(scope="session")
+def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiled kernels lie: once a session, because compiling takes seconds."""
+    return tmp_path_factory.mktemp("native")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user's own cache holds, and none reaches the network."""
-    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "cache"))
+    cache = tmp_path_factory.mktemp("cache")
+    (cache / "native").symlink_to(native_folder)
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(cache))
     monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import LocalEngine, Settings
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.sampling import Sampling
-from tests.tiny import make_checkpoint
+from tests.tiny import edit_weights, make_checkpoint
 
 SETTINGS = Settings(6, Sampling())
 
@@ -45,19 +46,22 @@ class Recording(OpenModel):
 def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     """A tiny instruct model that writes ASCII only: a random one's bytes are hardly ever valid UTF-8."""
     folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "gemma2", "gemma2", chat=True)
-    opened = open_model(folder, torch.device("cpu"), Precision(torch.float32))
-    head = opened.model.lm_head.weight.clone()
-    for index, token in enumerate(opened.prompter.tokenizer.convert_ids_to_tokens(range(262))):
-        if len(token) > 1 or not token.isascii():
-            head[index] = 0  # its logit is 0, and some other is larger
-    head[262:] = 0
-    opened.model.lm_head.weight = torch.nn.Parameter(head, requires_grad=False)
-    return opened
+    tokens = Prompter(folder).tokenizer.convert_ids_to_tokens(range(262))
+
+    def silence(tensors: dict[str, Tensor]) -> None:
+        weight = tensors["model.embed_tokens.weight"]
+        weight[262:] = 0  # its logit is 0, and some other is larger
+        for index, token in enumerate(tokens):
+            if len(token) > 1 or not token.isascii():
+                weight[index] = 0
+
+    edit_weights(folder, silence)
+    return open_model(folder, torch.device("cpu"), Precision(torch.float32))
 
 
 @pytest.fixture
 def recording(model: OpenModel) -> Recording:
-    return Recording(**vars(model))
+    return Recording(**{field.name: getattr(model, field.name) for field in fields(OpenModel)})
 
 
 def talk(opened: OpenModel, settings: Settings = SETTINGS, **options: Any) -> tuple[Chat, Callable[[str], Answer]]:

@@ -90,7 +90,7 @@ def test_options_that_make_no_sense_are_wrong_usage(
 
 
 def test_verbose_names_the_kernels_and_a_slow_one_is_said_anyway(
-    artifacts: Callable[[str], Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch
+    artifacts: Callable[[str], Path], capsys: Capture, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 
@@ -99,9 +99,13 @@ def test_verbose_names_the_kernels_and_a_slow_one_is_said_anyway(
     assert "Kernel" not in capsys.readouterr().err
     assert main([*arguments, "--verbose"]) == 0
     assert "Kernel: " in capsys.readouterr().err
+    monkeypatch.setenv("CXX", "none")
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "no-compiler"))
+    assert main(arguments) == 0  # a slower forward is taken
+    assert "the compiled forward, several times as fast, is not used" in capsys.readouterr().err
     monkeypatch.setattr(CpuInt4Linear, "refusal", staticmethod(lambda *_: "this processor lacks it"))
     assert main(arguments) == 0  # the slower kernel is taken
-    assert "slow reference kernel (the int4 matmul was refused: this processor lacks it)" in capsys.readouterr().err
+    assert "slow reference kernel (PyTorch's int4 product for CPUs: this processor lacks it" in capsys.readouterr().err
 
 
 def test_float16_is_warned_about_and_a_nan_is_no_text(tmp_path: Path, capsys: Capture) -> None:

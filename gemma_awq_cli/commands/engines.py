@@ -59,7 +59,8 @@ def _open(out: Output, checkpoint: Checkpoint, how: "How") -> OpenModel:
             "stops the run; bfloat16 is safe."
         )
     precision = Precision(dtype, how.quantization and how.quantization.value, how.attn and how.attn.value)
-    opened = open_model(checkpoint.folder, device, precision, other_devices(how.device, device))
+    head = how.head and how.head.value
+    opened = open_model(checkpoint.folder, device, precision, other_devices(how.device, device), head)
     if how.verbose:
         out.note(f"Device: {opened.device}")
         for line in opened.kernel_report():

@@ -14,6 +14,8 @@ from gemma_awq_cli.options import (
     Attention,
     ComputeDtype,
     EngineName,
+    Head,
+    HeadOption,
     JsonOption,
     Quantization,
     QuietOption,
@@ -91,6 +93,7 @@ def command(
     attn: Annotated[
         Attention | None, typer.Option(help="Attention of a 16-bit model.  [default: what suits it]")
     ] = None,
+    head: HeadOption = None,
     engine: Annotated[
         EngineName, typer.Option(help="Who runs the model: this tool, or vLLM if it is installed.")
     ] = EngineName.local,
@@ -106,7 +109,7 @@ def command(
     """
     out = Output(quiet)
     require_consistent(prompt, input_file, output_file, resume, as_json)
-    how = How(device, dtype, quantization, attn, engine, tensor_parallel, pipeline_parallel, verbose)
+    how = How(device, dtype, quantization, attn, head, engine, tensor_parallel, pipeline_parallel, verbose)
     how.require_consistent()
     chatting = input_file is None and prompt is None and sys.stdin.isatty()
     if chatting and as_json:
@@ -146,6 +149,7 @@ class How:
     dtype: ComputeDtype | None
     quantization: Quantization | None
     attn: Attention | None
+    head: Head | None
     engine: EngineName
     tensor_parallel: int
     pipeline_parallel: int
@@ -157,8 +161,8 @@ class How:
             raise UsageError(f"--device {self.device!r} is no device.", "Give auto, cpu, cuda, cuda:0 or mps.")
         if self.engine is EngineName.vllm:
             given = {
-                "--quantization": self.quantization, "--attn": self.attn, "--verbose": self.verbose or None,
-                "--device": None if self.device == "auto" else self.device,
+                "--quantization": self.quantization, "--attn": self.attn, "--head": self.head,
+                "--verbose": self.verbose or None, "--device": None if self.device == "auto" else self.device,
             }  # fmt: skip
             if wrong := [option for option, value in given.items() if value is not None]:
                 raise UsageError(f"{wrong[0]} is not for --engine vllm, which decides that itself.", "Leave it out.")

@@ -1,12 +1,15 @@
-"""The only place that touches AutoAWQ: its own unpacking code, as an independent reader of what we write.
+"""The only place that touches AutoAWQ: its own unpacking code, as an independent reader of what we write, and its
+Triton product for GPUs.
 
 AutoAWQ 0.2.9 is the last release. Its package import pulls every model it knows and prints a farewell notice, so the
-one file that is needed is loaded by itself; where AutoAWQ is not installed there is no such reader, and nothing else
-changes.
+files that are needed are loaded by themselves; where AutoAWQ is not installed there are no such helpers, and nothing
+else changes.
 """
 
 import importlib.metadata
 import importlib.util
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +28,31 @@ def autoawq_version() -> str | None:
 
 def dequantize_with_autoawq(packed: PackedWeight, group_size: int) -> Tensor | None:
     """The weight [K, N] float16 as AutoAWQ's `dequantize_gemm` reads it; None where AutoAWQ is not installed."""
-    packing = _packing_utils()
+    packing = _load("utils/packing_utils.py")
     if packing is None:
         return None
     weight: Tensor = packing.dequantize_gemm(*packed, bits=4, group_size=group_size)
     return weight
 
 
-def _packing_utils() -> Any:
+@cache
+def triton_gemm() -> Callable[..., Tensor] | None:
+    """AutoAWQ's `awq_gemm_triton(x [M, K], qweight, scales, qzeros, split_k)`; None without AutoAWQ or triton."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    module = _load("modules/triton/gemm.py")
+    return None if module is None else module.awq_gemm_triton
+
+
+def _load(file: str) -> Any:
+    """One file of AutoAWQ's package as a module; None where AutoAWQ is not installed."""
     if autoawq_version() is None:
         return None
     package = importlib.util.find_spec("awq")
     if package is None or package.origin is None:
         return None
     spec = importlib.util.spec_from_file_location(
-        "gemma_awq_autoawq_packing", Path(package.origin).parent / "utils" / "packing_utils.py"
+        f"gemma_awq_autoawq_{Path(file).stem}", Path(package.origin).parent / file
     )
     if spec is None or spec.loader is None:
         return None

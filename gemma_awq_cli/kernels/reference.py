@@ -1,5 +1,6 @@
 """The oracle: unpack, dequantize in float32, round to the input's dtype, multiply. Right everywhere, fast nowhere."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,6 +14,11 @@ class ReferenceLinear(nn.Module):
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
+
+    @staticmethod
+    def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
+        """None: it takes everything."""
+        return None
 
     def __init__(self, packed: PackedWeight) -> None:
         super().__init__()

@@ -1,59 +1,92 @@
-"""Opening a model to run: an artifact with its weights left packed, or any supported 16-bit Gemma."""
+"""Opening a model to run: an artifact with its weights left packed, or any supported 16-bit Gemma.
 
-from collections.abc import Sequence
+Which forward runs it is decided here, best first: the compiled decoder, the torch decoder, transformers' own modules.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from gemma_awq_cli.awq.pack import PACK, PackedWeight
+from gemma_awq_cli import kernels
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.kernels import make_linear
-from gemma_awq_cli.kernels.cpu import CpuInt4Linear
-from gemma_awq_cli.kernels.reference import ReferenceLinear
-from gemma_awq_cli.models.checkpoint import REDOWNLOAD, Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD
+from gemma_awq_cli.kernels.native import library as native_library
+from gemma_awq_cli.models import architecture
+from gemma_awq_cli.models.cache import cache_folder
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
 from gemma_awq_cli.models.memory import memory_errors, require_memory
-from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype, make_buffers_real, open_dense
+from gemma_awq_cli.models.native_text import (
+    NativeSession,
+    NativeText,
+    native_refusal,
+    native_report,
+    read_native_text,
+)
+from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype, open_dense
+from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.session import Session, TransformersSession
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.text_weights import linear_shapes, require_text_shapes
+from gemma_awq_cli.models.torch_text import read_torch_text
+from gemma_awq_cli.models.transformers_model import build_model
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What runs the model. text: None where transformers' own modules do.
+
+    report: how it was chosen, a line each; slow: what a user should know of a slower choice, or None.
+    """
+
+    text: NativeText | TextWeights | None
+    report: tuple[str, ...]
+    slow: str | None = None
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """model: transformers' causal model of the text side, ready on `device`; quantized: whether it is an artifact."""
+    """quantized: whether it is an artifact."""
 
-    model: Any
-    prompter: Prompter
     checkpoint: Checkpoint
     device: torch.device
     dtype: torch.dtype
     quantized: bool
+    forward: Forward
+    build: Callable[[], Any]
+    loading: Future[Prompter]
+
+    @cached_property
+    def model(self) -> Any:
+        """transformers' causal model of the text side, ready on `device`; built when it is first asked for."""
+        return self.build()
+
+    @cached_property
+    def prompter(self) -> Prompter:
+        """The tokenizer, which loads on a thread of its own while the weights are packed."""
+        return self.loading.result()
 
     def session(self, rows: int, capacity: int) -> Session:
         """A new session of so many rows, each of at most `capacity` tokens."""
+        text = self.forward.text
+        if isinstance(text, NativeText):
+            return NativeSession(text, rows, capacity)
+        if text is not None:
+            return DecoderSession(text, rows, capacity)
         return TransformersSession(self.model, rows, capacity, self.device)
 
     def kernel_report(self) -> list[str]:
-        """Which kernels the packed linears use, and why others were refused."""
-        if not self.quantized:
-            return [f"no packed linears: PyTorch's own matmul in {str(self.dtype).removeprefix('torch.')}"]
-        linears = [m for m in self.model.modules() if isinstance(m, CpuInt4Linear | ReferenceLinear)]
-        fast = sum(isinstance(linear, CpuInt4Linear) for linear in linears)
-        slow = self.slow_kernels()
-        return [f"{fast} of {len(linears)} linears: PyTorch's int4 matmul for CPUs", *([slow] if slow else [])]
+        """Which kernel each kind of linear got and why others were refused, a line each."""
+        return list(self.forward.report)
 
     def slow_kernels(self) -> str | None:
-        """Which linears had to take the reference kernel, and why; None if none had to."""
-        slow = [module for module in self.model.modules() if isinstance(module, ReferenceLinear)]
-        if not slow:
-            return None
-        weights = (PackedWeight(linear.qweight, linear.qzeros, linear.scales) for linear in slow)
-        reasons = {CpuInt4Linear.refusal(weight, self.device, self.dtype) for weight in weights}
-        why = "; ".join(sorted(f"the int4 matmul was refused: {reason}" for reason in reasons if reason))
-        return f"{len(slow)} linears: the slow reference kernel ({why})"
+        """Why the model runs more slowly than it could, or None."""
+        return self.forward.slow
 
 
 def pick_device(asked: str) -> torch.device:
@@ -82,95 +115,95 @@ def other_devices(asked: str, device: torch.device) -> list[torch.device]:
 
 @torch.inference_mode()
 def open_model(
-    folder: Path, device: torch.device, precision: Precision | None = None, others: Sequence[torch.device] = ()
+    folder: Path,
+    device: torch.device,
+    precision: Precision | None = None,
+    others: Sequence[torch.device] = (),
+    head: str | None = None,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; nothing is ever expanded to 16 bit as a whole.
 
     precision, others: for a 16-bit checkpoint only, how to open it and further devices for what does not fit `device`.
+    head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
     """
     checkpoint = Checkpoint(folder)
-    if checkpoint.quantization is None:
-        chosen = precision or Precision()
-        with memory_errors(f"loading {folder.name}", SMALLER):
-            model = open_dense(checkpoint, [device, *others], chosen)
-        dtype = chosen.dtype or default_dtype(checkpoint, device)
-        return OpenModel(model, Prompter(folder), checkpoint, device, dtype, quantized=False)
-    if precision is not None and precision != Precision():
+    quantized = checkpoint.quantization is not None
+    chosen = precision or Precision()
+    if quantized and chosen != Precision():
         raise UsageError(
             f"{folder} is a 4-bit artifact: --dtype, --quantization and --attn are for 16-bit models.",
             "Leave them out, or name the 16-bit model.",
         )
-    hint = "Close other programs, or use another --device or machine."
-    companions = set(checkpoint.companions())
-    needed = sum(info.nbytes for name, info in checkpoint.tensors.items() if name not in companions)
-    require_memory(needed, device, folder.name, hint)
+    dtype = chosen.dtype or default_dtype(checkpoint, device)
+    hint = "Close other programs, or use another --device or machine." if quantized else SMALLER
+    if quantized or (device.type == "cpu" and chosen.quantization is None):  # elsewhere `open_dense` asks
+        companions = set(checkpoint.companions())
+        infos = [info for name, info in checkpoint.tensors.items() if name not in companions]
+        needed = sum(i.nbytes if quantized else torch.Size(i.shape).numel() * dtype.itemsize for i in infos)
+        name = folder.name if quantized else f"{folder.name} in {str(dtype).removeprefix('torch.')}"
+        require_memory(needed, device, name, hint)
+
+    def build() -> Any:
+        with memory_errors(f"loading {folder.name}", hint):
+            if quantized:
+                return build_model(checkpoint, device, dtype)
+            return open_dense(checkpoint, [device, *others], chosen)
+
+    loader = ThreadPoolExecutor(1)
+    prompter = loader.submit(Prompter, folder)
+    loader.shutdown(wait=False)
     with memory_errors(f"loading {folder.name}", hint):
-        return _open_artifact(folder, checkpoint, device)
+        forward = choose_forward(checkpoint, device, dtype, chosen, head or (DEFAULT_HEAD if quantized else DENSE_HEAD))
+    opened = OpenModel(checkpoint, device, dtype, quantized, forward, build, prompter)
+    if forward.text is None:
+        assert opened.model is not None  # what is wrong with the files shows now
+    return opened
 
 
-def _open_artifact(folder: Path, checkpoint: Checkpoint, device: torch.device) -> OpenModel:
-    dtype = default_dtype(checkpoint, device)
-    model = meta_model(checkpoint.text_config)
-    _replace_linears(model, checkpoint, device, dtype)
-    shapes = parameter_shapes(model, checkpoint.tied_head)
-    checkpoint.require_shapes(shapes)
-    weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
-    model.load_state_dict(weights, strict=False, assign=True)
-    if checkpoint.tied_head:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    make_buffers_real(model, device)
-    left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
-    if left:
-        raise AssertionError(f"never made real: {left[:3]}")
-    model.requires_grad_(False)
-    return OpenModel(model, Prompter(folder), checkpoint, device, dtype, quantized=True)
+def choose_forward(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: Precision, head: str
+) -> Forward:
+    """The fastest forward that can run this model as it was asked for."""
+    group_size = require_awq(checkpoint) if checkpoint.quantization is not None else None
+    unknown = architecture.refusal(checkpoint.text_config)
+    if device.type != "cpu":
+        unknown = unknown or f"the decode paths of our own run on the CPU, and this is {device.type}"
+    if precision.quantization or precision.attention:
+        unknown = unknown or "they know --quantization and --attn"
+    if unknown:
+        report, slow = linear_report(checkpoint, group_size, device, dtype)
+        return Forward(None, (f"forward: transformers' modules ({unknown})", *report), slow)
+    arch = architecture.architecture_of(checkpoint.text_config, checkpoint.family)
+    require_text_shapes(checkpoint, arch)
+    library = f"it computes in bfloat16 and float32, not {dtype}" if dtype != torch.bfloat16 else None
+    library = library or native_refusal(checkpoint, arch, group_size)
+    loaded = library or native_library.load(cache_folder() / "native")
+    if not isinstance(loaded, str):
+        text = read_native_text(loaded, checkpoint, arch, group_size, head)
+        return Forward(text, tuple(native_report(text)))
+    report, slow = linear_report(checkpoint, group_size, device, dtype)
+    decoder = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
+    if dtype == torch.bfloat16 and group_size is not None:
+        slow = f"the compiled forward, several times as fast, is not used: {loaded}" + (f"; {slow}" if slow else "")
+    return Forward(decoder, (f"forward: torch (not the compiled one: {loaded})", *report), slow)
 
 
-def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Put packed linears where the artifact has them."""
-    group_size = require_awq(checkpoint)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("model.layers."):
-            packed = read_packed(checkpoint, name, module.in_features, module.out_features, group_size)
-            model.set_submodule(name, make_linear(packed, device, dtype))
+def linear_report(
+    checkpoint: Checkpoint, group_size: int | None, device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], str | None]:
+    """Which torch kernel each kind of linear of the first layer gets and why faster ones were refused; what is slow."""
+    if group_size is None:
+        return [f"linears: PyTorch's own products in {str(dtype).removeprefix('torch.')}"], None
+    lines, slow = [], None
+    for name, packed in _first_layer(checkpoint, group_size):
+        kernel, refused = kernels.choose(packed, device, dtype)
+        lines.append(f"{name}: {kernels.describe(packed, device, dtype)}")
+        if kernel is kernels.KERNELS[-1]:
+            slow = f"the slow reference kernel ({'; '.join(refused)})"
+    return lines, slow
 
 
-def require_awq(checkpoint: Checkpoint) -> int:
-    """The group size of an AutoAWQ GEMM artifact; an error for any other kind of quantization."""
-    config = checkpoint.quantization or {}
-    method, version, bits = config.get("quant_method"), str(config.get("version", "gemm")).lower(), config.get("bits")
-    if method != "awq" or version != "gemm" or bits != 4:
-        raise GemmaAwqError(
-            f"{checkpoint.folder} is quantized as {method} {version} {bits}-bit; only 4-bit AWQ (gemm) is read.",
-            "Quantize the original 16-bit checkpoint with `gemma-awq quantize`.",
-        )
-    group_size = config.get("group_size")
-    if not isinstance(group_size, int) or group_size <= 0:
-        raise GemmaAwqError(
-            f"{checkpoint.folder}: quantization_config has group_size {group_size!r}.", "Quantize the model again."
-        )
-    return group_size
-
-
-def read_packed(
-    checkpoint: Checkpoint, name: str, in_features: int, out_features: int, group_size: int
-) -> PackedWeight:
-    """One linear's packed tensors, checked against the shapes that the config implies."""
-    base = checkpoint.key(f"{name}.weight").removesuffix(".weight")
-    expected = {
-        "qweight": (in_features, out_features // PACK),
-        "qzeros": (in_features // group_size, out_features // PACK),
-        "scales": (in_features // group_size, out_features),
-    }
-    for kind in PackedWeight._fields:
-        info = checkpoint.tensors.get(f"{base}.{kind}")
-        if info is None:
-            raise GemmaAwqError(f"{checkpoint.folder} lacks the tensor {base}.{kind}.", REDOWNLOAD)
-        if info.shape != expected[kind]:
-            raise GemmaAwqError(
-                f"{base}.{kind} has shape {list(info.shape)}, but config.json asks for {list(expected[kind])}.",
-                "The config and the weights are of different models. " + REDOWNLOAD,
-            )
-    tensors = read_tensors(checkpoint.tensors, [f"{base}.{kind}" for kind in PackedWeight._fields])
-    require_finite(f"{base}.scales", tensors[f"{base}.scales"])
-    return PackedWeight(*(tensors[f"{base}.{kind}"] for kind in PackedWeight._fields))
+def _first_layer(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple[str, Any]]:
+    shapes = linear_shapes(architecture.architecture_of(checkpoint.text_config, checkpoint.family))
+    for name, (outputs, inputs) in shapes.items():
+        yield name.rpartition(".")[2], read_packed(checkpoint, f"model.layers.0.{name}", inputs, outputs, group_size)

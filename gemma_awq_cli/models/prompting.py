@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.tokenizer import load_tokenizer
 
 Message = dict[str, str]
 
@@ -13,15 +14,7 @@ class Prompter:
     """A model folder's tokenizer and chat template."""
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoTokenizer
-
-        try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise GemmaAwqError(
-                f"The tokenizer of {folder} cannot be loaded: {error}",
-                "Copy the tokenizer files of the original model.",
-            ) from None
+        self.tokenizer: Any = load_tokenizer(folder)
         if self.tokenizer.bos_token_id is None:
             raise GemmaAwqError(
                 f"The tokenizer of {folder} has no BOS token, which every Gemma needs.",

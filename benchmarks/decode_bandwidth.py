@@ -1,0 +1,88 @@
+"""How close decoding comes to the memory: an artifact's token against its kernels alone, and those against plain reads.
+
+python benchmarks/decode_bandwidth.py ARTIFACT_DIR [--head int8] [--tokens 24] [--rounds 5]
+
+Times are medians of interleaved rounds; bytes are those of packed weights, scales and zero points that a token reads.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from gemma_awq_cli.kernels.head import HEADS
+from gemma_awq_cli.kernels.native import linear as native
+from gemma_awq_cli.models.native_text import NativeText
+from gemma_awq_cli.models.opening import open_model
+
+PROMPT = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifact", type=Path)
+    parser.add_argument("--head", choices=HEADS)
+    parser.add_argument("--tokens", type=int, default=24)
+    parser.add_argument("--rounds", type=int, default=5)
+    args = parser.parse_args()
+    start = time.perf_counter()
+    opened = open_model(args.artifact, torch.device("cpu"), head=args.head)
+    loaded = time.perf_counter() - start
+    text = opened.forward.text
+    if not isinstance(text, NativeText):
+        raise SystemExit("\n".join(opened.kernel_report()))
+    print("\n".join(opened.kernel_report()))
+    session = opened.session(1, PROMPT + args.tokens * (args.rounds + 1) + 1)
+    prompt = torch.randint(5, text.arch.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
+    prefill = timed(lambda: session.feed([prompt]))
+    linears = [*text.linears, text.head]
+    inputs = {linear.spec.inputs: torch.randn(1, linear.spec.inputs) for linear in linears}
+    plain = native.Arena(text.library, 2**30).take(2**30).fill_(0).view(torch.float32)
+
+    def tokens() -> None:
+        for token in range(args.tokens):
+            session.feed([[5 + token]])
+
+    def kernels() -> None:
+        for linear in linears:
+            native.apply(text.library, linear, inputs[linear.spec.inputs])
+
+    times: dict[str, list[float]] = {"token": [], "kernels": [], "read": []}
+    for turn in range(args.rounds + 1):
+        measured = {"token": timed(tokens) / args.tokens, "kernels": timed(kernels), "read": timed(plain.sum)}
+        for name, seconds in measured.items() if turn else ():  # the first round warms up
+            times[name].append(seconds)
+    packed = sum(linear.nbytes for linear in text.linears)
+    total = packed + text.head.nbytes
+    token, kernel, read = (statistics.median(times[name]) for name in ("token", "kernels", "read"))
+    held = anonymous() - plain.nbytes
+    rest = (held - total) / 1e9
+    print(f"opened in {loaded:.1f} s; anonymous memory {held / 1e9:.2f} GB, {rest:.2f} more than the weights")
+    print(f"packed linears {packed / 1e9:.3f} GB, head {text.head.nbytes / 1e9:.3f} GB")
+    print(f"prefill of {PROMPT}: {PROMPT / prefill:.0f} tokens/s")
+    print(f"a token {1e3 * token:.2f} ms: {total / token / 1e9:.1f} GB/s")
+    more = f"the token takes {token / kernel - 1:+.1%}"
+    print(f"its kernels {1e3 * kernel:.2f} ms: {total / kernel / 1e9:.1f} GB/s; {more}")
+    print(f"plain reads {plain.nbytes / read / 1e9:.1f} GB/s")
+
+
+def timed(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def anonymous() -> int:
+    """RssAnon of this process, in bytes (Linux)."""
+    for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) * 1024
+    return 0
+
+
+if __name__ == "__main__":
+    with torch.inference_mode():
+        main()

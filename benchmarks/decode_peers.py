@@ -1,0 +1,84 @@
+"""Decoding side by side: this tool and others, each in its own process, one request at a time and in turn.
+
+python benchmarks/decode_peers.py SPEC.json --text FILE --tokenizer DIR [--rounds 7] [--prompt 128] [--tokens 128]
+
+SPEC.json: {"name": ["python", "benchmarks/peers/decode_ours.py", "ARTIFACT", "int8"], ...}. Each round sends every peer
+the same fresh prompt; the table has medians. All processes stay loaded, and only one of them computes at a time.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.models.prompting import Prompter
+
+
+class Peer:
+    """One process that answers requests; see peers/decode_server.py."""
+
+    def __init__(self, name: str, command: list[str]) -> None:
+        self.name = name
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.load = self._answer()["load"]
+        self.prefill: list[float] = []
+        self.decode: list[float] = []
+        self.rss = 0
+
+    def ask(self, ids: list[int], tokens: int) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                answer: dict[str, Any] = json.loads(line)
+                return answer
+        raise SystemExit(f"{self.name} ended with exit code {self._process.wait()}")
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("--text", type=Path, required=True)
+    parser.add_argument("--tokenizer", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--prompt", type=int, default=128)
+    parser.add_argument("--tokens", type=int, default=128)
+    args = parser.parse_args()
+    prompter = Prompter(args.tokenizer)
+    ids = prompter.ids(args.text.read_text(encoding="utf-8"))
+    peers = [Peer(name, command) for name, command in json.loads(args.spec.read_text()).items()]
+    own = args.prompt - 1  # and BOS
+    for turn in range(args.rounds + 1):
+        prompt = [prompter.bos, *ids[turn * own : (turn + 1) * own]]
+        # each round begins with another peer, so that none always follows the same one
+        for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
+            answer = peer.ask(prompt, args.tokens)
+            if turn == 0:
+                continue  # warm-up
+            peer.prefill.append(args.prompt / answer["prefill"])
+            peer.decode.append((args.tokens - 1) / answer["decode"])
+            peer.rss = answer["rss"]
+    print(f"{args.prompt}-token prompts, {args.tokens} tokens, medians (least .. most) of {args.rounds} rounds")
+    print(f"{'':36} {'prefill tok/s':>24} {'decode tok/s':>24} {'load s':>7} {'peak RSS MiB':>12}")
+    for peer in peers:
+        rates = [f"{statistics.median(r):.0f} ({min(r):.0f} .. {max(r):.0f})" for r in (peer.prefill, peer.decode)]
+        print(f"{peer.name:36} {rates[0]:>24} {rates[1]:>24} {peer.load:7.1f} {peer.rss / 2**20:12.0f}")
+        peer.close()
+
+
+if __name__ == "__main__":
+    main()

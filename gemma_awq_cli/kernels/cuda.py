@@ -1,0 +1,97 @@
+"""PyTorch's own int4 product for NVIDIA GPUs, in bfloat16 (`aten._weight_int4pack_mm`, as gpt-fast uses it).
+
+Few rows are read packed; for many the weight is unpacked once and multiplied by cuBLAS. The op's packed layout is laid
+out for tensor cores and documented nowhere, so the place of each nibble is found out by packing known numbers.
+
+Never run on a GPU by this project so far: its layout search is tested on the CPU's op, the rest by reading.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+
+MANY_ROWS = 64
+_INNER_TILES = 8
+_TILE = (8, 16 * _INNER_TILES)  # outputs and inputs that the op packs together
+_GROUP_SIZES = (32, 64, 128, 256)
+
+
+class CudaInt4Linear(nn.Module):
+    """packed: int32 in the op's layout; scale_zero: bf16 [K/g, N, 2], w = (q - 8) * scale + zero."""
+
+    packed: Tensor
+    scale_zero: Tensor
+
+    @staticmethod
+    def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why this kernel cannot be taken, or None."""
+        inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
+        if device.type != "cuda" or torch.version.hip is not None:
+            return "it needs an NVIDIA GPU"
+        if dtype != torch.bfloat16:
+            return "it computes in bfloat16 only"
+        if torch.cuda.get_device_capability(device)[0] < 8:
+            return "it needs compute capability 8.0 or later"
+        if outputs % _TILE[0] or inputs % _TILE[1] or inputs // weight.scales.shape[0] not in _GROUP_SIZES:
+            return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
+        return None
+
+    def __init__(self, weight: PackedWeight) -> None:
+        super().__init__()
+        q, grid = unpack_weight(weight)
+        scale, zero = grid.scale.t(), grid.zero.t()  # [G, N]
+        self.shape = q.shape
+        self.group_size = q.shape[1] // scale.shape[0]
+        self.register_buffer("packed", _pack(q), persistent=False)
+        pair = torch.stack([scale, (8 - zero) * scale], dim=-1).to(torch.bfloat16).contiguous()
+        self.register_buffer("scale_zero", pair, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        if rows.shape[0] >= MANY_ROWS:
+            return F.linear(x, self.dense())
+        result = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scale_zero)
+        return result.view(*x.shape[:-1], -1)
+
+    def dense(self) -> Tensor:
+        """The weight [N, K] in bf16, as the op sees it."""
+        order = _order(self.packed.device)
+        tiles = _nibbles(self.packed).view(self.shape[0] // _TILE[0], self.shape[1] // _TILE[1], -1)[:, :, order]
+        q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(self.shape[0], -1, self.group_size)
+        scale, zero = self.scale_zero.transpose(0, 1).unbind(-1)  # [N, G] each
+        return ((q.to(torch.bfloat16) - 8) * scale[:, :, None] + zero[:, :, None]).view(self.shape)
+
+
+def _pack(q: Tensor) -> Tensor:
+    """q [N, K] uint8 -> the op's layout. It takes two inputs a byte, the first in the high half."""
+    return torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), _INNER_TILES)
+
+
+def _nibbles(packed: Tensor) -> Tensor:
+    """Every 4 bits of a packed tensor in memory's order, flat."""
+    bytes_ = packed.contiguous().view(-1).view(torch.uint8)
+    return torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten()
+
+
+@cache
+def _order(device: torch.device) -> Tensor:
+    return tile_order(lambda q: _nibbles(_pack(q.to(device))), _TILE).to(device)
+
+
+def tile_order(pack: Callable[[Tensor], Tensor], tile: tuple[int, int]) -> Tensor:
+    """Where `pack`, q [N, K] uint8 -> nibbles, puts each value of one tile: tile.flatten() == nibbles[order].
+
+    Each place is written in digits of 4 bits, and the tile of each digit is packed.
+    """
+    count = tile[0] * tile[1]
+    places = torch.arange(count)
+    found = torch.zeros(count, dtype=torch.int64)
+    for shift in range(0, count.bit_length(), 4):
+        digits = (places >> shift & 15).to(torch.uint8).view(tile)
+        found |= pack(digits).cpu().to(torch.int64) << shift
+    return torch.argsort(found)

@@ -1,0 +1,83 @@
+"""The head: hidden states to logits, the largest single read of a token.
+
+A copy of it may be quantized; the look-up of embeddings never is.
+
+Groups along the hidden size: 8 bits are symmetric, 4 bits have a zero point.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gemma_awq_cli.awq.grid import minmax_grid, quantize
+from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.kernels import make_linear
+
+DENSE_HEAD = "16bit"
+HEADS = (DENSE_HEAD, "int8", "int4")
+DEFAULT_HEAD = "int8"
+PREFERRED_GROUPS = {"int8": 128, "int4": 32}
+_ROWS = 8192  # vocabulary entries that are quantized at a time
+
+
+def head_group(head: str, hidden: int) -> int | None:
+    """Weights that share a scale; None if the hidden size fits no group, and the head stays 16-bit."""
+    groups = [group for group in (128, 64, 32) if group <= PREFERRED_GROUPS[head] and hidden % group == 0]
+    return groups[0] if groups else None
+
+
+class DenseHead(nn.Module):
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+class Int8Head(nn.Module):
+    """PyTorch's own int8 product for bfloat16 activations: one scale a vocabulary entry."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.scales = torch.empty(weight.shape[0], dtype=torch.bfloat16, device=weight.device)
+        self.q = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+        for first in range(0, weight.shape[0], _ROWS):
+            rows = weight[first : first + _ROWS].to(torch.float32)
+            scale = (rows.abs().amax(1) / 127).to(torch.bfloat16)
+            self.scales[first : first + _ROWS] = scale
+            q = torch.round(rows / scale.to(torch.float32).clamp_min(1e-30)[:, None]).clamp_(-127, 127)
+            self.q[first : first + _ROWS] = q.to(torch.int8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch._weight_int8pack_mm(x.contiguous(), self.q, self.scales)
+
+
+def make_head(weight: Tensor, head: str) -> nn.Module:
+    """A module hidden [R, K] -> logits [R, V] in torch; what a device cannot do stays 16-bit (see `head_refusal`)."""
+    if head == DENSE_HEAD or head_refusal(weight, head):
+        return DenseHead(weight)
+    if head == "int8":
+        return Int8Head(weight)
+    group = head_group(head, weight.shape[1])
+    assert group is not None
+    q = torch.empty(weight.shape, dtype=torch.uint8)
+    scales, zeros = (torch.empty(weight.shape[0], weight.shape[1] // group) for _ in range(2))
+    for first in range(0, weight.shape[0], _ROWS):
+        part = slice(first, first + _ROWS)
+        rows = weight[part].to("cpu", torch.float32)
+        grid = minmax_grid(rows, group)
+        q[part], scales[part], zeros[part] = quantize(rows, grid).to(torch.uint8), grid.scale, grid.zero
+    packed = pack_weight(q, type(grid)(scales, zeros))
+    return make_linear(type(packed)(*(tensor.to(weight.device) for tensor in packed)), weight.device, weight.dtype)
+
+
+def head_refusal(weight: Tensor, head: str) -> str | None:
+    """Why torch cannot run this head quantized, or None."""
+    if weight.dtype != torch.bfloat16:
+        return "torch has quantized heads for bfloat16 only"
+    if head == "int8" and weight.device.type != "cpu":
+        return "torch's int8 product is taken on the CPU only"
+    if head == "int4" and (head_group(head, weight.shape[1]) is None or weight.shape[0] % 16):
+        return "the shape fits no group of 32"
+    return None

@@ -1,0 +1,386 @@
+// The forward of Gemma 1, 2 and 3 for a flat batch of tokens, in one call. Arithmetic between the linears is float32;
+// keys and values are kept in bf16. decoder.py is the same forward in torch, and its oracle.
+
+#include "attention.h"
+#include "pack.h"
+
+#include <memory>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+struct LayerSpec {
+    Linear qkv, o, gate_up, down;
+    const float* input_norm;
+    const float* attention_norm;  // null: none
+    const float* mlp_norm;
+    const float* post_mlp_norm;
+    const float* q_norm;
+    const float* k_norm;
+    const float* inv_freq;  // [D / 2]; layers with the same pointer share a table of angles
+    float rope_factor;
+    int32_t window;  // 0: none
+};
+
+struct ModelSpec {
+    int64_t hidden, intermediate, heads, kv_heads, head_dim, layers;
+    float eps, embed_scale, query_scale, attention_softcap, final_softcap;  // a soft-cap of 0: none
+    const uint16_t* embedding;
+    const float* norm;
+    Linear head;
+    const LayerSpec* layer;
+};
+
+// The cache: one pointer a layer to [R, kv_heads, slots, D] bf16.
+struct CacheSpec {
+    uint16_t* const* keys;
+    uint16_t* const* values;
+    const int64_t* slots;
+};
+
+// Tokens of one row, positions start .. start + count - 1; `offset` is where they begin in the flat batch.
+struct Piece {
+    int64_t row, start, count, offset;
+};
+
+// One call at a time: there is one set of threads, and one of buffers.
+static std::mutex one_call;
+static std::unique_ptr<Pool> the_pool;
+static Pool& pool_of(int threads) {
+    if (!the_pool || the_pool->threads() != threads) the_pool = std::make_unique<Pool>(threads);
+    return *the_pool;
+}
+
+// Kept from call to call and only ever grown, so that a token allocates nothing.
+struct Buffers {
+    std::vector<float> x, normed, mixed, qkv, gathered, gate_up, act, scale, total, cosine, sine;
+    std::vector<int8_t> q;
+    std::vector<uint16_t> k, v;
+    std::vector<int64_t> position_of;
+    std::vector<std::vector<float>> scores;  // one a thread
+};
+static Buffers the_buffers;
+template <class T> static void at_least(std::vector<T>& v, int64_t size) {
+    if ((int64_t)v.size() < size) v.resize(size);
+}
+
+static void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* out) {
+    Floats squares = splat(0.0f);
+    const int64_t whole = n & ~(LANES - 1);
+    for (int64_t i = 0; i < whole; i += LANES) squares = fma(load(x + i), load(x + i), squares);
+    float total = sum(squares);
+    for (int64_t i = whole; i < n; i++) total += x[i] * x[i];
+    const float factor = 1.0f / std::sqrt(total / (float)n + eps);
+    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * factor * load(gain + i));
+    for (int64_t i = whole; i < n; i++) out[i] = x[i] * factor * gain[i];
+}
+
+static void add(float* x, const float* y, int64_t n) {
+    for (int64_t i = 0; i < n; i++) x[i] += y[i];
+}
+
+// The rotary embedding in place, with the angles' cosines and sines [D / 2].
+static void rotate(float* x, const float* cosine, const float* sine, int64_t half) {
+    for (int64_t i = 0; i < half; i++) {
+        const float a = x[i], b = x[half + i];
+        x[i] = a * cosine[i] - b * sine[i];
+        x[half + i] = b * cosine[i] + a * sine[i];
+    }
+}
+
+class Forward {
+  public:
+    Forward(const ModelSpec& m, Pool& pool, const CacheSpec& cache, const Piece* pieces, int64_t npieces,
+            const int32_t* ids, int64_t tokens)
+        : m(m), b(the_buffers), pool(pool), cache(cache), pieces(pieces), npieces(npieces), ids(ids), tokens(tokens) {
+        const int64_t widest = std::max({m.hidden, m.intermediate, m.heads * m.head_dim});
+        at_least(b.x, tokens * m.hidden);
+        at_least(b.normed, tokens * m.hidden);
+        at_least(b.mixed, tokens * m.hidden);
+        at_least(b.qkv, tokens * qkv_size());
+        at_least(b.gathered, tokens * m.heads * m.head_dim);
+        at_least(b.gate_up, tokens * 2 * m.intermediate);
+        at_least(b.act, tokens * m.intermediate);
+        at_least(b.q, tokens * widest);
+        at_least(b.scale, tokens * (widest / 16 + 1));
+        at_least(b.total, tokens * (widest / 16 + 1));
+        at_least(b.k, tokens * m.kv_heads * m.head_dim);
+        at_least(b.v, tokens * m.kv_heads * m.head_dim);
+    }
+
+    // logits: [npieces, V], after the last token of each piece for which wanted[piece] is set, in that order.
+    void run(const uint8_t* wanted, float* logits) {
+        at_least(b.position_of, tokens);
+        for (int64_t p = 0; p < npieces; p++)
+            for (int64_t i = 0; i < pieces[p].count; i++) b.position_of[pieces[p].offset + i] = pieces[p].start + i;
+        embed();
+        for (int64_t l = 0; l < m.layers; l++) layer(m.layer[l], l);
+        head(wanted, logits);
+    }
+
+  private:
+    int64_t qkv_size() const { return (m.heads + 2 * m.kv_heads) * m.head_dim; }
+
+    // Work on each token: alone on this thread if it is one, else spread.
+    template <class Body> void each_token(const Body& body) {
+        if (tokens == 1) return body(0);
+        const int64_t step = std::max<int64_t>(1, tokens / (4 * pool.threads()));
+        pool.run((tokens + step - 1) / step, [&](int64_t item, int) {
+            for (int64_t t = item * step; t < std::min(tokens, (item + 1) * step); t++) body(t);
+        });
+    }
+
+    void embed() {
+        for (int64_t t = 0; t < tokens; t++) {
+            const uint16_t* from = m.embedding + (int64_t)ids[t] * m.hidden;
+            for (int64_t i = 0; i < m.hidden; i++)
+                b.x[t * m.hidden + i] = float_of(from[i]) * m.embed_scale;
+        }
+    }
+
+    Activations activations(const float* x, int64_t rows, int64_t inputs) {
+        return {rows, inputs, x, b.q.data(), b.scale.data(), b.total.data()};
+    }
+
+    void angles(const LayerSpec& l) {
+        if (l.inv_freq == tabled) return;
+        tabled = l.inv_freq;
+        const int64_t half = m.head_dim / 2;
+        at_least(b.cosine, tokens * half);
+        at_least(b.sine, tokens * half);
+        each_token([&](int64_t t) {
+            for (int64_t i = 0; i < half; i++) {
+                const float angle = (float)b.position_of[t] * l.inv_freq[i];
+                b.cosine[t * half + i] = std::cos(angle) * l.rope_factor;
+                b.sine[t * half + i] = std::sin(angle) * l.rope_factor;
+            }
+        });
+    }
+
+    void layer(const LayerSpec& l, int64_t index) {
+        angles(l);
+        const int64_t q_size = m.heads * m.head_dim, kv_size = m.kv_heads * m.head_dim, h = m.hidden;
+        const Activations in = activations(b.normed.data(), tokens, h);
+        each_token([&](int64_t t) {
+            rms_norm(&b.x[t * h], l.input_norm, h, m.eps, &b.normed[t * h]);
+            if (l.qkv.kind != BF16) quantize_row(in, t, l.qkv.group);
+        });
+        apply(pool, l.qkv, in, b.qkv.data(), qkv_size());
+        each_token([&](int64_t t) {
+            float* row = &b.qkv[t * qkv_size()];
+            const float* cosine = &b.cosine[t * m.head_dim / 2];
+            const float* sine = &b.sine[t * m.head_dim / 2];
+            for (int64_t n = 0; n < m.heads + m.kv_heads; n++) {
+                float* x = row + n * m.head_dim;
+                const bool query = n < m.heads;
+                if (l.q_norm) rms_norm(x, query ? l.q_norm : l.k_norm, m.head_dim, m.eps, x);
+                rotate(x, cosine, sine, m.head_dim / 2);
+                if (query)
+                    for (int64_t i = 0; i < m.head_dim; i++) x[i] *= m.query_scale;
+            }
+            for (int64_t i = 0; i < kv_size; i += LANES) {
+                store_bf16(&b.k[t * kv_size + i], load(row + q_size + i));
+                store_bf16(&b.v[t * kv_size + i], load(row + q_size + kv_size + i));
+            }
+        });
+        attend(l, index);
+        const Activations gathered = activations(b.gathered.data(), tokens, q_size);
+        if (l.o.kind != BF16) each_token([&](int64_t t) { quantize_row(gathered, t, l.o.group); });
+        apply(pool, l.o, gathered, b.mixed.data(), h);
+        each_token([&](int64_t t) {
+            float* mixed = &b.mixed[t * h];
+            if (l.attention_norm) rms_norm(mixed, l.attention_norm, h, m.eps, mixed);
+            add(&b.x[t * h], mixed, h);
+            rms_norm(&b.x[t * h], l.mlp_norm, h, m.eps, &b.normed[t * h]);
+            if (l.gate_up.kind != BF16) quantize_row(in, t, l.gate_up.group);
+        });
+        apply(pool, l.gate_up, in, b.gate_up.data(), 2 * m.intermediate);
+        const Activations act = activations(b.act.data(), tokens, m.intermediate);
+        each_token([&](int64_t t) {
+            const float* gate = &b.gate_up[t * 2 * m.intermediate];
+            float* out = &b.act[t * m.intermediate];
+            for (int64_t i = 0; i < m.intermediate; i += LANES)
+                store(out + i, gelu_tanh(load(gate + i)) * load(gate + m.intermediate + i));
+            if (l.down.kind != BF16) quantize_row(act, t, l.down.group);
+        });
+        apply(pool, l.down, act, b.mixed.data(), h);
+        each_token([&](int64_t t) {
+            float* mixed = &b.mixed[t * h];
+            if (l.post_mlp_norm) rms_norm(mixed, l.post_mlp_norm, h, m.eps, mixed);
+            add(&b.x[t * h], mixed, h);
+        });
+    }
+
+    // Queries that share a kv head, of some consecutive tokens of a piece.
+    struct Tile {
+        int64_t piece, first, count, head, heads;  // tokens first .. of the piece; query heads head ..
+    };
+
+    void attend(const LayerSpec& l, int64_t index) {
+        const int64_t shared = m.heads / m.kv_heads;
+        const bool few = tokens * m.kv_heads < 2 * pool.threads();
+        const int64_t heads = std::min<int64_t>(few ? 1 : shared, MAX_QUERIES);
+        std::vector<Tile> tiles;
+        int64_t most_keys = 0;
+        for (int64_t p = 0; p < npieces; p++) {
+            const int64_t step = MAX_QUERIES / heads;
+            for (int64_t first = 0; first < pieces[p].count; first += step)
+                for (int64_t kv = 0; kv < m.kv_heads; kv++)
+                    for (int64_t h = 0; h < shared; h += heads)
+                        tiles.push_back({p, first, std::min(step, pieces[p].count - first), kv * shared + h,
+                                         std::min(heads, shared - h)});
+            most_keys = std::max(most_keys, pieces[p].start + pieces[p].count);
+        }
+        at_least(b.scores, pool.threads());
+        for (auto& s : b.scores) at_least(s, MAX_QUERIES * most_keys);
+        pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) { tile(tiles[i], l, index, b.scores[thread].data()); });
+        // only now: what the ring loses may still have been seen by this batch's first tokens
+        const int64_t slots = cache.slots[index], d = m.head_dim;
+        for (int64_t p = 0; p < npieces; p++)
+            for (int64_t i = std::max<int64_t>(0, pieces[p].count - slots); i < pieces[p].count; i++)
+                for (int64_t kv = 0; kv < m.kv_heads; kv++) {
+                    const int64_t to = ((pieces[p].row * m.kv_heads + kv) * slots + (pieces[p].start + i) % slots) * d;
+                    const int64_t from = ((pieces[p].offset + i) * m.kv_heads + kv) * d;
+                    memcpy(cache.keys[index] + to, &b.k[from], 2 * d);
+                    memcpy(cache.values[index] + to, &b.v[from], 2 * d);
+                }
+    }
+
+    void tile(const Tile& t, const LayerSpec& l, int64_t index, float* scores) {
+        const Piece& piece = pieces[t.piece];
+        const int64_t d = m.head_dim, slots = cache.slots[index], kv = t.head / (m.heads / m.kv_heads);
+        const int64_t window = l.window ? l.window : INT64_MAX;
+        const int64_t first = piece.start + t.first;  // the first query's position
+        const int64_t low = std::max<int64_t>(0, first - std::min(first, window - 1));  // the oldest key seen by any
+        Run runs[3];
+        int nruns = 0;
+        const int64_t base = (piece.row * m.kv_heads + kv) * slots * d;
+        for (int64_t p = low; p < piece.start;) {
+            const int64_t count = std::min(piece.start - p, slots - p % slots);
+            const int64_t at = base + p % slots * d;
+            runs[nruns++] = {cache.keys[index] + at, cache.values[index] + at, d, count};
+            p += count;
+        }
+        const int64_t from = std::max(low - piece.start, (int64_t)0), fresh = t.first + t.count - from;
+        const int64_t at = ((piece.offset + from) * m.kv_heads + kv) * d;
+        runs[nruns++] = {&b.k[at], &b.v[at], m.kv_heads * d, fresh};
+        const int64_t keys = std::max<int64_t>(0, piece.start - low) + fresh;
+        const int64_t queries = t.count * t.heads;
+        float q[MAX_QUERIES * MAX_HEAD_DIM];
+        float* out[MAX_QUERIES];
+        for (int64_t i = 0; i < queries; i++) {
+            const int64_t token = piece.offset + t.first + i / t.heads, head = t.head + i % t.heads;
+            memcpy(q + i * d, &b.qkv[token * qkv_size() + head * d], 4 * d);
+            out[i] = &b.gathered[(token * m.heads + head) * d];
+        }
+        // a full tile, or queries four, two and one at a time
+        for (int64_t i = 0; i < queries;) {
+            const int64_t left = queries - i;
+            const int many = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+            if (many == 8) score<8>(q, d, runs, nruns, scores, keys);
+            else if (many == 4) score<4>(q + i * d, d, runs, nruns, scores, keys);
+            else if (many == 2) score<2>(q + i * d, d, runs, nruns, scores, keys);
+            else score<1>(q + i * d, d, runs, nruns, scores, keys);
+            for (int n = 0; n < many; n++) {
+                const int64_t position = first + (i + n) / t.heads;
+                softmax(scores + n * keys, keys, std::max<int64_t>(0, position - std::min(position, window - 1) - low),
+                        position + 1 - low, m.attention_softcap);
+            }
+            if (many == 8) mix<8>(scores, keys, runs, nruns, d, out);
+            else if (many == 4) mix<4>(scores, keys, runs, nruns, d, out + i);
+            else if (many == 2) mix<2>(scores, keys, runs, nruns, d, out + i);
+            else mix<1>(scores, keys, runs, nruns, d, out + i);
+            i += many;
+        }
+    }
+
+    void head(const uint8_t* wanted, float* logits) {
+        int64_t rows = 0;
+        for (int64_t p = 0; p < npieces; p++)
+            if (wanted[p]) {
+                const int64_t last = pieces[p].offset + pieces[p].count - 1;
+                rms_norm(&b.x[last * m.hidden], m.norm, m.hidden, m.eps, &b.normed[rows++ * m.hidden]);
+            }
+        if (!rows) return;
+        const Activations in = activations(b.normed.data(), rows, m.hidden);
+        if (m.head.kind != BF16)
+            for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head.group);
+        apply(pool, m.head, in, logits, m.head.outputs);
+        if (m.final_softcap > 0) {
+            const int64_t all = rows * m.head.outputs, step = 16384;
+            pool.run((all + step - 1) / step, [&](int64_t item, int) {
+                for (int64_t i = item * step; i < std::min(all, (item + 1) * step); i++)
+                    logits[i] = std::tanh(logits[i] / m.final_softcap) * m.final_softcap;
+            });
+        }
+    }
+
+    static constexpr int MAX_HEAD_DIM = 512;
+    const ModelSpec& m;
+    Buffers& b;
+    Pool& pool;
+    const CacheSpec& cache;
+    const Piece* pieces;
+    const int64_t npieces;
+    const int32_t* ids;
+    const int64_t tokens;
+    const float* tabled = nullptr;
+};
+
+extern "C" {
+
+// What the arithmetic was compiled for.
+const char* gaq_instructions() {
+#if defined(__AVX512VNNI__)
+    return "AVX-512 VNNI";
+#elif defined(__AVXVNNI__)
+    return "AVX-VNNI";
+#elif defined(__AVX2__)
+    return "AVX2";
+#else
+    return "";  // portable C++: right, and slower than PyTorch's own kernels
+#endif
+}
+
+void gaq_forward(const ModelSpec* model, const CacheSpec* cache, const Piece* pieces, int64_t npieces, const int32_t* ids,
+                 int64_t tokens, const uint8_t* wanted, float* logits, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    Forward(*model, pool_of(threads), *cache, pieces, npieces, ids, tokens).run(wanted, logits);
+}
+
+// Asks for large pages under weights that are still to be written: a token reads all of them once, page by page.
+void gaq_large_pages(uint8_t* memory, int64_t bytes) {
+#if defined(MADV_HUGEPAGE)
+    const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    const uintptr_t last = ((uintptr_t)memory + bytes) & ~(page - 1);
+    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a wish: refusal costs speed alone
+#else
+    (void)memory, (void)bytes;
+#endif
+}
+
+// x [rows, K] float32 -> out [rows, N] float32
+void gaq_linear(const Linear* linear, const float* x, int64_t rows, float* out, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    std::vector<int8_t> q(rows * linear->inputs);
+    std::vector<float> scale(rows * (linear->inputs / 16 + 1)), total(rows * (linear->inputs / 16 + 1));
+    const Activations a{rows, linear->inputs, x, q.data(), scale.data(), total.data()};
+    if (linear->kind != BF16)
+        for (int64_t r = 0; r < rows; r++) quantize_row(a, r, linear->group);
+    apply(pool_of(threads), *linear, a, out, linear->outputs);
+}
+
+void gaq_pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs, int64_t outputs,
+                  int64_t group, uint8_t* data, uint8_t* zeros, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    pack_awq(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
+}
+
+void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group, uint8_t* data,
+                  uint8_t* zeros, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    if (kind == INT4) quantize_weight<INT4>(pool_of(threads), weight, inputs, outputs, group, data, zeros);
+    else quantize_weight<INT8>(pool_of(threads), weight, inputs, outputs, group, data, zeros);
+}
+}

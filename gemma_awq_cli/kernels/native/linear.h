@@ -1,0 +1,207 @@
+// Linears over packed weights. Integer weights meet activations that are quantized to 8 bits, one scale a row and group;
+// the sums inside a group are exact integers, zero points included.
+//
+// Layout of int4 and int8, for K inputs in groups of g and N outputs: the outputs lie in blocks of 32 (the last one is
+// filled up with zero scales). A block's group is 32 scales in float16, then the weights in steps of 4 inputs (int8) or
+// 8 (int4): 64 bytes for outputs 0..15 and 64 for 16..31, byte 4 lane + j of which holds input j of that lane's output;
+// for int4 input j in the low nibble and input j + 4 in the high one. int4 has its zero points, 32 bytes a block and
+// group, in a second array; an int8 weight is stored + 128.
+#pragma once
+
+#include "pool.h"
+#include "vec.h"
+
+#include <algorithm>
+
+enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2 };
+constexpr int BLOCK = 32;
+constexpr int VECTORS = BLOCK / LANES;  // of a block
+constexpr int MANY = LANES == 16 ? 8 : 2;  // rows that meet a block at once, as far as the registers go
+constexpr int MAX_PARTS = 3;
+
+// One linear as the caller passes it. bf16: parts are row-major [rows, K] weights side by side, read where they lie.
+struct Linear {
+    int32_t kind;
+    int32_t group;
+    int64_t inputs;
+    int64_t outputs;
+    const uint8_t* data;
+    const uint8_t* zeros;
+    const uint16_t* parts[MAX_PARTS];
+    int64_t part_rows[MAX_PARTS];
+};
+
+INLINE int64_t blocks_of(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
+INLINE int64_t group_bytes(int32_t kind, int64_t group) { return 2 * BLOCK + group * BLOCK / (kind == INT4 ? 2 : 1); }
+
+// Activations of some rows, as floats and (for integer weights) quantized.
+struct Activations {
+    int64_t rows;
+    int64_t inputs;
+    const float* x;      // [rows, inputs]
+    int8_t* q;           // [rows, inputs]
+    float* scale;        // [rows, groups]
+    float* total;        // [rows, groups]: the sum of q, an exact integer
+};
+
+INLINE void quantize_group(const float* x, int64_t group, int8_t* q, float* scale, float* total) {
+    Floats top = splat(0.0f), poison = splat(0.0f);
+    for (int64_t k = 0; k < group; k += LANES) {
+        const Floats v = load(x + k);
+        top = larger(top, absolute(v));
+        poison += v * 0.0f;  // NaN where v is NaN or infinite: it must reach the logits
+    }
+    const float amax = largest(top);
+    const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+    const Floats shift = splat(12582912.0f);
+    Ints sums = splat(0);
+    for (int64_t k = 0; k < group; k += LANES) {
+        const Floats rounded = fma(load(x + k), splat(inverse), shift);
+        const Ints v = (Ints)rounded - (Ints)shift;
+        sums += v;
+        store_bytes(q + k, v);
+    }
+    *scale = amax / 127.0f + sum(poison);
+    *total = sum(to_float(sums));
+}
+
+INLINE void quantize_row(const Activations& a, int64_t row, int64_t group) {
+    const int64_t groups = a.inputs / group;
+    for (int64_t g = 0; g < groups; g++)
+        quantize_group(a.x + row * a.inputs + g * group, group, a.q + row * a.inputs + g * group,
+                       a.scale + row * groups + g, a.total + row * groups + g);
+}
+
+INLINE int32_t four(const int8_t* q) {
+    int32_t v;
+    memcpy(&v, q, 4);
+    return v;
+}
+
+// R rows against one block of 32 outputs.
+template <int KIND, int R>
+static void block_rows(const Linear& w, int64_t block, const Activations& a, int64_t row, float* out, int64_t stride) {
+    const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group);
+    const uint8_t* data = w.data + block * groups * bytes;
+    const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
+    Floats result[R][VECTORS];
+    for (int r = 0; r < R; r++)
+        for (int h = 0; h < VECTORS; h++) result[r][h] = splat(0.0f);
+    for (int64_t g = 0; g < groups; g++, data += bytes) {
+        const int8_t* q[R];
+        for (int r = 0; r < R; r++) q[r] = a.q + (row + r) * a.inputs + g * w.group;
+        constexpr int CHAINS = R * VECTORS <= 4 ? 2 : 1;  // few rows: more independent sums hide the latency
+        Ints acc[R][CHAINS][VECTORS];
+        for (int r = 0; r < R; r++)
+            for (int c = 0; c < CHAINS; c++)
+                for (int h = 0; h < VECTORS; h++) acc[r][c][h] = splat(0);
+        const uint8_t* p = data + 2 * BLOCK;
+        for (int64_t k = 0; k < w.group; k += 8, p += KIND == INT4 ? 128 : 256) {
+            if (R == 2 || R == 4)  // one row keeps up with the processor's own prefetching, many rows read each byte once
+                for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
+            Bytes first[VECTORS], second[VECTORS];  // inputs k .. k+3 and k+4 .. k+7
+            for (int h = 0; h < VECTORS; h++) {
+                if (KIND == INT4) {
+                    const Bytes both = load_as<Bytes>(p + 4 * LANES * h);
+                    first[h] = both & 15;
+                    second[h] = (Bytes)(((Words)both >> 4)) & 15;
+                } else {
+                    first[h] = load_as<Bytes>(p + 4 * LANES * h);
+                    second[h] = load_as<Bytes>(p + 128 + 4 * LANES * h);
+                }
+            }
+            for (int r = 0; r < R; r++) {
+                const int32_t low = four(q[r] + k), high = four(q[r] + k + 4);
+                for (int h = 0; h < VECTORS; h++) {
+                    acc[r][0][h] = dot4<KIND == INT4>(acc[r][0][h], first[h], low);
+                    acc[r][CHAINS - 1][h] = dot4<KIND == INT4>(acc[r][CHAINS - 1][h], second[h], high);
+                }
+            }
+        }
+        for (int h = 0; h < VECTORS; h++) {
+            const Floats scale = load_half((const uint16_t*)data + LANES * h);
+            const Floats zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + LANES * h) : splat(128.0f);
+            for (int r = 0; r < R; r++) {
+                Ints dots = acc[r][0][h];
+                if (CHAINS == 2) dots += acc[r][1][h];
+                // all integers below 2^24: exact in float
+                const Floats exact = fma(zero, splat(-a.total[(row + r) * groups + g]), to_float(dots));
+                result[r][h] = fma(exact, scale * a.scale[(row + r) * groups + g], result[r][h]);
+            }
+        }
+    }
+    const int64_t n = block * BLOCK, left = w.outputs - n;
+    for (int r = 0; r < R; r++) {
+        float* to = out + (row + r) * stride + n;
+        if (left >= BLOCK) {
+            for (int h = 0; h < VECTORS; h++) store(to + LANES * h, result[r][h]);
+        } else {
+            memcpy(to, &result[r][0], 4 * left);
+        }
+    }
+}
+
+template <int KIND>
+static void block_all_rows(const Linear& w, int64_t block, const Activations& a, float* out, int64_t stride) {
+    int64_t row = 0;
+    for (; row + MANY <= a.rows; row += MANY) block_rows<KIND, MANY>(w, block, a, row, out, stride);
+    if (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
+    if (MANY > 2 && row + 2 <= a.rows) block_rows<KIND, 2>(w, block, a, row, out, stride), row += 2;
+    if (row < a.rows) block_rows<KIND, 1>(w, block, a, row, out, stride);
+}
+
+// R rows against C consecutive outputs of a bf16 weight, in float32.
+template <int C, int R>
+static void bf16_tile(const uint16_t* w, int64_t inputs, const float* x, float* out, int64_t stride) {
+    Floats acc[C][R];
+    for (int c = 0; c < C; c++)
+        for (int r = 0; r < R; r++) acc[c][r] = splat(0.0f);
+    const int64_t whole = inputs & ~(LANES - 1);
+    for (int64_t k = 0; k < whole; k += LANES)
+        for (int c = 0; c < C; c++) {
+            const Floats v = load_bf16(w + c * inputs + k);
+            for (int r = 0; r < R; r++) acc[c][r] = fma(v, load(x + r * inputs + k), acc[c][r]);
+        }
+    for (int c = 0; c < C; c++)
+        for (int r = 0; r < R; r++) {
+            float total = sum(acc[c][r]);
+            for (int64_t k = whole; k < inputs; k++) total += float_of(w[c * inputs + k]) * x[r * inputs + k];
+            out[r * stride + c] = total;
+        }
+}
+template <int R>
+static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const float* x, float* out, int64_t stride) {
+    int64_t n = 0;
+    for (; n + 4 <= count; n += 4) bf16_tile<4, R>(w + n * inputs, inputs, x, out + n, stride);
+    for (; n < count; n++) bf16_tile<1, R>(w + n * inputs, inputs, x, out + n, stride);
+}
+
+// out [rows, outputs] with `stride` floats a row.
+static void apply(Pool& pool, const Linear& w, const Activations& a, float* out, int64_t stride) {
+    if (w.kind == BF16) {
+        int64_t before = 0;
+        for (int part = 0; part < MAX_PARTS && w.part_rows[part]; before += w.part_rows[part++]) {
+            const uint16_t* weight = w.parts[part];
+            const int64_t rows = w.part_rows[part];
+            const int64_t step = std::max<int64_t>(4, (std::min<int64_t>(65536 / w.inputs, rows / (4 * pool.threads())) + 3) & ~3);
+            pool.run((rows + step - 1) / step, [&](int64_t item, int) {
+                const int64_t n = item * step, count = std::min(step, rows - n);
+                const uint16_t* from = weight + n * w.inputs;
+                float* to = out + before + n;
+                int64_t r = 0;
+                for (; r + 4 <= a.rows; r += 4)
+                    bf16_rows<4>(from, count, w.inputs, a.x + r * a.inputs, to + r * stride, stride);
+                for (; r < a.rows; r++) bf16_rows<1>(from, count, w.inputs, a.x + r * a.inputs, to + r * stride, stride);
+            });
+        }
+        return;
+    }
+    const int64_t blocks = blocks_of(w.outputs);
+    const int64_t block_bytes = (w.inputs / w.group) * group_bytes(w.kind, w.group);
+    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(131072 / block_bytes, blocks / (4 * pool.threads())));
+    pool.run((blocks + step - 1) / step, [&](int64_t item, int) {
+        for (int64_t b = item * step; b < std::min(blocks, (item + 1) * step); b++)
+            if (w.kind == INT4) block_all_rows<INT4>(w, b, a, out, stride);
+            else block_all_rows<INT8>(w, b, a, out, stride);
+    });
+}

@@ -1,0 +1,115 @@
+"""Weights in the layout of linear.h, kept as tensors, with the structure that the library reads them through."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.kernels.native.library import MAX_PARTS, Library, LinearSpec
+
+INT4, INT8, BF16 = 0, 1, 2
+BLOCK = 32  # outputs a block
+_GROUP_SIZES = (32, 64, 128, 256)
+
+
+@dataclass(frozen=True)
+class NativeLinear:
+    """spec: what C++ reads; tensors: what keeps its memory alive; nbytes: what one row of activations must read."""
+
+    spec: LinearSpec
+    tensors: tuple[Tensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
+
+def refusal(inputs: int, group_size: int) -> str | None:
+    """Why the native integer kernels cannot take a linear, or None."""
+    if group_size not in _GROUP_SIZES or inputs % group_size:
+        return f"groups of {group_size} of {inputs} inputs do not fit its tiles"
+    return None
+
+
+class Arena:
+    """Memory for packed weights, taken once, in large pages where the system has them."""
+
+    def __init__(self, library: Library, nbytes: int) -> None:
+        self._memory = torch.empty(nbytes, dtype=torch.uint8)
+        library.large_pages(self._memory.data_ptr(), nbytes)
+        self._used = 0
+
+    def take(self, nbytes: int) -> Tensor:
+        """The next bytes, from a multiple of 64 on (torch's own memory begins at one)."""
+        taken = self._memory[self._used : self._used + nbytes]
+        assert taken.numel() == nbytes
+        self._used += _rounded(nbytes)
+        return taken
+
+
+def packed_bytes(kind: int, inputs: int, outputs: int, group: int) -> tuple[int, int]:
+    """Bytes of the blocks and of the zero points of one linear."""
+    groups = -(-outputs // BLOCK) * (inputs // group)
+    data = groups * (2 * BLOCK + group * BLOCK // (2 if kind == INT4 else 1))
+    return data, groups * BLOCK if kind == INT4 else 0
+
+
+def arena_bytes(kind: int, inputs: int, outputs: int, group: int) -> int:
+    """What one linear takes of an `Arena`."""
+    return sum(map(_rounded, packed_bytes(kind, inputs, outputs, group)))
+
+
+def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLinear:
+    """AutoAWQ's tensors -> int4 blocks."""
+    inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
+    group = inputs // packed.scales.shape[0]
+    data, zeros = map(arena.take, packed_bytes(INT4, inputs, outputs, group))
+    qweight, qzeros, scales = (tensor.contiguous() for tensor in packed)
+    library.pack_awq(
+        qweight.data_ptr(), qzeros.data_ptr(), scales.to(torch.float16).data_ptr(), inputs, outputs, group,
+        data.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return _integer(INT4, inputs, outputs, group, data, zeros)
+
+
+def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:
+    """A 16-bit weight [N, K] -> int4 (asymmetric, the best of nine ranges) or int8 (symmetric) in groups of `group`."""
+    weight = weight.to(torch.bfloat16).contiguous()
+    outputs, inputs = weight.shape
+    data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
+    library.quantize(
+        kind, weight.data_ptr(), inputs, outputs, group, data.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
+    )
+    return _integer(kind, inputs, outputs, group, data, zeros)
+
+
+def dense(weights: Sequence[Tensor]) -> NativeLinear:
+    """bfloat16 weights [N, K] with one input, side by side, read where they lie."""
+    assert len(weights) <= MAX_PARTS
+    assert all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in weights)
+    spec = LinearSpec(kind=BF16, inputs=weights[0].shape[1], outputs=sum(weight.shape[0] for weight in weights))
+    for index, weight in enumerate(weights):
+        spec.parts[index] = weight.data_ptr()
+        spec.part_rows[index] = weight.shape[0]
+    return NativeLinear(spec, tuple(weights))
+
+
+def apply(library: Library, linear: NativeLinear, x: Tensor) -> Tensor:
+    """x: [R, K] float32 -> [R, N] float32."""
+    x = x.contiguous()
+    result = torch.empty(x.shape[0], linear.spec.outputs)
+    library.linear(linear.spec, x.data_ptr(), x.shape[0], result.data_ptr(), torch.get_num_threads())
+    return result
+
+
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
+
+
+def _integer(kind: int, inputs: int, outputs: int, group: int, data: Tensor, zeros: Tensor) -> NativeLinear:
+    spec = LinearSpec(
+        kind=kind, group=group, inputs=inputs, outputs=outputs, data=data.data_ptr(), zeros=zeros.data_ptr()
+    )
+    return NativeLinear(spec, (data, zeros))

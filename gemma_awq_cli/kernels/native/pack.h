@@ -1,0 +1,105 @@
+// Into the layout of linear.h: from AutoAWQ's tensors, and from a bf16 weight that is quantized on the way.
+#pragma once
+
+#include "linear.h"
+
+// q[32][g] (values 0..15 or 0..255) -> one block's group.
+template <int KIND> static void place(const uint8_t (*q)[256], int64_t group, uint8_t* to) {
+    for (int64_t k = 0; k < group; k += KIND == INT4 ? 8 : 4)
+        for (int lane = 0; lane < BLOCK; lane++)
+            for (int j = 0; j < 4; j++)
+                *to++ = KIND == INT4 ? (uint8_t)(q[lane][k + j] | q[lane][k + j + 4] << 4) : q[lane][k + j];
+}
+
+// qweight [K, N/8], qzeros [K/g, N/8] int32, scales [K/g, N] float16 -> `data` and `zeros`.
+static void pack_awq(Pool& pool, const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs,
+                     int64_t outputs, int64_t group, uint8_t* data, uint8_t* zeros) {
+    static const int column[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of nibble i
+    const int64_t groups = inputs / group, bytes = group_bytes(INT4, group), words = outputs / 8;
+    pool.run(blocks_of(outputs), [&](int64_t b, int) {
+        uint8_t q[BLOCK][256];
+        const int64_t real = std::min<int64_t>(BLOCK, outputs - b * BLOCK);
+        memset(q, 0, sizeof q);
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t at = b * groups + g;
+            uint8_t* to = data + at * bytes;
+            memset(to, 0, 2 * BLOCK);
+            memset(zeros + at * BLOCK, 0, BLOCK);
+            memcpy(to, scales + g * outputs + b * BLOCK, 2 * real);
+            for (int64_t word = 0; word < real / 8; word++) {
+                const uint32_t z = qzeros[g * words + b * BLOCK / 8 + word];
+                for (int i = 0; i < 8; i++) zeros[at * BLOCK + 8 * word + column[i]] = z >> (4 * i) & 15;
+                for (int64_t k = 0; k < group; k++) {
+                    const uint32_t w = qweight[(g * group + k) * words + b * BLOCK / 8 + word];
+                    for (int i = 0; i < 8; i++) q[8 * word + column[i]][k] = w >> (4 * i) & 15;
+                }
+            }
+            place<INT4>(q, group, to + 2 * BLOCK);
+        }
+    });
+}
+
+// One group of one output to 8 bits, symmetric, stored + 128. Returns the scale's float16.
+static uint16_t quantize8(const float* x, int64_t group, uint8_t* q) {
+    float top = 0;
+    for (int64_t k = 0; k < group; k++) top = std::max(top, std::fabs(x[k]));
+    const uint16_t half = half_of(top / 127.0f);
+    const float scale = half_to_float(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (int64_t k = 0; k < group; k++)
+        q[k] = (uint8_t)(128 + std::min(127, std::max(-127, (int)std::lrintf(x[k] * inverse))));
+    return half;
+}
+
+// One group of one output to 4 bits with a zero point; of nine ranges the one with the least squared error.
+static uint16_t quantize4(const float* x, int64_t group, uint8_t* q, uint8_t* zero) {
+    float low = 0, high = 0, best = INFINITY;
+    for (int64_t k = 0; k < group; k++) low = std::min(low, x[k]), high = std::max(high, x[k]);
+    uint16_t chosen = 0;
+    *zero = 0;
+    for (int step = 0; step < 9; step++) {
+        const float shrink = 1.0f - 0.04f * step;
+        const uint16_t half = half_of((high - low) * shrink / 15.0f);
+        const float scale = half_to_float(half);
+        if (!(scale > 0)) break;
+        const float inverse = 1.0f / scale, z = std::min(15.0f, std::max(0.0f, std::nearbyint(-low * shrink * inverse)));
+        Floats error = splat(0.0f);
+        const Floats shift = splat(12582912.0f);
+        for (int64_t k = 0; k < group; k += LANES) {
+            const Floats v = load(x + k);
+            const Floats level = smaller(larger((fma(v, splat(inverse), splat(z)) + shift) - shift, splat(0.0f)), splat(15.0f));
+            const Floats off = (level - splat(z)) * scale - v;
+            error = fma(off, off, error);
+        }
+        if (sum(error) < best) best = sum(error), chosen = half, *zero = (uint8_t)z;
+    }
+    const float scale = half_to_float(chosen), inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (int64_t k = 0; k < group; k++)
+        q[k] = (uint8_t)std::min(15.0f, std::max(0.0f, std::nearbyint(std::fma(x[k], inverse, (float)*zero))));
+    return chosen;
+}
+
+// A bf16 weight [N, K], row-major -> int4 or int8 blocks.
+template <int KIND>
+static void quantize_weight(Pool& pool, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group,
+                            uint8_t* data, uint8_t* zeros) {
+    const int64_t groups = inputs / group, bytes = group_bytes(KIND, group);
+    pool.run(blocks_of(outputs), [&](int64_t b, int) {
+        uint8_t q[BLOCK][256];
+        float x[256];
+        memset(q, KIND == INT4 ? 0 : 128, sizeof q);
+        const int64_t real = std::min<int64_t>(BLOCK, outputs - b * BLOCK);
+        for (int64_t g = 0; g < groups; g++) {
+            const int64_t at = b * groups + g;
+            uint16_t* scales = (uint16_t*)(data + at * bytes);
+            memset(scales, 0, 2 * BLOCK);
+            if (KIND == INT4) memset(zeros + at * BLOCK, 0, BLOCK);
+            for (int64_t lane = 0; lane < real; lane++) {
+                const uint16_t* from = weight + (b * BLOCK + lane) * inputs + g * group;
+                for (int64_t k = 0; k < group; k += LANES) store(x + k, load_bf16(from + k));
+                scales[lane] = KIND == INT4 ? quantize4(x, group, q[lane], zeros + at * BLOCK + lane)
+                                            : quantize8(x, group, q[lane]);
+            }
+            place<KIND>(q, group, data + at * bytes + 2 * BLOCK);
+        }
+    });
+}

@@ -1,0 +1,202 @@
+// Sixteen or eight lanes at a time, one register each. The compiler's own vectors carry the arithmetic on every processor; only what they cannot
+// say (dot products of bytes, narrow floats) is written in intrinsics where the processor has them.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#else
+constexpr int LANES = 8;
+#endif
+typedef float Floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t Words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t Shorts __attribute__((vector_size(2 * LANES)));
+typedef uint8_t LaneBytes __attribute__((vector_size(LANES)));
+typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
+
+#define INLINE static inline __attribute__((always_inline))
+
+template <class V> INLINE V load_as(const void* p) {
+    V v;
+    memcpy(&v, p, sizeof v);
+    return v;
+}
+INLINE Floats load(const float* p) { return load_as<Floats>(p); }
+INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
+INLINE Floats splat(float x) { return Floats{} + x; }
+INLINE Ints splat(int32_t x) { return Ints{} + x; }
+INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
+INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
+INLINE Floats absolute(Floats a) { return (Floats)((Ints)a & splat(0x7fffffff)); }
+INLINE Floats fma(Floats a, Floats b, Floats c) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#else
+    return a * b + c;
+#endif
+}
+
+INLINE float sum(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
+    float s[LANES];
+    store(s, v);
+    for (int w = LANES / 2; w; w /= 2)
+        for (int i = 0; i < w; i++) s[i] += s[i + w];
+    return s[0];
+#endif
+}
+INLINE float largest(Floats v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#endif
+    float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+// Compilers take convertvector between lanes of unlike widths apart, lane by lane: hence intrinsics where there are any.
+INLINE Floats load_bf16(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
+#else
+    return (Floats)(__builtin_convertvector(load_as<Shorts>(p), Words) << 16);
+#endif
+}
+INLINE Floats load_u8(const uint8_t* p) {
+#if defined(__AVX512F__)
+    return to_float((Ints)_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
+#elif defined(__AVX2__)
+    return to_float((Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
+#else
+    return __builtin_convertvector(load_as<LaneBytes>(p), Floats);
+#endif
+}
+// the low byte of each lane
+INLINE void store_bytes(int8_t* p, Ints v) {
+#if defined(__AVX512F__)
+    const __m128i narrow = _mm512_cvtepi32_epi8((__m512i)v);
+    memcpy(p, &narrow, 16);
+#else
+    for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
+#endif
+}
+// bf16 of each lane: to nearest, ties to even; NaN stays NaN
+INLINE void store_bf16(uint16_t* p, Floats x) {
+    const Words bits = (Words)x;
+    const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const Words result = x == x ? rounded : (Words{} + 0x7fc0);
+#if defined(__AVX512F__)
+    const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)result);
+    memcpy(p, &narrow, 32);
+#else
+    for (int i = 0; i < LANES; i++) p[i] = (uint16_t)result[i];
+#endif
+}
+
+INLINE float float_of(uint16_t bf16) {
+    uint32_t bits = (uint32_t)bf16 << 16;
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+INLINE float half_to_float(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, magnitude = h & 0x7fff, bits;
+    if (magnitude >= 0x7c00) {
+        bits = sign | 0x7f800000 | ((magnitude & 0x3ff) << 13);
+    } else if (magnitude >= 0x400) {
+        bits = sign | ((magnitude << 13) + 0x38000000);
+    } else {  // zero and subnormals: a multiple of 2^-24
+        float x = (float)magnitude * 5.9604644775390625e-08f;
+        memcpy(&bits, &x, 4);
+        bits |= sign;
+    }
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+INLINE uint16_t half_of(float x) {  // x: a finite scale that float16 can hold
+#if defined(__F16C__)
+    return (uint16_t)_cvtss_sh(x, 0);
+#else
+    int exponent;
+    float fraction = frexpf(fabsf(x), &exponent);  // |x| = fraction * 2^exponent, fraction in [0.5, 1)
+    if (x == 0 || exponent < -23) return 0;
+    if (exponent < -13) return (uint16_t)lrintf(fabsf(x) * 16777216.0f) | (x < 0 ? 0x8000 : 0);
+    int mantissa = (int)lrintf(fraction * 2048.0f);  // 1024 .. 2048
+    return (uint16_t)(((exponent + 14) << 10) + (mantissa - 1024)) | (x < 0 ? 0x8000 : 0);
+#endif
+}
+INLINE Floats load_half(const uint16_t* p) {
+#if defined(__AVX512F__)
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+    return (Floats)_mm256_cvtph_ps(load_as<__m128i>(p));
+#else
+    Floats v;
+    for (int i = 0; i < LANES; i++) v[i] = half_to_float(p[i]);
+    return v;
+#endif
+}
+
+// acc[lane] += sum over j of w[4 lane + j] * a[j]: w unsigned, the four signed bytes of a the same for every lane.
+// SMALL: no byte of w is larger than 15.
+template <bool SMALL> INLINE Ints dot4(Ints acc, Bytes w, int32_t a) {
+#if defined(__AVX512VNNI__)
+    return (Ints)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, _mm512_set1_epi32(a));
+#elif defined(__AVXVNNI__)
+    return (Ints)_mm256_dpbusd_avx_epi32((__m256i)acc, (__m256i)w, _mm256_set1_epi32(a));
+#elif defined(__AVX2__)
+    const __m256i ones = _mm256_set1_epi16(1), as = _mm256_set1_epi32(a);
+    if (SMALL) return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, as), ones);
+    // pairs of larger products saturate at 16 bits: the bytes' two halves go separately
+    const Bytes low = w & 15, high = (Bytes)((Words)w >> 4) & 15;
+    const Ints lows = (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)low, as), ones);
+    const Ints highs = (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)high, as), ones);
+    return acc + lows + (highs << 4);
+#else
+    int8_t bytes[4];
+    memcpy(bytes, &a, 4);
+    for (int lane = 0; lane < LANES; lane++)
+        for (int j = 0; j < 4; j++) acc[lane] += (int32_t)w[4 * lane + j] * bytes[j];
+    return acc;
+#endif
+}
+
+// exp by a polynomial on [-ln2/2, ln2/2]; relative error below 2e-7 where the result is a normal float, 0 below -87
+INLINE Floats exponential(Floats x) {
+    const Floats clamped = smaller(larger(x, splat(-87.0f)), splat(88.0f));
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Floats whole = fma(clamped, splat(1.44269504f), shift) - shift;
+    Floats rest = fma(whole, splat(-0.693359375f), clamped);
+    rest = fma(whole, splat(2.12194440e-4f), rest);
+    Floats p = splat(1.0f / 5040);
+    p = fma(p, rest, splat(1.0f / 720));
+    p = fma(p, rest, splat(1.0f / 120));
+    p = fma(p, rest, splat(1.0f / 24));
+    p = fma(p, rest, splat(1.0f / 6));
+    p = fma(p, rest, splat(0.5f));
+    p = fma(p, rest, splat(1.0f));
+    p = fma(p, rest, splat(1.0f));
+    const Floats power = (Floats)((__builtin_convertvector(whole, Ints) + 127) << 23);
+    const Floats result = x < splat(-87.0f) ? splat(0.0f) : p * power;
+    return x == x ? result : x;
+}
+INLINE Floats hyperbolic_tangent(Floats x) { return splat(1.0f) - splat(2.0f) / (exponential(x + x) + splat(1.0f)); }
+INLINE Floats gelu_tanh(Floats x) {
+    const Floats inner = splat(0.7978845608f) * fma(splat(0.044715f) * x * x, x, x);
+    return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));
+}

@@ -1,0 +1,176 @@
+"""The compiled decoder: the language model as structures that C++ reads, and a session over them.
+
+Integer linears meet 8-bit activations here, one scale a token and group; the torch decoder in bfloat16 is the fallback,
+and for long prompts of 16-bit checkpoints the better way.
+"""
+
+from collections.abc import Sequence
+from ctypes import c_int64, c_uint8, c_void_p
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.kernels.head import head_group
+from gemma_awq_cli.kernels.native import library as lib
+from gemma_awq_cli.kernels.native import linear as native
+from gemma_awq_cli.models.architecture import Architecture
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of
+from gemma_awq_cli.models.kv_cache import make_cache
+from gemma_awq_cli.models.text_weights import JOINED, LayerReader, linear_shapes, read_embedding, read_final_gain
+from gemma_awq_cli.models.torch_text import read_torch_text
+
+_KINDS = {"int8": native.INT8, "int4": native.INT4}
+MANY_TOKENS = 16  # at once: from here on torch's bf16 product is faster than reading 16-bit weights row by row
+_MAX_HEAD_DIM = 512  # of engine.cpp's buffers
+
+
+@dataclass(frozen=True)
+class NativeText:
+    """The model as C++ reads it, and what keeps the memory behind its pointers alive.
+
+    linears: of all layers, joined; dense: the same 16-bit weights for the torch decoder, None for an artifact.
+    """
+
+    library: lib.Library
+    arch: Architecture
+    spec: lib.ModelSpec
+    linears: tuple[native.NativeLinear, ...]
+    head: native.NativeLinear
+    dense: TextWeights | None
+    keep: tuple[Any, ...]
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of weights that one token reads."""
+        return sum(linear.nbytes for linear in self.linears) + self.head.nbytes
+
+
+def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int | None) -> str | None:
+    """Why the compiled decoder cannot take this model, or None."""
+    if arch.head_dim % 16 or arch.head_dim > _MAX_HEAD_DIM or arch.intermediate % 16:
+        return f"heads of {arch.head_dim} or an MLP of {arch.intermediate} do not fit its vectors"
+    if group_size is not None:
+        refusals = [native.refusal(size, group_size) for size in (arch.hidden, arch.query_size, arch.intermediate)]
+        return next(filter(None, refusals), None)
+    wide = [info for info in checkpoint.tensors.values() if info.dtype != torch.bfloat16]
+    return f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {wide[0].dtype}" if wide else None
+
+
+def read_native_text(
+    library: lib.Library, checkpoint: Checkpoint, arch: Architecture, group_size: int | None, head: str
+) -> NativeText:
+    """All weights of the language model, repacked for the compiled kernels; 16-bit ones stay where they are mapped."""
+    embedding, weight = (tensor.to(torch.bfloat16).contiguous() for tensor in read_embedding(checkpoint))
+    group = head_group(head, arch.hidden) if head in _KINDS else None
+    arena = native.Arena(library, _arena_bytes(arch, group_size, head, group))
+    keep: list[Any] = []
+    linears: list[native.NativeLinear] = []
+    ropes = {id(rope): (rope, rope.inv_freq.to(torch.float32).contiguous()) for rope in arch.ropes}
+    layers = (lib.LayerSpec * arch.layers)()
+    for index in range(arch.layers):
+        reader = LayerReader(checkpoint, arch, index, group_size)
+        layer = layers[index]
+        for kind in ("qkv", "o", "gate_up", "down"):
+            if group_size is not None:
+                linear = native.from_awq(library, reader.packed(kind), arena)
+            else:
+                linear = native.dense(reader.dense(kind))
+            linears.append(linear)
+            setattr(layer, kind, linear.spec)
+        for name, gain in reader.gains().items():
+            if gain is not None:
+                keep.append(gain)
+                setattr(layer, name, gain.data_ptr())
+        rope, inv_freq = ropes[id(arch.ropes[index])]
+        layer.inv_freq, layer.rope_factor, layer.window = inv_freq.data_ptr(), rope.factor, arch.windows[index] or 0
+    norm = read_final_gain(checkpoint, arch)
+    copy = native.dense([weight]) if group is None else native.quantized(library, weight, _KINDS[head], group, arena)
+    spec = lib.ModelSpec(
+        hidden=arch.hidden, intermediate=arch.intermediate, heads=arch.heads, kv_heads=arch.kv_heads,
+        head_dim=arch.head_dim, layers=arch.layers, eps=arch.eps,
+        embed_scale=float(torch.tensor(arch.embed_scale, dtype=torch.bfloat16)), query_scale=arch.query_scale,
+        attention_softcap=arch.attention_softcap or 0.0, final_softcap=arch.final_softcap or 0.0,
+        embedding=embedding.data_ptr(), norm=norm.data_ptr(), head=copy.spec, layer=layers,
+    )  # fmt: skip
+    dense = None
+    if group_size is None:
+        dense = read_torch_text(checkpoint, arch, None, torch.device("cpu"), torch.bfloat16)
+    return NativeText(library, arch, spec, tuple(linears), copy, dense, (*keep, layers, ropes, embedding, norm))
+
+
+def native_report(text: NativeText) -> list[str]:
+    """A line on the forward, the linears and the head."""
+    kinds = {native.INT4: "int4", native.INT8: "int8", native.BF16: "bfloat16"}
+    names = {kind: f"{name}, activations in int8 a group" for kind, name in kinds.items()}
+    names[native.BF16] = "bfloat16, activations in float32"
+    long = "" if text.dense is None else f"; {MANY_TOKENS} tokens and more at once: torch"
+    layers, head = text.linears[0].spec, text.head.spec
+    grouped = f" in groups of {head.group}" if head.group else ""
+    return [
+        f"forward: compiled C++ ({text.library.instructions}, {torch.get_num_threads()} threads){long}",
+        f"qkv, o, gate_up, down: compiled {names[layers.kind]}, {sum(x.nbytes for x in text.linears) / 1e6:.1f} MB",
+        f"head: compiled {names[head.kind]}{grouped}, {text.head.nbytes / 1e6:.1f} MB",
+    ]
+
+
+def _arena_bytes(arch: Architecture, group_size: int | None, head: str, group: int | None) -> int:
+    """What all integer weights take together."""
+    total = 0
+    if group_size is not None:
+        shapes = linear_shapes(arch)
+        for names in JOINED.values():
+            outputs = sum(shapes[name][0] for name in names)
+            total += arch.layers * native.arena_bytes(native.INT4, shapes[names[0]][1], outputs, group_size)
+    if group is not None:
+        total += native.arena_bytes(_KINDS[head], arch.hidden, arch.vocabulary, group)
+    return total
+
+
+class NativeSession:
+    """A `Session` over `NativeText`: one call into C++ a token, or a chunk of a prompt."""
+
+    def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
+        self._text = text
+        self._cache = make_cache(text.arch, rows, capacity, torch.device("cpu"), torch.bfloat16)
+        # 16-bit weights meet many tokens faster in torch's bf16 products; both decoders keep the same cache
+        self._torch = None if text.dense is None else DecoderSession(text.dense, rows, capacity, self._cache)
+        layers = text.arch.layers
+        self._spec = lib.CacheSpec(
+            keys=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.keys)),
+            values=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.values)),
+            slots=(c_int64 * layers)(*(layer.shape[2] for layer in self._cache.keys)),
+        )
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session.feed`."""
+        lengths = self._cache.lengths
+        self._cache.require_room(tokens, self._text.arch.vocabulary)
+        if self._torch is not None and sum(map(len, tokens)) >= MANY_TOKENS:
+            return self._torch.feed(tokens)
+        ends = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
+        parts = []
+        for pieces in chunks(tokens, lengths):
+            ids = [token for piece in pieces for token in tokens_of(tokens[piece.row], piece, lengths[piece.row])]
+            wanted = [piece.start + piece.count == ends[piece.row] for piece in pieces]
+            parts.append(self._forward(pieces, ids, wanted))
+        lengths[:] = ends
+        return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
+
+    def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[bool]) -> Tensor:
+        """Logits after those pieces that are wanted, in their order."""
+        count = len(pieces)
+        specs = (lib.PieceSpec * count)()
+        offset = 0
+        for spec, piece in zip(specs, pieces, strict=True):
+            spec.row, spec.start, spec.count, spec.offset = piece.row, piece.start, piece.count, offset
+            offset += piece.count
+        logits = torch.empty(sum(wanted), self._text.arch.vocabulary)
+        flat = torch.tensor(ids, dtype=torch.int32)
+        self._text.library.forward(
+            self._text.spec, self._spec, specs, count, flat.data_ptr(), len(ids), (c_uint8 * count)(*wanted),
+            logits.data_ptr(), torch.get_num_threads(),
+        )  # fmt: skip
+        return logits
