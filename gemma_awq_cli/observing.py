@@ -7,6 +7,7 @@ Two things make tokens unequal, and both were measured (see `BOS_WEIGHT`, and th
   token's output, so the squared error that counts is relative to the output's mean square.
 """
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,18 @@ class Observer:
                     "The checkpoint is damaged or its training diverged: compare it with the source's.",
                 )
         return self.statistics
+
+
+def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
+    """Linears and attention in bfloat16 (sums in float32) where the device has instructions for it, else nothing.
+
+    For what is only observed: the rounding of the inputs is noise of 0.4 %, independent from token to token.
+    """
+    if device.type == "cuda":
+        able = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        able = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
 
 
 def token_weights(output: Tensor, normalized: bool) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from gemma_awq_cli import __version__
 from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
 from gemma_awq_cli.awq.fidelity import Fidelity, compare
-from gemma_awq_cli.awq.precision import bfloat16_products, matmul_precision
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.layer_quantizing import (
@@ -39,7 +39,7 @@ from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.models.writing import TensorWriter, write_json
-from gemma_awq_cli.observing import Observer
+from gemma_awq_cli.observing import Observer, bfloat16_products
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 
 HELDOUT_SAMPLES = 6

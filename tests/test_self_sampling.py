@@ -11,6 +11,7 @@ from torch import Tensor
 from gemma_awq_cli import planning, self_sampling
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.cache import cache_folder
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from tests.conftest import FAMILIES, quantize_arguments
@@ -71,9 +72,7 @@ def test_the_same_seed_gives_the_same_rows(checkpoints: Callable[[str], Path]) -
     assert not torch.equal(first, other)
 
 
-def test_rows_are_sampled_once(
-    tmp_path: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     sampled = 0
     sample_rows = self_sampling.sample_rows
 
@@ -93,7 +92,7 @@ def test_rows_are_sampled_once(
     assert not torch.equal(rows(seed=1), first)
     assert not torch.equal(rows(kind="gemma2"), first)
     assert sampled == 3
-    kept = sorted((tmp_path / "cache" / "own-rows").iterdir())
+    kept = sorted((cache_folder() / "own-rows").iterdir())
     assert len(kept) == 3
     for path in kept:  # damaged
         path.write_bytes(path.read_bytes()[:20])
