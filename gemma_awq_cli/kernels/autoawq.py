@@ -28,11 +28,15 @@ def autoawq_version() -> str | None:
 
 def dequantize_with_autoawq(packed: PackedWeight, group_size: int) -> Tensor | None:
     """The weight [K, N] float16 as AutoAWQ's `dequantize_gemm` reads it; None where AutoAWQ is not installed."""
-    packing = _load("utils/packing_utils.py")
+    packing = _packing_utils()
     if packing is None:
         return None
     weight: Tensor = packing.dequantize_gemm(*packed, bits=4, group_size=group_size)
     return weight
+
+
+def _packing_utils() -> Any:
+    return _load("utils/packing_utils.py")
 
 
 @cache
