@@ -16,10 +16,15 @@ PACKAGE = Path(gemma_awq_cli.__file__).parent
 ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
 VERBS = {
     "artifact",
+    "bench_report",
+    "bench_worker",
+    "benchmarking",
     "calibration",
     "generation",
     "layer_quantizing",
     "licensing",
+    "measuring_fidelity",
+    "measuring_speed",
     "model_card",
     "observing",
     "outgoing",
@@ -28,6 +33,7 @@ VERBS = {
     "quantizing",
     "remeasuring",
     "self_sampling",
+    "thresholds",
 }
 ANYWHERE = {"__init__", "errors"}
 COMMAND_SIDE = {"output", "options"}  # for commands and cli only
