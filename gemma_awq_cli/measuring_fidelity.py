@@ -33,8 +33,8 @@ WINDOW = 2048  # tokens, BOS included
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time
 # What of a config changes the model's function beside the shapes of its weights.
 FUNCTION = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation", "rms_norm_eps",
-    "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
+    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
     "final_logit_softcapping", "use_bidirectional_attention",
 )  # fmt: skip
 
