@@ -9,6 +9,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ from gemma_awq_cli.models.staging import write_errors
 
 WINDOW = 2048  # tokens, BOS included
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time
+CURVE_STEPS = 24  # bins of the mean KL along a window, of equal ratio
+HISTOGRAM = (-6, 2, 32)  # log10 of the smallest and the largest KL, bins; what lies outside counts at the ends
 # What of a config changes the model's function beside the shapes of its weights.
 FUNCTION = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
-    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar", "attn_logit_softcapping",
+    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar",
+    "attn_logit_softcapping",
     "final_logit_softcapping", "use_bidirectional_attention",
 )  # fmt: skip
 
@@ -239,3 +243,33 @@ class OtherStack:
     def head(self) -> tuple[torch.nn.Module, Tensor]:
         """As `TextStack.head`."""
         return self.stack.head()
+
+
+def described(positions: Positions, length: int) -> dict[str, Any]:
+    """The comparison as plain data: the summary, the mean KL along the positions of a window of `length` predictions,
+    and how often KL has which size.
+    """
+    summary = positions.summary()
+    along = positions.kl.double().cpu().view(-1, length).mean(0)
+    edges = sorted({0, *(round(length ** (step / CURVE_STEPS)) for step in range(CURVE_STEPS + 1))})
+    exponents = torch.log10(positions.kl.double().cpu().clamp(min=10.0 ** HISTOGRAM[0], max=10.0 ** HISTOGRAM[1]))
+    counts = torch.histc(exponents, HISTOGRAM[2], HISTOGRAM[0], HISTOGRAM[1])
+    return {
+        "tokens": summary.tokens,
+        "kl": summary.kl,
+        "kl_median": summary.kl_median,
+        "kl_p99": summary.kl_p99,
+        "perplexity_16bit": summary.perplexity_reference,
+        "perplexity": summary.perplexity_quantized,
+        "perplexity_ratio": summary.perplexity_quantized / summary.perplexity_reference,
+        "top1_agreement": summary.top1_agreement,
+        "rms_probability_difference": summary.rms_probability_difference,
+        "kl_along": [
+            {"first": first, "end": end, "mean": float(along[first:end].mean())} for first, end in pairwise(edges)
+        ],
+        "kl_histogram": {
+            "log10_first": HISTOGRAM[0],
+            "log10_last": HISTOGRAM[1],
+            "counts": [int(count) for count in counts],
+        },
+    }

@@ -20,6 +20,7 @@ from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.session import Session, TransformersSession
 
+OWN = "own"  # opened as `gemma-awq run` does
 BANDWIDTH_BYTES = 256 << 20  # beyond any cache
 BANDWIDTH_TRIES = 5
 
@@ -50,11 +51,11 @@ class Sample:
 
 
 def load(kind: str, folder: Path, device: torch.device) -> Subject:
-    """Open a model as a competitor of this `kind`: `own` is what `gemma-awq run` does."""
+    """Open a model the way that `kind` names: OWN, or one of transformers' in `_with_transformers`."""
     started = time.perf_counter()
     checkpoint = Checkpoint(folder)
     config = checkpoint.text_config
-    if kind == "own":
+    if kind == OWN:
         opened = open_model(folder, device)
         session, dtype = opened.session, opened.dtype
         weight_bytes = stored_bytes_per_token(checkpoint, dtype)
