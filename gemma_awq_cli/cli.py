@@ -43,7 +43,7 @@ def _global(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 3 a bound not met, 130 interrupted, 143 terminated."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 usage, 3 bound not met, 130, 143 ended."""
     try:
         _heed_termination()
         app(args=list(argv) if argv is not None else None, prog_name="gemma-awq")

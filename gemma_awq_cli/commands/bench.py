@@ -142,17 +142,16 @@ def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
 
 
 def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> dict[str, Any]:
+    from gemma_awq_cli.bench_report import labels, write_report
+
     document = bench.document()
+    rows = table_rows(document)
     if as_json:
         out.document(document)
-    else:
-        rows = table_rows(document)
-        if rows:
-            out.result_table("", rows, ("", *(model["name"] for model in document["models"])))
+    elif rows:
+        out.result_table("", rows, ("", *labels(document)))
     if report is not None:
-        from gemma_awq_cli.bench_report import write_report
-
-        write_report(report, document, [entry.report for entry in bench.entries])
+        write_report(report, document, rows, [entry.report for entry in bench.entries])
         out.note(f"Report: {report}")
     return document
 
