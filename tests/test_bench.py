@@ -263,3 +263,26 @@ def test_a_page_needs_its_library_before_anything_is_measured(
     monkeypatch.setattr(bench_report, "find_spec", lambda _: None)
     assert main(["bench", str(artifact), "--report", str(tmp_path / "page.html")]) == 1
     assert 'pip install "gemma-awq[report]"' in capsys.readouterr().err
+
+
+def test_what_was_saved_is_on_the_card_and_only_of_these_weights(artifact: Path, capsys: Capture) -> None:
+    push = ["push", "me/x", str(artifact), "--base-model", "org/tiny", "--license", "gemma", "--dry-run"]
+    assert main(push) == 0
+    assert "## Measured speed" not in capsys.readouterr().out
+    assert main(["bench", str(artifact), "--speed", "--save", "--compare", "bf16", *QUICK]) == 0
+    capsys.readouterr()
+    saved = json.loads((artifact / "bench.json").read_text())
+    jsonschema.validate(saved, SCHEMA)
+    assert main(push) == 0
+    captured = capsys.readouterr()
+    rate = saved["models"][0]["speed"]["runs"][0]["decode_tokens_per_second"]["median"]
+    assert "## Measured speed" in captured.out
+    assert "| | this model | bf16 |\n|:---|---:|---:|\n| Prompt of 12 tokens" in captured.out
+    assert f"| Decoding 3 tokens, tokens/s | {rate:.1f} |" in captured.out
+    assert "bench.json" in captured.err
+    from gemma_awq_cli.outgoing import published_bench
+
+    assert str(artifact.parent) not in published_bench(saved).decode()
+    edit_weights(artifact, lambda tensors: tensors["model.norm.weight"].add_(0.5))
+    assert main(push) == 1
+    assert "was measured on other weights" in capsys.readouterr().err
