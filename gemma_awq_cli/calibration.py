@@ -8,7 +8,7 @@ import hashlib
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ Document = str | list[Message]
 
 @dataclass(frozen=True)
 class Dataset:
-    """A hub dataset as a recipe names it."""
+    """A hub dataset as a recipe names it. evaluation_split: what is measured on by itself, if not `split`."""
 
     dataset: str
     config: str | None = None
     split: str = "train"
     text_column: str | None = None
+    evaluation_split: str | None = None
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ def _read_recipe(path: Path, name: str) -> Recipe:
     from gemma_awq_cli.models.checkpoint import read_json
 
     raw = read_json(path)
-    unknown = set(raw) - {"about", "texts", "heldout", "dataset", "config", "split", "text_column"}
+    unknown = set(raw) - {"about", "texts", "heldout", "dataset", "config", "split", "text_column", "evaluation_split"}
     if unknown or ("texts" in raw) == ("dataset" in raw):
         raise GemmaAwqError(
             f"{path} is not a recipe: it needs either texts or dataset"
@@ -115,7 +116,10 @@ def _read_recipe(path: Path, name: str) -> Recipe:
             "See the recipes in calibration/recipes for the form.",
         )
     if "dataset" in raw:
-        dataset = Dataset(raw["dataset"], raw.get("config"), raw.get("split", "train"), raw.get("text_column"))
+        dataset = Dataset(
+            raw["dataset"], raw.get("config"), raw.get("split", "train"), raw.get("text_column"),
+            raw.get("evaluation_split"),
+        )  # fmt: skip
         return Recipe(name, dataset=dataset)
     sources = tuple(path.parent / text for text in raw["texts"])
     if missing := [str(source) for source in sources if not source.is_file()]:
@@ -151,6 +155,21 @@ def build_rows(
     chosen = chosen[:num_samples]
     ids, heldout_ids = torch.tensor(chosen), torch.tensor(heldout)
     return Rows(ids, heldout_ids, hash_rows(ids), hash_rows(heldout_ids), _describe(recipe))
+
+
+def evaluation_documents(recipe: Recipe, characters: int | None) -> tuple[list[Document], str]:
+    """What is measured on with this recipe, and what to call it: its held-out text, else all its texts or its dataset's
+    evaluation split, of a dataset about the first `characters` (None: all).
+    """
+    if recipe.heldout is not None:
+        return _read_file(recipe.heldout, None), f"{recipe.name}, held-out"
+    column = recipe.dataset.text_column if recipe.dataset else None
+    documents = [document for path in recipe.sources for document in _read_file(path, column)]
+    if recipe.dataset is not None and recipe.dataset.dataset:
+        dataset = replace(recipe.dataset, split=recipe.dataset.evaluation_split or recipe.dataset.split)
+        documents += _read_dataset(dataset, characters)
+        recipe = replace(recipe, dataset=dataset)
+    return documents, _describe(recipe)
 
 
 def hash_rows(ids: Tensor) -> str:
@@ -258,7 +277,7 @@ def _is_message(value: Any) -> bool:
     return isinstance(value, dict) and isinstance(value.get("content"), str) and isinstance(value.get("role"), str)
 
 
-def _read_dataset(dataset: Dataset, characters: int) -> list[Document]:
+def _read_dataset(dataset: Dataset, characters: int | None) -> list[Document]:
     """The first documents of a hub dataset, streamed: about `characters` of them, enough for the rows asked for."""
     import datasets
 
@@ -275,7 +294,7 @@ def _read_dataset(dataset: Dataset, characters: int) -> list[Document]:
             if length:
                 documents.append(document)
             size += length
-            if size >= characters:
+            if characters is not None and size >= characters:
                 break
     except (OSError, ValueError, httpx.HTTPError, datasets.exceptions.DatasetsError) as error:
         raise GemmaAwqError(

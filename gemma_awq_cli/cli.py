@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.commands import push, quantize, run
+from gemma_awq_cli.commands import bench, push, quantize, run
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from gemma_awq_cli.output import Output, quiet_libraries
 
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.command("quantize")(quantize.command)
 app.command("run")(run.command)
+app.command("bench")(bench.command)
 app.command("push")(push.command)
 
 
@@ -42,7 +43,7 @@ def _global(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 wrong usage, 130 interrupted, 143 terminated."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 usage, 3 bound not met, 130, 143 ended."""
     try:
         _heed_termination()
         app(args=list(argv) if argv is not None else None, prog_name="gemma-awq")

@@ -10,7 +10,7 @@ import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
@@ -39,6 +39,7 @@ class Subject:
     tied: bool
     changed: str
     provenance: str
+    bench: Mapping[str, Any] | None = None  # what `gemma-awq bench --save` kept, if it did
 
 
 def render(subject: Subject) -> str:
@@ -152,6 +153,7 @@ def _body(subject: Subject) -> str:
         kl=f"{fidelity['kl']:.4f}",
         top1=f"{100 * fidelity['top1_agreement']:.1f} %",
         reading=_reading(subject),
+        speed=_speed(subject.bench),
         prompt_quoted=json.dumps(PROMPTS[subject.chat]),
         chat=subject.chat,
         auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
@@ -183,6 +185,30 @@ def _reading(subject: Subject) -> str:
         f"Perplexity is {100 * abs(ratio):.1f} % {'higher' if ratio >= 0 else 'lower'} than the 16-bit model's. "
         "Perplexity depends on the text and the tokenizer: compare it with nothing but the figure beside it."
     )
+
+
+def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The measured speed as a table, and on what machine; None if none was measured."""
+    models = [model for model in bench["models"] if model["speed"]] if bench is not None else []
+    if bench is None or not models:
+        return None
+    settings, environment, first = bench["settings"], bench["environment"], models[0]["speed"]
+    runs = [model["speed"]["runs"][0] for model in models]
+    peaks = [model["speed"]["peak_rss_bytes"] for model in models]
+    return {
+        "header": ["this model" if model["role"] == "model" else PurePath(model["name"]).name for model in models],
+        "rows": [
+            [f"Prompt of {settings['prompt_tokens']} tokens, tokens/s"]
+            + [f"{run['prompt_tokens_per_second']['median']:.1f}" for run in runs],
+            [f"Decoding {settings['new_tokens']} tokens, tokens/s"]
+            + [f"{run['decode_tokens_per_second']['median']:.1f}" for run in runs],
+            ["Time to the first token", *(f"{1000 * run['ttft_seconds']['median']:.0f} ms" for run in runs)],
+            ["Peak memory", *(_size(peak) if peak else "-" for peak in peaks)],
+        ],
+        "machine": f"{environment['gpu'] if first['device'] == 'cuda' else environment['processor']}, "
+        f"{first['threads']} threads, batch size {runs[0]['batch']}, medians of {runs[0]['repetitions']} repetitions, "
+        f"gemma-awq {environment['gemma_awq']}, torch {environment['torch']}",
+    }
 
 
 def _left(tied: bool, multimodal: bool) -> str:

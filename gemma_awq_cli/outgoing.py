@@ -13,13 +13,14 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from gemma_awq_cli.artifact import COPIED
+from gemma_awq_cli.benchmarking import BENCH
 from gemma_awq_cli.calibration import FILE_KINDS
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import CONFIG, INDEX, SINGLE, read_json
 from gemma_awq_cli.models.staging import REPORT
 
 CARD = "README.md"
-KNOWN = (CONFIG, INDEX, SINGLE, "model-*-of-*.safetensors", REPORT, CARD, *COPIED)
+KNOWN = (CONFIG, INDEX, SINGLE, "model-*-of-*.safetensors", REPORT, CARD, BENCH, *COPIED)
 LICENCE_FILES = ("LICENSE*", "NOTICE*", "Notice*", "*TERMS*", "USE_POLICY*")
 # What the hub's own client leaves in a folder that it downloaded; it does not go back.
 HUB_LEFTOVERS = (".gitattributes", ".cache")
@@ -143,6 +144,21 @@ def published_report(report: Mapping[str, Any]) -> bytes:
     for part in ("arguments", "fingerprint"):
         if isinstance(published.get(part), dict) and isinstance(published[part].get("calibration"), str):
             published[part]["calibration"] = calibration_name(published[part]["calibration"])
+    return (json.dumps(published, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def published_bench(bench: Mapping[str, Any]) -> bytes:
+    """The bench as it is published: without the folders of this machine and what was left out."""
+    published: dict[str, Any] = json.loads(json.dumps(bench))
+    settings = published["settings"]
+    settings["text"] = calibration_name(settings["text"])
+    settings["reference"] = PurePath(settings["reference"]).name if settings["reference"] else None
+    settings["compare"] = [PurePath(name).name for name in settings["compare"]]
+    for model in published["models"]:
+        model["name"] = PurePath(model["name"]).name
+        if model["fidelity"]:
+            model["fidelity"]["reference"] = PurePath(model["fidelity"]["reference"]).name
+    published["left_out"] = []
     return (json.dumps(published, indent=2, ensure_ascii=False) + "\n").encode()
 
 

@@ -76,8 +76,24 @@ class Output:
 
     def table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = ()) -> None:
         """A small table on stderr: the first column names, the others hold figures."""
-        if self.quiet:
-            return
+        if not self.quiet:
+            self.console.print(self._table(title, rows, header))
+
+    def result_table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
+        """A table that is the result, on stdout."""
+        from rich.console import Console
+
+        width = None if sys.stdout.isatty() else 200
+        terminal = None if sys.stdout.isatty() else False
+        Console(highlight=False, force_terminal=terminal, width=width).print(self._table(title, rows, header))
+        sys.stdout.flush()
+
+    def violation(self, text: str) -> None:
+        """A line for a bound that was not kept."""
+        self.console.print(f"not met: {text}", markup=False, style="bold red", soft_wrap=True)
+
+    @staticmethod
+    def _table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> Any:
         from rich import box
         from rich.table import Table
         from rich.text import Text
@@ -88,7 +104,7 @@ class Output:
             table.add_column(name, justify="left" if index == 0 else "right")
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
-        self.console.print(table)
+        return table
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator["Progress"]:

@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gemma_awq_cli import __version__
+from gemma_awq_cli.benchmarking import BENCH, SCHEMA
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.licensing import Licence, Own, decide
 from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render
-from gemma_awq_cli.models.checkpoint import CONFIG, read_json
+from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_json
 from gemma_awq_cli.models.hub import LOGIN, REPO_ID, push_errors
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.staging import REPORT
@@ -25,6 +26,7 @@ from gemma_awq_cli.outgoing import (
     CARD,
     OutgoingFile,
     licence_files,
+    published_bench,
     published_report,
     require_publishable,
     require_weights_named,
@@ -131,8 +133,13 @@ def prepare(folder: Path, repo: str, base_model: str | None, licence: str | None
     weights = [path.name for path in files if path.suffix == ".safetensors"]
     changed = changed_sentence(report, base, weights)
     decided = decide(source["model_type"], declared, licence_files(files), changed, licence, own)
-    card = render(Subject(repo, base, report, decided, prompter.is_chat, checkpoint.tied_head, changed, provenance))
+    bench = read_bench(folder, checkpoint)
+    card = render(
+        Subject(repo, base, report, decided, prompter.is_chat, checkpoint.tied_head, changed, provenance, bench)
+    )
     made = {**decided.files, REPORT: published_report(report), CARD: card.encode()}
+    if bench is not None:
+        made[BENCH] = published_bench(bench)
     outgoing = {path.name: OutgoingFile(path.name, path) for path in files}
     if CARD in outgoing and not is_unedited((folder / CARD).read_text(encoding="utf-8", errors="replace")):
         raise GemmaAwqError(
@@ -169,6 +176,20 @@ def read_report(folder: Path) -> dict[str, Any]:
                 "They are of different artifacts. Quantize the model again.",
             )
     return report
+
+
+def read_bench(folder: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """What `bench --save` kept beside the weights, if it did; an error if it was measured on other weights."""
+    if not (folder / BENCH).is_file():
+        return None
+    bench = read_json(folder / BENCH)
+    again = f"Measure again with `gemma-awq bench --save`, or remove {BENCH}."
+    if bench.get("schema") != SCHEMA or not bench.get("complete"):
+        raise GemmaAwqError(f"{folder / BENCH} is no complete bench of schema {SCHEMA}.", again)
+    own = checkpoint.identity()
+    if not any(model["role"] == "model" and model["identity"] == own for model in bench["models"]):
+        raise GemmaAwqError(f"{folder / BENCH} was measured on other weights than these.", again)
+    return bench
 
 
 def _origin(source: Mapping[str, Any], given: str | None) -> tuple[str, Mapping[str, Any] | None, str]:

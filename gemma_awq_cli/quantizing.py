@@ -273,7 +273,7 @@ def _measure(stack: TextStack, hidden: HiddenStates, rows: Rows) -> Fidelity:
     targets = rows.heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
         both = zip(stack.logit_chunks(head, reference), stack.logit_chunks(head, quantized), strict=True)
-        return compare(both, targets)
+        return compare(both, targets).summary()
 
 
 def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:

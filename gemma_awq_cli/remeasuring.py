@@ -4,7 +4,6 @@ Both models' layers run side by side on the held-out rows, one layer in memory a
 calibration that the report tells of, and are known to be the same by their hash.
 """
 
-import copy
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.fidelity import Fidelity, compare
-from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import unpack_weight
-from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generation import complete
+from gemma_awq_cli.measuring_fidelity import measure
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO, find_source
-from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 from gemma_awq_cli.sampling import Sampling
 
@@ -68,66 +63,11 @@ def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:
     return rows.heldout
 
 
-@torch.inference_mode()
 def remeasure(
-    artifact: Checkpoint, original: Checkpoint, rows: Tensor, device: torch.device, on_layer: Callable[[int], None]
+    artifact: Checkpoint, original: Checkpoint, rows: Tensor, device: torch.device, on_step: Callable[[], None]
 ) -> Fidelity:
-    """The artifact's fidelity on `rows` [R, S]. `on_layer` is told how many layers are done."""
-    stack = TextStack(original, device)
-    packed = PackedStack(artifact, stack)
-    reference = stack.embedder(rows)(rows).to(device)
-    quantized = packed.embed(rows).to(device)
-    with matmul_precision("medium"):
-        for index in range(original.layers):
-            for states, weights in ((reference, stack.read_layer(index)), (quantized, packed.read_layer(index))):
-                module = stack.layer(index, weights)
-                for row in range(len(states)):
-                    states[row] = stack.run_layer(index, module, states[row : row + 1])[0]
-                del module
-            on_layer(index + 1)
-        sides = []
-        for states, (norm, head) in ((reference, stack.head()), (quantized, packed.head())):
-            normed = norm(states[:, :-1].reshape(-1, states.shape[-1]))
-            sides.append(stack.logit_chunks(head, normed))
-        return compare(zip(*sides, strict=True), rows[:, 1:].reshape(-1).to(device))
-
-
-class PackedStack:
-    """An artifact's weights as a stack reads them: the linears dequantized to float32, one layer at a time."""
-
-    def __init__(self, artifact: Checkpoint, stack: TextStack) -> None:
-        self.artifact = artifact
-        self.stack = stack
-        self.group_size = require_awq(artifact)
-
-    def read_layer(self, index: int) -> dict[str, Tensor]:
-        """One layer's weights, by their names relative to the layer."""
-        prefix = f"model.layers.{index}."
-        weights = {}
-        for name in self.stack.layer_names(index):
-            full = prefix + name
-            if self.artifact.key(full) in self.artifact.tensors:
-                weights[name] = self.artifact.read([full])[full]
-            else:
-                out_features, in_features = self.stack.shapes[full]
-                linear = full.removesuffix(".weight")
-                packed = read_packed(self.artifact, linear, in_features, out_features, self.group_size)
-                weights[name] = dequantize(*unpack_weight(packed))
-        return weights
-
-    def embed(self, ids: Tensor) -> Tensor:
-        """Token ids [R, S] -> the first layer's input."""
-        return self._beside().embedder(ids)(ids)
-
-    def head(self) -> tuple[torch.nn.Module, Tensor]:
-        """The final norm and the head's weight."""
-        return self._beside().head()
-
-    def _beside(self) -> TextStack:
-        """A stack whose unquantized tensors are the artifact's."""
-        beside = copy.copy(self.stack)
-        beside.checkpoint = self.artifact
-        return beside
+    """The artifact's fidelity on `rows` [R, S], in the precision that quantizing measures with."""
+    return measure(artifact, original, rows, device, on_step, precision="medium").summary()
 
 
 def require_recorded(measured: Fidelity, report: Mapping[str, Any]) -> None:

@@ -17,11 +17,16 @@ ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", 
 VERBS = {
     "artifact",
     "batching",
+    "bench_report",
+    "bench_worker",
+    "benchmarking",
     "calibration",
     "chatting",
     "generation",
     "layer_quantizing",
     "licensing",
+    "measuring_fidelity",
+    "measuring_speed",
     "model_card",
     "observing",
     "outgoing",
@@ -33,6 +38,7 @@ VERBS = {
     "self_sampling",
     "text_stream",
     "vllm_engine",
+    "thresholds",
 }
 ANYWHERE = {"__init__", "errors"}
 COMMAND_SIDE = {"output", "options"}  # for commands and cli only
@@ -104,7 +110,7 @@ def test_no_file_grows_beyond_what_fits_in_a_head() -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gemma_awq_cli.cli import main\n"
-        "for command in ([], ['quantize'], ['run'], ['push']): assert main([*command, '--help']) == 0\n"
+        "for command in ([], ['quantize'], ['run'], ['bench'], ['push']): assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -24,7 +24,7 @@ Capture = pytest.CaptureFixture[str]
 def test_version_and_help(capsys: Capture) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"gemma-awq {__version__}\n"
-    for arguments in (["--help"], ["quantize", "--help"], ["run", "-h"], ["push", "-h"]):
+    for arguments in (["--help"], ["quantize", "--help"], ["run", "-h"], ["bench", "-h"], ["push", "-h"]):
         assert main(arguments) == 0
         captured = capsys.readouterr()
         assert "Usage: gemma-awq" in captured.out
@@ -39,6 +39,7 @@ def test_version_and_help(capsys: Capture) -> None:
         ["quantize", "--group-size", "100"],
         ["quantize", "--num-samples", "0"],
         ["run", "--top-p", "2", "x"],
+        ["bench", "--pp", "0"],
     ],
 )
 def test_wrong_usage_is_2(arguments: list[str], capsys: Capture) -> None:

@@ -1,8 +1,8 @@
 """How far a quantized model's predictions are from the 16-bit model's, from the logits of both."""
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -12,16 +12,54 @@ from gemma_awq_cli.awq.precision import widest_float
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Means over `tokens` predicted positions. kl: KL(16-bit || quantized), nats a token."""
+    """Over `tokens` predicted positions. kl (mean, median, 99th percentile): KL(16-bit || quantized), nats a token;
+    rms_probability_difference: of what both give the token that follows, 0 to 1 (llama.cpp's `RMS Delta p`).
+    """
 
     tokens: int
     kl: float
+    kl_median: float
+    kl_p99: float
     perplexity_reference: float
     perplexity_quantized: float
     top1_agreement: float
+    rms_probability_difference: float
 
 
-def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Fidelity:
+@dataclass(frozen=True)
+class Positions:
+    """The comparison position by position, all [R]: kl in nats, log probabilities of the target token of both models,
+    and whether both find the same token most likely.
+    """
+
+    kl: Tensor
+    log_reference: Tensor
+    log_quantized: Tensor
+    agrees: Tensor
+
+    def summary(self) -> Fidelity:
+        median, p99 = torch.quantile(self.kl.double().cpu(), torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+        difference = self.log_quantized.exp() - self.log_reference.exp()
+        return Fidelity(
+            tokens=self.kl.numel(),
+            kl=float(self.kl.mean()),
+            kl_median=median,
+            kl_p99=p99,
+            perplexity_reference=math.exp(-float(self.log_reference.mean())),
+            perplexity_quantized=math.exp(-float(self.log_quantized.mean())),
+            top1_agreement=float(self.agrees.to(torch.float32).mean()),
+            rms_probability_difference=float(difference.square().mean().sqrt()),
+        )
+
+
+def join(parts: Sequence[Positions]) -> Positions:
+    """One comparison of several batches of rows."""
+    return Positions(
+        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Positions)),
+    )
+
+
+def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Positions:
     """Compare two models' logits without ever holding a whole row of them.
 
     chunks: in the vocabulary's order, (16-bit, quantized) logits [R, C] float32 of the same C entries; targets: [R],
@@ -40,13 +78,11 @@ def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Fidelit
         difference = difference * rescale + torch.linalg.vecdot(exponentials, gap).to(wide)
         b.add(chunk_b, own, first)
         first += chunk_a.shape[1]
-    kl = difference / a.total - (a.logsumexp() - b.logsumexp())
-    return Fidelity(
-        tokens=rows,
-        kl=float(kl.mean()),
-        perplexity_reference=math.exp(float((a.logsumexp() - a.target).mean())),
-        perplexity_quantized=math.exp(float((b.logsumexp() - b.target).mean())),
-        top1_agreement=float((a.best == b.best).to(torch.float32).mean()),
+    return Positions(
+        kl=difference / a.total - (a.logsumexp() - b.logsumexp()),
+        log_reference=a.target - a.logsumexp(),
+        log_quantized=b.target - b.logsumexp(),
+        agrees=a.best == b.best,
     )
 
 

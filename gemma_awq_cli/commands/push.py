@@ -130,6 +130,7 @@ def _last_artifact(out: Output) -> Path:
 
 def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:
     from gemma_awq_cli import remeasuring
+    from gemma_awq_cli.measuring_fidelity import steps
     from gemma_awq_cli.models.checkpoint import Checkpoint
     from gemma_awq_cli.models.opening import pick_device
     from gemma_awq_cli.models.prompting import Prompter
@@ -139,8 +140,8 @@ def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device:
     original = remeasuring.original_checkpoint(report, source, out.note)
     artifact = Checkpoint(prepared.folder)
     rows = remeasuring.heldout_rows(report, Prompter(prepared.folder))
-    with out.progress("Measuring again", artifact.layers) as progress:
-        measured = remeasuring.remeasure(artifact, original, rows, chosen, lambda _: progress.step())
+    with out.progress("Measuring again", steps(rows, artifact.layers)) as progress:
+        measured = remeasuring.remeasure(artifact, original, rows, chosen, progress.step)
     remeasuring.require_recorded(measured, report)
     out.note(f"KL divergence measured again: {measured.kl:.4f} (the report tells {report['fidelity']['kl']:.4f}).")
     out.note(f"It continues {remeasuring.PROMPT!r} with {remeasuring.generate(prepared.folder, chosen)!r}.")

@@ -12,10 +12,15 @@ def test_chunks_give_what_whole_rows_give() -> None:
     b = a + torch.randn(50, 1000)
     targets = torch.randint(0, 1000, (50,))
     log_p, log_q = a.double().log_softmax(-1), b.double().log_softmax(-1)
-    result = compare(zip(a.clone().split(77, 1), b.clone().split(77, 1), strict=True), targets)
+    result = compare(zip(a.clone().split(77, 1), b.clone().split(77, 1), strict=True), targets).summary()
     index = targets[:, None]
     assert result.tokens == 50
-    assert result.kl == pytest.approx(float((log_p.exp() * (log_p - log_q)).sum(-1).mean()), rel=1e-5)
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    assert result.kl == pytest.approx(float(kl.mean()), rel=1e-5)
+    assert result.kl_median == pytest.approx(float(kl.quantile(0.5)), rel=1e-4)
+    assert result.kl_p99 == pytest.approx(float(kl.quantile(0.99)), rel=1e-4)
+    change = log_q.gather(1, index).exp() - log_p.gather(1, index).exp()
+    assert result.rms_probability_difference == pytest.approx(float(change.square().mean().sqrt()), rel=1e-4)
     assert result.perplexity_reference == pytest.approx(float(torch.exp(-log_p.gather(1, index).mean())), rel=1e-5)
     assert result.perplexity_quantized == pytest.approx(float(torch.exp(-log_q.gather(1, index).mean())), rel=1e-5)
     assert result.top1_agreement == pytest.approx(float((log_p.argmax(-1) == log_q.argmax(-1)).double().mean()))
@@ -23,6 +28,6 @@ def test_chunks_give_what_whole_rows_give() -> None:
 
 def test_equal_models_do_not_diverge() -> None:
     a = torch.randn(9, 300) * 10
-    result = compare([(a.clone(), a.clone())], torch.zeros(9, dtype=torch.long))
+    result = compare([(a.clone(), a.clone())], torch.zeros(9, dtype=torch.long)).summary()
     assert result.kl == pytest.approx(0.0, abs=1e-9)
     assert result.top1_agreement == 1.0

@@ -1,0 +1,264 @@
+"""The page of a bench: one HTML file that loads nothing, written from the document and the artifacts' reports.
+
+Plots are matplotlib's, as SVG inside the page, with their text as text.
+"""
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path, PurePath
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.staging import write_errors
+
+TEMPLATE = Path(__file__).parent / "templates" / "bench_report.html"
+# Okabe and Ito's palette, which colour-blind readers tell apart
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6675")
+STYLE = {
+    "svg.fonttype": "none", "svg.hashsalt": "gemma-awq", "font.family": "sans-serif", "font.size": 10,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa4b1", "axes.labelcolor": "#5b6675",
+    "xtick.color": "#5b6675", "ytick.color": "#5b6675", "axes.grid": True, "grid.color": "#e3e7ec",
+    "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
+}  # fmt: skip
+GROUPS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
+
+
+def require_plotting(target: Path) -> None:
+    """An error if no page can be made or written, before anything is measured for it."""
+    if find_spec("matplotlib") is None:
+        raise GemmaAwqError(
+            "--report needs matplotlib, which is not installed.", 'Install it: pip install "gemma-awq[report]"'
+        )
+    if not target.absolute().parent.is_dir():
+        raise GemmaAwqError(f"The folder of {target} does not exist.", "Make it first, or give another path.")
+
+
+def labels(document: Mapping[str, Any]) -> list[str]:
+    """The models' names without their folders, where these still differ."""
+    names = [model["name"] for model in document["models"]]
+    short = [PurePath(name).name or name for name in names]
+    return short if len(set(short)) == len(short) else names
+
+
+def write_report(
+    target: Path, document: Mapping[str, Any], rows: Sequence[tuple[str, ...]], reports: Sequence[Any]
+) -> None:
+    """Write the page. rows: the document as the table shows it; reports: the artifacts' own, None where there is none,
+    in the order of the document's models.
+    """
+    page = render(document, rows, reports)
+    with write_errors(target.absolute().parent, "choose another --report"):
+        target.write_text(page, encoding="utf-8")
+
+
+def render(document: Mapping[str, Any], rows: Sequence[tuple[str, ...]], reports: Sequence[Any]) -> str:
+    import jinja2
+    import matplotlib
+
+    names, settings = labels(document), document["settings"]
+    with matplotlib.rc_context(STYLE):
+        plots = [plot for plot in _plots(document, names, reports) if plot is not None]
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
+    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
+        title=names[0] if names else "gemma-awq bench",
+        subtitle=f"Measured by gemma-awq bench on {document['started'][:10]}"
+        + (f", beside {', '.join(names[1:])}." if names[1:] else "."),
+        complete=document["complete"],
+        left_out=document["left_out"],
+        tiles=_tiles(document["models"][0], settings) if names else [],
+        figures_note="Speeds are medians of the repetitions, with the extremes in brackets and the multiple of the "
+        "first model's. Fidelity compares the next-token predictions with the 16-bit original's, in float32.",
+        names=names,
+        rows=rows,
+        plots=plots,
+        facts=_facts(document),
+        version=document["environment"]["gemma_awq"],
+    )
+
+
+def _tiles(model: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, str]]:
+    """The first model's most important figures."""
+    tiles = []
+    if speed := model["speed"]:
+        run = speed["runs"][0]
+        tiles += [
+            (f"{run['decode_tokens_per_second']['median']:.1f}", f"tokens/s decoded (tg{settings['new_tokens']})"),
+            (f"{run['prompt_tokens_per_second']['median']:.0f}", f"prompt tokens/s (pp{settings['prompt_tokens']})"),
+        ]
+        if speed["peak_rss_bytes"]:
+            tiles.append((f"{speed['peak_rss_bytes'] / 1e9:.2f} GB", "peak memory (RSS)"))
+    if fidelity := model["fidelity"]:
+        tiles += [
+            (f"{fidelity['kl']:.4f}", "mean KL divergence to the 16-bit original, nats a token"),
+            (f"{fidelity['perplexity_ratio']:.3f}x", "perplexity, as a multiple of the original's"),
+            (f"{100 * fidelity['top1_agreement']:.1f} %", "same most likely token"),
+        ]
+    return [{"value": value, "title": title} for value, title in tiles]
+
+
+def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
+    facts = [(name.replace("_", " "), value) for name, value in document["environment"].items()]
+    if document["bandwidth_bytes_per_second"]:
+        facts.append(("memory bandwidth", f"{document['bandwidth_bytes_per_second'] / 1e9:.1f} GB/s, measured"))
+    speeds = [model["speed"] for model in document["models"] if model["speed"]]
+    if speeds:
+        facts += [("threads", speeds[0]["threads"]), ("device", speeds[0]["device"])]
+        asked = document["settings"]
+        facts.append(
+            ("speed", f"{asked['repetitions']} repetitions after {asked['warmup']} that do not count, models in turn")
+        )
+    for model in document["models"]:
+        if part := model["fidelity"]:
+            facts.append(
+                (
+                    "fidelity",
+                    f"{part['text']}: {part['windows']} windows of {part['window']} tokens with BOS, "
+                    f"SHA-256 {part['text_sha256'][:16]}...",
+                )
+            )
+            break
+    return [(name, str(value)) for name, value in facts if value is not None]
+
+
+def _plots(document: Mapping[str, Any], names: Sequence[str], reports: Sequence[Any]) -> list[dict[str, str] | None]:
+    models = document["models"]
+    return [
+        _speed_bars(models, names, document["settings"], "decode_tokens_per_second"),
+        _speed_bars(models, names, document["settings"], "prompt_tokens_per_second"),
+        _kl_along(models, names),
+        _kl_histogram(models, names),
+        *(_layer_errors(report, name) for report, name in zip(reports, names, strict=True)),
+    ]
+
+
+def _speed_bars(
+    models: Sequence[Mapping[str, Any]], names: Sequence[str], settings: Mapping[str, Any], rate: str
+) -> dict[str, str] | None:
+    bars = [
+        (name, run["batch"], run[rate], COLOURS[index % len(COLOURS)])
+        for index, (model, name) in enumerate(zip(models, names, strict=True))
+        if model["speed"]
+        for run in model["speed"]["runs"]
+    ]
+    if not bars:
+        return None
+    figure = _figure(0.9 + 0.46 * len(bars))
+    axes = figure.subplots()
+    medians = [spread["median"] for _, _, spread, _ in bars]
+    extremes = [
+        [spread["median"] - spread["min"] for _, _, spread, _ in bars],
+        [spread["max"] - spread["median"] for _, _, spread, _ in bars],
+    ]
+    several = len({batch for _, batch, _, _ in bars}) > 1
+    axes.barh(
+        range(len(bars)), medians, xerr=extremes, color=[bar[3] for bar in bars], height=0.62,
+        error_kw={"ecolor": "#1c2430", "elinewidth": 1, "capsize": 3},
+    )  # fmt: skip
+    axes.set_yticks(range(len(bars)), [f"{name} x {batch}" if several else name for name, batch, _, _ in bars])
+    for index, (_, _, spread, _) in enumerate(bars):
+        axes.annotate(
+            f"{spread['median']:.1f}", (spread["max"], index), xytext=(6, 0), textcoords="offset points", va="center"
+        )
+    axes.invert_yaxis()
+    axes.margins(x=0.16)
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("tokens a second")
+    decoding = rate.startswith("decode")
+    title = f"Decoding, tg{settings['new_tokens']}" if decoding else f"Reading a prompt, pp{settings['prompt_tokens']}"
+    return _plot(figure, title, "Median of the repetitions; the line spans the slowest and the fastest.")
+
+
+def _kl_along(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
+    figure = _figure(2.9)
+    axes = figure.subplots()
+    for index, model, name in _measured(models, names):
+        curve = model["fidelity"]["kl_along"]
+        middles = [(bin_["first"] + 1 + bin_["end"]) / 2 for bin_ in curve]
+        means = [bin_["mean"] for bin_ in curve]
+        axes.plot(middles, means, marker="o", markersize=3.5, label=name, color=COLOURS[index % len(COLOURS)])
+    if not axes.lines:
+        return None
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("position in the window")
+    axes.set_ylabel("KL divergence, nats")
+    _legend(axes)
+    return _plot(figure, "KL divergence along the text", "Mean over the windows: does the loss grow with the context?")
+
+
+def _kl_histogram(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
+    figure = _figure(2.9)
+    axes = figure.subplots()
+    for index, model, name in _measured(models, names):
+        histogram = model["fidelity"]["kl_histogram"]
+        first, last, counts = histogram["log10_first"], histogram["log10_last"], histogram["counts"]
+        edges = [10 ** (first + (last - first) * step / len(counts)) for step in range(len(counts) + 1)]
+        shares = [100 * count / sum(counts) for count in counts]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.stairs(shares, edges, fill=True, alpha=0.18, color=colour)
+        axes.stairs(shares, edges, label=name, color=colour, linewidth=1.6)
+        axes.axvline(model["fidelity"]["kl"], color=colour, linestyle="--", linewidth=1)
+    if not axes.lines:
+        return None
+    axes.set_xscale("log")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("KL divergence of one prediction, nats")
+    axes.set_ylabel("share of tokens, %")
+    _legend(axes)
+    return _plot(figure, "Distribution of the KL divergence", "Every prediction counts once; dashed: the mean.")
+
+
+def _layer_errors(report: Any, name: str) -> dict[str, str] | None:
+    """Each set of linears' calibration error next to rounding to nearest, layer by layer."""
+    if not report or not report.get("layers"):
+        return None
+    figure = _figure(2.9)
+    axes = figure.subplots()
+    for index, group in enumerate(record["name"] for record in report["layers"][0]):
+        ratios = [
+            next((g["error"] / g["rtn_error"] for g in layer if g["name"] == group and g["rtn_error"]), float("nan"))
+            for layer in report["layers"]
+        ]
+        axes.plot(
+            range(1, len(ratios) + 1), ratios, marker="o", markersize=3.5, label=GROUPS.get(group, group),
+            color=COLOURS[index % len(COLOURS)],
+        )  # fmt: skip
+    axes.axhline(1, color="#5b6675", linestyle="--", linewidth=1)
+    axes.set_ylim(0, 1.08)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
+    axes.set_ylabel("error / rounding to nearest")
+    axes.legend(ncols=4, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return _plot(
+        figure,
+        f"Error by layer, {name}",
+        "On the calibration rows; dashed: rounding to nearest. Lower is better.",
+    )
+
+
+def _measured(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[tuple[int, Mapping[str, Any], str]]:
+    return [(i, m, name) for i, (m, name) in enumerate(zip(models, names, strict=True)) if m["fidelity"]]
+
+
+def _legend(axes: Any) -> None:
+    if len(axes.get_legend_handles_labels()[1]) > 1:
+        axes.legend()
+
+
+def _figure(height: float) -> Any:
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(5.6, height))
+
+
+def _plot(figure: Any, title: str, note: str) -> dict[str, str]:
+    text = io.StringIO()
+    figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = text.getvalue()
+    svg = svg[svg.index("<svg") :]
+    # the page's own font, and a size that follows the page
+    svg = re.sub(r"font: ([^;\"]*?)px '[^\"]*?(?=[;\"])", r"font: \1px system-ui, sans-serif", svg)
+    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
+    return {"title": title, "note": note, "svg": svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)}

@@ -1,0 +1,77 @@
+"""The process that `bench` starts for each model: JSON lines in, JSON lines out, one answer a request.
+
+    {"do": "load", "kind": "own", "folder": "...", "device": "cpu", "threads": 2}
+    {"do": "sample", "prompts": [[2, 17, ...]], "new_tokens": 128}
+    {"do": "bandwidth"}
+
+An error that a user can meet is an answer {"error", "hint"}. The end of the input ends the process.
+"""
+
+import json
+import os
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+
+
+class _Server:
+    """What is loaded, and the answers to requests about it."""
+
+    def __init__(self) -> None:
+        self.subject: Any = None
+        self.device: Any = None
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        from gemma_awq_cli import measuring_speed as speed
+
+        match request["do"]:
+            case "load":
+                return self._load(request)
+            case "sample":
+                sample = speed.sample(self.subject, request["prompts"], request["new_tokens"])
+                memory = {"peak_rss": speed.peak_rss(), "peak_vram": speed.peak_vram(self.device)}
+                return {**asdict(sample), **memory}
+            case "bandwidth":
+                return {"bytes_per_second": speed.bandwidth(self.device)}
+            case other:
+                raise AssertionError(f"no request is called {other!r}")
+
+    def _load(self, request: dict[str, Any]) -> dict[str, Any]:
+        import torch
+
+        from gemma_awq_cli import measuring_speed as speed
+        from gemma_awq_cli.models.opening import pick_device
+
+        if request["threads"] is not None:
+            torch.set_num_threads(request["threads"])
+        self.device = pick_device(request["device"])
+        self.subject = speed.load(request["kind"], Path(request["folder"]), self.device)
+        facts = {
+            name: getattr(self.subject, name)
+            for name in ("vocabulary", "bos", "context", "dtype", "weight_bytes", "load_seconds")
+        }
+        return {**facts, "threads": torch.get_num_threads(), "device": str(self.device)}
+
+
+def serve() -> None:
+    """Answer requests until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
+    server = _Server()
+    # answers go where the output went; what a library prints must not mix with them
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
+        os.dup2(2, 1)
+        for line in sys.stdin:
+            try:
+                answer = server.answer(json.loads(line))
+            except GemmaAwqError as error:
+                answer = {"error": error.message, "hint": error.hint}
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+
+if __name__ == "__main__":
+    serve()

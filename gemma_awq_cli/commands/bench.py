@@ -1,0 +1,216 @@
+"""`gemma-awq bench`: how fast and how good, compared with what."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from gemma_awq_cli.commands.run import MODEL_VARIABLE, default_model
+from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
+from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
+from gemma_awq_cli.output import Output, bytes_of, human_bytes
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.benchmarking import Bench
+
+
+# fmt: off
+def command(
+    models: Annotated[list[str] | None, typer.Argument(
+        help=f"Artifacts, checkpoint folders or hub ids.  [default: {MODEL_VARIABLE}, else the last artifact]",
+        metavar="[MODEL]...", show_default=False)] = None,
+    speed: Annotated[bool, typer.Option("--speed", help="Measure speed; alone, nothing else.")] = False,
+    fidelity: Annotated[bool, typer.Option("--fidelity", help="Measure fidelity; alone, nothing else.")] = False,
+    compare: Annotated[list[str] | None, typer.Option(
+        help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, or another MODEL. "
+        "May be given several times.", metavar="WHAT")] = None,
+    prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1)] = 512,
+    new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1)] = 128,
+    batch: Annotated[list[int] | None, typer.Option(
+        help="Prompts at once; may be given several times.  [default: 1]", min=1, show_default=False)] = None,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions that count.", min=1)] = 5,
+    warmup: Annotated[int, typer.Option(help="Repetitions before them that do not.", min=0)] = 1,
+    threads: Annotated[int | None, typer.Option(help="Threads to compute with.  [default: torch's choice]",
+        min=1, show_default=False)] = None,
+    text: Annotated[str, typer.Option(
+        help="What fidelity is measured on: embedded, wikitext, another recipe, or a .txt, .jsonl or .parquet file.",
+        metavar="TEXT")] = "embedded",
+    window: Annotated[int | None, typer.Option(
+        help="Tokens of a window of it, BOS included.  [default: 2048, or what text and model allow]",
+        min=2, show_default=False)] = None,
+    windows: Annotated[int | None, typer.Option(
+        help="At most so many windows.  [default: all]", min=1, show_default=False)] = None,
+    reference: Annotated[str | None, typer.Option(
+        help="The 16-bit original.  [default: what the artifact's report names]", metavar="MODEL",
+        show_default=False)] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Bound of the mean KL divergence.", min=0.0)] = None,
+    max_ppl_ratio: Annotated[float | None, typer.Option(
+        help="Bound of the perplexity, as a multiple of the original's.", min=0.0)] = None,
+    min_decode_tps: Annotated[float | None, typer.Option(help="Bound of the decoded tokens a second.", min=0.0)] = None,
+    max_rss: Annotated[str | None, typer.Option(
+        help="Bound of the peak memory, such as 900MB.", metavar="SIZE")] = None,
+    baseline: Annotated[Path | None, typer.Option(
+        help="An earlier JSON document that nothing may be worse than.", metavar="FILE")] = None,
+    tolerance: Annotated[float, typer.Option(
+        help="How much worse than the baseline is allowed, as a fraction.", min=0.0)] = 0.1,
+    report: Annotated[Path | None, typer.Option(
+        help="Write a page with plots (needs the extra `report`).", metavar="FILE.html")] = None,
+    save: Annotated[bool, typer.Option(
+        "--save", help="Keep the document as bench.json in the artifact: `push` shows its speed.")] = False,
+    device: DeviceOption = Device.auto,
+    as_json: JsonOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Measure models: speed, memory, and fidelity to the 16-bit original, side by side.
+
+    Prints a table. Exit code 3 if a bound is not met.
+    """
+# fmt: on
+    out = Output(quiet)
+    largest = bytes_of(max_rss) if max_rss is not None else None
+    if max_rss is not None and largest is None:
+        raise UsageError(f"{max_rss!r} is no size.", "Give --max-rss such as 900MB or 2GB.")
+    both = not (speed or fidelity)
+    names = models or [default_model(out)]
+    from gemma_awq_cli import thresholds
+    from gemma_awq_cli.benchmarking import Bench, Settings
+
+    limits = {
+        thresholds.KL: max_kl, thresholds.PERPLEXITY_RATIO: max_ppl_ratio, thresholds.DECODE: min_decode_tps,
+        thresholds.RSS: largest,
+    }  # fmt: skip
+    bounds = {figure: bound for figure, bound in limits.items() if bound is not None}
+    settings = Settings(
+        speed=speed or both, fidelity=fidelity or both, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
+        batches=tuple(batch or [1]), repetitions=repetitions, warmup=warmup, threads=threads, device=device.value,
+        text=text, window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
+    )  # fmt: skip
+    for figure in bounds:
+        if not getattr(settings, figure.part):
+            raise UsageError(f"A bound of {figure.title} needs --{figure.part}.")
+    earlier = thresholds.read_baseline(baseline) if baseline is not None else None
+    if report is not None:
+        from gemma_awq_cli.bench_report import require_plotting
+
+        require_plotting(report)
+    bench = Bench(settings, out.note, out.warning)
+    try:
+        _measure(out, bench, names, must=fidelity)
+    except (KeyboardInterrupt, Terminated):
+        if bench.entries:
+            out.warning("interrupted: what was measured until then is below, and is not complete")
+            _show(out, bench, as_json, report)
+        raise
+    document = _show(out, bench, as_json, report)
+    if save:
+        _save(out, bench, document)
+    failed = list(thresholds.violations(document, bounds))
+    if earlier is not None:
+        failed += thresholds.regressions(document, earlier, tolerance, out.warning)
+    for line in failed:
+        out.violation(line)
+    if failed:
+        raise typer.Exit(3)
+
+
+def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
+    """must: fidelity was asked for by name, so that it is an error if it cannot be measured."""
+    bench.add(names)
+    if bench.settings.speed:
+        with out.progress("Speed", bench.speed_steps()) as progress:
+            bench.measure_speed(progress.step)
+    if bench.settings.fidelity:
+        for entry in bench.entries:
+            if entry.kind != "own" or (entry.role == "compare" and entry.checkpoint.quantization is None):
+                continue  # fidelity is that of weights as they are stored
+            with out.progress(f"Fidelity of {entry.name}", 1) as progress:
+
+                def on_steps(total: int) -> Any:
+                    progress.begin_at(0, total)
+                    return progress.step
+
+                try:
+                    bench.measure_fidelity(entry, on_steps)
+                except GemmaAwqError as error:
+                    if must and entry.role == "model":
+                        raise
+                    bench.leave_out(entry.name, "fidelity", error)
+    bench.complete = True
+    if not any(entry.samples or entry.fidelity for entry in bench.entries):
+        raise GemmaAwqError("Nothing could be measured.", "The warnings above say why.")
+
+
+def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> dict[str, Any]:
+    from gemma_awq_cli.bench_report import labels, write_report
+
+    document = bench.document()
+    rows = table_rows(document)
+    if as_json:
+        out.document(document)
+    elif rows:
+        out.result_table("", rows, ("", *labels(document)))
+    if report is not None:
+        write_report(report, document, rows, [entry.report for entry in bench.entries])
+        out.note(f"Report: {report}")
+    return document
+
+
+def table_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
+    """The document as a table: a figure a row, a model a column."""
+    models, settings = document["models"], document["settings"]
+    rows: list[tuple[str, ...]] = [("weights on disk", *(human_bytes(model["bytes"]) for model in models))]
+    speeds = [model["speed"] for model in models]
+    for index, batch in enumerate(settings["batches"]):
+        runs = [speed["runs"][index] if speed and index < len(speed["runs"]) else None for speed in speeds]
+        if not any(runs):
+            continue
+        of = f" x {batch}" if len(settings["batches"]) > 1 or batch > 1 else ""
+        for title, name in (
+            (f"pp{settings['prompt_tokens']}{of}, tokens/s", "prompt_tokens_per_second"),
+            (f"tg{settings['new_tokens']}{of}, tokens/s", "decode_tokens_per_second"),
+        ):
+            base = runs[0][name]["median"] if runs[0] else None
+            rows.append((title, *(_rate(run[name], base, run is runs[0]) if run else "-" for run in runs)))
+        rows.append((f"TTFT{of}, ms", *(f"{1000 * run['ttft_seconds']['median']:.0f}" if run else "-" for run in runs)))
+        tpot = [run["tpot_seconds"] if run else None for run in runs]
+        shown = [" / ".join(f"{1000 * t[p]:.1f}" for p in ("p50", "p90", "p99")) if t else "-" for t in tpot]
+        rows.append((f"TPOT{of} p50 / p90 / p99, ms", *shown))
+        share = [run["bandwidth_share"] if run else None for run in runs]
+        rows.append((f"share of memory bandwidth{of}", *("-" if s is None else f"{100 * s:.0f} %" for s in share)))
+    if any(speeds):
+        rows += [
+            ("weights read a token", *(human_bytes(s["weight_bytes_per_token"]) if s else "-" for s in speeds)),
+            ("load time, s", *(f"{s['load_seconds']:.1f}" if s else "-" for s in speeds)),
+            ("peak RSS", *(human_bytes(s["peak_rss_bytes"]) if s and s["peak_rss_bytes"] else "-" for s in speeds)),
+        ]
+        if any(s and s["peak_vram_bytes"] for s in speeds):
+            vram = [s["peak_vram_bytes"] if s else None for s in speeds]
+            rows.append(("peak VRAM", *(human_bytes(v) if v else "-" for v in vram)))
+    found = [model["fidelity"] for model in models]
+    if any(found):
+        for title, name, form in (
+            ("perplexity", "perplexity", "{:.3f}"),
+            ("perplexity of the 16-bit original", "perplexity_16bit", "{:.3f}"),
+            ("KL divergence, mean", "kl", "{:.4f}"),
+            ("KL divergence, median", "kl_median", "{:.4f}"),
+            ("KL divergence, p99", "kl_p99", "{:.3f}"),
+            ("same most likely token", "top1_agreement", "{:.1%}"),
+            ("RMS change of the token's probability", "rms_probability_difference", "{:.2%}"),
+        ):
+            rows.append((title, *(form.format(part[name]) if part else "-" for part in found)))
+    return rows if any(speeds) or any(found) else []
+
+
+def _rate(spread: Mapping[str, Any], base: float | None, is_base: bool) -> str:
+    """Median, extremes, and the multiple of the first model's median."""
+    text = f"{spread['median']:.1f} ({spread['min']:.1f} - {spread['max']:.1f})"
+    return text if base is None or is_base else f"{text} {spread['median'] / base:.2f}x"
+
+
+def _save(out: Output, bench: "Bench", document: dict[str, Any]) -> None:
+    from gemma_awq_cli.benchmarking import save_beside
+
+    for entry in bench.entries:
+        if entry.role == "model" and entry.report is not None:
+            out.note(f"Kept in {save_beside(entry, document)}")

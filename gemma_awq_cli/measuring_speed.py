@@ -1,0 +1,174 @@
+"""What one process measures of one model: load time, prompt and decode speed, memory, and the machine's bandwidth.
+
+A repetition is two sessions. One answers a prompt, as a server does: time to the first token, then each further one.
+The other decodes from BOS alone, as llama-bench's tg does. Every time ends when the next token is known on the host,
+which also waits for the device.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.artifact import peak_memory
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.session import Session, TransformersSession
+
+OWN = "own"  # opened as `gemma-awq run` does
+BANDWIDTH_BYTES = 256 << 20  # beyond any cache
+BANDWIDTH_TRIES = 5
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model: how to open a session of so many rows and tokens, and what it must read for one token.
+
+    weight_bytes: of the layers, the final norm and the head, as they are held; without the cache of keys and values.
+    """
+
+    session: Callable[[int, int], Session]
+    vocabulary: int
+    context: int
+    bos: int
+    dtype: str
+    weight_bytes: int
+    load_seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One repetition, in seconds. first: prompt to first token; steps: each further token; decode: as many from BOS."""
+
+    first: float
+    steps: list[float]
+    decode: float
+
+
+def load(kind: str, folder: Path, device: torch.device) -> Subject:
+    """Open a model the way that `kind` names: OWN, or one of transformers' in `_with_transformers`."""
+    started = time.perf_counter()
+    checkpoint = Checkpoint(folder)
+    config = checkpoint.text_config
+    if kind == OWN:
+        opened = open_model(folder, device)
+        session, dtype = opened.session, opened.dtype
+        weight_bytes = stored_bytes_per_token(checkpoint, dtype)
+    else:
+        model, dtype = _with_transformers(kind, folder, device)
+        session = lambda rows, capacity: TransformersSession(model, rows, capacity, device)  # noqa: E731
+        weight_bytes = _held_bytes_per_token(model, checkpoint.tied_head)
+    session(1, 1).feed([[int(config.bos_token_id)]])  # what is read lazily is read now
+    seconds = time.perf_counter() - started
+    return Subject(
+        session, int(config.vocab_size), int(config.max_position_embeddings), int(config.bos_token_id),
+        str(dtype).removeprefix("torch."), weight_bytes, seconds,
+    )  # fmt: skip
+
+
+def _with_transformers(kind: str, folder: Path, device: torch.device) -> tuple[Any, torch.dtype]:
+    """The checkpoint through transformers: in float16, or quantized by bitsandbytes while it is loaded."""
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    if kind == "fp16":
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to(device).eval(), torch.float16
+    quantization = (
+        BitsAndBytesConfig(load_in_8bit=True)
+        if kind == "int8"
+        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    )
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": str(device)}
+    )
+    return model.eval(), torch.bfloat16
+
+
+def stored_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+    """Bytes of the weights that a token needs: all layers, the final norm and the head, floats as `dtype`.
+
+    Of an embedding that is not the head one row is read, which does not count.
+    """
+    layers = checkpoint.key("model.layers.0.x").removesuffix("0.x")
+    head = checkpoint.key("model.embed_tokens.weight" if checkpoint.tied_head else "lm_head.weight")
+    norm = checkpoint.key("model.norm.weight")
+    needed = [info for name, info in checkpoint.tensors.items() if name.startswith(layers) or name in (head, norm)]
+    return sum(
+        torch.Size(info.shape).numel() * (dtype if info.dtype.is_floating_point else info.dtype).itemsize
+        for info in needed
+    )
+
+
+def _held_bytes_per_token(model: Any, tied: bool) -> int:
+    named = {name: parameter for name, parameter in model.named_parameters() if "vision" not in name}
+    return sum(p.nbytes for name, p in named.items() if tied or not name.endswith("embed_tokens.weight"))
+
+
+@torch.inference_mode()
+def sample(subject: Subject, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+    """One repetition. prompts: [R, P] token ids that begin with BOS."""
+    if len(prompts[0]) + new_tokens > subject.context:
+        raise GemmaAwqError(
+            f"{len(prompts[0])} prompt tokens and {new_tokens} new ones exceed the context of {subject.context}.",
+            "Give smaller --pp and --tg.",
+        )
+    session = subject.session(len(prompts), len(prompts[0]) + new_tokens)
+    started = time.perf_counter()
+    tokens = _next(session.feed(prompts))
+    first = time.perf_counter() - started
+    steps = []
+    for _ in range(new_tokens):
+        started = time.perf_counter()
+        tokens = _next(session.feed(tokens))
+        steps.append(time.perf_counter() - started)
+    del session
+    session = subject.session(len(prompts), 1 + new_tokens)
+    tokens = _next(session.feed([[subject.bos]] * len(prompts)))
+    started = time.perf_counter()
+    for _ in range(new_tokens):
+        logits = session.feed(tokens)
+        tokens = _next(logits)
+    decode = time.perf_counter() - started
+    if not torch.isfinite(logits).all():
+        raise GemmaAwqError(
+            "The model's output is NaN or infinite, so its speed means nothing.",
+            "The weights are damaged, or the dtype is too narrow for this model.",
+        )
+    return Sample(first, steps, decode)
+
+
+def _next(logits: Tensor) -> list[list[int]]:
+    """The most likely next token of each row. The end of text does not end a measurement."""
+    return [[int(token)] for token in logits.argmax(dim=-1).tolist()]
+
+
+def bandwidth(device: torch.device) -> float:
+    """Bytes a second that the device reads of memory: the best of some dot products of one large vector with itself."""
+    vector = torch.ones(BANDWIDTH_BYTES // 4, device=device)
+    best = 0.0
+    for _ in range(BANDWIDTH_TRIES):
+        started = time.perf_counter()
+        float(torch.dot(vector, vector))
+        best = max(best, vector.nbytes / (time.perf_counter() - started))
+    return best
+
+
+def peak_rss() -> int | None:
+    """This process's largest resident set in bytes.
+
+    Linux lets a new program inherit the largest set of the process that started it in `getrusage`, so there it is read
+    from the memory map's own mark.
+    """
+    try:
+        status = Path("/proc/self/status").read_text(encoding="ascii")
+    except OSError:
+        return peak_memory()
+    return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)
+
+
+def peak_vram(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

@@ -1,0 +1,288 @@
+"""`bench` as a user and a CI job meet it: table, document, bounds, what is left out, what an interruption keeps."""
+
+import json
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import jsonschema
+import pytest
+
+from gemma_awq_cli import benchmarking
+from gemma_awq_cli.benchmarking import Worker, _percentiles
+from gemma_awq_cli.cli import main
+from gemma_awq_cli.errors import GemmaAwqError, Terminated
+from tests.tiny import edit_weights, make_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
+QUICK = ("--device", "cpu", "--threads", "1", "--pp", "12", "--tg", "3", "-r", "2", "--warmup", "1")
+
+
+@pytest.fixture
+def artifact(artifacts: Callable[[str], Path], tmp_path: Path) -> Path:
+    return Path(shutil.copytree(artifacts("gemma"), tmp_path / "artifact"))
+
+
+def documented(captured: Any) -> dict[str, Any]:
+    """The one document on stdout, which the published schema describes."""
+    document: dict[str, Any] = json.loads(captured.out)
+    jsonschema.validate(document, SCHEMA, cls=jsonschema.Draft202012Validator)
+    return document
+
+
+def test_the_schema_is_a_schema_and_can_fail() -> None:
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({"schema": 2}, SCHEMA)
+
+
+def test_speed_and_fidelity_of_the_last_artifact(
+    artifacts: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    folder = artifacts("gemma3_text")
+    monkeypatch.setenv("GEMMA_AWQ_MODEL", str(folder))
+    page = tmp_path / "page.html"
+    assert main(["bench", *QUICK, "--compare", "bf16", "--batch", "1", "--batch", "2", "--report", str(page)]) == 0
+    captured = capsys.readouterr()
+    for line in ("pp12 x 2, tokens/s", "tg3 x 1, tokens/s", "TTFT", "TPOT", "peak RSS", "KL divergence, mean", "bf16"):
+        assert line in captured.out
+    assert "\x1b" not in captured.out
+    assert f"Model: {folder} (from GEMMA_AWQ_MODEL)" in captured.err
+    text = page.read_text(encoding="utf-8")
+    # it loads nothing, and its plots are well-formed
+    assert not re.findall(r"""(?:src|href)=["'](?!#)""", text)
+    assert "@import" not in text
+    plots = re.findall(r"<svg .*?</svg>", text, re.DOTALL)
+    assert len(plots) == 5
+    for plot in plots:
+        ElementTree.fromstring(plot.replace("<svg ", '<svg xmlns:xlink="x" ', 1) if "xmlns:xlink" not in plot else plot)
+    assert "Error by layer" in text
+
+
+def test_the_document(artifacts: Callable[[str], Path], capsys: Capture) -> None:
+    folder = artifacts("gemma")
+    capsys.readouterr()
+    assert main(["bench", str(folder), "--json", *QUICK, "--compare", str(artifacts("gemma-mqa"))]) == 0
+    document = documented(capsys.readouterr())
+    assert document["complete"]
+    one, other = document["models"]
+    assert (one["role"], one["kind"], other["role"]) == ("model", "4-bit", "compare")
+    run = one["speed"]["runs"][0]
+    assert run["repetitions"] == len(run["ttft_seconds"]["samples"]) == 2
+    assert one["speed"]["threads"] == 1
+    assert one["speed"]["peak_rss_bytes"] > 100_000_000  # a Python with torch
+    assert one["speed"]["relative_to_first"]["decode_tokens_per_second"] == 1
+    # all tensors are read for a token: the head is the embedding
+    assert one["speed"]["weight_bytes_per_token"] == one["bytes"]
+    assert run["bandwidth_share"] > 0
+    fidelity = one["fidelity"]
+    assert fidelity["tokens"] == fidelity["windows"] * (fidelity["window"] - 1)
+    assert fidelity["window"] == 256  # the tiny model's context
+    assert sum(fidelity["kl_histogram"]["counts"]) == fidelity["tokens"]
+    along = fidelity["kl_along"]
+    assert along[0]["first"] == 0
+    assert along[-1]["end"] == 255
+    mean = sum(part["mean"] * (part["end"] - part["first"]) for part in along) / 255
+    assert mean == pytest.approx(fidelity["kl"], rel=1e-6)
+
+
+def test_bounds_end_in_3_with_a_line_each(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    speed = ["bench", str(artifact), "--speed", "--json", "--quiet", *QUICK]
+    assert main([*speed, "--min-decode-tps", "1e9", "--max-rss", "1MB"]) == 3
+    captured = capsys.readouterr()
+    documented(captured)
+    assert len([line for line in captured.err.splitlines() if line.startswith("not met: ")]) == 2
+    assert main([*speed, "--min-decode-tps", "0.001", "--max-rss", "64GB"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    measured = documented(captured)
+    # a baseline that was much faster, and one that was slower
+    baseline = tmp_path / "baseline.json"
+    for factor, code in ((1000, 3), (0.001, 0)):
+        earlier = json.loads(json.dumps(measured))
+        for rate in ("decode_tokens_per_second", "prompt_tokens_per_second"):
+            earlier["models"][0]["speed"]["runs"][0][rate]["median"] *= factor
+        baseline.write_text(json.dumps(earlier))
+        assert main([*speed, "--baseline", str(baseline), "--tolerance", "0.5"]) == code
+        said = capsys.readouterr().err
+        assert ("the baseline's" in said) == (code == 3)
+    earlier["settings"]["prompt_tokens"] = 99
+    baseline.write_text(json.dumps(earlier))
+    assert main([*speed, "--baseline", str(baseline)]) == 1
+    assert "was measured with prompt_tokens 99" in capsys.readouterr().err
+    baseline.write_text("{}")
+    assert main([*speed, "--baseline", str(baseline)]) == 1
+    assert "is no document of" in capsys.readouterr().err
+
+
+def test_bounds_of_fidelity(artifact: Path, capsys: Capture) -> None:
+    fidelity = ["bench", str(artifact), "--fidelity", "--device", "cpu", "--windows", "1"]
+    assert main([*fidelity, "--max-kl", "1e-9", "--max-ppl-ratio", "100"]) == 3
+    captured = capsys.readouterr()
+    assert "not met: " in captured.err
+    assert "KL divergence (nats a token) is" in captured.err
+    assert "tokens/s" not in captured.out
+    assert main([*fidelity, "--max-kl", "100"]) == 0
+    assert main([*fidelity, "--min-decode-tps", "1"]) == 2  # speed is not measured
+    assert main([*fidelity, "--max-rss", "much"]) == 2
+
+
+def test_an_original_that_is_not_here_is_said_and_the_rest_runs(artifact: Path, capsys: Capture) -> None:
+    report = artifact / "quantization_report.json"
+    told = json.loads(report.read_text())
+    told["source"]["model"] = "/no/such/checkpoint"
+    report.write_text(json.dumps(told))
+    assert main(["bench", str(artifact), "--json", *QUICK]) == 0
+    captured = capsys.readouterr()
+    document = documented(captured)
+    assert document["models"][0]["fidelity"] is None
+    assert document["left_out"][0]["part"] == "fidelity"
+    assert "--reference" in captured.err
+    # asked for by name, or bounded, it is not passed over
+    assert main(["bench", str(artifact), "--fidelity"]) == 1
+    assert "is not on this machine" in capsys.readouterr().err
+    assert main(["bench", str(artifact), *QUICK, "--max-kl", "9"]) == 3
+    assert "was not measured" in capsys.readouterr().err
+
+
+def test_a_reference_of_another_model_is_refused(
+    artifact: Path, checkpoints: Callable[[str], Path], tmp_path: Path, capsys: Capture
+) -> None:
+    def refused(reference: Path) -> str:
+        capsys.readouterr()
+        assert main(["bench", str(artifact), "--fidelity", "--device", "cpu", "--reference", str(reference)]) == 1
+        return capsys.readouterr().err
+
+    assert "is another model than" in refused(checkpoints("gemma-mqa"))
+    assert "is quantized itself" in refused(artifact)
+    config = Path(shutil.copytree(checkpoints("gemma"), tmp_path / "config"))
+    values = json.loads((config / "config.json").read_text())
+    values["rms_norm_eps"] = 1e-3
+    (config / "config.json").write_text(json.dumps(values))
+    assert "its rms_norm_eps is 0.001" in refused(config)
+    words = Path(shutil.copytree(checkpoints("gemma"), tmp_path / "words"))
+    tokenizer = json.loads((words / "tokenizer.json").read_text())
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["e"] = vocabulary["e"], vocabulary["a"]
+    (words / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert "has another tokenizer" in refused(words)
+    # other weights of the same shape are measured, and that is said
+    other = make_checkpoint(tmp_path / "other", "gemma", seed=5)
+    arguments = ["bench", str(artifact), "--fidelity", "--device", "cpu", "--windows", "1", "--reference", str(other)]
+    assert main(arguments) == 0
+    assert "is not the very checkpoint" in capsys.readouterr().err
+
+
+def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    text = tmp_path / "short.txt"
+    text.write_text("Hello there.")
+    arguments = ["bench", str(artifact), "--fidelity", "--device", "cpu", "--text", str(text)]
+    assert main([*arguments, "--window", "32"]) == 1
+    assert "has 12 tokens, and a window has 31 and BOS" in capsys.readouterr().err
+    assert main([*arguments, "--window", "300"]) == 1
+    assert "does not fit this model's context of 256" in capsys.readouterr().err
+    assert main([*arguments, "--json"]) == 0  # without --window it is one window
+    assert documented(capsys.readouterr())["models"][0]["fidelity"]["window"] == 13
+    text.write_text("")
+    assert main(arguments) == 1
+    assert "is empty" in capsys.readouterr().err
+
+
+def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
+    monkeypatch.setattr(benchmarking, "find_spec", lambda _: None)
+    compare = ("--compare", "nf4", "--compare", "no-such-model", "--compare", "bf16")
+    assert main(["bench", str(artifact), "--speed", "--json", *QUICK, *compare]) == 0
+    captured = capsys.readouterr()
+    document = documented(captured)
+    assert [model["name"] for model in document["models"]] == [str(artifact), "bf16"]
+    assert [part["model"] for part in document["left_out"]] == ["nf4", "no-such-model"]
+    assert 'pip install "gemma-awq[bitsandbytes]"' in captured.err
+
+
+def test_a_competitor_that_fails_does_not_end_the_bench(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    broken = Path(shutil.copytree(artifact, tmp_path / "broken"))
+    edit_weights(broken, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
+    assert main(["bench", str(artifact), "--speed", "--json", *QUICK, "--compare", str(broken)]) == 0
+    document = documented(capsys.readouterr())
+    assert document["models"][1]["speed"] is None
+    assert "NaN" in document["left_out"][0]["reason"]
+    assert main(["bench", str(broken), "--speed", *QUICK]) == 1
+    assert "NaN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interruption_keeps_what_was_measured(
+    error: type[BaseException], code: int, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    answered: Iterator[int] = iter(range(100))
+    ask = Worker.ask
+
+    def interrupted(self: Worker, **request: Any) -> dict[str, Any]:
+        if request["do"] == "sample" and next(answered) == 2:  # after the warm-up and one repetition
+            raise error
+        return ask(self, **request)
+
+    monkeypatch.setattr(Worker, "ask", interrupted)
+    assert main(["bench", str(artifact), "--json", *QUICK]) == code
+    captured = capsys.readouterr()
+    document = documented(captured)
+    assert not document["complete"]
+    assert document["models"][0]["speed"]["runs"][0]["repetitions"] == 1
+    assert document["models"][0]["fidelity"] is None
+    assert "is not complete" in captured.err
+
+
+def test_a_process_that_dies_is_said() -> None:
+    worker = Worker("x", 1)
+    worker._process.kill()
+    with pytest.raises(GemmaAwqError, match="The process that measured x was killed"):
+        worker.ask(do="bandwidth")
+    worker.end()
+    worker = Worker("x", 1)
+    with pytest.raises(GemmaAwqError, match="The process that measured x ended: AssertionError: no request"):
+        worker.ask(do="nonsense")
+    worker.end()
+
+
+def test_percentiles_are_nearest_ranks() -> None:
+    assert _percentiles([float(n) for n in range(1, 101)]) == {"mean": 50.5, "p50": 50, "p90": 90, "p99": 99}
+    assert _percentiles([7.0])["p99"] == 7
+
+
+def test_a_page_needs_its_library_before_anything_is_measured(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from gemma_awq_cli import bench_report
+
+    assert main(["bench", str(artifact), "--report", str(tmp_path / "no" / "page.html")]) == 1
+    assert "does not exist" in capsys.readouterr().err
+    monkeypatch.setattr(bench_report, "find_spec", lambda _: None)
+    assert main(["bench", str(artifact), "--report", str(tmp_path / "page.html")]) == 1
+    assert 'pip install "gemma-awq[report]"' in capsys.readouterr().err
+
+
+def test_what_was_saved_is_on_the_card_and_only_of_these_weights(artifact: Path, capsys: Capture) -> None:
+    push = ["push", "me/x", str(artifact), "--base-model", "org/tiny", "--license", "gemma", "--dry-run"]
+    assert main(push) == 0
+    assert "## Measured speed" not in capsys.readouterr().out
+    assert main(["bench", str(artifact), "--speed", "--save", "--compare", "bf16", *QUICK]) == 0
+    capsys.readouterr()
+    saved = json.loads((artifact / "bench.json").read_text())
+    jsonschema.validate(saved, SCHEMA)
+    assert main(push) == 0
+    captured = capsys.readouterr()
+    rate = saved["models"][0]["speed"]["runs"][0]["decode_tokens_per_second"]["median"]
+    assert "## Measured speed" in captured.out
+    assert "| | this model | bf16 |\n|:---|---:|---:|\n| Prompt of 12 tokens" in captured.out
+    assert f"| Decoding 3 tokens, tokens/s | {rate:.1f} |" in captured.out
+    assert "bench.json" in captured.err
+    from gemma_awq_cli.outgoing import published_bench
+
+    assert str(artifact.parent) not in published_bench(saved).decode()
+    edit_weights(artifact, lambda tensors: tensors["model.norm.weight"].add_(0.5))
+    assert main(push) == 1
+    assert "was measured on other weights" in capsys.readouterr().err

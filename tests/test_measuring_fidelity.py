@@ -1,0 +1,111 @@
+"""The streamed fidelity is what transformers' own models say, computed apart."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.models.gemma3 import Gemma3ForConditionalGeneration
+
+from gemma_awq_cli.calibration import find_recipe
+from gemma_awq_cli.measuring_fidelity import measure, read_text, require_same_base
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.prompting import Prompter
+from tests.conftest import FAMILIES
+from tests.tiny import make_tokenizer
+
+CPU = torch.device("cpu")
+
+
+def transformers_logits(folder: Path, rows: Tensor) -> Tensor:
+    """transformers' model of a 16-bit checkpoint, in float32: logits [R, S, V]."""
+    multimodal = Checkpoint(folder).family.model_type == "gemma3"
+    loader = Gemma3ForConditionalGeneration if multimodal else AutoModelForCausalLM
+    model = loader.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    logits: Tensor = model(input_ids=rows).logits
+    return logits
+
+
+def artifact_logits(folder: Path, rows: Tensor) -> Tensor:
+    """transformers' model with the artifact's linears dequantized one by one, in float32."""
+    from gemma_awq_cli.awq.grid import dequantize
+    from gemma_awq_cli.awq.pack import unpack_weight
+    from gemma_awq_cli.models.opening import read_packed, require_awq
+    from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+
+    checkpoint = Checkpoint(folder)
+    shell = meta_model(checkpoint.text_config)
+    model = AutoModelForCausalLM.from_config(checkpoint.text_config, dtype=torch.float32).eval()
+    weights = {}
+    for name, shape in parameter_shapes(shell, checkpoint.tied_head).items():
+        if checkpoint.key(name) in checkpoint.tensors:
+            weights[name] = checkpoint.read([name])[name].float()
+        else:
+            packed = read_packed(checkpoint, name.removesuffix(".weight"), shape[1], shape[0], require_awq(checkpoint))
+            weights[name] = dequantize(*unpack_weight(packed))
+    model.load_state_dict(weights, strict=False)
+    model.tie_weights()
+    logits: Tensor = model(input_ids=rows).logits
+    return logits
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_figures_are_those_of_whole_logits(
+    kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    artifact, reference = Checkpoint(artifacts(kind)), Checkpoint(checkpoints(kind))
+    text = read_text(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3)
+    require_same_base(reference, artifact, text)
+    done: list[int] = []
+    found = measure(artifact, reference, text.rows, CPU, lambda: done.append(1))
+    with torch.no_grad():
+        log_p = transformers_logits(reference.folder, text.rows)[:, :-1].double().log_softmax(-1)
+        log_q = artifact_logits(artifact.folder, text.rows)[:, :-1].double().log_softmax(-1)
+    targets = text.rows[:, 1:, None]
+    kl = (log_p.exp() * (log_p - log_q)).sum(-1).flatten()
+    # the tiny models' logits are in the hundreds: what float32 rounds in a sum of them is absolute
+    assert torch.allclose(found.kl, kl, rtol=2e-3, atol=2e-3)
+    summary = found.summary()
+    assert summary.kl == pytest.approx(float(kl.mean()), rel=1e-3)
+    own, theirs = log_q.gather(2, targets).mean(), log_p.gather(2, targets).mean()
+    assert math.log(summary.perplexity_quantized) == pytest.approx(-float(own), rel=1e-4)
+    assert math.log(summary.perplexity_reference) == pytest.approx(-float(theirs), rel=1e-4)
+    agreement = (log_p.argmax(-1) == log_q.argmax(-1)).double().mean()
+    assert summary.top1_agreement == pytest.approx(float(agreement), abs=0.01)
+    change = (log_q.gather(2, targets).exp() - log_p.gather(2, targets).exp()).square().mean().sqrt()
+    assert summary.rms_probability_difference == pytest.approx(float(change), rel=1e-2, abs=1e-5)
+    assert len(done) == 2 * 3 + 1
+
+
+def test_a_model_does_not_differ_from_itself(checkpoints: Callable[[str], Path], text_file: Path) -> None:
+    same = Checkpoint(checkpoints("gemma2"))
+    text = read_text(find_recipe(str(text_file)), Prompter(same.folder), 256, 40, 2)
+    found = measure(same, same, text.rows, CPU, lambda: None).summary()
+    assert found.kl == pytest.approx(0, abs=1e-9)
+    assert found.top1_agreement == 1
+    assert found.rms_probability_difference == 0
+
+
+def test_windows_follow_the_gptq_convention(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    prompter = Prompter(tmp_path)
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "abcd"}\n{"text": "efgh"}\n')
+    text = read_text(find_recipe(str(path)), prompter, 256, 4, None)
+    joined = prompter.ids("abcd\n\nefgh")
+    assert text.rows.tolist() == [[2, *joined[0:3]], [2, *joined[3:6]], [2, *joined[6:9]]]
+    assert read_text(find_recipe(str(path)), prompter, 256, 4, 2).rows.tolist() == text.rows.tolist()[:2]
+    assert read_text(find_recipe(str(path)), prompter, 256, None, None).rows.shape == (1, 11)
+
+
+def test_the_embedded_text_is_the_held_out_one(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    text = read_text(find_recipe("embedded"), Prompter(tmp_path), 4096, None, None)
+    assert text.rows.shape[1] == 2048
+    assert text.description == "embedded, held-out"
+    recipe = find_recipe("embedded")
+    assert recipe.heldout is not None
+    assert recipe.heldout.read_text(encoding="utf-8") == text.plain
