@@ -49,7 +49,7 @@ class Settings:
     prompt_tokens: int = 512
     new_tokens: int = 128
     batches: tuple[int, ...] = (1,)
-    repetitions: int = 5
+    repetitions: int = 3
     warmup: int = 1
     threads: int | None = None
     device: str = "auto"

@@ -250,7 +250,7 @@ def test_a_folder_that_cannot_be_written(
 def test_the_readme_names_only_options_that_exist(capsys: Capture) -> None:
     import re
 
-    for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"], ["push", "--help"]):
+    for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"], ["bench", "--help"], ["push", "--help"]):
         assert main(arguments) == 0
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--index-url"}
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

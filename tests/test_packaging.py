@@ -30,12 +30,8 @@ def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> N
     expected = {path.relative_to(source): path.read_bytes() for path in source.rglob("*") if path.is_file()}
     assert len(expected) > 10
     assert {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()} == expected
-    for name in (
-        "licences/gemma-terms-of-use.md",
-        "licences/apache-2.0.txt",
-        "templates/model_card.md",
-        "templates/bench_report.html",
-    ):
+    templates = ("templates/model_card.md", "templates/bench_report.html")
+    for name in ("licences/gemma-terms-of-use.md", "licences/apache-2.0.txt", *templates):
         assert (installed / "gemma_awq_cli" / name).read_bytes() == (ROOT / "gemma_awq_cli" / name).read_bytes()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"gemma_awq_cli"}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")

@@ -29,7 +29,7 @@ def command(
     new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1)] = 128,
     batch: Annotated[list[int] | None, typer.Option(
         help="Prompts at once; may be given several times.  [default: 1]", min=1, show_default=False)] = None,
-    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions that count.", min=1)] = 5,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions that count.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Repetitions before them that do not.", min=0)] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.  [default: torch's choice]",
         min=1, show_default=False)] = None,
@@ -121,8 +121,10 @@ def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
         with out.progress("Speed", bench.speed_steps()) as progress:
             bench.measure_speed(progress.step)
     if bench.settings.fidelity:
+        from gemma_awq_cli.measuring_speed import OWN
+
         for entry in bench.entries:
-            if entry.kind != "own" or (entry.role == "compare" and entry.checkpoint.quantization is None):
+            if entry.kind != OWN or (entry.role == "compare" and entry.checkpoint.quantization is None):
                 continue  # fidelity is that of weights as they are stored
             with out.progress(f"Fidelity of {entry.name}", 1) as progress:
 
