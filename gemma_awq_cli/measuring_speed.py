@@ -58,7 +58,7 @@ def load(kind: str, folder: Path, device: torch.device) -> Subject:
     if kind == OWN:
         opened = open_model(folder, device)
         session, dtype = opened.session, opened.dtype
-        weight_bytes = stored_bytes_per_token(checkpoint, dtype)
+        weight_bytes = stored_bytes_per_token(checkpoint, dtype, opened.forward.head)
     else:
         model, dtype = _with_transformers(kind, folder, device)
         session = lambda rows, capacity: TransformersSession(model, rows, capacity, device)  # noqa: E731
@@ -88,16 +88,21 @@ def _with_transformers(kind: str, folder: Path, device: torch.device) -> tuple[A
     return model.eval(), torch.bfloat16
 
 
-def stored_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype) -> int:
+HEAD_BYTES = {"int8": 1.0, "int4": 0.5}
+
+
+def stored_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype, held: str) -> int:
     """Bytes of the weights that a token needs: all layers, the final norm and the head, floats as `dtype`.
 
-    Of an embedding that is not the head one row is read, which does not count.
+    held: how the head is held; the scales of a quantized one do not count. Of an embedding that is not the head one row
+    is read, which does not count either.
     """
     layers = checkpoint.key("model.layers.0.x").removesuffix("0.x")
     head = checkpoint.key("model.embed_tokens.weight" if checkpoint.tied_head else "lm_head.weight")
     norm = checkpoint.key("model.norm.weight")
-    needed = [info for name, info in checkpoint.tensors.items() if name.startswith(layers) or name in (head, norm)]
-    return sum(
+    needed = [info for name, info in checkpoint.tensors.items() if name.startswith(layers) or name == norm]
+    entries = torch.Size(checkpoint.tensors[head].shape).numel()
+    return int(entries * HEAD_BYTES.get(held, dtype.itemsize)) + sum(
         torch.Size(info.shape).numel() * (dtype if info.dtype.is_floating_point else info.dtype).itemsize
         for info in needed
     )

@@ -200,7 +200,7 @@ def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.Monk
     document = documented(captured)
     assert [model["name"] for model in document["models"]] == [str(artifact), "bf16"]
     assert [part["model"] for part in document["left_out"]] == ["nf4", "no-such-model"]
-    assert 'pip install "gemma-awq[bitsandbytes]"' in captured.err
+    assert 'pip install "gemma-awq[bnb]"' in captured.err
 
 
 def test_a_competitor_that_fails_does_not_end_the_bench(artifact: Path, tmp_path: Path, capsys: Capture) -> None:

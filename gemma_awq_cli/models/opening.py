@@ -14,7 +14,7 @@ import torch
 
 from gemma_awq_cli import kernels
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD
+from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models import architecture
 from gemma_awq_cli.models.cache import cache_folder
@@ -47,6 +47,7 @@ class Forward:
     text: NativeText | TextWeights | None
     report: tuple[str, ...]
     slow: str | None = None
+    head: str = DENSE_HEAD  # how the head is held, one of `kernels.head.HEADS`
 
 
 @dataclass(frozen=True)
@@ -175,17 +176,19 @@ def choose_forward(
         return Forward(None, (f"forward: transformers' modules ({unknown})", *report), slow)
     arch = architecture.architecture_of(checkpoint.text_config, checkpoint.family)
     require_text_shapes(checkpoint, arch)
+    if head != DENSE_HEAD and head_group(head, int(checkpoint.text_config.hidden_size)) is None:
+        head = DENSE_HEAD
     library = f"it computes in bfloat16 and float32, not {dtype}" if dtype != torch.bfloat16 else None
     library = library or native_refusal(checkpoint, arch, group_size)
     loaded = library or native_library.load(cache_folder() / "native")
     if not isinstance(loaded, str):
         text = read_native_text(loaded, checkpoint, arch, group_size, head)
-        return Forward(text, tuple(native_report(text)))
+        return Forward(text, tuple(native_report(text)), head=head)
     report, slow = linear_report(checkpoint, group_size, device, dtype)
     decoder = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
     if dtype == torch.bfloat16 and group_size is not None:
         slow = f"the compiled forward, several times as fast, is not used: {loaded}" + (f"; {slow}" if slow else "")
-    return Forward(decoder, (f"forward: torch (not the compiled one: {loaded})", *report), slow)
+    return Forward(decoder, (f"forward: torch (not the compiled one: {loaded})", *report), slow, head)
 
 
 def linear_report(
