@@ -15,7 +15,7 @@ from gemma_awq_cli import benchmarking
 from gemma_awq_cli.benchmarking import Worker, _percentiles
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
-from tests.tiny import edit_weights, make_checkpoint
+from tests.tiny import VOCAB, edit_weights, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
