@@ -31,6 +31,6 @@ for name, module in model.model.named_modules():
         weight = module.dequantize_weight().t().float()
         target = dense.get_submodule(name.removeprefix("model.") if name.startswith("model.model.") else name)
         assert target.weight.shape == weight.shape, name
-        target.weight.data = weight
+        target.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)  # its own are inference tensors
 dense.save_pretrained(args.output)
 tokenizer.save_pretrained(args.output)
