@@ -5,13 +5,9 @@ meanwhile meets all of them alike. Fidelity: in this process, after those have e
 interrupted is in the document, which then says that it is not complete.
 """
 
-import json
 import os
 import platform
 import random
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -21,6 +17,7 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli import __version__
+from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.measuring_speed import OWN
 from gemma_awq_cli.models.checkpoint import Checkpoint, read_json
@@ -352,59 +349,3 @@ def _processor() -> str:
         return platform.processor() or platform.machine()
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.machine()
-
-
-class Worker:
-    """A process of `bench_worker`, asked one thing at a time."""
-
-    def __init__(self, name: str, threads: int | None) -> None:
-        self.name = name
-        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        read, write = os.pipe()
-        self._chatter = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gemma_awq_cli.bench_worker"],
-            stdin=subprocess.PIPE,
-            stdout=write,
-            stderr=self._chatter,
-            env={**os.environ, **own},
-        )
-        os.close(write)
-        self._answers = os.fdopen(read, encoding="utf-8")
-
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer; its error, or the process's end, is an error."""
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
-            line = self._answers.readline()
-        except BrokenPipeError:
-            line = ""
-        if not line:
-            raise self._died()
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            raise GemmaAwqError(answer["error"], answer["hint"])
-        return answer
-
-    def _died(self) -> GemmaAwqError:
-        code = self._process.wait()
-        self._chatter.seek(0)
-        said = self._chatter.read().decode(errors="replace").strip().splitlines()
-        if code == -9:
-            return GemmaAwqError(
-                f"The process that measured {self.name} was killed, as when memory runs out.",
-                "Measure fewer models at once, or on a machine with more memory.",
-            )
-        reason = said[-1] if said else f"exit code {code}"
-        return GemmaAwqError(f"The process that measured {self.name} ended: {reason}", "")
-
-    def end(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        self._answers.close()
-        self._chatter.close()

@@ -16,6 +16,7 @@ PACKAGE = Path(gemma_awq_cli.__file__).parent
 ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
 VERBS = {
     "artifact",
+    "bench_process",
     "bench_report",
     "bench_worker",
     "benchmarking",

@@ -12,8 +12,9 @@ import jsonschema
 import pytest
 
 from gemma_awq_cli import benchmarking
+from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.bench_worker import _Server
-from gemma_awq_cli.benchmarking import Worker, _percentiles
+from gemma_awq_cli.benchmarking import _percentiles
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import edit_weights, make_checkpoint

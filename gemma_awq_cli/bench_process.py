@@ -1,0 +1,66 @@
+"""The parent's end of `bench_worker`: a process for one model, asked one thing at a time."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+
+
+class Worker:
+    """A process of `bench_worker`, asked one thing at a time."""
+
+    def __init__(self, name: str, threads: int | None) -> None:
+        self.name = name
+        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+        read, write = os.pipe()
+        self._chatter = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "gemma_awq_cli.bench_worker"],
+            stdin=subprocess.PIPE,
+            stdout=write,
+            stderr=self._chatter,
+            env={**os.environ, **own},
+        )
+        os.close(write)
+        self._answers = os.fdopen(read, encoding="utf-8")
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer; its error, or the process's end, is an error."""
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(request).encode() + b"\n")
+            self._process.stdin.flush()
+            line = self._answers.readline()
+        except BrokenPipeError:
+            line = ""
+        if not line:
+            raise self._died()
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise GemmaAwqError(answer["error"], answer["hint"])
+        return answer
+
+    def _died(self) -> GemmaAwqError:
+        code = self._process.wait()
+        self._chatter.seek(0)
+        said = self._chatter.read().decode(errors="replace").strip().splitlines()
+        if code == -9:
+            return GemmaAwqError(
+                f"The process that measured {self.name} was killed, as when memory runs out.",
+                "Measure fewer models at once, or on a machine with more memory.",
+            )
+        reason = said[-1] if said else f"exit code {code}"
+        return GemmaAwqError(f"The process that measured {self.name} ended: {reason}", "")
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._answers.close()
+        self._chatter.close()
