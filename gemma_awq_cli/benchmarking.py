@@ -17,7 +17,7 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.bench_client import Worker
+from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.measuring_speed import OWN
 from gemma_awq_cli.models.checkpoint import Checkpoint, read_json
@@ -334,7 +334,7 @@ def environment() -> dict[str, Any]:
         "logical_processors": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "load_average": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -17,7 +17,7 @@ ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", 
 VERBS = {
     "artifact",
     "batching",
-    "bench_client",
+    "bench_process",
     "bench_report",
     "bench_worker",
     "benchmarking",

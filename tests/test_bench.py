@@ -12,7 +12,9 @@ import jsonschema
 import pytest
 
 from gemma_awq_cli import benchmarking
-from gemma_awq_cli.benchmarking import Worker, _percentiles
+from gemma_awq_cli.bench_process import Worker
+from gemma_awq_cli.bench_worker import _Server
+from gemma_awq_cli.benchmarking import _percentiles
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
@@ -20,6 +22,25 @@ from tests.tiny import VOCAB, edit_weights, make_checkpoint
 Capture = pytest.CaptureFixture[str]
 SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
 QUICK = ("--device", "cpu", "--threads", "1", "--pp", "12", "--tg", "3", "-r", "2", "--warmup", "1")
+
+
+class InProcess:
+    """Answers like a `Worker`, in the tests' own process: a new Python with torch takes seconds."""
+
+    def __init__(self, name: str, threads: int | None) -> None:
+        self._server = _Server()
+
+    def ask(self, **request: Any) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(json.dumps(self._server.answer(json.loads(json.dumps(request)))))
+        return answer
+
+    def end(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmarking, "Worker", InProcess)
 
 
 @pytest.fixture
@@ -40,6 +61,7 @@ def test_the_schema_is_a_schema_and_can_fail() -> None:
         jsonschema.validate({"schema": 2}, SCHEMA)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_speed_and_fidelity_of_the_last_artifact(
     artifacts: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -64,9 +86,9 @@ def test_speed_and_fidelity_of_the_last_artifact(
 
 
 def test_the_document(artifacts: Callable[[str], Path], capsys: Capture) -> None:
-    folder, other_folder = artifacts("gemma"), artifacts("gemma-mqa")
+    folder, beside = artifacts("gemma"), artifacts("gemma-mqa")
     capsys.readouterr()
-    assert main(["bench", str(folder), "--json", *QUICK, "--compare", str(other_folder)]) == 0
+    assert main(["bench", str(folder), "--json", *QUICK, "--compare", str(beside)]) == 0
     document = documented(capsys.readouterr())
     assert document["complete"]
     one, other = document["models"]
@@ -90,6 +112,7 @@ def test_the_document(artifacts: Callable[[str], Path], capsys: Capture) -> None
     assert mean == pytest.approx(fidelity["kl"], rel=1e-6)
 
 
+@pytest.mark.usefixtures("in_process")
 def test_bounds_end_in_3_with_a_line_each(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     speed = ["bench", str(artifact), "--speed", "--json", "--quiet", *QUICK]
     assert main([*speed, "--min-decode-tps", "1e9", "--max-rss", "1MB"]) == 3
@@ -131,6 +154,7 @@ def test_bounds_of_fidelity(artifact: Path, capsys: Capture) -> None:
     assert main([*fidelity, "--max-rss", "much"]) == 2
 
 
+@pytest.mark.usefixtures("in_process")
 def test_an_original_that_is_not_here_is_said_and_the_rest_runs(artifact: Path, capsys: Capture) -> None:
     report = artifact / "quantization_report.json"
     told = json.loads(report.read_text())
@@ -192,6 +216,7 @@ def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Captur
     assert "is empty" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_process")
 def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(benchmarking, "find_spec", lambda _: None)
     compare = ("--compare", "nf4", "--compare", "no-such-model", "--compare", "bf16")
@@ -203,6 +228,7 @@ def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.Monk
     assert 'pip install "gemma-awq[bnb]"' in captured.err
 
 
+@pytest.mark.usefixtures("in_process")
 def test_a_competitor_that_fails_does_not_end_the_bench(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     broken = Path(shutil.copytree(artifact, tmp_path / "broken"))
     edit_weights(broken, lambda tensors: tensors["model.norm.weight"].fill_(float("nan")))
@@ -214,19 +240,20 @@ def test_a_competitor_that_fails_does_not_end_the_bench(artifact: Path, tmp_path
     assert "NaN" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_process")
 @pytest.mark.parametrize(("error", "code"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_an_interruption_keeps_what_was_measured(
     error: type[BaseException], code: int, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     answered: Iterator[int] = iter(range(100))
-    ask = Worker.ask
+    ask = InProcess.ask
 
-    def interrupted(self: Worker, **request: Any) -> dict[str, Any]:
+    def interrupted(self: InProcess, **request: Any) -> dict[str, Any]:
         if request["do"] == "sample" and next(answered) == 2:  # after the warm-up and one repetition
             raise error
         return ask(self, **request)
 
-    monkeypatch.setattr(Worker, "ask", interrupted)
+    monkeypatch.setattr(InProcess, "ask", interrupted)
     assert main(["bench", str(artifact), "--json", *QUICK]) == code
     captured = capsys.readouterr()
     document = documented(captured)
@@ -265,6 +292,7 @@ def test_a_page_needs_its_library_before_anything_is_measured(
     assert 'pip install "gemma-awq[report]"' in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_process")
 def test_what_was_saved_is_on_the_card_and_only_of_these_weights(artifact: Path, capsys: Capture) -> None:
     push = ["push", "me/x", str(artifact), "--base-model", "org/tiny", "--license", "gemma", "--dry-run"]
     assert main(push) == 0

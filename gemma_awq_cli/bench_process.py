@@ -1,10 +1,11 @@
-"""The other end of `bench_worker`: a process that measures one model, asked over its standard input."""
+"""The parent's end of `bench_worker`: a process for one model, asked one thing at a time."""
 
 import json
 import os
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
@@ -61,6 +62,7 @@ class Worker:
         self._process.kill()
         self._process.wait()
         if self._process.stdin is not None:
-            self._process.stdin.close()
+            with suppress(BrokenPipeError):  # of a request that a dead process never read
+                self._process.stdin.close()
         self._answers.close()
         self._chatter.close()
