@@ -74,7 +74,8 @@ def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
 
 def require_layout(checkpoint: Checkpoint, stack: TextStack, group_size: int) -> None:
     """An error if the group size or the packed layout does not fit a dimension of a linear."""
-    for name in _linear_names(checkpoint, stack):
+    linears = _linear_names(checkpoint, stack)
+    for name in (name for name in stack.shapes if name in linears):  # in the model's order, not a set's
         out_features, in_features = stack.shapes[name]
         if in_features % group_size:
             fits = [size for size in (128, 64, 32) if in_features % size == 0]

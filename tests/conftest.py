@@ -1,7 +1,7 @@
 """Shared fixtures: one tiny checkpoint and one artifact of every family, made once a session."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -13,9 +13,17 @@ from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
-torch.set_num_threads(min(2, torch.get_num_threads()))
-os.environ["OMP_NUM_THREADS"] = str(torch.get_num_threads())  # of child processes: the sums repeat only for as many
+THREADS = min(2, torch.get_num_threads())
+torch.set_num_threads(THREADS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums repeat only for as many
 FAMILIES = sorted(CONFIGS)
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """A test may compute with another number of threads; the next one does not."""
+    yield
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="session")
