@@ -57,16 +57,19 @@ class Observer:
         return self.statistics
 
 
+def multiplies_bfloat16(device: torch.device) -> bool:
+    """Whether the device has instructions for products in bfloat16 with sums in float32."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
 def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
-    """Linears and attention in bfloat16 (sums in float32) where the device has instructions for it, else nothing.
+    """Linears and attention in bfloat16 where the device multiplies it, else nothing.
 
     For what is only observed: the rounding of the inputs is noise of 0.4 %, independent from token to token.
     """
-    if device.type == "cuda":
-        able = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:
-        able = device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.autocast(device.type, torch.bfloat16) if able else nullcontext()
+    return torch.autocast(device.type, torch.bfloat16) if multiplies_bfloat16(device) else nullcontext()
 
 
 def token_weights(output: Tensor, normalized: bool) -> Tensor:

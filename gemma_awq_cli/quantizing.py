@@ -39,7 +39,7 @@ from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.models.writing import TensorWriter, write_json
-from gemma_awq_cli.observing import Observer, bfloat16_products
+from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 
 HELDOUT_SAMPLES = 6
@@ -182,6 +182,7 @@ def make_fingerprint(
         "widest Gram matrix": plan.fit.gram_limit,
         "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
+        "observed in": "bfloat16" if multiplies_bfloat16(device) else "float32",
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
