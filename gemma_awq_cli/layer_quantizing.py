@@ -4,7 +4,7 @@ Every decision is taken per group of linears that share an input, on the calibra
 whose result would be worse than plain round-to-nearest gets plain round-to-nearest.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
-from gemma_awq_cli.awq.gram import InputStatistics, output_error, scaled_gram
-from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest, quantize
+from gemma_awq_cli.awq.gram import InputStatistics
+from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.group_rounding import Rounded, round_compensated, round_nearest, rounding_error
 from gemma_awq_cli.awq.pack import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.awq.rounding import compensated
-from gemma_awq_cli.awq.search import BALANCED, Effort, search_range, search_scale
+from gemma_awq_cli.awq.rounding import residuals
+from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family, ScaleGroup
 
 FOLD_TOLERANCE = 1e-4
-PART = 2**24  # elements of a weight that an error is computed for at a time
 
 
 @dataclass(frozen=True)
@@ -105,68 +105,63 @@ def quantize_layer(
     layer.tensors.update({n: w for n, w in weights.items() if not _is_linear(family, n)})
     # Backwards, so that what a linear's rows take up (v for o, up for down) is decided before the linear is rounded.
     for group in reversed(family.groups):
-        originals = {n: weights[f"{n}.weight"].to(device, torch.float32) for n in group.linears}
         own = statistics.pop(group.name)
-        realise = _realiser(family, group, weights, heads, device)
-        with matmul_precision("medium"):  # candidates are only ranked here
-            choice = search_scale(list(originals.values()), own.mean_abs, own.gram, group_size, realise, effort)
-            rtn_error = sum(_rounding_error(w, minmax_grid(w, group_size), own.gram) for w in originals.values())
-        method, exponents = "scale+compensation", choice.exponents
+        stacked = _stacked(weights, group.linears, device)
+        sizes = [weights[f"{n}.weight"].shape[0] for n in group.linears]
+        originals = dict(zip(group.linears, stacked.split(sizes), strict=True))
+        rows, ones = _rows(layer, originals), torch.ones(stacked.shape[1], device=device)
+        realise, shared = _realiser(family, group, weights, heads, device), _shared(group, heads, device)
+        choice = search_scale(
+            list(originals.values()), own.mean_abs, residuals(own.gram), group_size, realise, shared, effort
+        )
+        method = "descended scale+compensation" if choice.descended else "scale+compensation"
+        exponents = choice.exponents
         scale = _take_up(layer, family, group, choice.scale, weights, heads)
-        error = _round_group(layer, originals, scale, own.gram, group_size, effort)
+        result = round_compensated(stacked, scale, rows, own.gram, group_size, effort)
+        plain = round_nearest(stacked, ones, torch.ones_like(rows), group_size)
+        with matmul_precision("medium"):  # they are only compared
+            error = rounding_error(stacked, scale, rows, result, own.gram)
+            rtn_error = rounding_error(stacked, ones, torch.ones_like(rows), plain, own.gram)
+        del plain
         if not error <= rtn_error:  # also when it is NaN
             method, exponents, error = "round-to-nearest", (0.0, 0.0), rtn_error
-            scale = _take_up(layer, family, group, torch.ones_like(scale), weights, heads)
-            _round_group(layer, originals, scale, own.gram, group_size, None)
+            scale = _take_up(layer, family, group, ones, weights, heads)
+            result = round_nearest(stacked, scale, rows, group_size)
+        _keep(layer, originals, scale, rows, result)
         layer.groups.insert(
             0, GroupReport(group.name, group.linears, method, exponents, error, rtn_error, own.gram.shape[1])
         )
     return layer
 
 
-def _rounding_error(weight: Tensor, grid: Grid, gram: Tensor) -> float:
-    """`output_error` of rounding [N, K] to nearest, some rows at a time."""
-    rows = max(1, PART // weight.shape[1])
-    parts = zip(weight.split(rows), grid.scale.split(rows), grid.zero.split(rows), strict=True)
-    return sum(output_error(nearest(part, Grid(scale, zero)) - part, gram) for part, scale, zero in parts)
+def _stacked(weights: Mapping[str, Tensor], linears: Sequence[str], device: torch.device) -> Tensor:
+    """The group's weights under each other: [N, K] float32."""
+    parts = [weights[f"{name}.weight"] for name in linears]
+    stacked = torch.empty(sum(p.shape[0] for p in parts), parts[0].shape[1], device=device)
+    start = 0
+    for part in parts:
+        stacked[start : start + part.shape[0]] = part.to(device)
+        start += part.shape[0]
+    return stacked
 
 
-def _round_group(
-    layer: QuantizedLayer,
-    originals: Mapping[str, Tensor],
-    scale: Tensor,
-    gram: Tensor,
-    group_size: int,
-    effort: Effort | None,
-) -> float:
-    """Round a group's linears into `layer`, to nearest without `effort`.
+def _rows(layer: QuantizedLayer, originals: Mapping[str, Tensor]) -> Tensor:
+    """What the stacked rows of a group's linears are multiplied by, as decided so far: [N, 1]."""
+    ones = torch.ones(1, 1)
+    return torch.cat([layer.rows.get(n, ones.to(w.device)).expand(w.shape[0], 1) for n, w in originals.items()])
 
-    Returns their summed `output_error` on the unscaled input.
-    """
-    scaled = gram if effort is None else scaled_gram(gram, scale)
-    total = 0.0
+
+def _keep(
+    layer: QuantizedLayer, originals: Mapping[str, Tensor], columns: Tensor, rows: Tensor, result: Rounded
+) -> None:
+    """Put a group's linears into the layer."""
+    start = 0
     for name, weight in originals.items():
-        rows = layer.rows.setdefault(name, torch.ones(1, 1, device=weight.device))
-        layer.columns[name] = scale
-        wanted = weight * scale
-        wanted *= rows
-        if effort is None:
-            grid = minmax_grid(wanted, group_size)
-            q = quantize(wanted, grid)
-        else:
-            grid = search_range(wanted, scaled, group_size, effort)
-            q = compensated(wanted, grid, scaled)
-        del wanted
-        for kind, tensor in pack_weight(q, grid)._asdict().items():
+        own = slice(start, start + weight.shape[0])
+        start = own.stop
+        layer.columns[name], layer.rows[name] = columns, rows[own]
+        for kind, tensor in pack_weight(*result.rows(own))._asdict().items():
             layer.tensors[f"{name}.{kind}"] = tensor.cpu()
-        count = max(1, PART // weight.shape[1])
-        for start in range(0, weight.shape[0], count):
-            part = slice(start, start + count)
-            effective = dequantize(q[part], Grid(grid.scale[part], grid.zero[part])).div_(scale)
-            effective.div_(rows[part] if rows.shape[0] > 1 else rows)
-            with matmul_precision("medium"):  # as round-to-nearest's error is computed
-                total += output_error(effective.sub_(weight[part]), gram)
-    return total
 
 
 def _is_linear(family: Family, name: str) -> bool:
@@ -183,6 +178,14 @@ def _realiser(
     if group.fold == "heads":
         return lambda scale: repeat_heads(tie_heads(scale, heads.kv_heads, heads.head_dim), heads.heads, heads.head_dim)
     return lambda scale: scale
+
+
+def _shared(group: ScaleGroup, heads: Heads, device: torch.device) -> Tensor | None:
+    """Which columns of a group must get the same scale: see `search_scale`."""
+    if group.fold != "heads":
+        return None
+    channels = torch.arange(heads.kv_heads * heads.head_dim, device=device)
+    return repeat_heads(channels, heads.heads, heads.head_dim)
 
 
 def _take_up(

@@ -6,7 +6,7 @@ import torch
 
 from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.pack import PACK
-from gemma_awq_cli.awq.search import BALANCED, FAST, Effort
+from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, Effort
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import FLOAT16_REASON
@@ -21,7 +21,7 @@ ESTIMATED_FLOPS = 2.5e11
 LIBRARY_BYTES = 700_000_000
 
 
-EFFORTS = {"fast": FAST, "balanced": BALANCED, "best": BALANCED}  # `best` has more rows instead: see the README
+EFFORTS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
 BEST_OWN_ROWS = 96  # rows of the model's own that `best` adds to the text's
 ROWS = {"fast": 128, "balanced": 128, "best": 512}  # by default, at most as many as the text gives
 

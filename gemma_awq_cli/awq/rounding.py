@@ -4,7 +4,13 @@ Source: Frantar et al., "GPTQ" (2210.17323), with static groups, so that the ord
 diagonal of H first) while the stored layout stays the plain one. Computed in the form that Chee et al., "QuIP"
 (2307.13304) proved equal: with `H = R R^T`, R upper triangular, `tr(E H E^T) = ||E R||^2`, and column j of `E R` is
 `e_j R_jj` plus what the columns before it left. One factorization, no inverse.
+
+The compensation cancels what the columns before left, as far as the grid allows: what stays is `sum_j e_j^2 R_jj^2`,
+e_j the error of rounding alone. So `R_jj^2`, a column's residual, is what the searches weigh an error with: far better
+than `H_jj`, which also counts what will be made up for.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,47 +25,62 @@ COLUMNS = 64  # columns rounded between two products with all that came before
 ROWS = 4096  # rows of a weight rounded at a time: they are independent
 
 
-def compensated(weight: Tensor, grid: Grid, gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """weight [N, K] float32 -> integers 0..15 as float32 [N, K] on `grid`; gram: [B, k, k] of the same input."""
-    width = gram.shape[1]
-    group_size = weight.shape[1] // grid.scale.shape[1]
-    result = torch.empty_like(weight)
-    for index, block in enumerate(gram):
-        columns = slice(index * width, (index + 1) * width)
-        groups = slice(columns.start // group_size, columns.stop // group_size)
-        order = torch.argsort(block.diagonal(), descending=True, stable=True)
-        feedback = error_feedback(block, order, damping)
-        for start in range(0, weight.shape[0], ROWS):
-            rows = slice(start, start + ROWS)
-            own = Grid(grid.scale[rows, groups], grid.zero[rows, groups])
-            result[rows, columns] = _round_columns(weight[rows, columns], own, order, feedback)
-    return result
+class Compensation(NamedTuple):
+    """The damped H of one block of k columns, factored.
 
-
-def error_feedback(gram: Tensor, order: Tensor, damping: float) -> Tensor:
-    """What an error of column i asks of column j > i: `R_ij / R_jj` of the damped H in `order`. [k, k] upper.
-
-    The damping grows until the factor exists.
+    order: [k], the columns in the order in which they are rounded; feedback: [k, k] upper triangular in that order,
+    `R_ij / R_jj`, what an error of column i asks of column j > i; residual: [k] float32, `R_jj^2` in the columns' own
+    order, what is left of an error in column j when the columns after it have made up for it.
     """
+
+    order: Tensor
+    feedback: Tensor
+    residual: Tensor
+
+
+def factored(gram: Tensor, damping: float = DAMPING) -> Compensation:
+    """Factor one block [k, k] of a Gram matrix. The damping grows until the factor exists."""
     device = gram.device
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     # The other way round, the lower factor that libraries give is the upper one that is wanted.
     reverse = order.flip(0)
     if widest_float(device) != torch.float64:
         gram, reverse = gram.cpu(), reverse.cpu()  # a factorization in float32 would need more damping
     while True:
         damped = gram[reverse][:, reverse].to(torch.float64)
-        diagonal = damped.diagonal()
-        diagonal.add_(damping * diagonal.mean().clamp(min=torch.finfo(torch.float32).tiny))
+        damped.diagonal().add_(added(gram, damping))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            del damped, diagonal
-            lower /= lower.diagonal().clone()
-            return lower.to(torch.float32).flip(0, 1).to(device)
+            break
         damping *= 10
+    del damped
+    diagonal = lower.diagonal().clone()
+    lower /= diagonal
+    residual = torch.empty_like(diagonal)
+    residual[reverse] = diagonal.square_()
+    feedback = lower.to(torch.float32).flip(0, 1)
+    return Compensation(order, feedback.to(device), residual.to(device, torch.float32))
 
 
-def _round_columns(weight: Tensor, grid: Grid, order: Tensor, feedback: Tensor) -> Tensor:
-    """One block of columns [n, k], walked in `order`."""
+def added(gram: Tensor, damping: float) -> float:
+    """What damping adds to the diagonal of one block [k, k]."""
+    return damping * max(float(gram.diagonal().mean(dtype=torch.float32)), torch.finfo(torch.float32).tiny)
+
+
+def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """Each column's residual: gram [B, k, k] -> [B k] float32."""
+    return torch.cat([factored(block, damping).residual for block in gram])
+
+
+def compensated(weight: Tensor, grid: Grid, factor: Compensation) -> Tensor:
+    """weight [N, k] float32, a block's columns -> integers 0..15 as float32 [N, k] on `grid` ([N, k / g])."""
+    parts = zip(weight.split(ROWS), grid.scale.split(ROWS), grid.zero.split(ROWS), strict=True)
+    return torch.cat([_round_columns(part, Grid(scale, zero), factor) for part, scale, zero in parts])
+
+
+def _round_columns(weight: Tensor, grid: Grid, factor: Compensation) -> Tensor:
+    """Some rows of one block of columns [n, k], walked in the factor's order."""
+    order, feedback = factor.order, factor.feedback
     group_size = weight.shape[1] // grid.scale.shape[1]
     # Columns become contiguous rows: the loop below walks them one at a time.
     work = weight[:, order].t().contiguous()  # [k, n]: what a column should be, then what was lost

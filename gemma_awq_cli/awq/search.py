@@ -1,7 +1,8 @@
-"""AWQ's searches on the Gram matrix: one scale a channel for the linears that share an input, and each group's range.
+"""AWQ's searches: one scale a channel for the linears that share an input, and each group's range.
 
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization" (2306.00978). AutoAWQ runs the block once for each of
-20 candidates; here a candidate costs one product with the Gram matrix.
+20 candidates. Here a candidate costs no product at all: rounding is compensated afterwards, and what then stays of a
+column's error is its own square times the column's residual (see rounding.py).
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -10,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.gram import output_error
 from gemma_awq_cli.awq.grid import Grid, grid_of_range, minmax_grid, nearest
+from gemma_awq_cli.awq.scale_descent import descend
 
 RATIOS = 20  # exponents are multiples of 1 / RATIOS
 PART = 2**22  # elements of a weight that are tried at a time: they stay in the processor's cache
@@ -23,25 +24,33 @@ class Effort(NamedTuple):
     """How hard is searched.
 
     stride: every so many of the exponents are tried first, then the neighbours of the best if `refine`; rows: outputs
-    of a linear that the scale search looks at, evenly spread; shrinks: the shares of a group's range that are tried.
+    of a linear that the scale search looks at, evenly spread; shrinks: the shares of a group's range that are tried;
+    descent: steps of gradient descent on the best scale; refinements: turns of fitting scales and integers to each
+    other after the rounding.
     """
 
     stride: int
     refine: bool
     rows: int
     shrinks: tuple[float, ...]
+    descent: int
+    refinements: int
 
 
-FAST = Effort(4, False, 128, (1.0, 0.92, 0.84, 0.76))
-BALANCED = Effort(2, True, 512, tuple(1 - 0.04 * step for step in range(11)))
+FAST = Effort(4, False, 128, (1.0, 0.92, 0.84, 0.76), descent=0, refinements=0)
+BALANCED = Effort(2, True, 512, tuple(1 - 0.04 * step for step in range(11)), descent=0, refinements=1)
+BEST = BALANCED._replace(rows=1024, descent=100, refinements=4)
 
 
 class ScaleChoice(NamedTuple):
-    """scale: [K] float32 that the linears get; exponents: a and b it came from; error: `tr(E H E^T)`, estimated."""
+    """scale: [K] float32 that the linears get; exponents: a and b it came from, before any descent; error: estimated
+    `tr(E H E^T)` of rounding with compensation; descended: whether descent found it.
+    """
 
     scale: Tensor
     exponents: tuple[float, float]
     error: float
+    descended: bool = False
 
 
 def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
@@ -59,34 +68,40 @@ def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
 def candidate(mean_abs: Tensor, magnitude: Tensor, exponents: tuple[float, float]) -> Tensor:
     """The scale `mean|x|^a / magnitude^b`, normalized to a geometric middle of 1: [K]."""
     a, b = exponents
-    scale = mean_abs.clamp(min=1e-8).pow(a) / magnitude.clamp(min=1e-4).pow(b)
-    scale = scale / (scale.max() * scale.min()).sqrt()
-    return scale.clamp(1 / SCALE_LIMIT, SCALE_LIMIT)
+    return normalized(mean_abs.clamp(min=1e-8).pow(a) / magnitude.clamp(min=1e-4).pow(b))
+
+
+def normalized(scale: Tensor) -> Tensor:
+    """The scale [K] with its largest and smallest value equally far from 1, within `SCALE_LIMIT`."""
+    return (scale / (scale.max() * scale.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT)
 
 
 def search_scale(
     weights: Sequence[Tensor],
     mean_abs: Tensor,
-    gram: Tensor,
+    residual: Tensor,
     group_size: int,
     realise: Callable[[Tensor], Tensor],
+    shared: Tensor | None = None,
     effort: Effort = BALANCED,
 ) -> ScaleChoice:
-    """The scale under which rounding to nearest costs least.
+    """The scale under which compensated rounding is expected to cost least.
 
-    weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; gram: [B, k, k]. `realise` turns a
-    wanted scale into the one that can be folded exactly; candidates are judged by that one.
+    weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; residual: [K], see `Compensation`.
+    `realise` turns a wanted scale into the one that can be folded exactly; candidates are judged by that one.
+    shared: [K] integers, equal where columns must get the same scale; None if each has its own.
     """
     samples = [weight[:: -(-weight.shape[0] // effort.rows)] for weight in weights]
     shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
     magnitude = weight_magnitude(weights, group_size)
 
     def error_of(scale: Tensor) -> float:
+        cost = residual / scale.square()
         total = 0.0
         for weight, share in zip(samples, shares, strict=True):
             scaled = weight * scale
-            error = (nearest(scaled, minmax_grid(scaled, group_size)) - scaled) / scale
-            total += share * output_error(error, gram)
+            error = nearest(scaled, minmax_grid(scaled, group_size)).sub_(scaled).square_()
+            total += share * float(error.sum(0) @ cost)
         return total
 
     one = torch.ones_like(mean_abs)
@@ -103,42 +118,38 @@ def search_scale(
         return best
 
     best = try_steps(range(effort.stride, RATIOS, effort.stride), best)
-    if not effort.refine:
-        return best
-    middle = round(best.exponents[0] * RATIOS)
-    return try_steps((step for step in (middle - 1, middle + 1) if 0 < step < RATIOS), best)
+    if effort.refine:
+        middle = round(best.exponents[0] * RATIOS)
+        best = try_steps((step for step in (middle - 1, middle + 1) if 0 < step < RATIOS), best)
+    if effort.descent:
+        wanted = descend(samples, shares, residual, best.scale, shared, group_size, effort.descent)
+        scale = realise(normalized(wanted))
+        error = error_of(scale)
+        if error < best.error:
+            best = ScaleChoice(scale, best.exponents, error, descended=True)
+    return best
 
 
-def group_gram(gram: Tensor, group_size: int) -> Tensor:
-    """The g x g blocks on the diagonal: [B, k, k] -> [G, g, g]."""
-    blocks, width, _ = gram.shape
-    per_block = width // group_size
-    index = torch.arange(per_block, device=gram.device)
-    grid = gram.view(blocks, per_block, group_size, per_block, group_size)
-    return grid[:, index, :, index].transpose(0, 1).reshape(blocks * per_block, group_size, group_size)
+def search_range(weight: Tensor, residual: Tensor, group_size: int, effort: Effort = BALANCED) -> Grid:
+    """Each group's range, shrunk where clipping the largest weights is expected to lower the output error.
 
-
-def search_range(weight: Tensor, gram: Tensor, group_size: int, effort: Effort = BALANCED) -> Grid:
-    """Each group's range, shrunk where clipping the largest weights lowers the group's own output error.
-
-    weight: [N, K] float32; gram: [B, k, k] of the same (scaled) input.
+    weight: [N, K] float32; residual: [K] of the same (scaled) input.
     """
-    diagonal = group_gram(gram, group_size)
     rows = max(1, PART // weight.shape[1])
-    parts = [_search_range_of_rows(part, diagonal, group_size, effort.shrinks) for part in weight.split(rows)]
+    parts = [_search_range_of_rows(part, residual, group_size, effort.shrinks) for part in weight.split(rows)]
     return Grid(torch.cat([p.scale for p in parts]), torch.cat([p.zero for p in parts]))
 
 
-def _search_range_of_rows(weight: Tensor, diagonal: Tensor, group_size: int, shrinks: Sequence[float]) -> Grid:
+def _search_range_of_rows(weight: Tensor, residual: Tensor, group_size: int, shrinks: Sequence[float]) -> Grid:
     groups = weight.unflatten(1, (-1, group_size))  # [N, G, g]
+    cost = residual.view(-1, group_size)
     low, high = groups.amin(-1), groups.amax(-1)
     best_error = torch.full_like(low, torch.inf)
     best = grid_of_range(low, high)
     for shrink in shrinks:
         grid = grid_of_range(low * shrink, high * shrink)
-        error = (nearest(weight, grid) - weight).unflatten(1, (-1, group_size))
-        by_group = error.transpose(0, 1)  # [G, N, g]
-        loss = torch.linalg.vecdot(by_group @ diagonal, by_group).t()  # [N, G]
+        error = nearest(weight, grid).sub_(weight).square_().unflatten(1, (-1, group_size))
+        loss = torch.linalg.vecdot(error, cost)  # [N, G]
         better = loss < best_error
         best_error = torch.where(better, loss, best_error)
         best = Grid(torch.where(better, grid.scale, best.scale), torch.where(better, grid.zero, best.zero))

@@ -4,10 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq import scale_descent
 from gemma_awq_cli.awq.gram import TILE, InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.rounding import DAMPING, compensated
-from gemma_awq_cli.awq.search import group_gram, search_range, search_scale
+from gemma_awq_cli.awq.refining import fitted_scales, refined
+from gemma_awq_cli.awq.rounding import DAMPING, added, compensated, factored, residuals
+from gemma_awq_cli.awq.search import BALANCED, search_range, search_scale
 
 K, N, GROUP = 128, 64, 32
 
@@ -51,8 +53,6 @@ def test_blocks_hold_the_diagonal_of_the_whole_gram() -> None:
     whole, blocks = statistics_of(x).gram, statistics_of(x, block=64).gram
     assert blocks.shape == (2, 64, 64)
     assert torch.allclose(blocks[1], whole[0, 64:, 64:], rtol=1e-5)
-    assert torch.equal(group_gram(blocks, GROUP), group_gram(blocks, GROUP).transpose(1, 2))
-    assert torch.allclose(group_gram(whole, GROUP)[3], whole[0, 96:, 96:])
 
 
 def test_block_width_divides_into_whole_groups() -> None:
@@ -68,27 +68,94 @@ def test_scaled_gram_is_the_gram_of_the_scaled_input() -> None:
     )
 
 
-def test_scale_search_beats_round_to_nearest_on_outliers() -> None:
-    x = outlier_rows()
+def rounded(weight: Tensor, gram: Tensor, scale: Tensor, clip: bool = True) -> float:
+    """The output error of scaling, choosing ranges and rounding with compensation."""
+    own = scaled_gram(gram, scale)[0]
+    factor, wanted = factored(own), weight * scale
+    grid = search_range(wanted, factor.residual, GROUP) if clip else minmax_grid(wanted, GROUP)
+    return output_error(dequantize(compensated(wanted, grid, factor), grid) / scale - weight, gram)
+
+
+def test_a_residual_is_what_the_later_columns_cannot_make_up_for() -> None:
+    """Against its definition: the Schur complement of a column given all that are rounded after it."""
+    gram = statistics_of(outlier_rows()).gram
+    factor = factored(gram[0])
+    damped = gram[0].double() + added(gram[0], DAMPING) * torch.eye(K, dtype=torch.float64)
+    for place in (0, 5, 60, K - 1):
+        column, later = factor.order[place], factor.order[place + 1 :]
+        made_up = damped[column, later] @ torch.linalg.solve(damped[later][:, later], damped[later, column])
+        assert float(factor.residual[column]) == pytest.approx(float(damped[column, column] - made_up), rel=1e-4)
+    assert torch.equal(residuals(gram), factor.residual)
+
+
+def test_residuals_tell_the_error_of_compensated_rounding() -> None:
+    """What the searches count, against what the rounding then does."""
+    x = torch.randn(4000, K, generator=torch.Generator().manual_seed(4)) @ (torch.eye(K) + 0.1 * torch.randn(K, K))
+    gram, weight = statistics_of(x).gram, torch.randn(256, K)
+    gram[0].diagonal().add_(added(gram[0], DAMPING))  # so that a further damping is next to nothing
+    factor, grid = factored(gram[0], 1e-6), minmax_grid(weight, GROUP)
+    q = compensated(weight, grid, factor)
+    expected = float(((nearest(weight, grid) - weight).square() @ factor.residual).sum())
+    assert output_error(dequantize(q, grid) - weight, gram) == pytest.approx(expected, rel=0.1)
+
+
+def test_scale_search_earns_its_place_next_to_compensation() -> None:
+    statistics = statistics_of(outlier_rows())
     weights = [torch.randn(N, K), torch.randn(2 * N, K)]
-    statistics = statistics_of(x)
-    choice = search_scale(weights, statistics.mean_abs, statistics.gram, GROUP, lambda scale: scale)
-
-    def error_of(scale: Tensor) -> float:
-        return sum(
-            float((x @ ((nearest(w * scale, minmax_grid(w * scale, GROUP)) - w * scale) / scale).t()).square().sum())
-            for w in weights
-        )
-
-    assert error_of(choice.scale) < 0.7 * error_of(torch.ones(K))
+    choice = search_scale(weights, statistics.mean_abs, residuals(statistics.gram), GROUP, lambda scale: scale)
+    plain, found = (sum(rounded(w, statistics.gram, scale) for w in weights) for scale in (torch.ones(K), choice.scale))
+    assert found < 0.8 * plain
 
 
-def test_range_search_never_loses_to_minmax() -> None:
-    x, weight = outlier_rows(), torch.randn(N, K)
-    gram = statistics_of(x, block=GROUP).gram  # what the range search sees of the inputs
-    found = output_error(nearest(weight, search_range(weight, gram, GROUP)) - weight, gram)
-    plain = output_error(nearest(weight, minmax_grid(weight, GROUP)) - weight, gram)
-    assert found < plain
+def test_descent_lowers_the_error_further_and_keeps_shared_scales_equal() -> None:
+    """Inputs and weights of all magnitudes, which no two exponents describe, in groups as wide as real ones."""
+    torch.manual_seed(0)
+    width, group = 256, 128
+    statistics = InputStatistics(width, width, torch.device("cpu"))
+    statistics.add(torch.randn(2000, width) * torch.randn(width).exp())
+    statistics.finish()
+    magnitudes = (0.5 * torch.randn(width)).exp()
+    weights = [torch.randn(N, width) * magnitudes, torch.randn(2 * N, width) * magnitudes]
+    left = residuals(statistics.gram)
+    coarse = search_scale(weights, statistics.mean_abs, left, group, lambda scale: scale)
+    effort = BALANCED._replace(descent=60)
+    fine = search_scale(weights, statistics.mean_abs, left, group, lambda scale: scale, effort=effort)
+    assert fine.descended
+    assert fine.exponents == coarse.exponents
+    assert fine.error < 0.98 * coarse.error
+    shared = torch.arange(width // 2).repeat(2)
+    tied = search_scale(
+        weights, statistics.mean_abs, left, group, lambda s: s.view(2, -1).mean(0).repeat(2), shared, effort
+    )
+    assert tied.descended
+    assert torch.equal(tied.scale[: width // 2], tied.scale[width // 2 :])
+
+
+def test_descent_follows_the_derivative() -> None:
+    """The slope that is written out, against finite differences of the cost in its docstring."""
+    weights, shares = [torch.randn(16, K), torch.randn(8, K)], [1.0, 2.5]
+    residual, logs = torch.rand(K) + 0.1, 0.3 * torch.randn(K)
+
+    def cost(logs: Tensor) -> float:
+        total = torch.zeros(K // GROUP, dtype=torch.float64)
+        for weight, share in zip(weights, shares, strict=True):
+            groups = (weight.double() * logs.double().exp()).unflatten(1, (-1, GROUP))
+            total += share * (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)).square().sum(0)
+        left = (residual.double() / (2 * logs.double()).exp()).view(-1, GROUP).sum(1)
+        return float((total * left).sum().log())
+
+    slope = scale_descent._slope(weights, shares, residual, logs.exp(), GROUP)
+    for column in (0, 31, 32, 77, K - 1):
+        step = torch.zeros(K)
+        step[column] = 1e-3
+        assert float(slope[column]) == pytest.approx((cost(logs + step) - cost(logs - step)) / 2e-3, rel=2e-2, abs=1e-5)
+
+
+def test_range_search_earns_its_place_next_to_compensation() -> None:
+    gram, weight = statistics_of(outlier_rows()).gram, torch.randn(N, K)
+    weight[:, ::9] *= 3  # weights that stretch their groups
+    scale = torch.ones(K)
+    assert rounded(weight, gram, scale) < 0.97 * rounded(weight, gram, scale, clip=False)
 
 
 @pytest.mark.parametrize("block", [K, 64])
@@ -96,7 +163,16 @@ def test_compensation_beats_nearest_on_the_same_grid(block: int) -> None:
     gram = statistics_of(outlier_rows(), block).gram
     weight = torch.randn(N, K)
     grid = minmax_grid(weight, GROUP)
-    q = compensated(weight, grid, gram, damping=0.01)  # the paper's; these outliers are not scaled away first
+    # the paper's damping; these outliers are not scaled away first
+    parts = [
+        compensated(
+            weight[:, start : start + block],
+            Grid(*(t[:, start // GROUP : (start + block) // GROUP] for t in grid)),
+            factored(own, 0.01),
+        )
+        for start, own in zip(range(0, K, block), gram, strict=True)
+    ]
+    q = torch.cat(parts, 1)
     assert q.min() >= 0
     assert q.max() <= 15
     assert output_error(dequantize(q, grid) - weight, gram) < 0.6 * output_error(nearest(weight, grid) - weight, gram)
@@ -119,11 +195,61 @@ def test_compensation_is_the_textbook_recursion() -> None:
         error = (work[:, i] - ((rounded - column.zero) * column.scale)[:, 0]) / factor[i, i]
         work[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
     # float32 and float64 may part at ties; they hardly ever do
-    assert (compensated(weight, grid, gram) == expected).float().mean() > 0.98
+    assert (compensated(weight, grid, factored(gram[0])) == expected).float().mean() > 0.98
 
 
 def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
-    gram = torch.ones(1, K, K)
     weight = torch.randn(4, K)
-    assert torch.isfinite(compensated(weight, minmax_grid(weight, GROUP), gram)).all()
-    assert torch.isfinite(compensated(weight, minmax_grid(weight, GROUP), torch.zeros(1, K, K))).all()
+    for gram in (torch.ones(K, K), torch.zeros(K, K)):
+        q = compensated(weight, minmax_grid(weight, GROUP), factored(gram))
+        assert torch.isfinite(q).all()
+        again, grid = refined(q, minmax_grid(weight, GROUP), weight, gram, torch.arange(K), 1)
+        assert torch.isfinite(again).all()
+        assert torch.isfinite(grid.scale).all()
+
+
+def test_refining_lowers_the_error_turn_by_turn() -> None:
+    gram = statistics_of(outlier_rows()).gram
+    gram[0].diagonal().add_(added(gram[0], DAMPING))
+    weight = torch.randn(N, K)
+    grid, factor = minmax_grid(weight, GROUP), factored(gram[0])
+    q = compensated(weight, grid, factor)
+    errors = [output_error(dequantize(q, grid) - weight, gram)]
+    for rounds in (1, 2, 4):
+        new_q, new_grid = refined(q, grid, weight, gram[0], factor.order, rounds)
+        assert new_q.min() >= 0
+        assert new_q.max() <= 15
+        assert torch.equal(new_q, new_q.round())
+        errors.append(output_error(dequantize(new_q, new_grid) - weight, gram))
+    assert errors[1] < 0.95 * errors[0]
+    assert errors[3] <= errors[2] <= errors[1]
+
+
+def test_no_single_integer_can_be_moved_to_lower_a_refined_error() -> None:
+    gram = statistics_of(outlier_rows()).gram
+    weight, order = torch.randn(3, K), torch.arange(K)
+    grid = minmax_grid(weight, GROUP)
+    q, grid = refined(compensated(weight, grid, factored(gram[0])), grid, weight, gram[0], order, 30)
+    least = output_error(dequantize(q, grid) - weight, gram)
+    for row in range(3):
+        for column in range(K):
+            for move in (-1, 1):
+                other = q.clone()
+                other[row, column] = (other[row, column] + move).clamp(0, 15)
+                assert output_error(dequantize(other, grid) - weight, gram) >= least * (1 - 1e-5)
+
+
+def test_fitted_scales_are_the_least_squares_solution() -> None:
+    gram = statistics_of(outlier_rows()).gram
+    weight = torch.randn(5, K)
+    grid = minmax_grid(weight, GROUP)
+    q = compensated(weight, grid, factored(gram[0]))
+    fitted = fitted_scales(q, grid, weight, gram[0])
+    root = torch.linalg.cholesky(gram[0].double() + 1e-9 * torch.eye(K, dtype=torch.float64))
+    for row in range(5):
+        columns = torch.zeros(K, K // GROUP, dtype=torch.float64)
+        for group in range(K // GROUP):
+            part = slice(group * GROUP, (group + 1) * GROUP)
+            columns[part, group] = (q[row, part] - grid.zero[row, group]).double()
+        solution = torch.linalg.lstsq(root.t() @ columns, root.t() @ weight[row].double()).solution
+        assert torch.allclose(fitted[row].double(), solution, rtol=5e-3)  # stored with 8 bits

@@ -1,0 +1,83 @@
+"""Lowering what compensated rounding left: scales fitted to the integers, then integers to the scales, in turns.
+
+Both lower `tr(E H E^T)` itself and so never lose. The scales of a row have a closed form (least squares); the integers
+are moved one column at a time to the best value while all others stand still, as in Behdin et al., "QuantEase"
+(2309.01885).
+"""
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.awq.grid import QMAX, Grid, dequantize, storable_scale
+from gemma_awq_cli.awq.rounding import COLUMNS
+
+SWEEPS = 2  # over all columns, after each fit of the scales
+ROWS = 2048  # rows of a weight refined at a time: they are independent
+FARTHEST = 2.0  # a fitted scale may be this many times larger or smaller than before
+
+
+def refined(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, rounds: int) -> tuple[Tensor, Grid]:
+    """Improve integers and scales of one block of columns by `rounds` turns.
+
+    q: [N, k] float32 integers 0..15 on `grid` ([N, k / g]); weight: [N, k] float32, what they stand for; gram: [k, k]
+    of the block's input, damped; order: [k], in which the columns are moved. Returns the new integers and grid.
+    """
+    parts = zip(q.split(ROWS), grid.scale.split(ROWS), grid.zero.split(ROWS), weight.split(ROWS), strict=True)
+    ordered = gram[order][:, order]
+    done_q, done_scale = [], []
+    for part, scale, zero, wanted in parts:
+        for _ in range(rounds):
+            scale = fitted_scales(part, Grid(scale, zero), wanted, gram)
+            part = _moved(part, Grid(scale, zero), wanted, ordered, order)
+        done_q.append(part)
+        done_scale.append(scale)
+    return torch.cat(done_q), Grid(torch.cat(done_scale), grid.zero)
+
+
+def fitted_scales(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor) -> Tensor:
+    """The scales [n, G] under which the integers [n, k] cost least; a row that would not gain keeps its own."""
+    rows, groups = grid.scale.shape
+    steps = (q.unflatten(1, (groups, -1)) - grid.zero[:, :, None]).contiguous()  # [n, G, g]
+    normal = torch.empty(rows, groups, groups, device=q.device)
+    for group, part in enumerate(gram.split(steps.shape[2])):
+        normal[:, group] = ((steps[:, group] @ part).view_as(steps) * steps).sum(-1)
+    # by how much a scale should change, from the error that is left: its own size would drown it
+    error = dequantize(q, grid).sub_(weight)
+    moment = ((error @ gram).view_as(steps) * steps).sum(-1)
+    ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(torch.float32).tiny  # a group may be all 0
+    regular = normal + ridge[:, None, None] * torch.eye(groups, device=q.device)
+    fitted = grid.scale - torch.linalg.solve_ex(regular, moment)[0]
+    near = (fitted > grid.scale / FARTHEST) & (fitted < grid.scale * FARTHEST)  # false for NaN
+    fitted = storable_scale(torch.where(near, fitted, grid.scale))
+    change = fitted - grid.scale
+    gain = torch.linalg.vecdot((normal @ change[:, :, None])[:, :, 0] + 2 * moment, change)
+    return torch.where((gain < 0)[:, None], fitted, grid.scale)
+
+
+def _moved(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor) -> Tensor:
+    """Coordinate descent on the integers [n, k]; gram: in `order`."""
+    group_size = q.shape[1] // grid.scale.shape[1]
+    group_of = (order // group_size).tolist()
+    scale = grid.scale.t().contiguous()  # [G, n]
+    integers = q[:, order].t().contiguous()  # [k, n]
+    error = dequantize(q, grid).sub_(weight)[:, order].t()
+    slope = gram @ error  # [k, n]: half the cost's derivative by each weight
+    curvature = gram.diagonal().tolist()
+    for _ in range(SWEEPS):
+        for start in range(0, integers.shape[0], COLUMNS):
+            own = slice(start, start + COLUMNS)
+            part = slope[own].clone()
+            moves = torch.zeros_like(part)
+            for i in range(part.shape[0]):
+                column, step = start + i, scale[group_of[start + i]]
+                if curvature[column] <= 0:
+                    continue
+                before = integers[column].clone()
+                wanted = torch.div(part[i], step).div_(-curvature[column]).add_(before)
+                integers[column] = wanted.round_().clamp_(0, QMAX)
+                moves[i] = (integers[column] - before).mul_(step)
+                part[i + 1 :].addr_(gram[start + i + 1 : start + part.shape[0], column], moves[i])
+            slope.addmm_(gram[:, own], moves)
+    result = torch.empty_like(q)
+    result[:, order] = integers.t()
+    return result
