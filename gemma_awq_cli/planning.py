@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 
 from gemma_awq_cli.awq.gram import block_width
+from gemma_awq_cli.awq.group_rounding import PART
 from gemma_awq_cli.awq.pack import PACK
-from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, Effort
+from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, RATIOS, Effort
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import FLOAT16_REASON
@@ -15,8 +16,9 @@ from gemma_awq_cli.models.stack import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.models.writing import PlannedTensor
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# What this work reaches on two CPU cores with AVX-512; for the estimate only.
+# What this work reaches on two CPU cores with AVX-512, in products and in single operations; for the estimate only.
 ESTIMATED_FLOPS = 2.5e11
+ESTIMATED_ELEMENTS = 1.5e9
 # torch, transformers and the tokenizer of 262144 entries, before any weight
 LIBRARY_BYTES = 700_000_000
 
@@ -144,7 +146,7 @@ def make_plan(
         memory_bytes=memory,
         smaller=max((other for _, other in choices if other < 0.9 * memory), default=None),
         state_bytes=2 * (rows.ids.numel() + 2 * rows.heldout.numel()) * int(stack.config.hidden_size) * 4,
-        seconds=_seconds(checkpoint, stack, group_size, rows, fit),
+        seconds=_seconds(checkpoint, stack, group_size, rows, fit, EFFORTS[quality]),
         effort=EFFORTS[quality],
     )
 
@@ -173,22 +175,27 @@ def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Row
     activations = tokens * 4 * (8 * int(config.hidden_size) + 5 * max(k for k, _ in widths))
     scores = max(1, tokens // length) * int(config.num_attention_heads) * length * length * 4
     observing = 6 * layer + sum(grams) + activations + scores
-    # a group's weights in float32, one linear of it scaled and rounded, the scaled Gram, its factor in float64
+    # a group's weights in float32 and its integers; of one block the scaled Gram and its factor in float64; and what
+    # the rounding of some rows of it takes
     rounding = 0
-    for block, gram, (k, n) in zip(blocks, grams, widths, strict=True):
-        own = 4 * k * n + 12 * k * max(n // 2, min(n, 4096)) + gram + 20 * block * block
+    for block, (k, n) in zip(blocks, widths, strict=True):
+        own = 5 * k * n + 28 * block * block + 32 * min(n * block, PART)
         rounding = max(rounding, 3 * layer + sum(grams) + own)
     vocabulary = stack.shapes["model.embed_tokens.weight"]
     comparing = 2 * vocabulary.numel() + rows.heldout.numel() * 4 * (8 * LOGIT_CHUNK + 4 * vocabulary[1])
     return LIBRARY_BYTES + max(observing, rounding, comparing)
 
 
-def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit) -> float:
+def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit, effort: Effort) -> float:
     tokens = rows.ids.numel() + 2 * rows.heldout.numel()
-    flops = 0.0
-    for k, n in _widths(checkpoint, stack):
+    flops = elements = 0.0
+    tries = 10 * (2 * RATIOS / effort.stride + effort.descent)  # ten operations each
+    for group, (k, n) in zip(checkpoint.family.groups, _widths(checkpoint, stack), strict=True):
         block = block_width(k, group_size, fit.gram_limit)
         flops += 2 * tokens * k * n + 2 * rows.ids.numel() * k * block  # the forward, the Gram matrix
-        flops += 22 * 2 * min(n, 1024) * k * block + k * block * block + 6 * n * k * block  # search, factor, rounding
+        flops += k * block * block + 6 * n * k * block  # two factors, the rounding
+        flops += effort.refinements * 20 * n * k * block
+        elements += tries * min(n, effort.rows * len(group.linears)) * k + 10 * len(effort.shrinks) * n * k
     head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
-    return 5 + (checkpoint.layers * flops + head) / ESTIMATED_FLOPS
+    layers = checkpoint.layers
+    return 5 + (layers * flops + head) / ESTIMATED_FLOPS + layers * elements / ESTIMATED_ELEMENTS

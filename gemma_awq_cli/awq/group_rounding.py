@@ -16,7 +16,7 @@ from gemma_awq_cli.awq.refining import refined
 from gemma_awq_cli.awq.rounding import DAMPING, added, compensated, factored
 from gemma_awq_cli.awq.search import Effort, search_range
 
-PART = 2**24  # elements that are worked on at a time: rows are independent
+PART = 2**23  # elements that are worked on at a time: rows are independent
 
 
 class Rounded(NamedTuple):

@@ -12,26 +12,20 @@ from gemma_awq_cli.awq.grid import QMAX, Grid, dequantize, storable_scale
 from gemma_awq_cli.awq.rounding import COLUMNS
 
 SWEEPS = 2  # over all columns, after each fit of the scales
-ROWS = 2048  # rows of a weight refined at a time: they are independent
 FARTHEST = 2.0  # a fitted scale may be this many times larger or smaller than before
 
 
 def refined(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, rounds: int) -> tuple[Tensor, Grid]:
     """Improve integers and scales of one block of columns by `rounds` turns.
 
-    q: [N, k] float32 integers 0..15 on `grid` ([N, k / g]); weight: [N, k] float32, what they stand for; gram: [k, k]
+    q: [n, k] float32 integers 0..15 on `grid` ([n, k / g]); weight: [n, k] float32, what they stand for; gram: [k, k]
     of the block's input, damped; order: [k], in which the columns are moved. Returns the new integers and grid.
     """
-    parts = zip(q.split(ROWS), grid.scale.split(ROWS), grid.zero.split(ROWS), weight.split(ROWS), strict=True)
     ordered = gram[order][:, order]
-    done_q, done_scale = [], []
-    for part, scale, zero, wanted in parts:
-        for _ in range(rounds):
-            scale = fitted_scales(part, Grid(scale, zero), wanted, gram)
-            part = _moved(part, Grid(scale, zero), wanted, ordered, order)
-        done_q.append(part)
-        done_scale.append(scale)
-    return torch.cat(done_q), Grid(torch.cat(done_scale), grid.zero)
+    for _ in range(rounds):
+        grid = Grid(fitted_scales(q, grid, weight, gram), grid.zero)
+        q = _moved(q, grid, weight, ordered, order)
+    return q, grid
 
 
 def fitted_scales(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ from gemma_awq_cli.awq.precision import widest_float
 # worse: KL 0.113 against 0.107 on Gemma 3 270M with 32 rows.
 DAMPING = 0.05
 COLUMNS = 64  # columns rounded between two products with all that came before
-ROWS = 4096  # rows of a weight rounded at a time: they are independent
 
 
 class Compensation(NamedTuple):
@@ -73,13 +72,7 @@ def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def compensated(weight: Tensor, grid: Grid, factor: Compensation) -> Tensor:
-    """weight [N, k] float32, a block's columns -> integers 0..15 as float32 [N, k] on `grid` ([N, k / g])."""
-    parts = zip(weight.split(ROWS), grid.scale.split(ROWS), grid.zero.split(ROWS), strict=True)
-    return torch.cat([_round_columns(part, Grid(scale, zero), factor) for part, scale, zero in parts])
-
-
-def _round_columns(weight: Tensor, grid: Grid, factor: Compensation) -> Tensor:
-    """Some rows of one block of columns [n, k], walked in the factor's order."""
+    """Rows of one block's columns [n, k] float32 -> integers 0..15 as float32 [n, k] on `grid` ([n, k / g])."""
     order, feedback = factor.order, factor.feedback
     group_size = weight.shape[1] // grid.scale.shape[1]
     # Columns become contiguous rows: the loop below walks them one at a time.

@@ -5,7 +5,7 @@ Source: Lin et al., "AWQ: Activation-aware Weight Quantization" (2306.00978). Au
 column's error is its own square times the column's residual (see rounding.py).
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,23 +23,21 @@ SCALE_LIMIT = 1e3
 class Effort(NamedTuple):
     """How hard is searched.
 
-    stride: every so many of the exponents are tried first, then the neighbours of the best if `refine`; rows: outputs
-    of a linear that the scale search looks at, evenly spread; shrinks: the shares of a group's range that are tried;
-    descent: steps of gradient descent on the best scale; refinements: turns of fitting scales and integers to each
-    other after the rounding.
+    stride: every so many of the exponents are tried; descent: steps of gradient descent on the best scale; rows:
+    outputs of a linear that both look at, evenly spread; shrinks: the shares of a group's range that are tried;
+    refinements: turns of fitting scales and integers to each other after the rounding.
     """
 
     stride: int
-    refine: bool
+    descent: int
     rows: int
     shrinks: tuple[float, ...]
-    descent: int
     refinements: int
 
 
-FAST = Effort(4, False, 128, (1.0, 0.92, 0.84, 0.76), descent=0, refinements=0)
-BALANCED = Effort(2, True, 512, tuple(1 - 0.04 * step for step in range(11)), descent=0, refinements=1)
-BEST = BALANCED._replace(rows=1024, descent=100, refinements=4)
+FAST = Effort(stride=10, descent=30, rows=256, shrinks=(1.0, 0.92, 0.84, 0.76), refinements=0)
+BALANCED = Effort(stride=4, descent=30, rows=512, shrinks=tuple(1 - 0.04 * step for step in range(11)), refinements=1)
+BEST = BALANCED._replace(stride=2, descent=60, rows=1024, refinements=4)
 
 
 class ScaleChoice(NamedTuple):
@@ -107,20 +105,13 @@ def search_scale(
     one = torch.ones_like(mean_abs)
     best = ScaleChoice(one, (0.0, 0.0), error_of(one))
 
-    def try_steps(steps: Iterable[int], best: ScaleChoice) -> ScaleChoice:
-        for step in steps:
-            a = step / RATIOS
-            for exponents in ((a, 0.0), (a, 1.0 - a)):
-                scale = realise(candidate(mean_abs, magnitude, exponents))
-                error = error_of(scale)
-                if error < best.error:
-                    best = ScaleChoice(scale, exponents, error)
-        return best
-
-    best = try_steps(range(effort.stride, RATIOS, effort.stride), best)
-    if effort.refine:
-        middle = round(best.exponents[0] * RATIOS)
-        best = try_steps((step for step in (middle - 1, middle + 1) if 0 < step < RATIOS), best)
+    for step in range(effort.stride, RATIOS, effort.stride):
+        a = step / RATIOS
+        for exponents in ((a, 0.0), (a, 1.0 - a)):
+            scale = realise(candidate(mean_abs, magnitude, exponents))
+            error = error_of(scale)
+            if error < best.error:
+                best = ScaleChoice(scale, exponents, error)
     if effort.descent:
         wanted = descend(samples, shares, residual, best.scale, shared, group_size, effort.descent)
         scale = realise(normalized(wanted))
