@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.checkpoint import Checkpoint, read_json
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.files import read_json
 from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import OpenModel
 from gemma_awq_cli.models.prompting import Message, Prompter
@@ -112,20 +113,17 @@ def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
 
 
 def context_of(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.text_config.max_position_embeddings)
+    return int(checkpoint.facts.max_position_embeddings)
 
 
 def end_tokens(checkpoint: Checkpoint, prompter: Prompter) -> set[int]:
     """The model's end tokens: the generation config's, the tokenizer's, and the end of a chat turn."""
     declared = generation_config(checkpoint).get("eos_token_id")
     ends = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
-    tokenizer = prompter.tokenizer
-    if tokenizer.eos_token_id is not None:
-        ends.add(int(tokenizer.eos_token_id))
-    turn_end = tokenizer.convert_tokens_to_ids("<end_of_turn>")
-    if prompter.is_chat and turn_end is not None and turn_end != tokenizer.unk_token_id:
-        ends.add(int(turn_end))
-    return ends
+    own = [prompter.tokenizer.special_id("eos_token")]
+    if prompter.is_chat:
+        own.append(prompter.tokenizer.id_of("<end_of_turn>"))
+    return ends | {token for token in own if token is not None}
 
 
 def complete(

@@ -90,6 +90,6 @@ def generate(folder: Path, device: torch.device) -> str:
     opened = open_model(folder, device)
     ids = opened.prompter.prompt_ids(PROMPT)
     result = complete(opened, ids, 12, Sampling(), (), lambda _: None)
-    if not result.tokens or set(result.tokens) == {opened.prompter.tokenizer.pad_token_id}:
+    if not result.tokens or set(result.tokens) == {opened.prompter.tokenizer.special_id("pad_token")}:
         raise GemmaAwqError("The artifact generates nothing but padding.", "Quantize the model again.")
     return result.text

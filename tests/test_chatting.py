@@ -46,7 +46,7 @@ class Recording(OpenModel):
 def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     """A tiny instruct model that writes ASCII only: a random one's bytes are hardly ever valid UTF-8."""
     folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "gemma2", "gemma2", chat=True)
-    tokens = Prompter(folder).tokenizer.convert_ids_to_tokens(range(262))
+    tokens = [Prompter(folder).tokenizer.backend.id_to_token(index) for index in range(262)]
 
     def silence(tensors: dict[str, Tensor]) -> None:
         weight = tensors["model.embed_tokens.weight"]

@@ -21,7 +21,7 @@ CPU = torch.device("cpu")
 def opened(artifacts: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     """A tiny model that writes ASCII: a random one's bytes are hardly ever valid UTF-8."""
     folder = shutil.copytree(artifacts("gemma3_text"), tmp_path_factory.mktemp("ascii") / "artifact")
-    tokens = Prompter(folder).tokenizer.convert_ids_to_tokens(range(262))
+    tokens = [Prompter(folder).tokenizer.backend.id_to_token(index) for index in range(262)]
 
     def silence(tensors: dict[str, torch.Tensor]) -> None:
         for index, token in enumerate(tokens):

@@ -1,6 +1,7 @@
 """`gemma-awq run --input FILE --output FILE`: the screen of a batch."""
 
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -8,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed, require_free
-from gemma_awq_cli.commands.engines import find_model, start_engine
+from gemma_awq_cli.commands.engines import read_model, start_engine
 from gemma_awq_cli.generation import Completion, Settings, prompt_ids
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.options import EngineName
@@ -31,14 +32,16 @@ class Work:
     raw: bool
 
 
-def run(out: Output, name: str, revision: str | None, how: "How", work: Work, asked: Settings, as_json: bool) -> None:
+def run(
+    out: Output, folder: Path, loading: Future[Prompter], how: "How", work: Work, asked: Settings, as_json: bool
+) -> None:
     """Complete the prompts of a file; the answers' file is printed on stdout."""
     prompts = read_prompts(work.source)
     require_free(work.target, work.resume)
     sampling = asked.sampling
     if work.resume and sampling.seed is None:
         sampling = replace(sampling, seed=recorded_seed(work.target))
-    checkpoint, sampling = find_model(out, name, revision, sampling)
+    checkpoint, sampling = read_model(out, folder, sampling)
     settings = replace(asked, sampling=sampling)
     batch = Batch(prompts, work.system, work.raw, settings, _made_with(checkpoint, how, work, settings))
     finished = read_finished(work.target, batch)
@@ -53,7 +56,7 @@ def run(out: Output, name: str, revision: str | None, how: "How", work: Work, as
             rows = (prompt_ids(prompter, prompt, work.system, work.raw) for prompt in prompts)
             return max(map(len, rows)) + settings.max_new_tokens
 
-        engine = start_engine(out, checkpoint, how, work.batch_size, longest)
+        engine = start_engine(out, checkpoint, loading, how, work.batch_size, longest)
         # vLLM keeps `batch_size` rows running by itself if it has them all
         at_once = len(prompts) if how.engine is EngineName.vllm else work.batch_size
         started = time.perf_counter()
