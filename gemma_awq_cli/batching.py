@@ -4,6 +4,7 @@ A line is appended as soon as its row ends, so whatever ends the run keeps every
 what it was made with; that is what a resumed run compares itself with.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -127,7 +128,6 @@ def complete_batch(
     engine: Engine,
     batch: Batch,
     path: Path,
-    batch_size: int,
     finished: Mapping[int, dict[str, Any]],
     on_row: Callable[[int, Completion], None],
 ) -> bool:
@@ -140,31 +140,22 @@ def complete_batch(
         require_room(len(ids), engine.context, f"Prompt {index + 1}")
     left = [index for index in range(len(rows)) if index not in finished]
     order = list(finished)
-    whole = True
     with _writing(path), path.open("a", encoding="utf-8", newline="\n") as file:
-        for at in range(0, len(left), batch_size):
-            indices = left[at : at + batch_size]
 
-            def on_done(place: int, completion: Completion, indices: list[int] = indices) -> None:
-                index = indices[place]
-                with _writing(path):
-                    file.write(json.dumps(_row(index, batch, completion), ensure_ascii=False) + "\n")
-                    file.flush()
-                order.append(index)
-                on_row(index, completion)
+        def on_done(place: int, completion: Completion) -> None:
+            index = left[place]
+            with _writing(path):
+                file.write(json.dumps(_row(index, batch, completion), ensure_ascii=False) + "\n")
+                file.flush()
+            order.append(index)
+            on_row(index, completion)
 
-            chosen = [rows[index] for index in indices]
-            try:
-                done = engine.complete(chosen, batch.settings, lambda _, piece: None, on_done, indices)
-                whole = not any(completion.finish == "interrupted" for completion in done)
-            except KeyboardInterrupt:
-                whole = False
-            if not whole:
-                break
+        with contextlib.suppress(KeyboardInterrupt):
+            engine.complete([rows[index] for index in left], batch.settings, lambda _, piece: None, on_done, left)
     if order != sorted(order):
         with _writing(path):
             _sort(path)
-    return whole
+    return len(order) == len(rows)
 
 
 @contextmanager

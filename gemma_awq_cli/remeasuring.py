@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generation import complete
+from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.measuring_fidelity import measure
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model

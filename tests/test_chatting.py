@@ -13,7 +13,8 @@ from torch import Tensor
 from gemma_awq_cli.calibration import build_rows, find_recipe
 from gemma_awq_cli.chatting import Answer, Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import LocalEngine, Settings
+from gemma_awq_cli.generation import Settings
+from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
 from gemma_awq_cli.models.prompting import Prompter

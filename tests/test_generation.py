@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Sampling, complete, prompt_ids
+from gemma_awq_cli.generation import Completion, Sampling, prompt_ids
+from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.prompting import Prompter
 from tests.conftest import FAMILIES

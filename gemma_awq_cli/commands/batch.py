@@ -12,7 +12,6 @@ from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_pr
 from gemma_awq_cli.commands.engines import read_model, start_engine
 from gemma_awq_cli.generation import Completion, Settings, prompt_ids
 from gemma_awq_cli.models.prompting import Prompter
-from gemma_awq_cli.options import EngineName
 from gemma_awq_cli.output import Output
 
 if TYPE_CHECKING:
@@ -57,8 +56,6 @@ def run(
             return max(map(len, rows)) + settings.max_new_tokens
 
         engine = start_engine(out, checkpoint, loading, how, work.batch_size, longest)
-        # vLLM keeps `batch_size` rows running by itself if it has them all
-        at_once = len(prompts) if how.engine is EngineName.vllm else work.batch_size
         started = time.perf_counter()
         with out.progress("Completing", len(prompts)) as progress:
             progress.begin_at(len(finished), len(prompts))
@@ -68,7 +65,7 @@ def run(
                 progress.step()
 
             try:
-                whole = complete_batch(engine, batch, work.target, at_once, finished, on_row)
+                whole = complete_batch(engine, batch, work.target, finished, on_row)
             finally:
                 seconds = time.perf_counter() - started
                 there = len(finished) + len(completions)

@@ -5,7 +5,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_awq_cli.generation import Engine, LocalEngine, generation_config
+from gemma_awq_cli.generation import Engine, generation_config
+from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import OpenModel, open_model, other_devices, pick_device
@@ -47,7 +48,7 @@ def start_engine(
     if how.engine is not EngineName.vllm:
         opened = _open(out, checkpoint, loading, how)
         end_stage("reading and packing weights")
-        return LocalEngine(opened, keep=needed is None)
+        return LocalEngine(opened, rows, keep=needed is None)
     from gemma_awq_cli.vllm_engine import VllmEngine
 
     prompter = loading.result()

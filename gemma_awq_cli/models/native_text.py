@@ -132,6 +132,8 @@ def _arena_bytes(arch: Architecture, group_size: int | None, head: str, group: i
 class NativeSession:
     """A `Session` over `NativeText`: one call into C++ a token, or a chunk of a prompt."""
 
+    reusable = True
+
     def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
         self._text = text
         self._cache = make_cache(text.arch, rows, capacity, torch.device("cpu"), torch.bfloat16)
@@ -158,6 +160,10 @@ class NativeSession:
             parts.append(self._forward(pieces, ids, wanted))
         lengths[:] = ends
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
+
+    def clear(self, row: int) -> None:
+        """See `Session.clear`."""
+        self._cache.lengths[row] = 0
 
     def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[bool]) -> Tensor:
         """Logits after those pieces that are wanted, in their order."""
