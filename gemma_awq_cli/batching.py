@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
+
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
 from gemma_awq_cli.models.prompting import Message
@@ -116,10 +118,34 @@ def _require_same(path: Path, batch: Batch, index: Any, prompt: Any, made_with: 
         raise GemmaAwqError(f"{path} was written with other settings: {different}.", hint)
 
 
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes the output meanwhile; an error if somebody does. However this process ends, that ends too.
+
+    The lock's own file stays: whoever took it away might take it from under one who has just opened it.
+    """
+    lock = FileLock(f"{path}.lock", timeout=0)
+    with _writing(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise GemmaAwqError(
+                f"{path} is being written by another process.", "Wait for it, or give another --output."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def require_free(path: Path, resume: bool) -> None:
-    """An error if the output is there already and `resume` does not allow it, or if it cannot be written."""
+    """An error if the output is there already and `resume` does not allow it."""
     if not resume and path.exists() and path.stat().st_size:
         raise GemmaAwqError(f"{path} exists and is not empty.", "Add --resume to go on with it, or give another name.")
+
+
+def require_folder(path: Path) -> None:
+    """An error if there is no folder for the output to be in."""
     if not path.absolute().parent.is_dir():
         raise GemmaAwqError(f"{path.parent} is no folder.", "Make it first, or give another --output.")
 

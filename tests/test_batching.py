@@ -1,6 +1,8 @@
 """Many prompts: order, batches that change nothing, an interruption at any row, a resumed run, refusals."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -10,6 +12,7 @@ import pytest
 import torch
 
 from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed
+from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Settings
 from gemma_awq_cli.local_engine import LocalEngine
@@ -180,6 +183,36 @@ def test_a_prompt_beyond_the_context_is_found_before_anything_is_written(engine:
     with pytest.raises(GemmaAwqError, match="Prompt 2 has 301 tokens; this model's context holds 256"):
         complete_batch(engine, batch(["short", "x" * 300]), tmp_path / "out.jsonl", {}, lambda *_: None)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("end", ["exit", "SIGKILL"])
+def test_one_process_alone_writes_an_output(
+    end: str, artifacts: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("Hello\n")
+    arguments = ["run", "-m", str(artifacts("gemma")), "--input", str(source), "--output", str(target)]
+    code = (
+        "from pathlib import Path\nfrom gemma_awq_cli.batching import sole_writer\n"
+        f"with sole_writer(Path({str(target)!r})):\n    print('mine', flush=True)\n    input()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        for resume in ([], ["--resume"]):
+            assert main([*arguments, *resume, "--device", "cpu"]) == 1
+            assert f"{target} is being written by another process" in capsys.readouterr().err
+        assert not target.exists()
+        if end == "SIGKILL":
+            other.kill()
+        else:
+            other.stdin.write(b"\n")
+            other.stdin.flush()
+        other.wait(60)
+    assert main([*arguments, "--device", "cpu", "--max-new-tokens", "2"]) == 0
+    assert len(rows_of(target)) == 1
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:

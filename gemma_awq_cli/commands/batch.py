@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed, require_free
+from gemma_awq_cli.batching import (
+    Batch,
+    Prompt,
+    complete_batch,
+    read_finished,
+    read_prompts,
+    recorded_seed,
+    require_folder,
+    require_free,
+    sole_writer,
+)
 from gemma_awq_cli.commands.engines import read_model, start_engine
 from gemma_awq_cli.generation import Completion, Settings, prompt_ids
 from gemma_awq_cli.models.prompting import Prompter
@@ -36,6 +46,21 @@ def run(
 ) -> None:
     """Complete the prompts of a file; the answers' file is printed on stdout."""
     prompts = read_prompts(work.source)
+    require_folder(work.target)
+    with sole_writer(work.target):
+        _run(out, folder, loading, how, work, asked, prompts, as_json)
+
+
+def _run(
+    out: Output,
+    folder: Path,
+    loading: Future[Prompter],
+    how: "How",
+    work: Work,
+    asked: Settings,
+    prompts: list[Prompt],
+    as_json: bool,
+) -> None:
     require_free(work.target, work.resume)
     sampling = asked.sampling
     if work.resume and sampling.seed is None:
