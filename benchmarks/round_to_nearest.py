@@ -12,7 +12,8 @@ from gemma_awq_cli.artifact import artifact_config, copy_side_files
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.pack import pack_weight
 from gemma_awq_cli.calibration import Rows
-from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.files import CONFIG
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import StagedFolder
 from gemma_awq_cli.models.writing import TensorWriter, write_json

@@ -13,7 +13,8 @@ import torch
 from gemma_awq_cli import __version__
 from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import Rows
-from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.files import CONFIG
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 

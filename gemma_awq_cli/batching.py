@@ -4,6 +4,7 @@ A line is appended as soon as its row ends, so whatever ends the run keeps every
 what it was made with; that is what a resumed run compares itself with.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -11,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
@@ -115,10 +118,34 @@ def _require_same(path: Path, batch: Batch, index: Any, prompt: Any, made_with: 
         raise GemmaAwqError(f"{path} was written with other settings: {different}.", hint)
 
 
+@contextmanager
+def sole_writer(path: Path) -> Iterator[None]:
+    """Nobody else writes the output meanwhile; an error if somebody does. However this process ends, that ends too.
+
+    The lock's own file stays: whoever took it away might take it from under one who has just opened it.
+    """
+    lock = FileLock(f"{path}.lock", timeout=0)
+    with _writing(path):
+        try:
+            lock.acquire()
+        except Timeout:
+            raise GemmaAwqError(
+                f"{path} is being written by another process.", "Wait for it, or give another --output."
+            ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def require_free(path: Path, resume: bool) -> None:
-    """An error if the output is there already and `resume` does not allow it, or if it cannot be written."""
+    """An error if the output is there already and `resume` does not allow it."""
     if not resume and path.exists() and path.stat().st_size:
         raise GemmaAwqError(f"{path} exists and is not empty.", "Add --resume to go on with it, or give another name.")
+
+
+def require_folder(path: Path) -> None:
+    """An error if there is no folder for the output to be in."""
     if not path.absolute().parent.is_dir():
         raise GemmaAwqError(f"{path.parent} is no folder.", "Make it first, or give another --output.")
 
@@ -127,7 +154,6 @@ def complete_batch(
     engine: Engine,
     batch: Batch,
     path: Path,
-    batch_size: int,
     finished: Mapping[int, dict[str, Any]],
     on_row: Callable[[int, Completion], None],
 ) -> bool:
@@ -140,31 +166,22 @@ def complete_batch(
         require_room(len(ids), engine.context, f"Prompt {index + 1}")
     left = [index for index in range(len(rows)) if index not in finished]
     order = list(finished)
-    whole = True
     with _writing(path), path.open("a", encoding="utf-8", newline="\n") as file:
-        for at in range(0, len(left), batch_size):
-            indices = left[at : at + batch_size]
 
-            def on_done(place: int, completion: Completion, indices: list[int] = indices) -> None:
-                index = indices[place]
-                with _writing(path):
-                    file.write(json.dumps(_row(index, batch, completion), ensure_ascii=False) + "\n")
-                    file.flush()
-                order.append(index)
-                on_row(index, completion)
+        def on_done(place: int, completion: Completion) -> None:
+            index = left[place]
+            with _writing(path):
+                file.write(json.dumps(_row(index, batch, completion), ensure_ascii=False) + "\n")
+                file.flush()
+            order.append(index)
+            on_row(index, completion)
 
-            chosen = [rows[index] for index in indices]
-            try:
-                done = engine.complete(chosen, batch.settings, lambda _, piece: None, on_done, indices)
-                whole = not any(completion.finish == "interrupted" for completion in done)
-            except KeyboardInterrupt:
-                whole = False
-            if not whole:
-                break
+        with contextlib.suppress(KeyboardInterrupt):
+            engine.complete([rows[index] for index in left], batch.settings, lambda _, piece: None, on_done, left)
     if order != sorted(order):
         with _writing(path):
             _sort(path)
-    return whole
+    return len(order) == len(rows)
 
 
 @contextmanager

@@ -20,7 +20,8 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.measuring_speed import OWN
-from gemma_awq_cli.models.checkpoint import Checkpoint, read_json
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.files import read_json
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.models.staging import REPORT, write_errors
 from gemma_awq_cli.models.writing import write_json

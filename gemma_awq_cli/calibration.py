@@ -105,7 +105,7 @@ def find_recipe(
 
 
 def _read_recipe(path: Path, name: str) -> Recipe:
-    from gemma_awq_cli.models.checkpoint import read_json
+    from gemma_awq_cli.models.files import read_json
 
     raw = read_json(path)
     unknown = set(raw) - {"about", "texts", "heldout", "dataset", "config", "split", "text_column", "evaluation_split"}

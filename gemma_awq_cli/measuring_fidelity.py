@@ -89,7 +89,7 @@ def _plain(document: Document, prompter: Prompter) -> str:
     if isinstance(document, str):
         return document
     if prompter.is_chat:
-        return prompter.chat(document, answer_next=False).removeprefix(str(prompter.tokenizer.bos_token))
+        return prompter.chat(document, answer_next=False).removeprefix(prompter.tokenizer.special["bos_token"])
     return "\n\n".join(message["content"] for message in document)
 
 

@@ -54,7 +54,7 @@ def load(kind: str, folder: Path, device: torch.device) -> Subject:
     """Open a model the way that `kind` names: OWN, or one of transformers' in `_with_transformers`."""
     started = time.perf_counter()
     checkpoint = Checkpoint(folder)
-    config = checkpoint.text_config
+    config = checkpoint.facts
     if kind == OWN:
         opened = open_model(folder, device)
         session, dtype = opened.session, opened.dtype

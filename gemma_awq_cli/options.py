@@ -61,7 +61,7 @@ class GroupSize(StrEnum):
 DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
 HeadOption = Annotated[
     Head | None,
-    typer.Option(help="Bits of the head's copy in memory.  [default: int8 for an artifact, else 16bit]"),
+    typer.Option(help="Bits of the head's copy in memory.  [default: int4 for an artifact, else 16bit]"),
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="REV")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead.")]

@@ -16,7 +16,7 @@ from gemma_awq_cli.artifact import COPIED
 from gemma_awq_cli.benchmarking import BENCH
 from gemma_awq_cli.calibration import FILE_KINDS
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import CONFIG, INDEX, SINGLE, read_json
+from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json
 from gemma_awq_cli.models.staging import REPORT
 
 CARD = "README.md"

@@ -17,7 +17,8 @@ from gemma_awq_cli.benchmarking import BENCH, SCHEMA
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.licensing import Licence, Own, decide
 from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render
-from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_json
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.files import CONFIG, read_json
 from gemma_awq_cli.models.hub import LOGIN, REPO_ID, push_errors
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.staging import REPORT

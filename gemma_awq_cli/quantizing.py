@@ -30,7 +30,8 @@ from gemma_awq_cli.layer_quantizing import (
     quantize_layer,
     require_exact_fold,
 )
-from gemma_awq_cli.models.checkpoint import CONFIG, Checkpoint, read_json, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoint import Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.models.files import CONFIG, read_json
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal

@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generation import complete
+from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.measuring_fidelity import measure
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
@@ -90,6 +90,6 @@ def generate(folder: Path, device: torch.device) -> str:
     opened = open_model(folder, device)
     ids = opened.prompter.prompt_ids(PROMPT)
     result = complete(opened, ids, 12, Sampling(), (), lambda _: None)
-    if not result.tokens or set(result.tokens) == {opened.prompter.tokenizer.pad_token_id}:
+    if not result.tokens or set(result.tokens) == {opened.prompter.tokenizer.special_id("pad_token")}:
         raise GemmaAwqError("The artifact generates nothing but padding.", "Quantize the model again.")
     return result.text

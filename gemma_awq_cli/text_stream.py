@@ -1,16 +1,17 @@
 """Token ids to text, piece by piece, as each piece becomes certain."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+
+from tokenizers.decoders import DecodeStream
+
+from gemma_awq_cli.models.tokenizer import Tokenizer
 
 
 class TextStream:
     """Decodes one row's tokens, and ends before the first stop string. `on_text` is given each piece once."""
 
-    def __init__(self, tokenizer: Any, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
-        from tokenizers.decoders import DecodeStream
-
-        self._backend = tokenizer.backend_tokenizer
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
+        self._backend = tokenizer.backend
         self._stream = DecodeStream(skip_special_tokens=True)
         self._stop = [string for string in stop if string]
         self._on_text = on_text

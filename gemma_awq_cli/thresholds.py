@@ -7,7 +7,7 @@ from typing import Any
 
 from gemma_awq_cli.benchmarking import SCHEMA
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import read_json
+from gemma_awq_cli.models.files import read_json
 
 Model = Mapping[str, Any]
 

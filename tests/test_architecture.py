@@ -26,6 +26,7 @@ VERBS = {
     "generation",
     "layer_quantizing",
     "licensing",
+    "local_engine",
     "measuring_fidelity",
     "measuring_speed",
     "model_card",

@@ -1,7 +1,10 @@
 """Many prompts: order, batches that change nothing, an interruption at any row, a resumed run, refusals."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -9,29 +12,38 @@ import pytest
 import torch
 
 from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed
+from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, LocalEngine, Settings
-from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.generation import Completion, Settings
+from gemma_awq_cli.local_engine import LocalEngine
+from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.sampling import Sampling
 
+CPU = torch.device("cpu")
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog", "a", "0123456789 times", "naïve 東京"]
 SETTINGS = Settings(12, Sampling(temperature=1.0, top_k=40, seed=3))
 
 
 @pytest.fixture(scope="module")
-def engine(checkpoints: Callable[[str], Path]) -> LocalEngine:
+def opened(checkpoints: Callable[[str], Path]) -> OpenModel:
     """float32: a batch's matmuls round otherwise than a single row's, which bf16 would show at ties."""
-    return LocalEngine(open_model(checkpoints("gemma2"), torch.device("cpu"), Precision(torch.float32)))
+    return open_model(checkpoints("gemma2"), CPU, Precision(torch.float32))
+
+
+@pytest.fixture(scope="module")
+def engine(opened: OpenModel) -> LocalEngine:
+    return LocalEngine(opened)
 
 
 def batch(prompts: Sequence[Any] = PROMPTS, settings: Settings = SETTINGS, **made_with: object) -> Batch:
     return Batch(prompts, None, False, settings, {"model": "tiny", "seed": 3, **made_with})
 
 
-def run(engine: LocalEngine, path: Path, size: int, work: Batch | None = None) -> list[dict[str, Any]]:
+def run(engine: LocalEngine, path: Path, work: Batch | None = None) -> list[dict[str, Any]]:
     work = work or batch()
-    assert complete_batch(engine, work, path, size, read_finished(path, work), lambda *_: None)
+    assert complete_batch(engine, work, path, read_finished(path, work), lambda *_: None)
     return rows_of(path)
 
 
@@ -40,9 +52,11 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("sampling", [Sampling(), SETTINGS.sampling])
-def test_the_batch_a_row_is_in_does_not_change_it(sampling: Sampling, engine: LocalEngine, tmp_path: Path) -> None:
+def test_the_batch_a_row_is_in_does_not_change_it(
+    sampling: Sampling, opened: OpenModel, engine: LocalEngine, tmp_path: Path
+) -> None:
     work = batch(settings=Settings(12, sampling))
-    results = [run(engine, tmp_path / f"{size}.jsonl", size, work) for size in (1, 2, 5)]
+    results = [run(LocalEngine(opened, size), tmp_path / f"{size}.jsonl", work) for size in (1, 2, 5)]
     assert results[0] == results[1] == results[2]
     assert [row["prompt"] for row in results[0]] == PROMPTS
     assert [row["index"] for row in results[0]] == list(range(5))
@@ -55,16 +69,65 @@ def test_the_batch_a_row_is_in_does_not_change_it(sampling: Sampling, engine: Lo
 
 def test_rows_that_end_early_are_written_at_once_and_the_end_is_in_order(engine: LocalEngine, tmp_path: Path) -> None:
     """A stop text ends rows at different times; whoever reads the finished file sees the prompts' order."""
-    whole = run(engine, tmp_path / "whole.jsonl", 5)
+    whole = run(engine, tmp_path / "whole.jsonl")
     stop = whole[3]["text"][:2]
     seen: list[int] = []
     work = batch(settings=Settings(12, SETTINGS.sampling, (stop,)))
     path = tmp_path / "out.jsonl"
-    assert complete_batch(engine, work, path, 5, {}, lambda index, _: seen.append(index))
+    assert complete_batch(engine, work, path, {}, lambda index, _: seen.append(index))
     assert seen[0] == 3
     assert sorted(seen) == [0, 1, 2, 3, 4]
     assert [row["index"] for row in rows_of(path)] == [0, 1, 2, 3, 4]
     assert rows_of(path)[3]["finish"] == "stop"
+
+
+class Counting:
+    """The local engine over sessions that say how many tokens they were fed, and how many rows they have room for."""
+
+    def __init__(self, opened: OpenModel, at_once: int) -> None:
+        sessions: list[tuple[int, int]] = []
+        fed: list[list[int]] = []
+
+        def session(rows: int, capacity: int) -> Session:
+            inner = opened.session(rows, capacity)
+            sessions.append((rows, capacity))
+            feed = inner.feed
+            inner.feed = lambda tokens: fed.append([len(t) for t in tokens]) or feed(tokens)  # type: ignore[method-assign]
+            return inner
+
+        self.sessions, self.fed = sessions, fed
+        copy = OpenModel(**{f.name: getattr(opened, f.name) for f in fields(opened)})
+        object.__setattr__(copy, "session", session)
+        self.inner = LocalEngine(copy, at_once)
+
+
+ROWS = [[2, *range(40, 40 + n)] for n in (3, 9, 1, 20, 5, 2, 7)]
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])
+@pytest.mark.parametrize("way", ["compiled", "torch", "transformers"])
+def test_a_row_that_has_ended_costs_nothing_and_gives_its_place_away(
+    way: str, kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path]
+) -> None:
+    precision = Precision(torch.float32, attention="eager" if way == "transformers" else None)
+    opened = open_model(artifacts(kind), CPU) if way == "compiled" else open_model(checkpoints(kind), CPU, precision)
+    assert opened.session(1, 2).reusable == (way != "transformers")
+    alone = [LocalEngine(opened).complete([ids], Settings(12), lambda *_: None)[0] for ids in ROWS]
+    # a row each of which ends early by a text of its own
+    stops = tuple({completion.text[4:6] for completion in alone[::3] if len(completion.text) > 6})
+    settings = Settings(12, stop=stops)
+    alone = [LocalEngine(opened).complete([ids], settings, lambda *_: None)[0] for ids in ROWS]
+    assert len({len(completion.tokens) for completion in alone}) > 1
+    engine = Counting(opened, 3)
+    together = engine.inner.complete(ROWS, settings, lambda *_: None)
+    assert [(c.tokens, c.text, c.finish) for c in together] == [(c.tokens, c.text, c.finish) for c in alone]
+    # each prompt is fed once, and each token but a row's last
+    assert sum(map(sum, engine.fed)) == sum(len(ids) + len(c.tokens) - 1 for ids, c in zip(ROWS, alone, strict=True))
+    # the prompt of 21 tokens does not fit where those of 4, 10 and 2 are
+    expected = [(3, 22), (1, 33)] if opened.session(1, 2).reusable else [(3, 22), (3, 33), (1, 20)]
+    assert engine.sessions[:1] == expected[:1]
+    if way != "transformers":
+        assert engine.sessions == expected
 
 
 class Interrupting:
@@ -85,22 +148,23 @@ class Interrupting:
 
 
 @pytest.mark.parametrize("at", [1, 2, 3, 4])
-def test_an_interrupted_run_goes_on_to_the_same_file(at: int, engine: LocalEngine, tmp_path: Path) -> None:
-    whole = run(engine, tmp_path / "whole.jsonl", 2)
+def test_an_interrupted_run_goes_on_to_the_same_file(at: int, opened: OpenModel, tmp_path: Path) -> None:
+    engine = LocalEngine(opened, 2)
+    whole = run(engine, tmp_path / "whole.jsonl")
     path = tmp_path / "out.jsonl"
-    assert not complete_batch(Interrupting(engine, at), batch(), path, 2, {}, lambda *_: None)
+    assert not complete_batch(Interrupting(engine, at), batch(), path, {}, lambda *_: None)
     assert len(rows_of(path)) == at
     with path.open("a", encoding="utf-8") as file:
         file.write('{"index": 4, "prom')  # as a killed process leaves it
     assert set(read_finished(path, batch())) == set(range(at))
-    assert run(engine, path, 3) == whole
+    assert run(LocalEngine(opened, 3), path) == whole
     assert path.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert run(engine, path, 3) == whole  # complete: nothing is added
+    assert run(LocalEngine(opened, 3), path) == whole  # complete: nothing is added
 
 
 def test_what_was_made_otherwise_is_refused_and_named(engine: LocalEngine, tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
-    run(engine, path, 5)
+    run(engine, path)
     assert recorded_seed(path) == 3
     before = path.read_bytes()
     with pytest.raises(GemmaAwqError, match=r"other settings: seed 3, now 4"):
@@ -117,8 +181,38 @@ def test_what_was_made_otherwise_is_refused_and_named(engine: LocalEngine, tmp_p
 
 def test_a_prompt_beyond_the_context_is_found_before_anything_is_written(engine: LocalEngine, tmp_path: Path) -> None:
     with pytest.raises(GemmaAwqError, match="Prompt 2 has 301 tokens; this model's context holds 256"):
-        complete_batch(engine, batch(["short", "x" * 300]), tmp_path / "out.jsonl", 1, {}, lambda *_: None)
+        complete_batch(engine, batch(["short", "x" * 300]), tmp_path / "out.jsonl", {}, lambda *_: None)
     assert not (tmp_path / "out.jsonl").exists()
+
+
+@pytest.mark.parametrize("end", ["exit", "SIGKILL"])
+def test_one_process_alone_writes_an_output(
+    end: str, artifacts: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, target = tmp_path / "in.txt", tmp_path / "out.jsonl"
+    source.write_text("Hello\n")
+    arguments = ["run", "-m", str(artifacts("gemma")), "--input", str(source), "--output", str(target)]
+    code = (
+        "from pathlib import Path\nfrom gemma_awq_cli.batching import sole_writer\n"
+        f"with sole_writer(Path({str(target)!r})):\n    print('mine', flush=True)\n    input()\n"
+    )
+    command = [sys.executable, "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdin is not None
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"mine\n"
+        for resume in ([], ["--resume"]):
+            assert main([*arguments, *resume, "--device", "cpu"]) == 1
+            assert f"{target} is being written by another process" in capsys.readouterr().err
+        assert not target.exists()
+        if end == "SIGKILL":
+            other.kill()
+        else:
+            other.stdin.write(b"\n")
+            other.stdin.flush()
+        other.wait(60)
+    assert main([*arguments, "--device", "cpu", "--max-new-tokens", "2"]) == 0
+    assert len(rows_of(target)) == 1
 
 
 def test_files_of_prompts(tmp_path: Path) -> None:

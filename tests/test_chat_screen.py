@@ -36,6 +36,8 @@ class Terminal:
         self._read = ""
 
     def type(self, keys: bytes) -> None:
+        if keys == CTRL_C:  # a line editor that has just shown its prompt may not listen yet
+            time.sleep(0.2)
         os.write(self._master, keys)
 
     def wait(self, text: str, seconds: float = 120) -> str:

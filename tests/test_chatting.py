@@ -13,7 +13,8 @@ from torch import Tensor
 from gemma_awq_cli.calibration import build_rows, find_recipe
 from gemma_awq_cli.chatting import Answer, Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import LocalEngine, Settings
+from gemma_awq_cli.generation import Settings
+from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
 from gemma_awq_cli.models.prompting import Prompter
@@ -46,7 +47,7 @@ class Recording(OpenModel):
 def model(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     """A tiny instruct model that writes ASCII only: a random one's bytes are hardly ever valid UTF-8."""
     folder = make_checkpoint(tmp_path_factory.mktemp("chat") / "gemma2", "gemma2", chat=True)
-    tokens = Prompter(folder).tokenizer.convert_ids_to_tokens(range(262))
+    tokens = [Prompter(folder).tokenizer.backend.id_to_token(index) for index in range(262)]
 
     def silence(tensors: dict[str, Tensor]) -> None:
         weight = tensors["model.embed_tokens.weight"]

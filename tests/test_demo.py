@@ -10,6 +10,7 @@ import pytest
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.models import demo
+from tests.models.test_tokenizer import require_same
 
 pytestmark = [
     pytest.mark.demo,
@@ -43,6 +44,10 @@ def test_the_demo_is_quantized_faithfully_and_answers(workplace: Path, capsys: p
     answer = json.loads(capsys.readouterr().out)
     assert answer["prompt_tokens"] == 6
     assert "city" in answer["text"] or "Paris" in answer["text"] or "capital" in answer["text"]
+
+
+def test_the_real_tokenizer_is_transformers(workplace: Path) -> None:
+    require_same(demo.demo_checkpoint(lambda _: None))
 
 
 def test_a_damaged_demo_checkpoint_is_made_again(workplace: Path) -> None:

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Sampling, complete, prompt_ids
+from gemma_awq_cli.generation import Completion, Sampling, prompt_ids
+from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.prompting import Prompter
 from tests.conftest import FAMILIES
@@ -21,7 +22,7 @@ CPU = torch.device("cpu")
 def opened(artifacts: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     """A tiny model that writes ASCII: a random one's bytes are hardly ever valid UTF-8."""
     folder = shutil.copytree(artifacts("gemma3_text"), tmp_path_factory.mktemp("ascii") / "artifact")
-    tokens = Prompter(folder).tokenizer.convert_ids_to_tokens(range(262))
+    tokens = [Prompter(folder).tokenizer.backend.id_to_token(index) for index in range(262)]
 
     def silence(tensors: dict[str, torch.Tensor]) -> None:
         for index, token in enumerate(tokens):

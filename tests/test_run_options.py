@@ -1,6 +1,9 @@
 """`gemma-awq run` from the command line: files of prompts, sampling that is said, options that exclude each other."""
 
 import json
+import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +101,11 @@ def test_verbose_names_the_kernels_and_a_slow_one_is_said_anyway(
     assert main(arguments) == 0
     assert "Kernel" not in capsys.readouterr().err
     assert main([*arguments, "--verbose"]) == 0
-    assert "Kernel: " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "Kernel: " in said
+    assert re.search(
+        r"s to the first token: command line \d.*, importing torch \d.*, reading and packing weights \d", said
+    )
     monkeypatch.setenv("CXX", "none")
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(tmp_path / "no-compiler"))
     assert main(arguments) == 0  # a slower forward is taken
@@ -106,6 +113,18 @@ def test_verbose_names_the_kernels_and_a_slow_one_is_said_anyway(
     monkeypatch.setattr(CpuInt4Linear, "refusal", staticmethod(lambda *_: "this processor lacks it"))
     assert main(arguments) == 0  # the slower kernel is taken
     assert "slow reference kernel (PyTorch's int4 product for CPUs: this processor lacks it" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])
+def test_an_artifact_runs_without_the_second_that_transformers_takes(
+    kind: str, artifacts: Callable[[str], Path]
+) -> None:
+    code = (
+        "import sys\nfrom gemma_awq_cli.cli import main\n"
+        f"assert main(['run', 'Hi', '-m', {str(artifacts(kind))!r}, '--device', 'cpu', '--max-new-tokens', '2']) == 0\n"
+        "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
 def test_float16_is_warned_about_and_a_nan_is_no_text(tmp_path: Path, capsys: Capture) -> None:

@@ -16,7 +16,8 @@ import torch
 from gemma_awq_cli import vllm_engine
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, LocalEngine, Settings
+from gemma_awq_cli.generation import Completion, Settings
+from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.opening_dense import Precision
@@ -34,7 +35,7 @@ class FakeEngine:
         artifact = Checkpoint(Path(folder)).quantization is not None
         precision = None if artifact else Precision(torch.float32)
         self.local = LocalEngine(open_model(Path(folder), torch.device("cpu"), precision))
-        self.local._ends = set()
+        self.local.ends = set()
         self.waiting: dict[str, Any] = {}
         self.aborted: list[str] = []
 

@@ -1,17 +1,27 @@
 """`gemma-awq run --input FILE --output FILE`: the screen of a batch."""
 
 import time
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed, require_free
-from gemma_awq_cli.commands.engines import find_model, start_engine
+from gemma_awq_cli.batching import (
+    Batch,
+    Prompt,
+    complete_batch,
+    read_finished,
+    read_prompts,
+    recorded_seed,
+    require_folder,
+    require_free,
+    sole_writer,
+)
+from gemma_awq_cli.commands.engines import read_model, start_engine
 from gemma_awq_cli.generation import Completion, Settings, prompt_ids
 from gemma_awq_cli.models.prompting import Prompter
-from gemma_awq_cli.options import EngineName
 from gemma_awq_cli.output import Output
 
 if TYPE_CHECKING:
@@ -31,14 +41,31 @@ class Work:
     raw: bool
 
 
-def run(out: Output, name: str, revision: str | None, how: "How", work: Work, asked: Settings, as_json: bool) -> None:
+def run(
+    out: Output, folder: Path, loading: Future[Prompter], how: "How", work: Work, asked: Settings, as_json: bool
+) -> None:
     """Complete the prompts of a file; the answers' file is printed on stdout."""
     prompts = read_prompts(work.source)
+    require_folder(work.target)
+    with sole_writer(work.target):
+        _run(out, folder, loading, how, work, asked, prompts, as_json)
+
+
+def _run(
+    out: Output,
+    folder: Path,
+    loading: Future[Prompter],
+    how: "How",
+    work: Work,
+    asked: Settings,
+    prompts: list[Prompt],
+    as_json: bool,
+) -> None:
     require_free(work.target, work.resume)
     sampling = asked.sampling
     if work.resume and sampling.seed is None:
         sampling = replace(sampling, seed=recorded_seed(work.target))
-    checkpoint, sampling = find_model(out, name, revision, sampling)
+    checkpoint, sampling = read_model(out, folder, sampling)
     settings = replace(asked, sampling=sampling)
     batch = Batch(prompts, work.system, work.raw, settings, _made_with(checkpoint, how, work, settings))
     finished = read_finished(work.target, batch)
@@ -53,9 +80,7 @@ def run(out: Output, name: str, revision: str | None, how: "How", work: Work, as
             rows = (prompt_ids(prompter, prompt, work.system, work.raw) for prompt in prompts)
             return max(map(len, rows)) + settings.max_new_tokens
 
-        engine = start_engine(out, checkpoint, how, work.batch_size, longest)
-        # vLLM keeps `batch_size` rows running by itself if it has them all
-        at_once = len(prompts) if how.engine is EngineName.vllm else work.batch_size
+        engine = start_engine(out, checkpoint, loading, how, work.batch_size, longest)
         started = time.perf_counter()
         with out.progress("Completing", len(prompts)) as progress:
             progress.begin_at(len(finished), len(prompts))
@@ -65,7 +90,7 @@ def run(out: Output, name: str, revision: str | None, how: "How", work: Work, as
                 progress.step()
 
             try:
-                whole = complete_batch(engine, batch, work.target, at_once, finished, on_row)
+                whole = complete_batch(engine, batch, work.target, finished, on_row)
             finally:
                 seconds = time.perf_counter() - started
                 there = len(finished) + len(completions)

@@ -1,15 +1,17 @@
 """From the options of `run` to an engine: the model is found, opened, and what was decided is said on stderr."""
 
 from collections.abc import Callable
+from concurrent.futures import Future
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_awq_cli.generation import Engine, LocalEngine, generation_config
+from gemma_awq_cli.generation import Engine, generation_config
+from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import OpenModel, open_model, other_devices, pick_device
 from gemma_awq_cli.models.opening_dense import SMALLER, Precision
 from gemma_awq_cli.models.prompting import Prompter
-from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.options import EngineName
 from gemma_awq_cli.output import Output
 from gemma_awq_cli.sampling import Sampling, resolve
@@ -20,9 +22,8 @@ if TYPE_CHECKING:
 VLLM_CHAT_CONTEXT = 8192  # vLLM sets memory aside for a whole context; Gemma 3's own is 131072 tokens
 
 
-def find_model(out: Output, name: str, revision: str | None, asked: Sampling) -> tuple[Checkpoint, Sampling]:
+def read_model(out: Output, folder: Path, asked: Sampling) -> tuple[Checkpoint, Sampling]:
     """The model's checkpoint, and the sampling that its generation_config and `asked` make together."""
-    folder = find_source(name, revision, out.note).folder
     with memory_errors(f"opening {folder.name}", SMALLER):
         checkpoint = Checkpoint(folder)
     sampling = resolve(asked, generation_config(checkpoint))
@@ -31,24 +32,33 @@ def find_model(out: Output, name: str, revision: str | None, asked: Sampling) ->
 
 
 def start_engine(
-    out: Output, checkpoint: Checkpoint, how: "How", rows: int, needed: Callable[[Prompter], int] | None
+    out: Output,
+    checkpoint: Checkpoint,
+    loading: Future[Prompter],
+    how: "How",
+    rows: int,
+    needed: Callable[[Prompter], int] | None,
+    end_stage: Callable[[str], None] = lambda stage: None,
 ) -> Engine:
     """Open the model with the engine that was asked for.
 
-    rows: the most that run at a time; needed: how many tokens the longest will have, None: a chat, which goes on.
+    loading: its prompter; rows: the most that run at a time; needed: how many tokens the longest will have, None: a
+    chat, which goes on. end_stage: told what has just been done.
     """
     if how.engine is not EngineName.vllm:
-        return LocalEngine(_open(out, checkpoint, how), keep=needed is None)
+        opened = _open(out, checkpoint, loading, how)
+        end_stage("reading and packing weights")
+        return LocalEngine(opened, rows, keep=needed is None)
     from gemma_awq_cli.vllm_engine import VllmEngine
 
-    prompter = Prompter(checkpoint.folder)
+    prompter = loading.result()
     context = needed(prompter) if needed else VLLM_CHAT_CONTEXT
     dtype = how.dtype and how.dtype.value
     out.note(f"Starting vLLM on {checkpoint.folder.name}.")
     return VllmEngine(checkpoint, prompter, context, rows, how.tensor_parallel, how.pipeline_parallel, dtype)
 
 
-def _open(out: Output, checkpoint: Checkpoint, how: "How") -> OpenModel:
+def _open(out: Output, checkpoint: Checkpoint, loading: Future[Prompter], how: "How") -> OpenModel:
     import torch
 
     device = pick_device(how.device)
@@ -60,7 +70,7 @@ def _open(out: Output, checkpoint: Checkpoint, how: "How") -> OpenModel:
         )
     precision = Precision(dtype, how.quantization and how.quantization.value, how.attn and how.attn.value)
     head = how.head and how.head.value
-    opened = open_model(checkpoint.folder, device, precision, other_devices(how.device, device), head)
+    opened = open_model(checkpoint.folder, device, precision, other_devices(how.device, device), head, loading)
     if how.verbose:
         out.note(f"Device: {opened.device}")
         for line in opened.kernel_report():

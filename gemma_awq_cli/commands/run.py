@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from gemma_awq_cli.commands.stages import Stages
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.options import (
     Attention,
@@ -24,7 +25,7 @@ from gemma_awq_cli.options import (
 from gemma_awq_cli.output import Output
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.generation import Engine, Settings
+    from gemma_awq_cli.generation import Completion, Engine, Settings
     from gemma_awq_cli.models.prompting import Prompter
 
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
@@ -99,7 +100,9 @@ def command(
     ] = EngineName.local,
     tensor_parallel: Annotated[int, typer.Option(help="vLLM: split every layer over so many GPUs.", min=1)] = 1,
     pipeline_parallel: Annotated[int, typer.Option(help="vLLM: share out the layers among so many stages.", min=1)] = 1,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say which kernels were chosen, and why.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", help="Say which kernels were chosen, and how long the start took.")
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -116,29 +119,45 @@ def command(
         raise UsageError("--json has no meaning in a chat.", "Give a prompt.")
     text = "" if chatting or input_file else read_prompt(prompt)
     name = model or default_model(out)
+    stages = Stages()
+    stages.end("command line")
+
+    from gemma_awq_cli.models.prompting import begin_loading
+    from gemma_awq_cli.models.source import find_source
+
+    folder = find_source(name, revision, out.note).folder
+    loading = begin_loading(folder)  # on a thread of its own, while torch is imported
 
     from gemma_awq_cli.commands import batch, chat
-    from gemma_awq_cli.commands.engines import find_model, start_engine
+    from gemma_awq_cli.commands.engines import read_model, start_engine
     from gemma_awq_cli.generation import Settings, prompt_ids
     from gemma_awq_cli.sampling import Sampling
 
+    stages.end("importing torch")
     wanted = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
     asked = Sampling(temperature, top_k, top_p, seed)
     if input_file is not None and output_file is not None:
         work = batch.Work(input_file, output_file, batch_size, resume, system, raw)
-        batch.run(out, name, revision, how, work, Settings(wanted, asked, stop or ()), as_json)
+        batch.run(out, folder, loading, how, work, Settings(wanted, asked, stop or ()), as_json)
         return
-    checkpoint, sampling = find_model(out, name, revision, asked)
+    checkpoint, sampling = read_model(out, folder, asked)
     settings = Settings(wanted, sampling, stop or ())
     if chatting:
-        chat.talk(out, start_engine(out, checkpoint, how, 1, None), settings, name, system, raw)
+        chat.talk(out, start_engine(out, checkpoint, loading, how, 1, None), settings, name, system, raw)
         return
 
     def tokens(prompter: "Prompter") -> list[int]:
         return prompt_ids(prompter, text, system, raw)
 
-    opened = start_engine(out, checkpoint, how, 1, lambda prompter: len(tokens(prompter)) + wanted)
-    _complete(out, opened, tokens(opened.prompter), settings, name, as_json)
+    stages.end("config and file headers")
+    opened = start_engine(out, checkpoint, loading, how, 1, lambda prompter: len(tokens(prompter)) + wanted, stages.end)
+    ids = tokens(opened.prompter)
+    stages.end("waiting for the tokenizer")
+    result = _complete(out, opened, ids, settings, name, as_json)
+    if verbose:
+        out.note(stages.described(result.prefill_seconds))
+    if result.finish == "interrupted":
+        raise typer.Exit(130)
 
 
 @dataclass(frozen=True)
@@ -182,7 +201,9 @@ def require_consistent(
         raise UsageError("A prompt and --input exclude each other.", "Leave one of them out.")
 
 
-def _complete(out: Output, engine: "Engine", ids: list[int], settings: "Settings", name: str, as_json: bool) -> None:
+def _complete(
+    out: Output, engine: "Engine", ids: list[int], settings: "Settings", name: str, as_json: bool
+) -> "Completion":
     """One prompt: its text streams to stdout, or is one JSON document."""
     on_text = (lambda row, piece: None) if as_json else (lambda row, piece: out.piece(piece))
     result = engine.complete([ids], settings, on_text)[0]
@@ -201,8 +222,7 @@ def _complete(out: Output, engine: "Engine", ids: list[int], settings: "Settings
         f"{result.prompt_tokens} prompt tokens at {result.prefill_rate:.1f}/s, "
         f"{len(result.tokens)} new tokens at {result.decode_rate:.1f}/s ({result.finish})"
     )
-    if result.finish == "interrupted":
-        raise typer.Exit(130)
+    return result
 
 
 def read_prompt(argument: str | None) -> str:

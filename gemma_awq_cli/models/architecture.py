@@ -1,4 +1,4 @@
-"""What a Gemma's forward must know, read once from the transformers config and the family's table."""
+"""What a Gemma's forward must know, read once from the config and the family's table."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -55,7 +55,10 @@ class Architecture:
 
 
 def refusal(config: Any) -> str | None:
-    """Why a decode path of our own does not know this text config, or None. transformers' modules know more."""
+    """Why a decode path of our own does not know this text config, or None. transformers' modules know more.
+
+    config: a `Checkpoint`'s facts, here and below.
+    """
     activation = getattr(config, "hidden_activation", None) or config.hidden_act
     if activation != "gelu_pytorch_tanh":
         return f"the activation is {activation}, not gelu_pytorch_tanh"

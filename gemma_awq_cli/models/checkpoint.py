@@ -4,9 +4,9 @@ Knows the files and the family's key layout; knows nothing of modules, devices o
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,8 @@ from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family, Layout, family_of
-
-CONFIG = "config.json"
-SINGLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-REDOWNLOAD = "Download or copy the checkpoint again; compare its sizes with the source's."
+from gemma_awq_cli.models.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
+from gemma_awq_cli.models.plain_config import plain_text_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -39,23 +36,6 @@ class TensorInfo:
     @property
     def nbytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file of a checkpoint; a clear error if it is missing or damaged."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise GemmaAwqError(f"{path} does not exist.", "Give a folder that holds a Hugging Face checkpoint.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise GemmaAwqError(f"{path} is not valid JSON: {error}.", REDOWNLOAD) from None
-    except OSError as error:
-        raise GemmaAwqError(
-            f"{path} cannot be read: {error.strerror}.", "Check the path and its permissions."
-        ) from None
-    if not isinstance(value, dict):
-        raise GemmaAwqError(f"{path} does not hold a JSON object.", REDOWNLOAD)
-    return value
 
 
 def read_headers(folder: Path) -> dict[str, TensorInfo]:
@@ -140,28 +120,38 @@ def require_finite(name: str, tensor: Tensor) -> None:
 class Checkpoint:
     """A Gemma checkpoint folder.
 
-    config: the transformers config; text_config: the language model's part of it; layout: what the language model's
-    keys are called; tensors: every tensor by its name in the files.
+    facts: the language model's config, with the values at least that architecture.py reads; layout: what the language
+    model's keys are called; tensors: every tensor by its name in the files.
     """
 
     def __init__(self, folder: Path) -> None:
-        from transformers import AutoConfig
-
         self.folder = folder
         self.raw_config = read_json(folder / CONFIG)
         model_type = self.raw_config.get("model_type")
         if not isinstance(model_type, str):
             raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", "Give a Hugging Face checkpoint folder.")
         self.family: Family = family_of(model_type)
-        try:
-            self.config = AutoConfig.from_pretrained(folder, local_files_only=True)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            raise GemmaAwqError(
-                f"{folder / CONFIG} is not a readable {model_type} config: {error}.", REDOWNLOAD
-            ) from None
-        self.text_config = self.config.get_text_config()
+        self.facts: Any = plain_text_config(self.raw_config) or self.text_config
         self.tensors = read_headers(folder)
         self.layout = self._find_layout()
+
+    @cached_property
+    def config(self) -> Any:
+        """The transformers config, read when it is first asked for: importing transformers takes a second."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        except (ValueError, TypeError, KeyError, OSError) as error:
+            kind = self.family.model_type
+            raise GemmaAwqError(
+                f"{self.folder / CONFIG} is not a readable {kind} config: {error}.", REDOWNLOAD
+            ) from None
+
+    @property
+    def text_config(self) -> Any:
+        """The language model's part of the transformers config."""
+        return self.config.get_text_config()
 
     def _find_layout(self) -> Layout:
         for layout in self.family.layouts:
@@ -178,17 +168,21 @@ class Checkpoint:
 
     @property
     def layers(self) -> int:
-        return int(self.text_config.num_hidden_layers)
+        return int(self.facts.num_hidden_layers)
 
     @property
     def tied_head(self) -> bool:
-        return bool(getattr(self.text_config, "tie_word_embeddings", True))
+        return bool(getattr(self.facts, "tie_word_embeddings", True))
 
     @property
     def declared_dtype(self) -> torch.dtype:
         """The dtype that the config declares, else the embedding's."""
-        dtype = self.text_config.dtype or self.config.dtype
-        return dtype if isinstance(dtype, torch.dtype) else self.tensors[self.key("model.embed_tokens.weight")].dtype
+        section = self.raw_config.get("text_config")
+        for config in (section if isinstance(section, dict) else {}, self.raw_config):
+            dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
+            if isinstance(dtype, torch.dtype):
+                return dtype
+        return self.tensors[self.key("model.embed_tokens.weight")].dtype
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""

@@ -61,6 +61,8 @@ class Piece:
 class DecoderSession:
     """A `Session` over `TextWeights` on any device, with a cache of its own unless one is given."""
 
+    reusable = True
+
     def __init__(self, weights: TextWeights, rows: int, capacity: int, cache: KVCache | None = None) -> None:
         self._weights = weights
         self._cache = cache or make_cache(weights.arch, rows, capacity, weights.device, weights.dtype)
@@ -81,6 +83,10 @@ class DecoderSession:
         for row, new in enumerate(tokens):
             self._cache.lengths[row] += len(new)
         return self._logits(torch.stack([state for state in last if state is not None]))
+
+    def clear(self, row: int) -> None:
+        """See `Session.clear`."""
+        self._cache.lengths[row] = 0
 
     def _logits(self, states: Tensor) -> Tensor:
         """Final states [R, hidden] -> [R, V] float32."""

@@ -15,7 +15,7 @@ import torch
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.cache import ENVIRONMENT, cache_folder
-from gemma_awq_cli.models.checkpoint import CONFIG, SINGLE
+from gemma_awq_cli.models.files import CONFIG, SINGLE
 from gemma_awq_cli.models.staging import StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
 

@@ -28,8 +28,8 @@ class KVCache:
 
     def require_room(self, tokens: Sequence[Sequence[int]], vocabulary: int) -> None:
         """An error of the caller's: rows, tokens or positions that are not there. Compiled code checks nothing."""
-        if len(tokens) != len(self.lengths) or not all(tokens):
-            raise ValueError(f"{len(tokens)} rows, some of them empty perhaps, for a cache of {len(self.lengths)}")
+        if len(tokens) != len(self.lengths) or not any(tokens):
+            raise ValueError(f"{len(tokens)} rows, all of them empty perhaps, for a cache of {len(self.lengths)}")
         if any(length + len(new) > self.capacity for length, new in zip(self.lengths, tokens, strict=True)):
             raise ValueError(f"more tokens than the cache's capacity of {self.capacity}")
         if any(not 0 <= token < vocabulary for new in tokens for token in new):

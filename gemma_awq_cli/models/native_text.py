@@ -94,11 +94,12 @@ def read_native_text(
         embed_scale=float(torch.tensor(arch.embed_scale, dtype=torch.bfloat16)), query_scale=arch.query_scale,
         attention_softcap=arch.attention_softcap or 0.0, final_softcap=arch.final_softcap or 0.0,
         embedding=embedding.data_ptr(), norm=norm.data_ptr(), head=copy.spec, layer=layers,
+        exact=weight.data_ptr() if copy.spec.kind == native.INT4 else None,
     )  # fmt: skip
     dense = None
     if group_size is None:
         dense = read_torch_text(checkpoint, arch, None, torch.device("cpu"), torch.bfloat16)
-    return NativeText(library, arch, spec, tuple(linears), copy, dense, (*keep, layers, ropes, embedding, norm))
+    return NativeText(library, arch, spec, tuple(linears), copy, dense, (*keep, layers, ropes, embedding, weight, norm))
 
 
 def native_report(text: NativeText) -> list[str]:
@@ -109,6 +110,7 @@ def native_report(text: NativeText) -> list[str]:
     long = "" if text.dense is None else f"; {MANY_TOKENS} tokens and more at once: torch"
     layers, head = text.linears[0].spec, text.head.spec
     grouped = f" in groups of {head.group}" if head.group else ""
+    grouped += "; the largest logits again in bfloat16" if text.spec.exact else ""
     return [
         f"forward: compiled C++ ({text.library.instructions}, {torch.get_num_threads()} threads){long}",
         f"qkv, o, gate_up, down: compiled {names[layers.kind]}, {sum(x.nbytes for x in text.linears) / 1e6:.1f} MB",
@@ -131,6 +133,8 @@ def _arena_bytes(arch: Architecture, group_size: int | None, head: str, group: i
 
 class NativeSession:
     """A `Session` over `NativeText`: one call into C++ a token, or a chunk of a prompt."""
+
+    reusable = True
 
     def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
         self._text = text
@@ -158,6 +162,10 @@ class NativeSession:
             parts.append(self._forward(pieces, ids, wanted))
         lengths[:] = ends
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
+
+    def clear(self, row: int) -> None:
+        """See `Session.clear`."""
+        self._cache.lengths[row] = 0
 
     def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[bool]) -> Tensor:
         """Logits after those pieces that are wanted, in their order."""

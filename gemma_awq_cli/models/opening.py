@@ -4,7 +4,7 @@ Which forward runs it is decided here, best first: the compiled decoder, the tor
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -30,7 +30,7 @@ from gemma_awq_cli.models.native_text import (
 )
 from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype, open_dense
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.prompting import Prompter, begin_loading
 from gemma_awq_cli.models.session import Session, TransformersSession
 from gemma_awq_cli.models.text_weights import linear_shapes, require_text_shapes
 from gemma_awq_cli.models.torch_text import read_torch_text
@@ -121,11 +121,13 @@ def open_model(
     precision: Precision | None = None,
     others: Sequence[torch.device] = (),
     head: str | None = None,
+    loading: Future[Prompter] | None = None,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; nothing is ever expanded to 16 bit as a whole.
 
     precision, others: for a 16-bit checkpoint only, how to open it and further devices for what does not fit `device`.
     head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
+    loading: the folder's prompter, if it is being loaded already.
     """
     checkpoint = Checkpoint(folder)
     quantized = checkpoint.quantization is not None
@@ -150,9 +152,7 @@ def open_model(
                 return build_model(checkpoint, device, dtype)
             return open_dense(checkpoint, [device, *others], chosen)
 
-    loader = ThreadPoolExecutor(1)
-    prompter = loader.submit(Prompter, folder)
-    loader.shutdown(wait=False)
+    prompter = loading or begin_loading(folder)
     with memory_errors(f"loading {folder.name}", hint):
         forward = choose_forward(checkpoint, device, dtype, chosen, head or (DEFAULT_HEAD if quantized else DENSE_HEAD))
     opened = OpenModel(checkpoint, device, dtype, quantized, forward, build, prompter)
@@ -166,7 +166,7 @@ def choose_forward(
 ) -> Forward:
     """The fastest forward that can run this model as it was asked for."""
     group_size = require_awq(checkpoint) if checkpoint.quantization is not None else None
-    unknown = architecture.refusal(checkpoint.text_config)
+    unknown = architecture.refusal(checkpoint.facts)
     if device.type != "cpu":
         unknown = unknown or f"the decode paths of our own run on the CPU, and this is {device.type}"
     if precision.quantization or precision.attention:
@@ -174,9 +174,9 @@ def choose_forward(
     if unknown:
         report, slow = linear_report(checkpoint, group_size, device, dtype)
         return Forward(None, (f"forward: transformers' modules ({unknown})", *report), slow)
-    arch = architecture.architecture_of(checkpoint.text_config, checkpoint.family)
+    arch = architecture.architecture_of(checkpoint.facts, checkpoint.family)
     require_text_shapes(checkpoint, arch)
-    if head != DENSE_HEAD and head_group(head, int(checkpoint.text_config.hidden_size)) is None:
+    if head != DENSE_HEAD and head_group(head, arch.hidden) is None:
         head = DENSE_HEAD
     library = f"it computes in bfloat16 and float32, not {dtype}" if dtype != torch.bfloat16 else None
     library = library or native_refusal(checkpoint, arch, group_size)
@@ -207,6 +207,6 @@ def linear_report(
 
 
 def _first_layer(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple[str, Any]]:
-    shapes = linear_shapes(architecture.architecture_of(checkpoint.text_config, checkpoint.family))
+    shapes = linear_shapes(architecture.architecture_of(checkpoint.facts, checkpoint.family))
     for name, (outputs, inputs) in shapes.items():
         yield name.rpartition(".")[2], read_packed(checkpoint, f"model.layers.0.{name}", inputs, outputs, group_size)

@@ -2,7 +2,8 @@
 
 from gemma_awq_cli.awq.pack import PACK, PackedWeight
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import REDOWNLOAD, Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoint import Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.models.files import REDOWNLOAD
 
 
 def require_awq(checkpoint: Checkpoint) -> int:

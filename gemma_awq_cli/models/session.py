@@ -11,13 +11,23 @@ from torch import Tensor
 
 
 class Session(Protocol):
-    """One or more rows of tokens, read from position 0 on, with their cache."""
+    """One or more rows of tokens, read from position 0 on, with their cache.
+
+    reusable: whether rows are independent of each other, so that each may be cleared and fed as many as it likes.
+    """
+
+    reusable: bool
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """Read the next tokens of every row: the logits [R, V] float32 that follow each row's last one.
+        """Read the next tokens of rows: the logits [R, V] float32 that follow each row's last one.
 
-        The first call may bring rows of different lengths; every later one brings equally many tokens a row.
+        Rows that get none are left alone, and have no logits: R is the number of the others. Where the session is not
+        reusable, such a row gets none ever after, and after the first call the others get equally many.
         """
+        ...
+
+    def clear(self, row: int) -> None:
+        """Forget what a row has read, where the session is reusable: it begins anew at position 0."""
         ...
 
 
@@ -27,6 +37,8 @@ class TransformersSession:
     capacity: the most tokens that a row will hold, prompt and answer together.
     """
 
+    reusable = False
+
     def __init__(self, model: Any, rows: int, capacity: int, device: torch.device, pad: int = 0) -> None:
         from transformers import DynamicCache
 
@@ -34,12 +46,18 @@ class TransformersSession:
         self._cache = DynamicCache(config=model.config)
         self._device = device
         self._pad = pad
-        self._rows = rows
+        self._left = list(range(rows))  # those that have not ended
         self._mask = torch.zeros(rows, 0, dtype=torch.int64)  # [R, read so far]: 0 where a row was padded
         self.capacity = capacity
 
     @torch.inference_mode()
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        going = [place for place, row in enumerate(self._left) if tokens[row]]
+        if len(going) < len(self._left):
+            self._cache.batch_select_indices(torch.tensor(going, device=self._device))
+            self._mask = self._mask[going]
+            self._left = [self._left[place] for place in going]
+        tokens = [tokens[row] for row in self._left]
         longest = max(map(len, tokens))
         # padded on the left, so that every row's last token is in the last column
         ids = torch.tensor([[self._pad] * (longest - len(row)) + list(row) for row in tokens])
@@ -54,3 +72,6 @@ class TransformersSession:
         )
         logits: Tensor = output.logits[:, -1].to(torch.float32)
         return logits
+
+    def clear(self, row: int) -> None:
+        raise NotImplementedError("the padding of a row is every row's")

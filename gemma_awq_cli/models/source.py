@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.checkpoint import CONFIG
+from gemma_awq_cli.models.files import CONFIG
 from gemma_awq_cli.models.hub import REPO_ID, fetch_errors
 
 DEMO = "demo"

@@ -146,12 +146,12 @@ def test_a_row_reads_the_same_alone_and_in_a_batch(kind: str, artifacts: Callabl
 def test_heads_in_8_and_4_bits_are_near_the_16bit_head(artifacts: Callable[[str], Path]) -> None:
     folder, turns = artifacts("gemma2"), random_turns(1)
     exact = read_by(open_model(folder, CPU, head="16bit").session(1, CAPACITY), turns)
-    errors = {}
-    for head in ("int8", "int4"):
-        given = read_by(open_model(folder, CPU, head=head).session(1, CAPACITY), turns)
-        errors[head] = float((given - exact).norm() / exact.norm())
-    assert 0 < errors["int8"] < 0.02
-    assert errors["int8"] < errors["int4"] < 0.2
+    int8, int4 = (read_by(open_model(folder, CPU, head=head).session(1, CAPACITY), turns) for head in ("int8", "int4"))
+    assert 0 < float((int8 - exact).norm() / exact.norm()) < 0.02
+    assert 0.02 < float((int4 - exact).norm() / exact.norm()) < 0.2
+    likely = exact > exact.amax(-1, keepdim=True) - 5  # where probability lies four bits are refined to all
+    assert likely.float().sum() < 0.1 * likely.numel()
+    torch.testing.assert_close(int4[likely], exact[likely], rtol=1e-4, atol=1e-3)
 
 
 def test_without_a_compiler_torch_decodes(
@@ -166,7 +166,7 @@ def test_without_a_compiler_torch_decodes(
     assert any(line.startswith("q_proj: PyTorch's int4 product") for line in plain.kernel_report())
     turns = random_turns(1)
     ours, theirs = (read_by(opened.session(1, CAPACITY), turns) for opened in (plain, compiled))
-    assert apart(theirs, ours).median() < 0.1
+    assert apart(theirs, ours).median() < 0.15  # what is unlikely is four bits in one, and 16 in the other
 
 
 def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str], Path]) -> None:
@@ -199,4 +199,4 @@ def test_the_report_names_kernels_and_head(artifacts: Callable[[str], Path]) -> 
     forward, linears, head = opened.kernel_report()
     assert "compiled C++" in forward
     assert "int4" in linears
-    assert "int8 in groups of" in head.replace(", activations in int8 a group", "")
+    assert "int4 in groups of" in head.replace(", activations in int8 a group", "")

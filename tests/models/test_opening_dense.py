@@ -10,7 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import LocalEngine, Settings
+from gemma_awq_cli.generation import Settings
+from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models import memory, opening_dense
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.memory import memory_errors

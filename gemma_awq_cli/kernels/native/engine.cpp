@@ -3,6 +3,7 @@
 
 #include "attention.h"
 #include "pack.h"
+#include "refine.h"
 
 #include <memory>
 
@@ -30,6 +31,7 @@ struct ModelSpec {
     const float* norm;
     Linear head;
     const LayerSpec* layer;
+    const uint16_t* exact;  // the head in 16 bits, by which a coarse head's largest logits are computed again, or null
 };
 
 // The cache: one pointer a layer to [R, kv_heads, slots, D] bf16.
@@ -314,6 +316,10 @@ class Forward {
                     logits[i] = std::tanh(logits[i] / m.final_softcap) * m.final_softcap;
             });
         }
+        if (m.exact)
+            for (int64_t r = 0; r < rows; r++)
+                refine(pool, m.exact, m.hidden, m.head.outputs, m.final_softcap, &b.normed[r * m.hidden],
+                       logits + r * m.head.outputs);
     }
 
     static constexpr int MAX_HEAD_DIM = 512;

@@ -48,6 +48,7 @@ class ModelSpec(ctypes.Structure):
         ("eps", c_float), ("embed_scale", c_float), ("query_scale", c_float),
         ("attention_softcap", c_float), ("final_softcap", c_float),
         ("embedding", c_void_p), ("norm", c_void_p), ("head", LinearSpec), ("layer", POINTER(LayerSpec)),
+        ("exact", c_void_p),
     ]  # fmt: skip
 
 

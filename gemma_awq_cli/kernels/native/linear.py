@@ -75,7 +75,7 @@ def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLine
 
 
 def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:
-    """A 16-bit weight [N, K] -> int4 (asymmetric, the best of nine ranges) or int8 (symmetric) in groups of `group`."""
+    """A 16-bit weight [N, K] -> int4 (asymmetric, the best of three ranges) or int8 (symmetric), in groups."""
     weight = weight.to(torch.bfloat16).contiguous()
     outputs, inputs = weight.shape
     data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))

@@ -6,9 +6,13 @@
 // q[32][g] (values 0..15 or 0..255) -> one block's group.
 template <int KIND> static void place(const uint8_t (*q)[256], int64_t group, uint8_t* to) {
     for (int64_t k = 0; k < group; k += KIND == INT4 ? 8 : 4)
-        for (int lane = 0; lane < BLOCK; lane++)
-            for (int j = 0; j < 4; j++)
-                *to++ = KIND == INT4 ? (uint8_t)(q[lane][k + j] | q[lane][k + j + 4] << 4) : q[lane][k + j];
+        for (int lane = 0; lane < BLOCK; lane++, to += 4) {
+            uint32_t bytes, high = 0;
+            memcpy(&bytes, &q[lane][k], 4);
+            if (KIND == INT4) memcpy(&high, &q[lane][k + 4], 4);
+            bytes |= high << 4;  // no byte is larger than 15: nothing is carried from one to the next
+            memcpy(to, &bytes, 4);
+        }
 }
 
 // qweight [K, N/8], qzeros [K/g, N/8] int32, scales [K/g, N] float16 -> `data` and `zeros`.
@@ -39,42 +43,47 @@ static void pack_awq(Pool& pool, const uint32_t* qweight, const uint32_t* qzeros
     });
 }
 
+// The nearest integers, ties to even, within low .. high, which are less than 2^22 in size.
+INLINE Ints rounded(Floats v, float low, float high) {
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23
+    return (Ints)(smaller(larger(v, splat(low)), splat(high)) + shift) - (Ints)shift;
+}
+
 // One group of one output to 8 bits, symmetric, stored + 128. Returns the scale's float16.
 static uint16_t quantize8(const float* x, int64_t group, uint8_t* q) {
-    float top = 0;
-    for (int64_t k = 0; k < group; k++) top = std::max(top, std::fabs(x[k]));
-    const uint16_t half = half_of(top / 127.0f);
+    Floats top = splat(0.0f);
+    for (int64_t k = 0; k < group; k += LANES) top = larger(top, absolute(load(x + k)));
+    const uint16_t half = half_of(largest(top) / 127.0f);
     const float scale = half_to_float(half), inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int64_t k = 0; k < group; k++)
-        q[k] = (uint8_t)(128 + std::min(127, std::max(-127, (int)std::lrintf(x[k] * inverse))));
+    for (int64_t k = 0; k < group; k += LANES)
+        store_bytes((int8_t*)q + k, rounded(load(x + k) * inverse, -127.0f, 127.0f) + 128);
     return half;
 }
 
-// One group of one output to 4 bits with a zero point; of nine ranges the one with the least squared error.
+// One group of one output to 4 bits with a zero point; of three ranges the one with the least squared error.
 static uint16_t quantize4(const float* x, int64_t group, uint8_t* q, uint8_t* zero) {
     float low = 0, high = 0, best = INFINITY;
     for (int64_t k = 0; k < group; k++) low = std::min(low, x[k]), high = std::max(high, x[k]);
     uint16_t chosen = 0;
     *zero = 0;
-    for (int step = 0; step < 9; step++) {
-        const float shrink = 1.0f - 0.04f * step;
+    for (int step = 0; step < 3; step++) {
+        const float shrink = 1.0f - 0.07f * step;
         const uint16_t half = half_of((high - low) * shrink / 15.0f);
         const float scale = half_to_float(half);
         if (!(scale > 0)) break;
         const float inverse = 1.0f / scale, z = std::min(15.0f, std::max(0.0f, std::nearbyint(-low * shrink * inverse)));
         Floats error = splat(0.0f);
-        const Floats shift = splat(12582912.0f);
         for (int64_t k = 0; k < group; k += LANES) {
             const Floats v = load(x + k);
-            const Floats level = smaller(larger((fma(v, splat(inverse), splat(z)) + shift) - shift, splat(0.0f)), splat(15.0f));
+            const Floats level = to_float(rounded(fma(v, splat(inverse), splat(z)), 0.0f, 15.0f));
             const Floats off = (level - splat(z)) * scale - v;
             error = fma(off, off, error);
         }
         if (sum(error) < best) best = sum(error), chosen = half, *zero = (uint8_t)z;
     }
     const float scale = half_to_float(chosen), inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (int64_t k = 0; k < group; k++)
-        q[k] = (uint8_t)std::min(15.0f, std::max(0.0f, std::nearbyint(std::fma(x[k], inverse, (float)*zero))));
+    for (int64_t k = 0; k < group; k += LANES)
+        store_bytes((int8_t*)q + k, rounded(fma(load(x + k), splat(inverse), splat((float)*zero)), 0.0f, 15.0f));
     return chosen;
 }
 

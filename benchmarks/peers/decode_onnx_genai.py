@@ -1,0 +1,34 @@
+"""ONNX Runtime GenAI. python decode_onnx_genai.py MODEL_DIR
+
+The model comes from its own builder: python -m onnxruntime_genai.models.builder -i CHECKPOINT_DIR -o MODEL_DIR -p int4
+-e cpu --extra_options int4_block_size=128 int4_accuracy_level=4
+"""
+
+import sys
+import time
+
+START = time.time()
+
+import numpy as np  # noqa: E402
+import onnxruntime_genai as genai  # noqa: E402
+from decode_server import serve_whole  # noqa: E402
+
+model = genai.Model(sys.argv[1])
+
+
+def answer(ids, count):
+    parameters = genai.GeneratorParams(model)
+    # its sliding layers ask for room for their window at least, whatever the row needs
+    parameters.set_search_options(max_length=4096, min_length=4096, do_sample=False, batch_size=1)
+    generator = genai.Generator(model, parameters)
+    begin = time.perf_counter()
+    generator.append_tokens(np.array([list(ids)], dtype=np.int32))
+    generator.generate_next_token()
+    first = time.perf_counter() - begin
+    for _ in range(count - 1):
+        generator.generate_next_token()
+    total = time.perf_counter() - begin
+    return [int(token) for token in generator.get_sequence(0)[len(ids) :]], first, total - first
+
+
+serve_whole(START, answer)

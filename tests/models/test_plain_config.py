@@ -1,0 +1,101 @@
+"""config.json read without transformers says what transformers says, or nothing."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from gemma_awq_cli.families import family_of
+from gemma_awq_cli.models.architecture import Architecture, architecture_of, refusal
+from gemma_awq_cli.models.plain_config import plain_text_config
+from tests.conftest import FAMILIES
+from tests.tiny import CONFIGS
+
+# as the hub has them, from before transformers 5
+GEMMA_7B = {
+    "architectures": ["GemmaForCausalLM"], "attention_bias": False, "attention_dropout": 0.0, "bos_token_id": 2,
+    "eos_token_id": 1, "head_dim": 256, "hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh",
+    "hidden_size": 3072, "initializer_range": 0.02, "intermediate_size": 24576, "max_position_embeddings": 8192,
+    "model_type": "gemma", "num_attention_heads": 16, "num_hidden_layers": 28, "num_key_value_heads": 16,
+    "pad_token_id": 0, "rms_norm_eps": 1e-06, "rope_scaling": None, "rope_theta": 10000.0, "torch_dtype": "bfloat16",
+    "transformers_version": "4.38.0.dev0", "use_cache": True, "vocab_size": 256000,
+}  # fmt: skip
+GEMMA3_270M = {
+    "_sliding_window_pattern": 6, "architectures": ["Gemma3ForCausalLM"], "attention_bias": False,
+    "attention_dropout": 0.0, "attn_logit_softcapping": None, "bos_token_id": 2, "eos_token_id": 1,
+    "final_logit_softcapping": None, "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh", "hidden_size": 640,
+    "initializer_range": 0.02, "intermediate_size": 2048,
+    "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3, "max_position_embeddings": 32768,
+    "model_type": "gemma3_text", "num_attention_heads": 4, "num_hidden_layers": 18, "num_key_value_heads": 1,
+    "pad_token_id": 0, "query_pre_attn_scalar": 256, "rms_norm_eps": 1e-06, "rope_local_base_freq": 10000.0,
+    "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512, "torch_dtype": "bfloat16",
+    "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False, "use_cache": True,
+    "vocab_size": 262144,
+}  # fmt: skip
+
+
+def theirs(raw: dict[str, Any], folder: Path) -> Any:
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    return AutoConfig.from_pretrained(folder).get_text_config()
+
+
+def same(ours: Architecture, other: Architecture) -> bool:
+    ropes = [[(rope.inv_freq.tolist(), rope.factor) for rope in arch.ropes] for arch in (ours, other)]
+    fields = [{k: v for k, v in vars(arch).items() if k != "ropes"} for arch in (ours, other)]
+    return ropes[0] == ropes[1] and fields[0] == fields[1]
+
+
+def raw_of(kind: str) -> dict[str, Any]:
+    if kind in ("gemma-7b", "gemma-3-270m"):
+        return dict(GEMMA_7B if kind == "gemma-7b" else GEMMA3_270M)
+    raw: dict[str, Any] = json.loads(CONFIGS[kind]().to_json_string(use_diff=False))
+    return raw
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "gemma-7b", "gemma-3-270m"])
+def test_it_says_what_transformers_says(kind: str, tmp_path: Path) -> None:
+    raw = raw_of(kind)
+    plain, config = plain_text_config(raw), theirs(raw, tmp_path)
+    assert plain is not None
+    assert refusal(plain) is None
+    family = family_of(raw["model_type"])
+    assert same(architecture_of(plain, family), architecture_of(config, family))
+    for name in ("num_hidden_layers", "tie_word_embeddings", "bos_token_id", "vocab_size", "max_position_embeddings"):
+        assert getattr(plain, name) == getattr(config, name), name
+
+
+@pytest.mark.parametrize("kind", [*FAMILIES, "gemma-7b", "gemma-3-270m"])
+def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: Path) -> None:
+    """Each value missing, null, of another type, or another number: the same as transformers, or nothing."""
+    whole = raw_of(kind)
+    family, agreed = family_of(whole["model_type"]), 0
+    section = whole["text_config"] if kind == "gemma3" else whole
+    for name, value in list(section.items()):
+        for change in (..., None, "x", True, 2, 0.5, {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}):
+            section[name] = change
+            if change is ...:
+                del section[name]
+            plain = plain_text_config(whole) if whole.get("model_type") == family.model_type else None
+            if plain is not None and name != "transformers_version":
+                try:
+                    config = theirs(whole, tmp_path)
+                except Exception:  # noqa: BLE001 (whatever transformers makes of it, it is no answer)
+                    assert name not in vars(plain), (name, change)
+                else:
+                    assert refusal(config) is None, (name, change)
+                    assert same(architecture_of(plain, family), architecture_of(config, family)), (name, change)
+                    agreed += 1
+            section[name] = value
+    assert agreed > 20
+
+
+def test_a_checkpoints_dtype_is_transformers(checkpoints: Callable[[str], Path]) -> None:
+    from gemma_awq_cli.models.checkpoint import Checkpoint
+
+    for kind in FAMILIES:
+        checkpoint = Checkpoint(checkpoints(kind))
+        assert checkpoint.declared_dtype == (checkpoint.text_config.dtype or checkpoint.config.dtype) == torch.bfloat16
