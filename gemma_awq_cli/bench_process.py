@@ -5,10 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+
+Progress = Callable[[int, int], None]  # done, total
 
 
 class Worker:
@@ -29,21 +32,24 @@ class Worker:
         os.close(write)
         self._answers = os.fdopen(read, encoding="utf-8")
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer; its error, or the process's end, is an error."""
+    def ask(self, on_progress: Progress = lambda done, total: None, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer; its error, or the process's end, is an error.
+
+        on_progress: told of a long request how much is done.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            line = self._answers.readline()
+            while (line := self._answers.readline()) and "done" in (answer := json.loads(line)):
+                on_progress(answer["done"], answer["total"])
         except BrokenPipeError:
             line = ""
         if not line:
             raise self._died()
-        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise GemmaAwqError(answer["error"], answer["hint"])
-        return answer
+        return dict(answer)
 
     def _died(self) -> GemmaAwqError:
         code = self._process.wait()

@@ -17,10 +17,16 @@ from torch import Tensor
 from gemma_awq_cli.artifact import peak_memory
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.session import Session, TransformersSession
+from gemma_awq_cli.models.opening import OpenModel, open_model
+from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.session import Session
 
 OWN = "own"  # opened as `gemma-awq run` does
+PRECISIONS = {
+    "fp16": Precision(dtype=torch.float16),
+    "int8": Precision(quantization="int8"),
+    "nf4": Precision(quantization="nf4"),
+}
 BANDWIDTH_BYTES = 256 << 20  # beyond any cache
 BANDWIDTH_TRIES = 5
 
@@ -50,42 +56,26 @@ class Sample:
     decode: float
 
 
+def open_kind(kind: str, folder: Path, device: torch.device) -> OpenModel:
+    """Open a model the way that `kind` names: OWN, or one of PRECISIONS of a 16-bit checkpoint."""
+    return open_model(folder, device, None if kind == OWN else PRECISIONS[kind])
+
+
 def load(kind: str, folder: Path, device: torch.device) -> Subject:
-    """Open a model the way that `kind` names: OWN, or one of transformers' in `_with_transformers`."""
+    """Open a model of a kind to be timed."""
     started = time.perf_counter()
-    checkpoint = Checkpoint(folder)
-    config = checkpoint.text_config
-    if kind == OWN:
-        opened = open_model(folder, device)
-        session, dtype = opened.session, opened.dtype
-        weight_bytes = stored_bytes_per_token(checkpoint, dtype, opened.forward.head)
-    else:
-        model, dtype = _with_transformers(kind, folder, device)
-        session = lambda rows, capacity: TransformersSession(model, rows, capacity, device)  # noqa: E731
-        weight_bytes = _held_bytes_per_token(model, checkpoint.tied_head)
-    session(1, 1).feed([[int(config.bos_token_id)]])  # what is read lazily is read now
+    opened = open_kind(kind, folder, device)
+    config = opened.checkpoint.text_config
+    opened.session(1, 1).feed([[int(config.bos_token_id)]])  # what is read lazily is read now
     seconds = time.perf_counter() - started
+    if kind in ("int8", "nf4"):
+        weight_bytes = _held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
+    else:
+        weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype, opened.forward.head)
     return Subject(
-        session, int(config.vocab_size), int(config.max_position_embeddings), int(config.bos_token_id),
-        str(dtype).removeprefix("torch."), weight_bytes, seconds,
+        opened.session, int(config.vocab_size), int(config.max_position_embeddings), int(config.bos_token_id),
+        str(opened.dtype).removeprefix("torch."), weight_bytes, seconds,
     )  # fmt: skip
-
-
-def _with_transformers(kind: str, folder: Path, device: torch.device) -> tuple[Any, torch.dtype]:
-    """The checkpoint through transformers: in float16, or quantized by bitsandbytes while it is loaded."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
-
-    if kind == "fp16":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to(device).eval(), torch.float16
-    quantization = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if kind == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
-    )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": str(device)}
-    )
-    return model.eval(), torch.bfloat16
 
 
 HEAD_BYTES = {"int8": 1.0, "int4": 0.5}
