@@ -11,6 +11,11 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 
+
+class WorkerEndedError(GemmaAwqError):
+    """The process died: nothing can be asked of it any more."""
+
+
 Progress = Callable[[int, int], None]  # done, total
 
 
@@ -51,17 +56,17 @@ class Worker:
             raise GemmaAwqError(answer["error"], answer["hint"])
         return dict(answer)
 
-    def _died(self) -> GemmaAwqError:
+    def _died(self) -> WorkerEndedError:
         code = self._process.wait()
         self._chatter.seek(0)
         said = self._chatter.read().decode(errors="replace").strip().splitlines()
         if code == -9:
-            return GemmaAwqError(
+            return WorkerEndedError(
                 f"The process that measured {self.name} was killed, as when memory runs out.",
                 "Measure fewer models at once, or on a machine with more memory.",
             )
         reason = said[-1] if said else f"exit code {code}"
-        return GemmaAwqError(f"The process that measured {self.name} ended: {reason}", "")
+        return WorkerEndedError(f"The process that measured {self.name} ended: {reason}", "")
 
     def end(self) -> None:
         """End the process, whatever it does."""

@@ -6,7 +6,8 @@
     {"do": "open", "kind": "own", "folder": "...", "device": "cpu", "threads": 2}
     {"do": "task", "spec": {...}, "limit": null, "unsafe_code": false}
 
-Before the answer to the last one there may be lines {"done", "total"} on how far it is. An error that a user can meet is an answer {"error", "hint"}. The end of the input ends the process.
+Before the answer to the last one there may be lines {"done", "total"} on how far it is.
+An error that a user can meet is an answer {"error", "hint"}. The end of the input ends the process.
 """
 
 import json

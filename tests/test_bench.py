@@ -12,9 +12,9 @@ import jsonschema
 import pytest
 
 from gemma_awq_cli import benchmarking
+from gemma_awq_cli.bench_document import _percentiles
 from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.bench_worker import _Server
-from gemma_awq_cli.benchmarking import _percentiles
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
@@ -30,7 +30,7 @@ class InProcess:
     def __init__(self, name: str, threads: int | None) -> None:
         self._server = _Server()
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, on_progress: Any = None, **request: Any) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(json.dumps(self._server.answer(json.loads(json.dumps(request)))))
         return answer
 
@@ -248,7 +248,7 @@ def test_an_interruption_keeps_what_was_measured(
     answered: Iterator[int] = iter(range(100))
     ask = InProcess.ask
 
-    def interrupted(self: InProcess, **request: Any) -> dict[str, Any]:
+    def interrupted(self: InProcess, on_progress: Any = None, **request: Any) -> dict[str, Any]:
         if request["do"] == "sample" and next(answered) == 2:  # after the warm-up and one repetition
             raise error
         return ask(self, **request)
