@@ -141,13 +141,13 @@ def run_task(
     try:
         # a file or a folder needs no look at the harness's own thousands of tasks
         manager = _manager(spec.include, spec.include is None and not _is_file(spec.task))
+        known = manager.task_index.get(spec.task)
+        if known is not None and (known.cfg or {}).get("unsafe_code"):  # before any of its code runs
+            _require_confirmed(spec.task, unsafe_code)
         loaded = manager.load([spec.task])
         for name, task in loaded["tasks"].items():
-            if getattr(task, "UNSAFE_CODE", False) and not unsafe_code:
-                raise GemmaAwqError(
-                    f"{name} executes what the model writes, on this machine.",
-                    "If you accept that, in a container at best, give --confirm-run-unsafe-code.",
-                )
+            if getattr(task, "UNSAFE_CODE", False):
+                _require_confirmed(name, unsafe_code)
             own = task.get_config("num_fewshot")
             if spec.fewshot is not None and own != 0:  # the harness, too, keeps a task's own zero
                 task.set_config(key="num_fewshot", value=spec.fewshot)
@@ -170,11 +170,19 @@ def run_task(
     except (OSError, ValueError, LookupError, TypeError, DatasetsError, HfHubHTTPError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise GemmaAwqError(
-            f"The task {spec.name} could not be run: {type(error).__name__}: {reason}",
+            f"The task {spec.name} could not be run: {type(error).__name__}: {reason.rstrip('.')}.",
             "Its data is downloaded from the Hugging Face Hub where it is not in the cache: look at the network and "
             "HF_HUB_OFFLINE. A task of your own: look at its file.",
         ) from None
     return described(results, loaded, spec, version)
+
+
+def _require_confirmed(task: str, confirmed: bool) -> None:
+    if not confirmed:
+        raise GemmaAwqError(
+            f"{task} executes what the model writes, on this machine.",
+            "If you accept that, in a container at best, give --confirm-run-unsafe-code.",
+        )
 
 
 def described(results: Mapping[str, Any], loaded: Mapping[str, Any], spec: TaskSpec, version: str) -> dict[str, Any]:
