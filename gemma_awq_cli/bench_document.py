@@ -1,5 +1,6 @@
 """The document of a bench: what was measured as plain data, described by docs/bench-schema.json."""
 
+import hashlib
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,27 @@ def described_models(entries: Sequence[Entry], settings: Settings, bandwidth: fl
                 "role": entry.role,
                 "kind": entry.kind if entry.role == "compare" and entry.kind != OWN else _kind(entry.checkpoint),
                 "model_type": entry.checkpoint.family.model_type,
-                "bytes": sum(info.nbytes for info in entry.checkpoint.tensors.values()),
-                "identity": entry.checkpoint.identity(),
+                "bytes": _size(entry),
+                "identity": _identity(entry),
                 "speed": speed,
                 "fidelity": entry.fidelity,
                 "tasks": entry.tasks,
             }
         )
     return models
+
+
+def _size(entry: Entry) -> int:
+    if entry.file is not None:
+        return entry.file.stat().st_size
+    return sum(info.nbytes for info in entry.checkpoint.tensors.values())
+
+
+def _identity(entry: Entry) -> str:
+    if entry.file is None:
+        return entry.checkpoint.identity()
+    with entry.file.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def described_settings(settings: Settings) -> dict[str, Any]:

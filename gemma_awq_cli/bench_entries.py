@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.measuring_speed import OWN
@@ -45,16 +46,25 @@ class Settings:
 
 @dataclass(eq=False)
 class Entry:
-    """One model of a bench and what is known of it so far. role: `model`, or `compare` for a competitor of those."""
+    """One model of a bench and what is known of it so far. role: `model`, or `compare` for a competitor of those.
+
+    file: a GGUF; `checkpoint` is then the first model's.
+    """
 
     name: str
     role: str
     kind: str
     checkpoint: Checkpoint
+    file: Path | None = None
     loaded: dict[str, Any] | None = None
     samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by batch size
     fidelity: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """What is opened."""
+        return self.file or self.checkpoint.folder
 
     @property
     def report(self) -> dict[str, Any] | None:

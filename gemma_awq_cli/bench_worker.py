@@ -1,12 +1,14 @@
 """The process that `bench` starts for each model: JSON lines in, JSON lines out, one answer a request.
 
-    {"do": "load", "kind": "own", "folder": "...", "device": "cpu", "threads": 2}
+    {"do": "load", "kind": "own", "path": "...", "device": "cpu", "threads": 2, "rows": 1, "tokens": 640}
     {"do": "sample", "prompts": [[2, 17, ...]], "new_tokens": 128}
     {"do": "bandwidth"}
-    {"do": "open", "kind": "own", "folder": "...", "device": "cpu", "threads": 2}
+    {"do": "open", "kind": "own", "path": "...", "device": "cpu", "threads": 2}
     {"do": "task", "spec": {...}, "limit": null, "unsafe_code": false}
+    {"do": "fidelity", "kind": "nf4", "path": "...", "reference": "...", "text": "embedded", "window": null,
+     "windows": null, "device": "cpu", "threads": 2}
 
-Before the answer to the last one there may be lines {"done", "total"} on how far it is.
+Before the answer to the last two there may be lines {"done", "total"} on how far it is.
 An error that a user can meet is an answer {"error", "hint"}. The end of the input ends the process.
 """
 
@@ -45,13 +47,18 @@ class _Server:
                 return {"bytes_per_second": speed.bandwidth(self.device)}
             case "open":
                 self._set_up(request)
-                self.opened = speed.open_kind(request["kind"], Path(request["folder"]), self.device)
+                self.opened = speed.open_kind(request["kind"], Path(request["path"]), self.device)
                 return {}
             case "task":
                 from gemma_awq_cli.measuring_tasks import TaskSpec, run_task
 
                 spec = TaskSpec(**request["spec"])
                 return run_task(self.opened, spec, request["limit"], request["unsafe_code"], self.on_progress)
+            case "fidelity":
+                from gemma_awq_cli.running_fidelity import answer
+
+                self._set_up(request)
+                return answer(request, self.device, self.on_progress)
             case other:
                 raise AssertionError(f"no request is called {other!r}")
 
@@ -61,7 +68,8 @@ class _Server:
         from gemma_awq_cli import measuring_speed as speed
 
         self._set_up(request)
-        self.subject = speed.load(request["kind"], Path(request["folder"]), self.device)
+        path = Path(request["path"])
+        self.subject = speed.load(request["kind"], path, self.device, request["rows"], request["tokens"])
         facts = {
             name: getattr(self.subject, name)
             for name in ("vocabulary", "bos", "context", "dtype", "weight_bytes", "load_seconds")

@@ -11,17 +11,20 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.bench_document import SCHEMA, described_models, described_settings, environment
 from gemma_awq_cli.bench_entries import ORIGINALS, Entry, Settings
 from gemma_awq_cli.bench_process import Worker, WorkerEndedError
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.measuring_speed import OWN
+from gemma_awq_cli.llama_cpp_model import require_llama_cpp
+from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
 from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.vllm_engine import INSTALL
 
 WARM_UP_TOKENS = 16
 
@@ -56,6 +59,16 @@ class Bench:
                 self.leave_out(name, "all", error)
 
     def _competitor(self, name: str) -> Entry:
+        if name == VLLM:
+            if find_spec(VLLM) is None:
+                raise GemmaAwqError("vLLM is not installed.", INSTALL)
+            return Entry(name, "compare", VLLM, self.entries[0].checkpoint)
+        if name.endswith(f".{GGUF}"):
+            file = Path(name).expanduser()
+            if not file.is_file():
+                raise GemmaAwqError(f"There is no file {name}.")
+            require_llama_cpp()
+            return Entry(name, "compare", GGUF, self.entries[0].checkpoint, file)
         if name not in ORIGINALS:
             return Entry(name, "compare", OWN, Checkpoint(find_source(name, None, self.note).folder))
         kind, package = ORIGINALS[name]
@@ -97,12 +110,12 @@ class Bench:
         """Every model's speed, one repetition of each in turn."""
         settings = self.settings
         running: dict[Entry, Worker] = {}
-        load = {"device": settings.device, "threads": settings.threads}
+        tokens = settings.prompt_tokens + settings.new_tokens + 1
+        load = {"device": settings.device, "threads": settings.threads, "rows": max(settings.batches), "tokens": tokens}
         try:
             for entry in self.entries:
                 running[entry] = Worker(entry.name, settings.threads)
-                folder = str(entry.checkpoint.folder)
-                entry.loaded = self._ask(running, entry, do="load", kind=entry.kind, folder=folder, **load)
+                entry.loaded = self._ask(running, entry, do="load", kind=entry.kind, path=str(entry.path), **load)
                 on_step()
             for batch in settings.batches:
                 for turn in range(-settings.warmup, settings.repetitions):
@@ -128,7 +141,7 @@ class Bench:
             if entry.role == "model":
                 raise
             running.pop(entry).end()
-            entry.samples.clear()
+            entry.samples.pop(len(request.get("prompts", ())), None)  # of the batch size that it was at
             self.leave_out(entry.name, "speed", error)
             return None
 
@@ -142,43 +155,66 @@ class Bench:
         ]
 
     def measure_fidelity(self, entry: Entry, on_steps: Callable[[int], Callable[[], None]]) -> None:
-        """How far an entry is from its 16-bit original. on_steps: told how many steps there are, gives what to call."""
+        """How far an entry is from its 16-bit original: by its stored weights, or as it runs if another library holds
+        them. on_steps: told how many steps there are, gives what to call.
+        """
         import torch
 
         from gemma_awq_cli import measuring_fidelity as fidelity
-        from gemma_awq_cli.calibration import find_recipe
         from gemma_awq_cli.models.opening import pick_device
-        from gemma_awq_cli.models.prompting import Prompter
 
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
-        if entry.checkpoint.quantization is None and self.settings.reference is None:
+        settings, first = self.settings, self.entries[0]
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        owner = first if entry.kind != OWN else entry
+        if owner.checkpoint.quantization is None and settings.reference is None and entry.kind == OWN:
             raise GemmaAwqError(
                 f"{entry.name} is a 16-bit model, and no other is named to compare it with.",
                 "Name one with --reference, or measure its --speed alone.",
             )
-        original = self.original(entry)
-        settings = self.settings
-        context = int(original.text_config.max_position_embeddings)
-        text = fidelity.read_text(
-            find_recipe(settings.text), Prompter(original.folder), context, settings.window, settings.windows
-        )
-        fidelity.require_same_base(original, entry.checkpoint, text)
-        device = pick_device(settings.device)
-        on_step = on_steps(fidelity.steps(text.rows, original.layers))
-        positions = fidelity.measure(entry.checkpoint, original, text.rows, device, on_step)
-        entry.fidelity = {
-            "reference": settings.reference or original.folder.name,
-            "text": text.description,
-            "text_sha256": text.sha256,
-            "windows": len(text.rows),
-            "window": text.rows.shape[1],
-            **fidelity.described(positions, text.rows.shape[1] - 1),
-        }
+        if entry.kind in ORIGINALS and entry.kind != OWN:
+            original = entry.checkpoint
+        elif owner.checkpoint.quantization is None and settings.reference is None:
+            original = owner.checkpoint
+        else:
+            original = self.original(owner)
+        if entry.kind == OWN:
+            text = fidelity.read_asked(original, settings.text, settings.window, settings.windows)
+            fidelity.require_same_base(original, entry.checkpoint, text)
+            on_step = on_steps(fidelity.steps(text.rows, original.layers))
+            device = pick_device(settings.device)
+            positions = fidelity.measure(entry.checkpoint, original, text.rows, device, on_step)
+            result = {"arithmetic": "stored weights in float32", **fidelity.described(positions, text)}
+        else:
+            result = {"arithmetic": "as it runs", **self._running_fidelity(entry, original, on_steps)}
+        entry.fidelity = {"reference": settings.reference or original.folder.name, **result}
+
+    def _running_fidelity(
+        self, entry: Entry, original: Checkpoint, on_steps: Callable[[int], Callable[[], None]]
+    ) -> dict[str, Any]:
+        settings, worker = self.settings, Worker(entry.name, self.settings.threads)
+        steps: list[Callable[[], None]] = []
+
+        def on_progress(done: int, total: int) -> None:
+            steps[:] = steps or [on_steps(total)]
+            steps[0]()
+
+        try:
+            return worker.ask(
+                on_progress, do="fidelity", kind=entry.kind, path=str(entry.path), reference=str(original.folder),
+                text=settings.text, window=settings.window, windows=settings.windows, device=settings.device,
+                threads=settings.threads,
+            )  # fmt: skip
+        finally:
+            worker.end()
 
     def measure_tasks(self, entry: Entry, on_task: Callable[[TaskSpec], Callable[[int, int], None]]) -> None:
         """An entry's score in every task. on_task: told which one begins, gives what to tell how far it is."""
         settings, worker = self.settings, None
+        if entry.kind in (GGUF, VLLM):
+            reason = "Tasks are answered by models that this tool opens itself."
+            self.leave_out(entry.name, "tasks", GemmaAwqError(reason))
+            return
         where: dict[str, Any] = {"device": settings.device, "threads": settings.threads}
         try:
             for spec in self.specs:
@@ -186,7 +222,7 @@ class Bench:
                 try:
                     if worker is None:
                         worker = Worker(entry.name, settings.threads)
-                        worker.ask(do="open", kind=entry.kind, folder=str(entry.checkpoint.folder), **where)
+                        worker.ask(do="open", kind=entry.kind, path=str(entry.path), **where)
                     result = worker.ask(
                         on_progress, do="task", spec=asdict(spec), limit=settings.task_limit,
                         unsafe_code=settings.confirm_run_unsafe_code,

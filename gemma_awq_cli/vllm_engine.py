@@ -8,6 +8,7 @@ import importlib.util
 import os
 import time
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
@@ -137,6 +138,25 @@ class VllmEngine:
             left = [name for name, request in work.items() if not request.done]
             self._engine.abort_request(left)
         return [request.completion for request in work.values()]
+
+    def timed(self, rows: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[float]]:
+        """Seconds until every row has its first token, and of each further step until all have `new_tokens`, which no
+        end of text prevents.
+        """
+        arguments = sampling_arguments(Sampling(), new_tokens, 0, set())
+        for ids in rows:
+            self._engine.add_request(
+                self._request(), {"prompt_token_ids": list(ids)}, self._sampling_params(**arguments)
+            )
+        counts: dict[str, int] = {}
+        reached: list[float] = []
+        started = time.perf_counter()
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                counts[output.request_id] = len(output.outputs[0].token_ids)
+            while len(counts) == len(rows) and len(reached) < min(counts.values()):
+                reached.append(time.perf_counter() - started)
+        return reached[0], [later - earlier for earlier, later in pairwise(reached)]
 
     def _request(self) -> str:
         self._requests += 1

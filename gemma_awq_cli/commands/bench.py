@@ -31,8 +31,8 @@ def command(
     confirm_run_unsafe_code: Annotated[bool, typer.Option(
         "--confirm-run-unsafe-code", help="Run tasks that execute what the model writes.")] = False,
     compare: Annotated[list[str] | None, typer.Option(
-        help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, or another MODEL. "
-        "May be given several times.", metavar="WHAT")] = None,
+        help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, vllm, a .gguf file "
+        "(llama.cpp), or another MODEL. May be given several times.", metavar="WHAT")] = None,
     prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1)] = 512,
     new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1)] = 128,
     batch: Annotated[list[int] | None, typer.Option(
@@ -131,11 +131,13 @@ def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
         with out.progress("Speed", bench.speed_steps()) as progress:
             bench.measure_speed(progress.step)
     if bench.settings.fidelity:
-        from gemma_awq_cli.measuring_speed import OWN
+        from gemma_awq_cli.measuring_speed import OWN, VLLM
 
         for entry in bench.entries:
-            if entry.kind != OWN or (entry.role == "compare" and entry.checkpoint.quantization is None):
-                continue  # fidelity is that of weights as they are stored
+            # vLLM runs the first model's weights, and the original does not differ from itself
+            is_original = entry.kind == OWN and entry.checkpoint.quantization is None
+            if entry.kind == VLLM or (entry.role == "compare" and is_original):
+                continue
             with out.progress(f"Fidelity of {entry.name}", 1) as progress:
 
                 def on_steps(total: int) -> Any:
