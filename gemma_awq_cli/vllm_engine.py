@@ -144,13 +144,13 @@ class VllmEngine:
         end of text prevents.
         """
         arguments = sampling_arguments(Sampling(), new_tokens, 0, set())
+        started = time.perf_counter()
         for ids in rows:
             self._engine.add_request(
                 self._request(), {"prompt_token_ids": list(ids)}, self._sampling_params(**arguments)
             )
         counts: dict[str, int] = {}
         reached: list[float] = []
-        started = time.perf_counter()
         while self._engine.has_unfinished_requests():
             for output in self._engine.step():
                 counts[output.request_id] = len(output.outputs[0].token_ids)
