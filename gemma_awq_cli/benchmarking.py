@@ -24,6 +24,7 @@ from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.task_suites import LACKING
 from gemma_awq_cli.vllm_engine import INSTALL
 
 WARM_UP_TOKENS = 16
@@ -49,6 +50,8 @@ class Bench:
         self.environment = environment()
         if self.settings.tasks:
             self.specs = find_tasks(self.settings.tasks)
+            if any(spec.suite == "safety" for spec in self.specs):
+                self.note(f"On the model card but no tasks of lm-evaluation-harness: {', '.join(LACKING)}.")
         for name in models:
             folder = find_source(name, None, self.note).folder
             self.entries.append(Entry(name, "model", OWN, Checkpoint(folder)))

@@ -5,6 +5,7 @@ The other decodes from BOS alone, as llama-bench's tg does. Every time ends when
 which also waits for the device.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ PRECISIONS = {
     "int8": Precision(quantization="int8"),
     "nf4": Precision(quantization="nf4"),
 }
+VLLM_ROOM = 3_000_000_000  # bytes beside the weights
 BANDWIDTH_BYTES = 256 << 20  # beyond any cache
 BANDWIDTH_TRIES = 5
 
@@ -106,7 +108,10 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> Subject:
 
     started = time.perf_counter()
     checkpoint = Checkpoint(path)
-    engine = VllmEngine(checkpoint, Prompter(path), tokens, rows)
+    # other models are loaded beside it: room for the weights, twice while they are converted, and for the cache
+    needed = 2 * sum(info.nbytes for info in checkpoint.tensors.values()) + VLLM_ROOM
+    share = min(0.9, needed / _total_memory())
+    engine = VllmEngine(checkpoint, Prompter(path), tokens, rows, memory_share=share)
     config = checkpoint.text_config
     bos = int(config.bos_token_id)
     engine.timed([[bos]], 1)
@@ -124,6 +129,13 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> Subject:
         timed, int(config.vocab_size), int(config.max_position_embeddings), bos, str(dtype).removeprefix("torch."),
         stored_bytes_per_token(checkpoint, dtype, "16bit"), seconds,
     )  # fmt: skip
+
+
+def _total_memory() -> int:
+    """Bytes of the memory that vLLM computes in."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # vLLM runs on Linux only
 
 
 HEAD_BYTES = {"int8": 1.0, "int4": 0.5}

@@ -63,7 +63,10 @@ def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: set[in
 
 
 class VllmEngine:
-    """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time."""
+    """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time.
+
+    memory_share: of the device's memory that vLLM may take, None for its own default, which is nearly all.
+    """
 
     def __init__(
         self,
@@ -74,6 +77,7 @@ class VllmEngine:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         dtype: str | None = None,
+        memory_share: float | None = None,
     ) -> None:
         if dtype and checkpoint.quantization is not None:
             raise UsageError(f"{checkpoint.folder} is a 4-bit artifact: --dtype is for 16-bit models.")
@@ -95,6 +99,8 @@ class VllmEngine:
             raise GemmaAwqError(f"vLLM is installed but cannot be imported: {error}.", INSTALL) from None
         self._sampling_params = SamplingParams
         arguments = engine_arguments(checkpoint, tensor_parallel, pipeline_parallel, self.context, rows, dtype)
+        if memory_share is not None:
+            arguments["gpu_memory_utilization"] = memory_share  # on CPUs it is the share of the main memory
         try:
             self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, RuntimeError, NotImplementedError, MemoryError) as error:
