@@ -178,7 +178,10 @@ def test_tasks_of_an_artifact_and_its_original(
         assert (choice["metric"], choice["fewshot"], choice["samples"], choice["samples_of"]) == ("acc", [1], 4, 6)
         assert choice["bos"] is True
         assert {score["metric"] for score in choice["scores"]} == {"acc", "acc_norm"}
-    assert "tiny_choice, acc, 1-shot, 4 of 6" in page.read_text(encoding="utf-8")
+    text = page.read_text(encoding="utf-8")
+    assert "tiny_choice, acc, 1-shot, 4 of 6" in text
+    assert 'aria-label="Tasks"' in text
+    assert "every request with exactly one BOS" in text
     # an earlier document whose scores were better is a bound
     baseline = tmp_path / "baseline.json"
     for task in document["models"][0]["tasks"]:
