@@ -16,6 +16,8 @@ class WorkerEndedError(GemmaAwqError):
     """The process died: nothing can be asked of it any more."""
 
 
+ENDING_SECONDS = 10.0  # that a process which said its last word is given to end
+
 Progress = Callable[[int, int], None]  # done, total
 
 
@@ -57,7 +59,10 @@ class Worker:
         return dict(answer)
 
     def _died(self) -> WorkerEndedError:
-        code = self._process.wait()
+        try:
+            code: int | None = self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:  # a library's threads may keep it from ending; `end` kills it
+            code = None
         self._chatter.seek(0)
         said = self._chatter.read().decode(errors="replace").strip().splitlines()
         if code == -9:

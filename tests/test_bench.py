@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from gemma_awq_cli import benchmarking
+from gemma_awq_cli import bench_process, benchmarking
 from gemma_awq_cli.bench_document import _percentiles
 from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.bench_worker import _Server
@@ -272,6 +274,18 @@ def test_a_process_that_dies_is_said() -> None:
     worker = Worker("x", 1)
     with pytest.raises(GemmaAwqError, match="The process that measured x ended: AssertionError: no request"):
         worker.ask(do="nonsense")
+    worker.end()
+
+
+def test_a_process_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closed its answers, and something of a library's keeps it alive."""
+    script = "import os, sys, time; print('ValueError: x', file=sys.stderr, flush=True); os.close(1); time.sleep(300)"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", script], **options))
+    monkeypatch.setattr(bench_process, "ENDING_SECONDS", 0.5)
+    worker = Worker("x", 1)
+    with pytest.raises(GemmaAwqError, match="The process that measured x ended: ValueError: x"):
+        worker.ask(do="bandwidth")
     worker.end()
 
 
