@@ -237,7 +237,8 @@ def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("score, %")
-    _legend(axes)
+    if len(measured) > 1:
+        axes.legend(ncols=len(measured), loc="upper center", bbox_to_anchor=(0.5, -0.2))
     return _plot(figure, "Tasks", "Of lm-evaluation-harness; the line is the standard error.")
 
 

@@ -1,9 +1,10 @@
 """The verb `bench`: speed, fidelity and task scores of models side by side, as one document.
 
 Speed: every model in its own process, all loaded at once, a repetition of each in turn, so that what the machine does
-meanwhile meets all of them alike. Fidelity: in this process, after those have ended. Tasks: every model in its own
-process, one after another, where a task that fails leaves the others. What was measured when a run is
-interrupted is in the document, which then says that it is not complete.
+meanwhile meets all of them alike. Fidelity: after those have ended, of an artifact in this process, of what another
+library holds in one of its own. Tasks: every model in its own process, one after another, where a task that fails
+leaves the others. What was measured when a run is interrupted is in the document, which then says that it is not
+complete.
 """
 
 import random
@@ -19,7 +20,7 @@ from gemma_awq_cli.bench_entries import ORIGINALS, Entry, Settings
 from gemma_awq_cli.bench_process import Worker, WorkerEndedError
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.llama_cpp_model import require_llama_cpp
-from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
+from gemma_awq_cli.measuring_speed import GGUF, OWN, PRECISIONS, VLLM
 from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
@@ -175,7 +176,7 @@ class Bench:
                 f"{entry.name} is a 16-bit model, and no other is named to compare it with.",
                 "Name one with --reference, or measure its --speed alone.",
             )
-        if entry.kind in ORIGINALS and entry.kind != OWN:
+        if entry.kind in PRECISIONS:
             original = entry.checkpoint
         elif owner.checkpoint.quantization is None and settings.reference is None:
             original = owner.checkpoint
