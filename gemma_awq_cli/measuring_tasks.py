@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -228,8 +229,8 @@ def _scores(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
     entries = []
     for key, value in figures.items():
         metric, comma, kind = key.partition(",")
-        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
-            continue
+        if not comma or metric.endswith("_stderr") or not isinstance(value, int | float) or not isfinite(value):
+            continue  # a metric of none of the questions is NaN
         error = figures.get(f"{metric}_stderr,{kind}")
         entries.append(
             {
@@ -237,7 +238,7 @@ def _scores(results: Mapping[str, Any], name: str) -> list[dict[str, Any]]:
                 "metric": metric,
                 "filter": kind,
                 "value": float(value),
-                "stderr": float(error) if isinstance(error, int | float) else None,
+                "stderr": float(error) if isinstance(error, int | float) and isfinite(error) else None,
                 "higher_is_better": better.get(metric),
             }
         )
