@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.measuring_speed import OWN
+from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
 from gemma_awq_cli.models.checkpoint import Checkpoint, read_json
 from gemma_awq_cli.models.staging import REPORT
 
@@ -48,7 +48,7 @@ class Settings:
 class Entry:
     """One model of a bench and what is known of it so far. role: `model`, or `compare` for a competitor of those.
 
-    file: a GGUF; `checkpoint` is then the first model's.
+    file: a GGUF; `checkpoint` is then the first model's, as it is for vLLM.
     """
 
     name: str
@@ -68,5 +68,8 @@ class Entry:
 
     @property
     def report(self) -> dict[str, Any] | None:
+        """The quantization report of an artifact that this entry itself is."""
+        if self.kind in (GGUF, VLLM):  # `checkpoint` is the first model's
+            return None
         path = self.checkpoint.folder / REPORT
         return read_json(path) if path.is_file() else None

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gemma_awq_cli import benchmarking, llama_cpp_model, running_fidelity
+from gemma_awq_cli.bench_entries import Entry
 from gemma_awq_cli.calibration import find_recipe
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.measuring_fidelity import measure, read_text
@@ -74,6 +75,13 @@ def test_a_gguf_file_that_cannot_be_measured_is_said(
     assert 'pip install "gemma-awq[llama-cpp]"' in captured.err
     assert "There is no file no.gguf" in captured.err
     assert [part["model"] for part in json.loads(captured.out)["left_out"]] == [str(file), "no.gguf"]
+
+
+def test_a_gguf_file_has_no_quantization_report(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    checkpoint = Checkpoint(artifacts("gemma"))
+    assert Entry("a", "model", "own", checkpoint).report is not None
+    assert Entry("b", "compare", "gguf", checkpoint, tmp_path / "model.gguf").report is None
+    assert Entry("vllm", "compare", "vllm", checkpoint).report is None
 
 
 def test_a_gguf_file_runs_as_sessions(tmp_path: Path) -> None:
