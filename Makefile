@@ -23,7 +23,7 @@ check: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,bnb,multi-gpu]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,bnb,multi-gpu,eval]"
 	touch $@
 
 clean:

@@ -5,10 +5,20 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+
+
+class WorkerEndedError(GemmaAwqError):
+    """The process died: nothing can be asked of it any more."""
+
+
+ENDING_SECONDS = 10.0  # that a process which said its last word is given to end
+
+Progress = Callable[[int, int], None]  # done, total
 
 
 class Worker:
@@ -29,33 +39,39 @@ class Worker:
         os.close(write)
         self._answers = os.fdopen(read, encoding="utf-8")
 
-    def ask(self, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer; its error, or the process's end, is an error."""
+    def ask(self, on_progress: Progress = lambda done, total: None, **request: Any) -> dict[str, Any]:
+        """Send a request and wait for the answer; its error, or the process's end, is an error.
+
+        on_progress: told of a long request how much is done.
+        """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            line = self._answers.readline()
+            while (line := self._answers.readline()) and "done" in (answer := json.loads(line)):
+                on_progress(answer["done"], answer["total"])
         except BrokenPipeError:
             line = ""
         if not line:
             raise self._died()
-        answer: dict[str, Any] = json.loads(line)
         if "error" in answer:
             raise GemmaAwqError(answer["error"], answer["hint"])
-        return answer
+        return dict(answer)
 
-    def _died(self) -> GemmaAwqError:
-        code = self._process.wait()
+    def _died(self) -> WorkerEndedError:
+        try:
+            code: int | None = self._process.wait(ENDING_SECONDS)
+        except subprocess.TimeoutExpired:  # a library's threads may keep it from ending; `end` kills it
+            code = None
         self._chatter.seek(0)
         said = self._chatter.read().decode(errors="replace").strip().splitlines()
         if code == -9:
-            return GemmaAwqError(
+            return WorkerEndedError(
                 f"The process that measured {self.name} was killed, as when memory runs out.",
                 "Measure fewer models at once, or on a machine with more memory.",
             )
         reason = said[-1] if said else f"exit code {code}"
-        return GemmaAwqError(f"The process that measured {self.name} ended: {reason}", "")
+        return WorkerEndedError(f"The process that measured {self.name} ended: {reason}", "")
 
     def end(self) -> None:
         """End the process, whatever it does."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.staging import write_errors
+from gemma_awq_cli.thresholds import task_key, tasks_of
 
 TEMPLATE = Path(__file__).parent / "templates" / "bench_report.html"
 # Okabe and Ito's palette, which colour-blind readers tell apart
@@ -69,7 +70,8 @@ def render(document: Mapping[str, Any], rows: Sequence[tuple[str, ...]], reports
         left_out=document["left_out"],
         tiles=_tiles(document["models"][0], settings) if names else [],
         figures_note="Speeds are medians of the repetitions, with the extremes in brackets and the multiple of the "
-        "first model's. Fidelity compares the next-token predictions with the 16-bit original's, in float32.",
+        "first model's. Fidelity compares the next-token predictions with the 16-bit original's, in float32; what "
+        "another library holds (fp16, int8, nf4, GGUF) is compared as it runs. Tasks: score and standard error.",
         names=names,
         rows=rows,
         plots=plots,
@@ -109,6 +111,9 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
         facts.append(
             ("speed", f"{asked['repetitions']} repetitions after {asked['warmup']} that do not count, models in turn")
         )
+    harness = next((task["harness"] for model in document["models"] for task in tasks_of(model)), None)
+    if harness is not None:
+        facts.append(("tasks", f"lm-evaluation-harness {harness}, every request with exactly one BOS"))
     for model in document["models"]:
         if part := model["fidelity"]:
             facts.append(
@@ -129,6 +134,7 @@ def _plots(document: Mapping[str, Any], names: Sequence[str], reports: Sequence[
         _speed_bars(models, names, document["settings"], "prompt_tokens_per_second"),
         _kl_along(models, names),
         _kl_histogram(models, names),
+        _task_bars(models, names),
         *(_layer_errors(report, name) for report, name in zip(reports, names, strict=True)),
     ]
 
@@ -208,6 +214,32 @@ def _kl_histogram(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
     axes.set_ylabel("share of tokens, %")
     _legend(axes)
     return _plot(figure, "Distribution of the KL divergence", "Every prediction counts once; dashed: the mean.")
+
+
+def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
+    """The scores that are shares of something, a group of bars a task."""
+    tasks = {task_key(task): task for model in models for task in tasks_of(model) if 0 <= task["value"] <= 1}
+    measured = [(i, model, name) for i, (model, name) in enumerate(zip(models, names, strict=True)) if tasks_of(model)]
+    if not tasks:
+        return None
+    height = 0.8 / len(measured)
+    figure = _figure(1.2 + 0.24 * len(tasks) * (1 + len(measured)))
+    axes = figure.subplots()
+    for place, (index, model, name) in enumerate(measured):
+        mine = {task_key(task): task for task in tasks_of(model)}
+        at = [(row + (place + 0.5) * height - 0.4, mine[key]) for row, key in enumerate(tasks) if key in mine]
+        axes.barh(
+            [y for y, _ in at], [100 * task["value"] for _, task in at], height=height, label=name,
+            xerr=[100 * (task["stderr"] or 0) for _, task in at], color=COLOURS[index % len(COLOURS)],
+            error_kw={"ecolor": "#1c2430", "elinewidth": 1},
+        )  # fmt: skip
+    axes.set_yticks(range(len(tasks)), [task["title"] or task["name"] for task in tasks.values()])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.set_xlabel("score, %")
+    if len(measured) > 1:
+        axes.legend(ncols=len(measured), loc="upper center", bbox_to_anchor=(0.5, -0.2))
+    return _plot(figure, "Tasks", "Of lm-evaluation-harness; the line is the standard error.")
 
 
 def _layer_errors(report: Any, name: str) -> dict[str, str] | None:

@@ -1,9 +1,14 @@
 """The process that `bench` starts for each model: JSON lines in, JSON lines out, one answer a request.
 
-    {"do": "load", "kind": "own", "folder": "...", "device": "cpu", "threads": 2}
+    {"do": "load", "kind": "own", "path": "...", "device": "cpu", "threads": 2, "rows": 1, "tokens": 640}
     {"do": "sample", "prompts": [[2, 17, ...]], "new_tokens": 128}
     {"do": "bandwidth"}
+    {"do": "open", "kind": "own", "path": "...", "device": "cpu", "threads": 2}
+    {"do": "task", "spec": {...}, "limit": null, "unsafe_code": false}
+    {"do": "fidelity", "kind": "nf4", "path": "...", "reference": "...", "text": "embedded", "window": null,
+     "windows": null, "device": "cpu", "threads": 2}
 
+Before the answer to the last two there may be lines {"done", "total"} on how far it is.
 An error that a user can meet is an answer {"error", "hint"}. The end of the input ends the process.
 """
 
@@ -11,6 +16,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,10 +25,12 @@ from gemma_awq_cli.errors import GemmaAwqError
 
 
 class _Server:
-    """What is loaded, and the answers to requests about it."""
+    """What is loaded, and the answers to requests about it. on_progress: told of a long request how much is done."""
 
-    def __init__(self) -> None:
+    def __init__(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        self.on_progress = on_progress
         self.subject: Any = None
+        self.opened: Any = None
         self.device: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -37,6 +45,20 @@ class _Server:
                 return {**asdict(sample), **memory}
             case "bandwidth":
                 return {"bytes_per_second": speed.bandwidth(self.device)}
+            case "open":
+                self._set_up(request)
+                self.opened = speed.open_kind(request["kind"], Path(request["path"]), self.device)
+                return {}
+            case "task":
+                from gemma_awq_cli.measuring_tasks import TaskSpec, run_task
+
+                spec = TaskSpec(**request["spec"])
+                return run_task(self.opened, spec, request["limit"], request["unsafe_code"], self.on_progress)
+            case "fidelity":
+                from gemma_awq_cli.running_fidelity import answer
+
+                self._set_up(request)
+                return answer(request, self.device, self.on_progress)
             case other:
                 raise AssertionError(f"no request is called {other!r}")
 
@@ -44,33 +66,44 @@ class _Server:
         import torch
 
         from gemma_awq_cli import measuring_speed as speed
-        from gemma_awq_cli.models.opening import pick_device
 
-        if request["threads"] is not None:
-            torch.set_num_threads(request["threads"])
-        self.device = pick_device(request["device"])
-        self.subject = speed.load(request["kind"], Path(request["folder"]), self.device)
+        self._set_up(request)
+        path = Path(request["path"])
+        self.subject = speed.load(request["kind"], path, self.device, request["rows"], request["tokens"])
         facts = {
             name: getattr(self.subject, name)
             for name in ("vocabulary", "bos", "context", "dtype", "weight_bytes", "load_seconds")
         }
         return {**facts, "threads": torch.get_num_threads(), "device": str(self.device)}
 
+    def _set_up(self, request: dict[str, Any]) -> None:
+        import torch
+
+        from gemma_awq_cli.models.opening import pick_device
+
+        if request["threads"] is not None:
+            torch.set_num_threads(request["threads"])
+        self.device = pick_device(request["device"])
+
 
 def serve() -> None:
     """Answer requests until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    server = _Server()
     # answers go where the output went; what a library prints must not mix with them
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
+
+        def send(answer: dict[str, Any]) -> None:
+            answers.write(json.dumps(answer) + "\n")
+            answers.flush()
+
+        server = _Server(lambda done, total: send({"done": done, "total": total}))
         for line in sys.stdin:
             try:
                 answer = server.answer(json.loads(line))
             except GemmaAwqError as error:
                 answer = {"error": error.message, "hint": error.hint}
-            answers.write(json.dumps(answer) + "\n")
-            answers.flush()
+            send(answer)
 
 
 if __name__ == "__main__":

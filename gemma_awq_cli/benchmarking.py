@@ -1,79 +1,34 @@
-"""The verb `bench`: speed and fidelity of models side by side, as one document.
+"""The verb `bench`: speed, fidelity and task scores of models side by side, as one document.
 
 Speed: every model in its own process, all loaded at once, a repetition of each in turn, so that what the machine does
-meanwhile meets all of them alike. Fidelity: in this process, after those have ended. What was measured when a run is
-interrupted is in the document, which then says that it is not complete.
+meanwhile meets all of them alike. Fidelity: after those have ended, of an artifact in this process, of what another
+library holds in one of its own. Tasks: every model in its own process, one after another, where a task that fails
+leaves the others. What was measured when a run is interrupted is in the document, which then says that it is not
+complete.
 """
 
-import os
-import platform
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-from gemma_awq_cli import __version__
-from gemma_awq_cli.bench_process import Worker
+from gemma_awq_cli.bench_document import SCHEMA, described_models, described_settings, environment
+from gemma_awq_cli.bench_entries import ORIGINALS, Entry, Settings
+from gemma_awq_cli.bench_process import Worker, WorkerEndedError
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.measuring_speed import OWN
+from gemma_awq_cli.llama_cpp_model import require_llama_cpp
+from gemma_awq_cli.measuring_speed import GGUF, OWN, PRECISIONS, VLLM
+from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import read_json
 from gemma_awq_cli.models.source import find_source
-from gemma_awq_cli.models.staging import REPORT, write_errors
-from gemma_awq_cli.models.writing import write_json
+from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.task_suites import LACKING
+from gemma_awq_cli.vllm_engine import INSTALL
 
-SCHEMA = 1
-BENCH = "bench.json"  # the document beside an artifact's weights
-# Competitors that are made of the 16-bit original: how it is opened, and the package and the extra that this needs.
-ORIGINALS: Mapping[str, tuple[str, str | None]] = {
-    "bf16": (OWN, None),
-    "fp16": ("fp16", None),
-    "int8": ("int8", "bitsandbytes"),
-    "nf4": ("nf4", "bitsandbytes"),
-}
 WARM_UP_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What is measured and how. threads, window, windows: None for what torch or the text allow."""
-
-    speed: bool = True
-    fidelity: bool = True
-    prompt_tokens: int = 512
-    new_tokens: int = 128
-    batches: tuple[int, ...] = (1,)
-    repetitions: int = 3
-    warmup: int = 1
-    threads: int | None = None
-    device: str = "auto"
-    text: str = "embedded"
-    window: int | None = None
-    windows: int | None = None
-    reference: str | None = None
-    compare: tuple[str, ...] = ()
-
-
-@dataclass(eq=False)
-class Entry:
-    """One model of a bench and what is known of it so far. role: `model`, or `compare` for a competitor of those."""
-
-    name: str
-    role: str
-    kind: str
-    checkpoint: Checkpoint
-    loaded: dict[str, Any] | None = None
-    samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by batch size
-    fidelity: dict[str, Any] | None = None
-
-    @property
-    def report(self) -> dict[str, Any] | None:
-        path = self.checkpoint.folder / REPORT
-        return read_json(path) if path.is_file() else None
 
 
 @dataclass
@@ -85,14 +40,19 @@ class Bench:
     warn: Callable[[str], None]
     entries: list[Entry] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    specs: list[TaskSpec] = field(default_factory=list)
     bandwidths: list[float] = field(default_factory=list)
     environment: dict[str, Any] = field(default_factory=dict)
     complete: bool = False
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
 
     def add(self, models: Sequence[str]) -> None:
-        """Find the models and their competitors; a model that is not there is an error, a competitor is left out."""
+        """Find the models, their competitors and the tasks; an error for all but a competitor, which is left out."""
         self.environment = environment()
+        if self.settings.tasks:
+            self.specs = find_tasks(self.settings.tasks)
+            if any(spec.suite == "safety" for spec in self.specs):
+                self.note(f"On the model card but no tasks of lm-evaluation-harness: {', '.join(LACKING)}.")
         for name in models:
             folder = find_source(name, None, self.note).folder
             self.entries.append(Entry(name, "model", OWN, Checkpoint(folder)))
@@ -103,6 +63,16 @@ class Bench:
                 self.leave_out(name, "all", error)
 
     def _competitor(self, name: str) -> Entry:
+        if name == VLLM:
+            if find_spec(VLLM) is None:
+                raise GemmaAwqError("vLLM is not installed.", INSTALL)
+            return Entry(name, "compare", VLLM, self.entries[0].checkpoint)
+        if name.endswith(f".{GGUF}"):
+            file = Path(name).expanduser()
+            if not file.is_file():
+                raise GemmaAwqError(f"There is no file {name}.")
+            require_llama_cpp()
+            return Entry(name, "compare", GGUF, self.entries[0].checkpoint, file)
         if name not in ORIGINALS:
             return Entry(name, "compare", OWN, Checkpoint(find_source(name, None, self.note).folder))
         kind, package = ORIGINALS[name]
@@ -144,12 +114,12 @@ class Bench:
         """Every model's speed, one repetition of each in turn."""
         settings = self.settings
         running: dict[Entry, Worker] = {}
-        load = {"device": settings.device, "threads": settings.threads}
+        tokens = settings.prompt_tokens + settings.new_tokens + 1
+        load = {"device": settings.device, "threads": settings.threads, "rows": max(settings.batches), "tokens": tokens}
         try:
             for entry in self.entries:
                 running[entry] = Worker(entry.name, settings.threads)
-                folder = str(entry.checkpoint.folder)
-                entry.loaded = self._ask(running, entry, do="load", kind=entry.kind, folder=folder, **load)
+                entry.loaded = self._ask(running, entry, do="load", kind=entry.kind, path=str(entry.path), **load)
                 on_step()
             for batch in settings.batches:
                 for turn in range(-settings.warmup, settings.repetitions):
@@ -175,7 +145,7 @@ class Bench:
             if entry.role == "model":
                 raise
             running.pop(entry).end()
-            entry.samples.clear()
+            entry.samples.pop(len(request.get("prompts", ())), None)  # of the batch size that it was at
             self.leave_out(entry.name, "speed", error)
             return None
 
@@ -189,164 +159,107 @@ class Bench:
         ]
 
     def measure_fidelity(self, entry: Entry, on_steps: Callable[[int], Callable[[], None]]) -> None:
-        """How far an entry is from its 16-bit original. on_steps: told how many steps there are, gives what to call."""
+        """How far an entry is from its 16-bit original: by its stored weights, or as it runs if another library holds
+        them. on_steps: told how many steps there are, gives what to call.
+        """
         import torch
 
         from gemma_awq_cli import measuring_fidelity as fidelity
-        from gemma_awq_cli.calibration import find_recipe
         from gemma_awq_cli.models.opening import pick_device
-        from gemma_awq_cli.models.prompting import Prompter
 
-        if self.settings.threads is not None:
-            torch.set_num_threads(self.settings.threads)
-        if entry.checkpoint.quantization is None and self.settings.reference is None:
+        settings, first = self.settings, self.entries[0]
+        if settings.threads is not None:
+            torch.set_num_threads(settings.threads)
+        owner = first if entry.kind != OWN else entry
+        if owner.checkpoint.quantization is None and settings.reference is None and entry.kind == OWN:
             raise GemmaAwqError(
                 f"{entry.name} is a 16-bit model, and no other is named to compare it with.",
                 "Name one with --reference, or measure its --speed alone.",
             )
-        original = self.original(entry)
-        settings = self.settings
-        context = int(original.text_config.max_position_embeddings)
-        text = fidelity.read_text(
-            find_recipe(settings.text), Prompter(original.folder), context, settings.window, settings.windows
-        )
-        fidelity.require_same_base(original, entry.checkpoint, text)
-        device = pick_device(settings.device)
-        on_step = on_steps(fidelity.steps(text.rows, original.layers))
-        positions = fidelity.measure(entry.checkpoint, original, text.rows, device, on_step)
-        entry.fidelity = {
-            "reference": settings.reference or original.folder.name,
-            "text": text.description,
-            "text_sha256": text.sha256,
-            "windows": len(text.rows),
-            "window": text.rows.shape[1],
-            **fidelity.described(positions, text.rows.shape[1] - 1),
-        }
+        if entry.kind in PRECISIONS:
+            original = entry.checkpoint
+        elif owner.checkpoint.quantization is None and settings.reference is None:
+            original = owner.checkpoint
+        else:
+            original = self.original(owner)
+        if entry.kind == OWN:
+            text = fidelity.read_asked(original, settings.text, settings.window, settings.windows)
+            fidelity.require_same_base(original, entry.checkpoint, text)
+            on_step = on_steps(fidelity.steps(text.rows, original.layers))
+            device = pick_device(settings.device)
+            positions = fidelity.measure(entry.checkpoint, original, text.rows, device, on_step)
+            result = {"arithmetic": "stored weights in float32", **fidelity.described(positions, text)}
+        else:
+            result = {"arithmetic": "as it runs", **self._running_fidelity(entry, original, on_steps)}
+        entry.fidelity = {"reference": settings.reference or original.folder.name, **result}
+
+    def _running_fidelity(
+        self, entry: Entry, original: Checkpoint, on_steps: Callable[[int], Callable[[], None]]
+    ) -> dict[str, Any]:
+        settings, worker = self.settings, Worker(entry.name, self.settings.threads)
+        steps: list[Callable[[], None]] = []
+
+        def on_progress(done: int, total: int) -> None:
+            steps[:] = steps or [on_steps(total)]
+            steps[0]()
+
+        try:
+            return worker.ask(
+                on_progress, do="fidelity", kind=entry.kind, path=str(entry.path), reference=str(original.folder),
+                text=settings.text, window=settings.window, windows=settings.windows, device=settings.device,
+                threads=settings.threads,
+            )  # fmt: skip
+        finally:
+            worker.end()
+
+    def measure_tasks(self, entry: Entry, on_task: Callable[[TaskSpec], Callable[[int, int], None]]) -> None:
+        """An entry's score in every task. on_task: told which one begins, gives what to tell how far it is."""
+        settings, worker = self.settings, None
+        if entry.kind in (GGUF, VLLM):
+            reason = "Tasks are answered by models that this tool opens itself."
+            self.leave_out(entry.name, "tasks", GemmaAwqError(reason))
+            return
+        where: dict[str, Any] = {"device": settings.device, "threads": settings.threads}
+        try:
+            for spec in self.specs:
+                on_progress = on_task(spec)
+                try:
+                    if worker is None:
+                        worker = Worker(entry.name, settings.threads)
+                        worker.ask(do="open", kind=entry.kind, path=str(entry.path), **where)
+                    result = worker.ask(
+                        on_progress, do="task", spec=asdict(spec), limit=settings.task_limit,
+                        unsafe_code=settings.confirm_run_unsafe_code,
+                    )  # fmt: skip
+                except WorkerEndedError as error:
+                    assert worker is not None
+                    worker.end()
+                    worker = None  # the next task gets a new one
+                    self.leave_out(entry.name, f"task {spec.name}", error)
+                except GemmaAwqError as error:
+                    self.leave_out(entry.name, f"task {spec.name}", error)
+                else:
+                    entry.tasks.append({**result, "published": published(self._names(entry), spec.task, spec.suite)})
+        finally:
+            if worker is not None:
+                worker.end()
+
+    def _names(self, entry: Entry) -> list[str]:
+        """What an entry and the 16-bit model that it was made of are called, by which the model card knows them."""
+        names = [entry.name, str(entry.checkpoint.folder)]
+        report = (entry if entry.report or entry.role == "model" else self.entries[0]).report
+        return names if report is None else [*names, str(report["source"]["model"])]
 
     def document(self) -> dict[str, Any]:
         """All that was measured, as plain data: see docs/bench-schema.json."""
-        settings = asdict(self.settings)
         bandwidth = max(self.bandwidths, default=None)
-        speeds = [described_speed(entry, self.settings, bandwidth) for entry in self.entries]
-        models = []
-        for entry, speed in zip(self.entries, speeds, strict=True):
-            if speed is not None and speeds[0] is not None:
-                speed["relative_to_first"] = _ratios(speed, speeds[0])
-            models.append(
-                {
-                    "name": entry.name,
-                    "role": entry.role,
-                    "kind": entry.kind if entry.role == "compare" and entry.kind != OWN else _kind(entry.checkpoint),
-                    "model_type": entry.checkpoint.family.model_type,
-                    "bytes": sum(info.nbytes for info in entry.checkpoint.tensors.values()),
-                    "identity": entry.checkpoint.identity(),
-                    "speed": speed,
-                    "fidelity": entry.fidelity,
-                }
-            )
         return {
             "schema": SCHEMA,
             "complete": self.complete,
             "started": self.started,
-            "settings": {**settings, "batches": list(settings["batches"]), "compare": list(settings["compare"])},
+            "settings": described_settings(self.settings),
             "environment": self.environment,
             "bandwidth_bytes_per_second": bandwidth,
-            "models": models,
+            "models": described_models(self.entries, self.settings, bandwidth),
             "left_out": self.left_out,
         }
-
-
-def _kind(checkpoint: Checkpoint) -> str:
-    return "16-bit" if checkpoint.quantization is None else "4-bit"
-
-
-def described_speed(entry: Entry, settings: Settings, bandwidth: float | None) -> dict[str, Any] | None:
-    """An entry's samples in rates: medians, extremes, percentiles. None if there is not one sample."""
-    if entry.loaded is None or not entry.samples:
-        return None
-    loaded, runs = entry.loaded, []
-    for batch, samples in entry.samples.items():
-        decode = _spread([batch * settings.new_tokens / sample["decode"] for sample in samples])
-        used = loaded["weight_bytes"] * decode["median"] / batch
-        runs.append(
-            {
-                "batch": batch,
-                "repetitions": len(samples),
-                "prompt_tokens_per_second": _spread([batch * settings.prompt_tokens / s["first"] for s in samples]),
-                "decode_tokens_per_second": decode,
-                "ttft_seconds": _spread([sample["first"] for sample in samples]),
-                "tpot_seconds": _percentiles([step for sample in samples for step in sample["steps"]]),
-                "bytes_per_second": used,
-                "bandwidth_share": used / bandwidth if bandwidth else None,
-            }
-        )
-    last = [sample for samples in entry.samples.values() for sample in samples]
-    vram = [sample["peak_vram"] for sample in last if sample["peak_vram"] is not None]
-    return {
-        "device": loaded["device"],
-        "threads": loaded["threads"],
-        "dtype": loaded["dtype"],
-        "load_seconds": loaded["load_seconds"],
-        "weight_bytes_per_token": loaded["weight_bytes"],
-        "peak_rss_bytes": max(sample["peak_rss"] or 0 for sample in last) or None,
-        "peak_vram_bytes": max(vram, default=None),
-        "runs": runs,
-    }
-
-
-def _spread(values: Sequence[float]) -> dict[str, Any]:
-    return {"median": median(values), "min": min(values), "max": max(values), "samples": list(values)}
-
-
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean and nearest-rank percentiles."""
-    ordered = sorted(values)
-    at = {f"p{p}": ordered[min(len(ordered) - 1, -(-p * len(ordered) // 100) - 1)] for p in (50, 90, 99)}
-    return {"mean": sum(ordered) / len(ordered), **at}
-
-
-def _ratios(speed: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float]:
-    """Median rates of the first batch size, as multiples of the first model's."""
-    return {
-        name: speed["runs"][0][name]["median"] / first["runs"][0][name]["median"]
-        for name in ("prompt_tokens_per_second", "decode_tokens_per_second")
-    }
-
-
-def save_beside(entry: Entry, document: Mapping[str, Any]) -> Path:
-    """Write the document, of its models this one and the competitors, into the artifact's folder."""
-    own = entry.checkpoint.identity()
-    models = [model for model in document["models"] if model["role"] == "compare" or model["identity"] == own]
-    path = entry.checkpoint.folder / BENCH
-    with write_errors(entry.checkpoint.folder, "measure without --save"):
-        write_json(path, {**document, "models": models})
-    return path
-
-
-def environment() -> dict[str, Any]:
-    """The machine and the libraries, as far as speed depends on them."""
-    import torch
-    import transformers
-
-    cuda = torch.cuda.is_available()
-    return {
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
-        "logical_processors": os.cpu_count(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "gemma_awq": __version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -20,7 +20,7 @@ from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.calibration import Document, Recipe, evaluation_documents, hash_rows
+from gemma_awq_cli.calibration import Document, Recipe, evaluation_documents, find_recipe, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
@@ -83,6 +83,12 @@ def read_text(recipe: Recipe, prompter: Prompter, context: int, window: int | No
     count = min(count, windows or count)
     body = torch.tensor(ids[: count * (length - 1)]).view(count, length - 1)
     return Text(torch.cat([torch.full((count, 1), prompter.bos), body], dim=1), plain, where)
+
+
+def read_asked(original: Checkpoint, asked: str, window: int | None, windows: int | None) -> Text:
+    """The text that `asked` names, as the original's tokenizer and context cut it."""
+    context = int(original.text_config.max_position_embeddings)
+    return read_text(find_recipe(asked), Prompter(original.folder), context, window, windows)
 
 
 def _plain(document: Document, prompter: Prompter) -> str:
@@ -174,15 +180,7 @@ def measure(
                 hidden = HiddenStates(folder, len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
                 hidden.start(rows, embed)
                 sides.append(hidden)
-            for index in range(layers):
-                for hidden, read in zip(sides, (stack.read_layer, other.read_layer), strict=True):
-                    module = stack.layer(index, read(index))
-
-                    def run(states: Tensor, index: int = index, module: torch.nn.Module = module) -> Tensor:
-                        return stack.run_layer(index, module, states.to(device))
-
-                    hidden.advance(index, hidden.calibration, 1, run)
-                    on_step()
+            through_layers(stack, list(zip(sides, (stack.read_layer, other.read_layer), strict=True)), device, on_step)
         parts = []
         heads = (stack.head(), other.head())
         for batch in _batches(rows):
@@ -193,13 +191,37 @@ def measure(
             targets = rows[batch, 1:].reshape(-1).to(device)
             parts.append(compare(zip(*chunks, strict=True), targets))
             on_step()
-    result = join(parts)
-    if not torch.isfinite(result.kl).all() or not torch.isfinite(result.log_quantized).all():
+    return require_finite(join(parts), f"{artifact.folder} or {reference.folder}")
+
+
+def through_layers(
+    stack: TextStack,
+    sides: Sequence[tuple[HiddenStates, Callable[[int], Mapping[str, Tensor]]]],
+    device: torch.device,
+    on_step: Callable[[], None],
+) -> None:
+    """Take hidden states of several models side by side from the embedding to the last layer's output.
+
+    sides: the states of one, and what reads a layer's weights of it.
+    """
+    for index in range(stack.checkpoint.layers):
+        for hidden, read in sides:
+            module = stack.layer(index, dict(read(index)))
+
+            def run(states: Tensor, index: int = index, module: torch.nn.Module = module) -> Tensor:
+                return stack.run_layer(index, module, states.to(device))
+
+            hidden.advance(index, hidden.calibration, 1, run)
+            on_step()
+
+
+def require_finite(positions: Positions, whose: str) -> Positions:
+    if not torch.isfinite(positions.kl).all() or not torch.isfinite(positions.log_quantized).all():
         raise GemmaAwqError(
-            f"The predictions of {artifact.folder} or {reference.folder} are NaN or infinite.",
-            "The weights are damaged, or of another model.",
+            f"The predictions of {whose} are NaN or infinite.",
+            "The weights are damaged, of another model, or the dtype is too narrow for it.",
         )
-    return result
+    return positions
 
 
 def _batches(rows: Tensor) -> Sequence[slice]:
@@ -245,16 +267,21 @@ class OtherStack:
         return self.stack.head()
 
 
-def described(positions: Positions, length: int) -> dict[str, Any]:
-    """The comparison as plain data: the summary, the mean KL along the positions of a window of `length` predictions,
-    and how often KL has which size.
+def described(positions: Positions, text: Text) -> dict[str, Any]:
+    """The comparison as plain data: the text, the summary, the mean KL along the positions of a window, and how often
+    KL has which size.
     """
+    length = text.rows.shape[1] - 1
     summary = positions.summary()
     along = positions.kl.double().cpu().view(-1, length).mean(0)
     edges = sorted({0, *(round(length ** (step / CURVE_STEPS)) for step in range(CURVE_STEPS + 1))})
     exponents = torch.log10(positions.kl.double().cpu().clamp(min=10.0 ** HISTOGRAM[0], max=10.0 ** HISTOGRAM[1]))
     counts = torch.histc(exponents, HISTOGRAM[2], HISTOGRAM[0], HISTOGRAM[1])
     return {
+        "text": text.description,
+        "text_sha256": text.sha256,
+        "windows": len(text.rows),
+        "window": text.rows.shape[1],
         "tokens": summary.tokens,
         "kl": summary.kl,
         "kl_median": summary.kl_median,

@@ -5,9 +5,11 @@ The other decodes from BOS alone, as llama-bench's tg does. Every time ends when
 which also waits for the device.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,22 +19,32 @@ from torch import Tensor
 from gemma_awq_cli.artifact import peak_memory
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.session import Session, TransformersSession
+from gemma_awq_cli.models.opening import OpenModel, open_model
+from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.session import Session
 
 OWN = "own"  # opened as `gemma-awq run` does
+GGUF = "gguf"  # a file, through llama.cpp
+VLLM = "vllm"  # through vLLM's engine
+PRECISIONS = {
+    "fp16": Precision(dtype=torch.float16),
+    "int8": Precision(quantization="int8"),
+    "nf4": Precision(quantization="nf4"),
+}
+VLLM_ROOM = 3_000_000_000  # bytes beside the weights
 BANDWIDTH_BYTES = 256 << 20  # beyond any cache
 BANDWIDTH_TRIES = 5
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A loaded model: how to open a session of so many rows and tokens, and what it must read for one token.
+    """A loaded model: what times it, and what it must read for one token.
 
-    weight_bytes: of the layers, the final norm and the head, as they are held; without the cache of keys and values.
+    time: one repetition with prompts [R, P] and so many new tokens; weight_bytes: of the layers, the final norm and the
+    head, as they are held; without the cache of keys and values.
     """
 
-    session: Callable[[int, int], Session]
+    time: Callable[[Sequence[Sequence[int]], int], "Sample"]
     vocabulary: int
     context: int
     bos: int
@@ -50,42 +62,80 @@ class Sample:
     decode: float
 
 
-def load(kind: str, folder: Path, device: torch.device) -> Subject:
-    """Open a model the way that `kind` names: OWN, or one of transformers' in `_with_transformers`."""
+def open_kind(kind: str, folder: Path, device: torch.device) -> OpenModel:
+    """Open a model the way that `kind` names: OWN, or one of PRECISIONS of a 16-bit checkpoint."""
+    return open_model(folder, device, None if kind == OWN else PRECISIONS[kind])
+
+
+def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) -> Subject:
+    """Open a model of a kind to be timed with at most so many rows of so many tokens each."""
+    if kind == GGUF:
+        return _load_gguf(path, tokens)
+    if kind == VLLM:
+        return _load_vllm(path, rows, tokens)
     started = time.perf_counter()
-    checkpoint = Checkpoint(folder)
-    config = checkpoint.facts
-    if kind == OWN:
-        opened = open_model(folder, device)
-        session, dtype = opened.session, opened.dtype
-        weight_bytes = stored_bytes_per_token(checkpoint, dtype, opened.forward.head)
-    else:
-        model, dtype = _with_transformers(kind, folder, device)
-        session = lambda rows, capacity: TransformersSession(model, rows, capacity, device)  # noqa: E731
-        weight_bytes = _held_bytes_per_token(model, checkpoint.tied_head)
-    session(1, 1).feed([[int(config.bos_token_id)]])  # what is read lazily is read now
+    opened = open_kind(kind, path, device)
+    config = opened.checkpoint.facts
+    opened.session(1, 1).feed([[int(config.bos_token_id)]])  # what is read lazily is read now
     seconds = time.perf_counter() - started
+    if kind in ("int8", "nf4"):
+        weight_bytes = _held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
+    else:
+        weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype, opened.forward.head)
+    bos = int(config.bos_token_id)
     return Subject(
-        session, int(config.vocab_size), int(config.max_position_embeddings), int(config.bos_token_id),
-        str(dtype).removeprefix("torch."), weight_bytes, seconds,
+        partial(time_sessions, opened.session, bos), int(config.vocab_size), int(config.max_position_embeddings), bos,
+        str(opened.dtype).removeprefix("torch."), weight_bytes, seconds,
     )  # fmt: skip
 
 
-def _with_transformers(kind: str, folder: Path, device: torch.device) -> tuple[Any, torch.dtype]:
-    """The checkpoint through transformers: in float16, or quantized by bitsandbytes while it is loaded."""
-    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+def _load_gguf(path: Path, tokens: int) -> Subject:
+    from gemma_awq_cli.llama_cpp_model import LlamaModel
 
-    if kind == "fp16":
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16).to(device).eval(), torch.float16
-    quantization = (
-        BitsAndBytesConfig(load_in_8bit=True)
-        if kind == "int8"
-        else BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    started = time.perf_counter()
+    model = LlamaModel(path, tokens, torch.get_num_threads())
+    model.session(1, 1).feed([[model.bos]])
+    seconds = time.perf_counter() - started
+    timed = partial(time_sessions, model.session, model.bos)
+    return Subject(
+        timed, model.vocabulary, model.trained_context, model.bos, model.description, model.weight_bytes, seconds
     )
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.bfloat16, quantization_config=quantization, device_map={"": str(device)}
+
+
+def _load_vllm(path: Path, rows: int, tokens: int) -> Subject:
+    from gemma_awq_cli.models.prompting import Prompter
+    from gemma_awq_cli.vllm_engine import VllmEngine
+
+    started = time.perf_counter()
+    checkpoint = Checkpoint(path)
+    # other models are loaded beside it: room for the weights, twice while they are converted, and for the cache
+    needed = 2 * sum(info.nbytes for info in checkpoint.tensors.values()) + VLLM_ROOM
+    share = min(0.9, needed / _total_memory())
+    engine = VllmEngine(checkpoint, Prompter(path), tokens, rows, memory_share=share)
+    config = checkpoint.text_config
+    bos = int(config.bos_token_id)
+    engine.timed([[bos]], 1)
+    seconds = time.perf_counter() - started
+
+    def timed(prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        first, steps = engine.timed(prompts, new_tokens + 1)
+        _, decoding = engine.timed([[bos]] * len(prompts), new_tokens + 1)
+        return Sample(first, steps, sum(decoding))
+
+    dtype = (
+        torch.float16 if checkpoint.family.float16 and checkpoint.declared_dtype == torch.float16 else torch.bfloat16
     )
-    return model.eval(), torch.bfloat16
+    return Subject(
+        timed, int(config.vocab_size), int(config.max_position_embeddings), bos, str(dtype).removeprefix("torch."),
+        stored_bytes_per_token(checkpoint, dtype, "16bit"), seconds,
+    )  # fmt: skip
+
+
+def _total_memory() -> int:
+    """Bytes of the memory that vLLM computes in."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # vLLM runs on Linux only
 
 
 HEAD_BYTES = {"int8": 1.0, "int4": 0.5}
@@ -113,7 +163,6 @@ def _held_bytes_per_token(model: Any, tied: bool) -> int:
     return sum(p.nbytes for name, p in named.items() if tied or not name.endswith("embed_tokens.weight"))
 
 
-@torch.inference_mode()
 def sample(subject: Subject, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
     """One repetition. prompts: [R, P] token ids that begin with BOS."""
     if len(prompts[0]) + new_tokens > subject.context:
@@ -121,7 +170,15 @@ def sample(subject: Subject, prompts: Sequence[Sequence[int]], new_tokens: int) 
             f"{len(prompts[0])} prompt tokens and {new_tokens} new ones exceed the context of {subject.context}.",
             "Give smaller --pp and --tg.",
         )
-    session = subject.session(len(prompts), len(prompts[0]) + new_tokens)
+    return subject.time(prompts, new_tokens)
+
+
+@torch.inference_mode()
+def time_sessions(
+    open_session: Callable[[int, int], Session], bos: int, prompts: Sequence[Sequence[int]], new_tokens: int
+) -> Sample:
+    """One repetition of what is run by sessions."""
+    session = open_session(len(prompts), len(prompts[0]) + new_tokens)
     started = time.perf_counter()
     tokens = _next(session.feed(prompts))
     first = time.perf_counter() - started
@@ -131,8 +188,8 @@ def sample(subject: Subject, prompts: Sequence[Sequence[int]], new_tokens: int) 
         tokens = _next(session.feed(tokens))
         steps.append(time.perf_counter() - started)
     del session
-    session = subject.session(len(prompts), 1 + new_tokens)
-    tokens = _next(session.feed([[subject.bos]] * len(prompts)))
+    session = open_session(len(prompts), 1 + new_tokens)
+    tokens = _next(session.feed([[bos]] * len(prompts)))
     started = time.perf_counter()
     for _ in range(new_tokens):
         logits = session.feed(tokens)

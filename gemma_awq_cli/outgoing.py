@@ -13,7 +13,7 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import Any
 
 from gemma_awq_cli.artifact import COPIED
-from gemma_awq_cli.benchmarking import BENCH
+from gemma_awq_cli.bench_document import BENCH
 from gemma_awq_cli.calibration import FILE_KINDS
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json
@@ -154,6 +154,7 @@ def published_bench(bench: Mapping[str, Any]) -> bytes:
     settings["text"] = calibration_name(settings["text"])
     settings["reference"] = PurePath(settings["reference"]).name if settings["reference"] else None
     settings["compare"] = [PurePath(name).name for name in settings["compare"]]
+    settings["tasks"] = [PurePath(name).name for name in settings.get("tasks", [])]
     for model in published["models"]:
         model["name"] = PurePath(model["name"]).name
         if model["fidelity"]:

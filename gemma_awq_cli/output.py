@@ -133,6 +133,11 @@ class Progress:
         if self._bar is not None:
             self._bar.advance(self._task)
 
+    def go_to(self, done: int) -> None:
+        """So much is done in all."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done)
+
     def begin_at(self, done: int, total: int) -> None:
         """So much was done before: it does not count for the time that is left."""
         if self._bar is not None:

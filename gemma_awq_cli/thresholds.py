@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.benchmarking import SCHEMA
+from gemma_awq_cli.bench_document import SCHEMA
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import read_json
 
@@ -35,6 +35,31 @@ PERPLEXITY_RATIO = Figure("perplexity, as a multiple of the original's", "fideli
 DECODE = Figure("decoded tokens a second", "speed", _rate("decode_tokens_per_second"), more_is_worse=False)
 PROMPT = Figure("prompt tokens a second", "speed", _rate("prompt_tokens_per_second"), more_is_worse=False)
 RSS = Figure("peak RSS (bytes)", "speed", lambda model: model["speed"]["peak_rss_bytes"] if model["speed"] else None)
+
+
+def tasks_of(model: Model) -> list[Mapping[str, Any]]:
+    """What was measured in tasks; a document may be of a time before there were any."""
+    return list(model.get("tasks", ()))
+
+
+def task_key(task: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What two scores must have in common to be compared."""
+    return task["name"], task["metric"], task["filter"], tuple(task["fewshot"]), task["samples"]
+
+
+def _task_figures(then: Model) -> list[Figure]:
+    """The figures of an earlier document's tasks that have a better and a worse."""
+
+    def finder(key: tuple[Any, ...]) -> Callable[[Model], float | None]:
+        return lambda model: next((float(t["value"]) for t in tasks_of(model) if task_key(t) == key), None)
+
+    return [
+        Figure(f"{task['name']}, {task['metric']},", "tasks", finder(task_key(task)), not task["higher_is_better"])
+        for task in tasks_of(then)
+        if task["higher_is_better"] is not None
+    ]
+
+
 COMPARED = (KL, PERPLEXITY_RATIO, DECODE, PROMPT, RSS)
 SAME_SETTINGS = ("prompt_tokens", "new_tokens", "batches", "threads", "device")  # for speeds to be compared
 
@@ -85,9 +110,9 @@ def regressions(
                 f"{model['name']}: the baseline's fidelity was measured on another text or other windows.",
                 "Measure the baseline again with the same --text, --window and --windows.",
             )
-        for figure in COMPARED:
+        for figure in (*COMPARED, *_task_figures(then)):
             before, now = figure.find(then), figure.find(model)
-            if before is None or (now is None and not document["settings"][figure.part]):
+            if before is None or (now is None and not document["settings"].get(figure.part)):
                 continue
             bound = before * (1 + tolerance if figure.more_is_worse else 1 - tolerance)
             limit = f"the baseline's {before:.6g} with a tolerance of {tolerance:.0%} allows {bound:.6g}"

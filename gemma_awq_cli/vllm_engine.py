@@ -6,7 +6,9 @@ scheduler's order; text, stop strings and the end of a row are decided here as t
 
 import importlib.util
 import os
+import time
 from collections.abc import Callable, Sequence, Set
+from itertools import pairwise
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
@@ -60,7 +62,10 @@ def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: Set[in
 
 
 class VllmEngine(Engine):
-    """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time."""
+    """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time.
+
+    memory_share: of the device's memory that vLLM may take, None for its own default, which is nearly all.
+    """
 
     def __init__(
         self,
@@ -71,6 +76,7 @@ class VllmEngine(Engine):
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         dtype: str | None = None,
+        memory_share: float | None = None,
     ) -> None:
         if dtype and checkpoint.quantization is not None:
             raise UsageError(f"{checkpoint.folder} is a 4-bit artifact: --dtype is for 16-bit models.")
@@ -90,6 +96,8 @@ class VllmEngine(Engine):
             raise GemmaAwqError(f"vLLM is installed but cannot be imported: {error}.", INSTALL) from None
         self._sampling_params = SamplingParams
         arguments = engine_arguments(checkpoint, tensor_parallel, pipeline_parallel, self.context, rows, dtype)
+        if memory_share is not None:
+            arguments["gpu_memory_utilization"] = memory_share  # on CPUs it is the share of the main memory
         try:
             self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
         except (ValueError, RuntimeError, NotImplementedError, MemoryError) as error:
@@ -119,6 +127,25 @@ class VllmEngine(Engine):
                         self._engine.abort_request([output.request_id])
         finally:
             self._engine.abort_request([name for name, row in named.items() if not row.done])
+
+    def timed(self, rows: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[float]]:
+        """Seconds until every row has its first token, and of each further step until all have `new_tokens`, which no
+        end of text prevents.
+        """
+        arguments = sampling_arguments(Sampling(), new_tokens, 0, set())
+        started = time.perf_counter()
+        for ids in rows:
+            self._engine.add_request(
+                self._request(), {"prompt_token_ids": list(ids)}, self._sampling_params(**arguments)
+            )
+        counts: dict[str, int] = {}
+        reached: list[float] = []
+        while self._engine.has_unfinished_requests():
+            for output in self._engine.step():
+                counts[output.request_id] = len(output.outputs[0].token_ids)
+            while len(counts) == len(rows) and len(reached) < min(counts.values()):
+                reached.append(time.perf_counter() - started)
+        return reached[0], [later - earlier for earlier, later in pairwise(reached)]
 
     def _request(self) -> str:
         self._requests += 1

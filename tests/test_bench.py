@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +13,10 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from gemma_awq_cli import benchmarking
+from gemma_awq_cli import bench_process, benchmarking
+from gemma_awq_cli.bench_document import _percentiles
 from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.bench_worker import _Server
-from gemma_awq_cli.benchmarking import _percentiles
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
@@ -30,7 +32,7 @@ class InProcess:
     def __init__(self, name: str, threads: int | None) -> None:
         self._server = _Server()
 
-    def ask(self, **request: Any) -> dict[str, Any]:
+    def ask(self, on_progress: Any = None, **request: Any) -> dict[str, Any]:
         answer: dict[str, Any] = json.loads(json.dumps(self._server.answer(json.loads(json.dumps(request)))))
         return answer
 
@@ -248,7 +250,7 @@ def test_an_interruption_keeps_what_was_measured(
     answered: Iterator[int] = iter(range(100))
     ask = InProcess.ask
 
-    def interrupted(self: InProcess, **request: Any) -> dict[str, Any]:
+    def interrupted(self: InProcess, on_progress: Any = None, **request: Any) -> dict[str, Any]:
         if request["do"] == "sample" and next(answered) == 2:  # after the warm-up and one repetition
             raise error
         return ask(self, **request)
@@ -272,6 +274,18 @@ def test_a_process_that_dies_is_said() -> None:
     worker = Worker("x", 1)
     with pytest.raises(GemmaAwqError, match="The process that measured x ended: AssertionError: no request"):
         worker.ask(do="nonsense")
+    worker.end()
+
+
+def test_a_process_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It closed its answers, and something of a library's keeps it alive."""
+    script = "import os, sys, time; print('ValueError: x', file=sys.stderr, flush=True); os.close(1); time.sleep(300)"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", script], **options))
+    monkeypatch.setattr(bench_process, "ENDING_SECONDS", 0.5)
+    worker = Worker("x", 1)
+    with pytest.raises(GemmaAwqError, match="The process that measured x ended: ValueError: x"):
+        worker.ask(do="bandwidth")
     worker.end()
 
 

@@ -186,3 +186,15 @@ def test_without_vllm_the_extra_is_named(checkpoints: Callable[[str], Path], mon
 def test_an_artifact_takes_no_dtype(artifacts: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="is a 4-bit artifact"):
         open_engine(artifacts("gemma"), dtype="float16")
+
+
+def test_every_token_is_timed_and_no_end_of_text_ends_a_row(
+    vllm: type[FakeEngine], checkpoints: Callable[[str], Path]
+) -> None:
+    engine = open_engine(checkpoints("gemma"), memory_share=0.25)
+    assert vllm.arguments.gpu_memory_utilization == 0.25
+    engine._ends = set(range(264))
+    first, steps = engine.timed(ROWS, 5)
+    assert len(steps) == 4  # after the first token of all rows
+    assert min(first, *steps) > 0
+    assert not vllm.last.has_unfinished_requests()

@@ -1,6 +1,5 @@
 """`gemma-awq bench`: how fast and how good, compared with what."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -9,10 +8,12 @@ import typer
 from gemma_awq_cli.commands.run import MODEL_VARIABLE, default_model
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
-from gemma_awq_cli.output import Output, bytes_of, human_bytes
+from gemma_awq_cli.output import Output, bytes_of
 
 if TYPE_CHECKING:
     from gemma_awq_cli.benchmarking import Bench
+
+TASK_STEPS = 100  # of the progress of one task
 
 
 # fmt: off
@@ -22,9 +23,16 @@ def command(
         metavar="[MODEL]...", show_default=False)] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed; alone, nothing else.")] = False,
     fidelity: Annotated[bool, typer.Option("--fidelity", help="Measure fidelity; alone, nothing else.")] = False,
+    tasks: Annotated[list[str] | None, typer.Option(
+        help="Measure tasks of lm-evaluation-harness (the extra `eval`), names separated by commas, the suites card "
+        "and safety, .yaml files or folders of such; alone, nothing else.", metavar="NAMES")] = None,
+    task_limit: Annotated[int | None, typer.Option(
+        help="At most so many questions of each task.  [default: all]", min=1, show_default=False)] = None,
+    confirm_run_unsafe_code: Annotated[bool, typer.Option(
+        "--confirm-run-unsafe-code", help="Run tasks that execute what the model writes.")] = False,
     compare: Annotated[list[str] | None, typer.Option(
-        help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, or another MODEL. "
-        "May be given several times.", metavar="WHAT")] = None,
+        help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, vllm, a .gguf file "
+        "(llama.cpp), or another MODEL. May be given several times.", metavar="WHAT")] = None,
     prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1)] = 512,
     new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1)] = 128,
     batch: Annotated[list[int] | None, typer.Option(
@@ -62,7 +70,7 @@ def command(
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure models: speed, memory, and fidelity to the 16-bit original, side by side.
+    """Measure models: speed, memory, fidelity to the 16-bit original, and task scores, side by side.
 
     Prints a table. Exit code 3 if a bound is not met.
     """
@@ -71,10 +79,11 @@ def command(
     largest = bytes_of(max_rss) if max_rss is not None else None
     if max_rss is not None and largest is None:
         raise UsageError(f"{max_rss!r} is no size.", "Give --max-rss such as 900MB or 2GB.")
-    both = not (speed or fidelity)
+    both = not (speed or fidelity or tasks)
     names = models or [default_model(out)]
     from gemma_awq_cli import thresholds
-    from gemma_awq_cli.benchmarking import Bench, Settings
+    from gemma_awq_cli.bench_entries import Settings
+    from gemma_awq_cli.benchmarking import Bench
 
     limits = {
         thresholds.KL: max_kl, thresholds.PERPLEXITY_RATIO: max_ppl_ratio, thresholds.DECODE: min_decode_tps,
@@ -84,6 +93,7 @@ def command(
     settings = Settings(
         speed=speed or both, fidelity=fidelity or both, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         batches=tuple(batch or [1]), repetitions=repetitions, warmup=warmup, threads=threads, device=device.value,
+        tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,
         text=text, window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
     )  # fmt: skip
     for figure in bounds:
@@ -121,11 +131,13 @@ def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
         with out.progress("Speed", bench.speed_steps()) as progress:
             bench.measure_speed(progress.step)
     if bench.settings.fidelity:
-        from gemma_awq_cli.measuring_speed import OWN
+        from gemma_awq_cli.measuring_speed import OWN, VLLM
 
         for entry in bench.entries:
-            if entry.kind != OWN or (entry.role == "compare" and entry.checkpoint.quantization is None):
-                continue  # fidelity is that of weights as they are stored
+            # vLLM runs the first model's weights, and the original does not differ from itself
+            is_original = entry.kind == OWN and entry.checkpoint.quantization is None
+            if entry.kind == VLLM or (entry.role == "compare" and is_original):
+                continue
             with out.progress(f"Fidelity of {entry.name}", 1) as progress:
 
                 def on_steps(total: int) -> Any:
@@ -138,13 +150,32 @@ def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
                     if must and entry.role == "model":
                         raise
                     bench.leave_out(entry.name, "fidelity", error)
+    if bench.specs:
+        _measure_tasks(out, bench)
     bench.complete = True
-    if not any(entry.samples or entry.fidelity for entry in bench.entries):
+    if not any(entry.samples or entry.fidelity or entry.tasks for entry in bench.entries):
         raise GemmaAwqError("Nothing could be measured.", "The warnings above say why.")
+
+
+def _measure_tasks(out: Output, bench: "Bench") -> None:
+    for entry in bench.entries:
+        with out.progress(f"Tasks of {entry.name}", len(bench.specs) * TASK_STEPS) as progress:
+            begun = 0
+
+            def on_task(spec: Any) -> Any:
+                nonlocal begun
+                first = begun * TASK_STEPS
+                begun += 1
+                total = len(bench.specs) * TASK_STEPS
+                progress.begin_at(first, total)
+                return lambda done, of: progress.go_to(first + done * TASK_STEPS // of)
+
+            bench.measure_tasks(entry, on_task)
 
 
 def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> dict[str, Any]:
     from gemma_awq_cli.bench_report import labels, write_report
+    from gemma_awq_cli.commands.bench_table import table_rows
 
     document = bench.document()
     rows = table_rows(document)
@@ -158,60 +189,8 @@ def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> di
     return document
 
 
-def table_rows(document: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """The document as a table: a figure a row, a model a column."""
-    models, settings = document["models"], document["settings"]
-    rows: list[tuple[str, ...]] = [("weights on disk", *(human_bytes(model["bytes"]) for model in models))]
-    speeds = [model["speed"] for model in models]
-    for index, batch in enumerate(settings["batches"]):
-        runs = [speed["runs"][index] if speed and index < len(speed["runs"]) else None for speed in speeds]
-        if not any(runs):
-            continue
-        of = f" x {batch}" if len(settings["batches"]) > 1 or batch > 1 else ""
-        for title, name in (
-            (f"pp{settings['prompt_tokens']}{of}, tokens/s", "prompt_tokens_per_second"),
-            (f"tg{settings['new_tokens']}{of}, tokens/s", "decode_tokens_per_second"),
-        ):
-            base = runs[0][name]["median"] if runs[0] else None
-            rows.append((title, *(_rate(run[name], base, run is runs[0]) if run else "-" for run in runs)))
-        rows.append((f"TTFT{of}, ms", *(f"{1000 * run['ttft_seconds']['median']:.0f}" if run else "-" for run in runs)))
-        tpot = [run["tpot_seconds"] if run else None for run in runs]
-        shown = [" / ".join(f"{1000 * t[p]:.1f}" for p in ("p50", "p90", "p99")) if t else "-" for t in tpot]
-        rows.append((f"TPOT{of} p50 / p90 / p99, ms", *shown))
-        share = [run["bandwidth_share"] if run else None for run in runs]
-        rows.append((f"share of memory bandwidth{of}", *("-" if s is None else f"{100 * s:.0f} %" for s in share)))
-    if any(speeds):
-        rows += [
-            ("weights read a token", *(human_bytes(s["weight_bytes_per_token"]) if s else "-" for s in speeds)),
-            ("load time, s", *(f"{s['load_seconds']:.1f}" if s else "-" for s in speeds)),
-            ("peak RSS", *(human_bytes(s["peak_rss_bytes"]) if s and s["peak_rss_bytes"] else "-" for s in speeds)),
-        ]
-        if any(s and s["peak_vram_bytes"] for s in speeds):
-            vram = [s["peak_vram_bytes"] if s else None for s in speeds]
-            rows.append(("peak VRAM", *(human_bytes(v) if v else "-" for v in vram)))
-    found = [model["fidelity"] for model in models]
-    if any(found):
-        for title, name, form in (
-            ("perplexity", "perplexity", "{:.3f}"),
-            ("perplexity of the 16-bit original", "perplexity_16bit", "{:.3f}"),
-            ("KL divergence, mean", "kl", "{:.4f}"),
-            ("KL divergence, median", "kl_median", "{:.4f}"),
-            ("KL divergence, p99", "kl_p99", "{:.3f}"),
-            ("same most likely token", "top1_agreement", "{:.1%}"),
-            ("RMS change of the token's probability", "rms_probability_difference", "{:.2%}"),
-        ):
-            rows.append((title, *(form.format(part[name]) if part else "-" for part in found)))
-    return rows if any(speeds) or any(found) else []
-
-
-def _rate(spread: Mapping[str, Any], base: float | None, is_base: bool) -> str:
-    """Median, extremes, and the multiple of the first model's median."""
-    text = f"{spread['median']:.1f} ({spread['min']:.1f} - {spread['max']:.1f})"
-    return text if base is None or is_base else f"{text} {spread['median'] / base:.2f}x"
-
-
 def _save(out: Output, bench: "Bench", document: dict[str, Any]) -> None:
-    from gemma_awq_cli.benchmarking import save_beside
+    from gemma_awq_cli.bench_document import save_beside
 
     for entry in bench.entries:
         if entry.role == "model" and entry.report is not None:

@@ -71,18 +71,26 @@ class DecoderSession:
     @torch.inference_mode()
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Session.feed`."""
+        return self.feed_last(tokens, [1] * len(tokens))
+
+    def expand(self, rows: int) -> None:
+        """See `Session.expand`."""
+        self._cache = self._cache.repeated(rows)
+
+    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.feed_last`."""
         self._cache.require_room(tokens, self._weights.arch.vocabulary)
-        last: list[Tensor | None] = [None] * len(tokens)
+        ends = [length + len(new) for length, new in zip(self._cache.lengths, tokens, strict=True)]
+        last = []
         for pieces in chunks(tokens, self._cache.lengths):
             ids = [token for p in pieces for token in tokens_of(tokens[p.row], p, self._cache.lengths[p.row])]
             states = self._forward(torch.tensor(ids, device=self._weights.device), pieces)
             end = 0
             for piece in pieces:
                 end += piece.count
-                last[piece.row] = states[end - 1]
-        for row, new in enumerate(tokens):
-            self._cache.lengths[row] += len(new)
-        return self._logits(torch.stack([state for state in last if state is not None]))
+                last.append(states[end - wanted_of(piece, ends[piece.row], counts[piece.row]) : end])
+        self._cache.lengths[:] = ends
+        return self._logits(torch.cat(last))
 
     def clear(self, row: int) -> None:
         """See `Session.clear`."""
@@ -201,6 +209,11 @@ def chunks(tokens: Sequence[Sequence[int]], lengths: Sequence[int]) -> list[list
 def tokens_of(new: Sequence[int], piece: Piece, length: int) -> Sequence[int]:
     first = piece.start - length
     return new[first : first + piece.count]
+
+
+def wanted_of(piece: Piece, end: int, count: int) -> int:
+    """How many of a piece's last tokens are among the row's last `count`; end: the row's length after its last one."""
+    return max(0, min(piece.count, piece.start + piece.count - (end - count)))
 
 
 def _norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

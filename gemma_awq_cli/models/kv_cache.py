@@ -26,6 +26,11 @@ class KVCache:
     def nbytes(self) -> int:
         return 2 * sum(layer.nbytes for layer in self.keys)
 
+    def repeated(self, rows: int) -> "KVCache":
+        """The one row of this cache as `rows` equal ones."""
+        keys, values = (tuple(layer.repeat(rows, 1, 1, 1) for layer in part) for part in (self.keys, self.values))
+        return KVCache(keys, values, self.lengths * rows, self.capacity)
+
     def require_room(self, tokens: Sequence[Sequence[int]], vocabulary: int) -> None:
         """An error of the caller's: rows, tokens or positions that are not there. Compiled code checks nothing."""
         if len(tokens) != len(self.lengths) or not any(tokens):

@@ -5,7 +5,7 @@ and for long prompts of 16-bit checkpoints the better way.
 """
 
 from collections.abc import Sequence
-from ctypes import c_int64, c_uint8, c_void_p
+from ctypes import c_int64, c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from gemma_awq_cli.kernels.native import library as lib
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of
-from gemma_awq_cli.models.kv_cache import make_cache
+from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of, wanted_of
+from gemma_awq_cli.models.kv_cache import KVCache, make_cache
 from gemma_awq_cli.models.text_weights import JOINED, LayerReader, linear_shapes, read_embedding, read_final_gain
 from gemma_awq_cli.models.torch_text import read_torch_text
 
@@ -138,10 +138,13 @@ class NativeSession:
 
     def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
         self._text = text
-        self._cache = make_cache(text.arch, rows, capacity, torch.device("cpu"), torch.bfloat16)
+        self._use(make_cache(text.arch, rows, capacity, torch.device("cpu"), torch.bfloat16))
+
+    def _use(self, cache: KVCache) -> None:
+        self._cache = cache
         # 16-bit weights meet many tokens faster in torch's bf16 products; both decoders keep the same cache
-        self._torch = None if text.dense is None else DecoderSession(text.dense, rows, capacity, self._cache)
-        layers = text.arch.layers
+        self._torch = None if self._text.dense is None else DecoderSession(self._text.dense, 0, 0, cache)
+        layers = self._text.arch.layers
         self._spec = lib.CacheSpec(
             keys=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.keys)),
             values=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.values)),
@@ -150,15 +153,23 @@ class NativeSession:
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """See `Session.feed`."""
+        return self.feed_last(tokens, [1] * len(tokens))
+
+    def expand(self, rows: int) -> None:
+        """See `Session.expand`."""
+        self._use(self._cache.repeated(rows))
+
+    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.feed_last`."""
         lengths = self._cache.lengths
         self._cache.require_room(tokens, self._text.arch.vocabulary)
         if self._torch is not None and sum(map(len, tokens)) >= MANY_TOKENS:
-            return self._torch.feed(tokens)
+            return self._torch.feed_last(tokens, counts)
         ends = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
         parts = []
         for pieces in chunks(tokens, lengths):
             ids = [token for piece in pieces for token in tokens_of(tokens[piece.row], piece, lengths[piece.row])]
-            wanted = [piece.start + piece.count == ends[piece.row] for piece in pieces]
+            wanted = [wanted_of(piece, ends[piece.row], counts[piece.row]) for piece in pieces]
             parts.append(self._forward(pieces, ids, wanted))
         lengths[:] = ends
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
@@ -167,8 +178,8 @@ class NativeSession:
         """See `Session.clear`."""
         self._cache.lengths[row] = 0
 
-    def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[bool]) -> Tensor:
-        """Logits after those pieces that are wanted, in their order."""
+    def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[int]) -> Tensor:
+        """Logits after the last `wanted` tokens of each piece, in their order."""
         count = len(pieces)
         specs = (lib.PieceSpec * count)()
         offset = 0
@@ -178,7 +189,7 @@ class NativeSession:
         logits = torch.empty(sum(wanted), self._text.arch.vocabulary)
         flat = torch.tensor(ids, dtype=torch.int32)
         self._text.library.forward(
-            self._text.spec, self._spec, specs, count, flat.data_ptr(), len(ids), (c_uint8 * count)(*wanted),
+            self._text.spec, self._spec, specs, count, flat.data_ptr(), len(ids), (c_int64 * count)(*wanted),
             logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return logits

@@ -30,6 +30,17 @@ class Session(Protocol):
         """Forget what a row has read, where the session is reusable: it begins anew at position 0."""
         ...
 
+    def expand(self, rows: int) -> None:
+        """What the only row has read is from now on what `rows` rows have read."""
+        ...
+
+    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """Read tokens as `feed` does: the logits [sum of counts, V] after the last `counts` tokens of every row.
+
+        Rows of different lengths may come whenever no row was shorter before; then nothing can be fed after them.
+        """
+        ...
+
 
 class TransformersSession:
     """transformers' own forward and dynamic cache: every model, every device, every dtype.
@@ -75,3 +86,24 @@ class TransformersSession:
 
     def clear(self, row: int) -> None:
         raise NotImplementedError("the padding of a row is every row's")
+
+    def expand(self, rows: int) -> None:
+        """See `Session.expand`."""
+        self._cache.batch_repeat_interleave(rows)
+        self._mask = self._mask.repeat(rows, 1)
+        self._left = list(range(rows))
+
+    @torch.inference_mode()
+    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.feed_last`."""
+        longest = max(map(len, tokens))
+        # padded on the right: no token sees what comes after it, and no mask is needed
+        ids = torch.tensor([[*row, *[self._pad] * (longest - len(row))] for row in tokens])
+        self._mask = torch.cat([self._mask, torch.ones_like(ids)], dim=1)
+        if not self._mask.all():
+            raise ValueError("rows of different lengths were fed before")
+        states = self._model.model(ids.to(self._device), past_key_values=self._cache, use_cache=True).last_hidden_state
+        parts = [states[row, len(new) - n : len(new)] for row, (new, n) in enumerate(zip(tokens, counts, strict=True))]
+        logits: Tensor = self._model.lm_head(torch.cat(parts)).to(torch.float32)
+        cap = getattr(self._model.config, "final_logit_softcapping", None)
+        return logits if cap is None else (logits / cap).tanh() * cap

@@ -111,8 +111,8 @@ class Forward {
         at_least(b.v, tokens * m.kv_heads * m.head_dim);
     }
 
-    // logits: [npieces, V], after the last token of each piece for which wanted[piece] is set, in that order.
-    void run(const uint8_t* wanted, float* logits) {
+    // logits: [sum of wanted, V], after the last wanted[piece] tokens of each piece, in that order.
+    void run(const int64_t* wanted, float* logits) {
         at_least(b.position_of, tokens);
         for (int64_t p = 0; p < npieces; p++)
             for (int64_t i = 0; i < pieces[p].count; i++) b.position_of[pieces[p].offset + i] = pieces[p].start + i;
@@ -297,12 +297,12 @@ class Forward {
         }
     }
 
-    void head(const uint8_t* wanted, float* logits) {
+    void head(const int64_t* wanted, float* logits) {
         int64_t rows = 0;
         for (int64_t p = 0; p < npieces; p++)
-            if (wanted[p]) {
-                const int64_t last = pieces[p].offset + pieces[p].count - 1;
-                rms_norm(&b.x[last * m.hidden], m.norm, m.hidden, m.eps, &b.normed[rows++ * m.hidden]);
+            for (int64_t i = pieces[p].count - wanted[p]; i < pieces[p].count; i++) {
+                const float* last = &b.x[(pieces[p].offset + i) * m.hidden];
+                rms_norm(last, m.norm, m.hidden, m.eps, &b.normed[rows++ * m.hidden]);
             }
         if (!rows) return;
         const Activations in = activations(b.normed.data(), rows, m.hidden);
@@ -350,7 +350,7 @@ const char* gaq_instructions() {
 }
 
 void gaq_forward(const ModelSpec* model, const CacheSpec* cache, const Piece* pieces, int64_t npieces, const int32_t* ids,
-                 int64_t tokens, const uint8_t* wanted, float* logits, int32_t threads) {
+                 int64_t tokens, const int64_t* wanted, float* logits, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
     Forward(*model, pool_of(threads), *cache, pieces, npieces, ids, tokens).run(wanted, logits);
 }

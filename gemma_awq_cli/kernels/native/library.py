@@ -10,7 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_uint8, c_void_p
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -62,7 +62,7 @@ class PieceSpec(ctypes.Structure):
 
 _ARGUMENTS = {
     "gaq_forward": (
-        POINTER(ModelSpec), POINTER(CacheSpec), POINTER(PieceSpec), c_int64, c_void_p, c_int64, POINTER(c_uint8),
+        POINTER(ModelSpec), POINTER(CacheSpec), POINTER(PieceSpec), c_int64, c_void_p, c_int64, POINTER(c_int64),
         c_void_p, c_int32,
     ),
     "gaq_large_pages": (c_void_p, c_int64),

@@ -1,0 +1,76 @@
+"""What a bench is asked for, and its models with what was measured of each."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.files import read_json
+from gemma_awq_cli.models.staging import REPORT
+
+# Competitors that are made of the 16-bit original: how it is opened, and the package and the extra that this needs.
+ORIGINALS: Mapping[str, tuple[str, str | None]] = {
+    "bf16": (OWN, None),
+    "fp16": ("fp16", None),
+    "int8": ("int8", "bitsandbytes"),
+    "nf4": ("nf4", "bitsandbytes"),
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is measured and how. threads, window, windows: None for what torch or the text allow.
+
+    tasks: names for lm-evaluation-harness, none for no tasks; task_limit: questions of each, None for all.
+    """
+
+    speed: bool = True
+    fidelity: bool = True
+    prompt_tokens: int = 512
+    new_tokens: int = 128
+    batches: tuple[int, ...] = (1,)
+    repetitions: int = 3
+    warmup: int = 1
+    threads: int | None = None
+    device: str = "auto"
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
+    confirm_run_unsafe_code: bool = False
+    text: str = "embedded"
+    window: int | None = None
+    windows: int | None = None
+    reference: str | None = None
+    compare: tuple[str, ...] = ()
+
+
+@dataclass(eq=False)
+class Entry:
+    """One model of a bench and what is known of it so far. role: `model`, or `compare` for a competitor of those.
+
+    file: a GGUF; `checkpoint` is then the first model's, as it is for vLLM.
+    """
+
+    name: str
+    role: str
+    kind: str
+    checkpoint: Checkpoint
+    file: Path | None = None
+    loaded: dict[str, Any] | None = None
+    samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)  # by batch size
+    fidelity: dict[str, Any] | None = None
+    tasks: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def path(self) -> Path:
+        """What is opened."""
+        return self.file or self.checkpoint.folder
+
+    @property
+    def report(self) -> dict[str, Any] | None:
+        """The quantization report of an artifact that this entry itself is."""
+        if self.kind in (GGUF, VLLM):  # `checkpoint` is the first model's
+            return None
+        path = self.checkpoint.folder / REPORT
+        return read_json(path) if path.is_file() else None

@@ -1,0 +1,117 @@
+"""The only place that touches llama.cpp: a GGUF file as sessions, through llama-cpp-python's bindings."""
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.errors import GemmaAwqError
+
+PACKAGE = "llama_cpp"
+BATCH = 512  # tokens at a time: llama.cpp's own default for a prompt
+
+
+def require_llama_cpp() -> None:
+    if find_spec(PACKAGE) is None:
+        raise GemmaAwqError("llama-cpp-python is not installed.", 'Install it: pip install "gemma-awq[llama-cpp]"')
+
+
+class LlamaModel:
+    """A loaded GGUF file. capacity: the most tokens of a session, prompt and answer together."""
+
+    def __init__(self, path: Path, capacity: int, threads: int) -> None:
+        require_llama_cpp()
+        import llama_cpp
+
+        self.capacity = capacity
+        try:
+            self._llama = llama_cpp.Llama(
+                str(path), n_ctx=capacity, n_batch=BATCH, n_threads=threads, n_threads_batch=threads, verbose=False
+            )
+        except (ValueError, OSError) as error:
+            raise GemmaAwqError(f"llama.cpp cannot read {path}: {error}.", "Is it a whole GGUF file?") from None
+        self.vocabulary = int(self._llama.n_vocab())
+        self.trained_context = int(llama_cpp.llama_model_n_ctx_train(self._llama.model))
+        self.bos = int(self._llama.token_bos())
+        name = str(self._llama.metadata.get("general.file_type", ""))
+        self.description = f"GGUF file type {name}" if name else "GGUF"
+        self.weight_bytes = int(llama_cpp.llama_model_size(self._llama.model))
+
+    def ids(self, text: str) -> list[int]:
+        """Token ids of plain text, without BOS."""
+        ids: list[int] = self._llama.tokenize(text.encode(), add_bos=False, special=False)
+        return ids
+
+    def session(self, rows: int, capacity: int) -> "LlamaSession":
+        """A new session, which ends the one before it: the context of llama.cpp is one."""
+        if rows != 1:
+            raise GemmaAwqError(
+                "A GGUF file is measured one prompt at a time.", "Measure other batch sizes without this competitor."
+            )
+        if capacity > self.capacity:
+            raise ValueError(f"{capacity} tokens for a context of {self.capacity}")
+        return LlamaSession(self._llama, self.vocabulary)
+
+
+class LlamaSession:
+    """A `models.session.Session` of one row."""
+
+    reusable = False
+
+    def __init__(self, llama: Any, vocabulary: int) -> None:
+        import llama_cpp
+
+        self._c = llama_cpp
+        self._context = llama.ctx
+        self._vocabulary = vocabulary
+        self._at = 0
+        self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
+
+    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session.feed`."""
+        return self.feed_last(tokens, [1])
+
+    def clear(self, row: int) -> None:
+        raise NotImplementedError("a session of its own is as cheap")
+
+    def expand(self, rows: int) -> None:
+        """See `Session.expand`; only for the one row that there is."""
+        if rows != 1:
+            raise ValueError("a GGUF session has one row")
+
+    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.feed_last`."""
+        (new,), (count,) = tokens, counts
+        parts = []
+        for first in range(0, len(new), BATCH):
+            piece = new[first : first + BATCH]
+            wanted = max(0, min(len(piece), first + len(piece) - (len(new) - count)))
+            parts.append(self._decode(piece, wanted))
+        return torch.cat(parts)
+
+    def _decode(self, piece: Sequence[int], wanted: int) -> Tensor:
+        """Logits [wanted, V] after the last `wanted` tokens."""
+        batch = self._c.llama_batch_init(len(piece), 0, 1)
+        try:
+            batch.n_tokens = len(piece)
+            for index, token in enumerate(piece):
+                batch.token[index] = token
+                batch.pos[index] = self._at + index
+                batch.n_seq_id[index] = 1
+                batch.seq_id[index][0] = 0
+                batch.logits[index] = index >= len(piece) - wanted
+            code = self._c.llama_decode(self._context, batch)
+        finally:
+            self._c.llama_batch_free(batch)
+        if code:
+            raise GemmaAwqError(f"llama.cpp could not decode (code {code}).", "Is there memory enough?")
+        self._at += len(piece)
+        if not wanted:
+            return torch.empty(0, self._vocabulary)
+        import numpy
+
+        logits = numpy.ctypeslib.as_array(self._c.llama_get_logits(self._context), (wanted, self._vocabulary))
+        return torch.from_numpy(logits.copy())
