@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.head import DENSE_HEAD
 
 
 class _Server:
@@ -47,7 +48,8 @@ class _Server:
                 return {"bytes_per_second": speed.bandwidth(self.device)}
             case "open":
                 self._set_up(request)
-                self.opened = speed.open_kind(request["kind"], Path(request["path"]), self.device)
+                # answers may be improbable, and a coarse head is exact for the probable tokens only
+                self.opened = speed.open_kind(request["kind"], Path(request["path"]), self.device, DENSE_HEAD)
                 return {}
             case "task":
                 from gemma_awq_cli.measuring_tasks import TaskSpec, run_task

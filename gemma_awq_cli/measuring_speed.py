@@ -62,9 +62,9 @@ class Sample:
     decode: float
 
 
-def open_kind(kind: str, folder: Path, device: torch.device) -> OpenModel:
+def open_kind(kind: str, folder: Path, device: torch.device, head: str | None = None) -> OpenModel:
     """Open a model the way that `kind` names: OWN, or one of PRECISIONS of a 16-bit checkpoint."""
-    return open_model(folder, device, None if kind == OWN else PRECISIONS[kind])
+    return open_model(folder, device, None if kind == OWN else PRECISIONS[kind], head=head)
 
 
 def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) -> Subject:
