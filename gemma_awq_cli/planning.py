@@ -194,7 +194,7 @@ def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Ro
         block = block_width(k, group_size, fit.gram_limit)
         flops += 2 * tokens * k * n + 2 * rows.ids.numel() * k * block  # the forward, the Gram matrix
         flops += k * block * block + 6 * n * k * block  # two factors, the rounding
-        flops += effort.refinements * 20 * n * k * block
+        flops += effort.refinements * (12 + 4 * effort.sweeps) * n * k * block
         elements += tries * min(n, effort.rows * len(group.linears)) * k + 10 * len(effort.shrinks) * n * k
     head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
     layers = checkpoint.layers

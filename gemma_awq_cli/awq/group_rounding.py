@@ -56,7 +56,7 @@ def round_compensated(
             grid = search_range(wanted, factor.residual, group_size, effort)
             q = compensated(wanted, grid, factor)
             if effort.refinements:
-                q, grid = refined(q, grid, wanted, own, factor.order, effort.refinements)
+                q, grid = refined(q, grid, wanted, own, factor.order, effort.refinements, effort.sweeps)
             _put(result, part, block, groups, q, grid)
     return result
 

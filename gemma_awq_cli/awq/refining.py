@@ -11,12 +11,13 @@ from torch import Tensor
 from gemma_awq_cli.awq.grid import QMAX, Grid, dequantize, storable_scale
 from gemma_awq_cli.awq.rounding import COLUMNS
 
-SWEEPS = 2  # over all columns, after each fit of the scales
 FARTHEST = 2.0  # a fitted scale may be this many times larger or smaller than before
 
 
-def refined(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, rounds: int) -> tuple[Tensor, Grid]:
-    """Improve integers and scales of one block of columns by `rounds` turns.
+def refined(
+    q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, rounds: int, sweeps: int
+) -> tuple[Tensor, Grid]:
+    """Improve integers and scales of one block of columns by `rounds` turns, with `sweeps` over the columns in each.
 
     q: [n, k] float32 integers 0..15 on `grid` ([n, k / g]); weight: [n, k] float32, what they stand for; gram: [k, k]
     of the block's input, damped; order: [k], in which the columns are moved. Returns the new integers and grid.
@@ -24,7 +25,7 @@ def refined(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, 
     ordered = gram[order][:, order]
     for _ in range(rounds):
         grid = Grid(fitted_scales(q, grid, weight, gram), grid.zero)
-        q = _moved(q, grid, weight, ordered, order)
+        q = _moved(q, grid, weight, ordered, order, sweeps)
     return q, grid
 
 
@@ -48,7 +49,7 @@ def fitted_scales(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor) -> Tensor
     return torch.where((gain < 0)[:, None], fitted, grid.scale)
 
 
-def _moved(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor) -> Tensor:
+def _moved(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, sweeps: int) -> Tensor:
     """Coordinate descent on the integers [n, k]; gram: in `order`."""
     group_size = q.shape[1] // grid.scale.shape[1]
     group_of = (order // group_size).tolist()
@@ -57,20 +58,22 @@ def _moved(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor) -
     error = dequantize(q, grid).sub_(weight)[:, order].t()
     slope = gram @ error  # [k, n]: half the cost's derivative by each weight
     curvature = gram.diagonal().tolist()
-    for _ in range(SWEEPS):
+    inverse = scale.reciprocal()
+    for _ in range(sweeps):
         for start in range(0, integers.shape[0], COLUMNS):
             own = slice(start, start + COLUMNS)
             part = slope[own].clone()
             moves = torch.zeros_like(part)
             for i in range(part.shape[0]):
-                column, step = start + i, scale[group_of[start + i]]
+                column, group = start + i, group_of[start + i]
                 if curvature[column] <= 0:
                     continue
-                before = integers[column].clone()
-                wanted = torch.div(part[i], step).div_(-curvature[column]).add_(before)
-                integers[column] = wanted.round_().clamp_(0, QMAX)
-                moves[i] = (integers[column] - before).mul_(step)
-                part[i + 1 :].addr_(gram[start + i + 1 : start + part.shape[0], column], moves[i])
+                before, move = integers[column], moves[i]
+                best = torch.addcmul(before, part[i], inverse[group], value=-1 / curvature[column])
+                torch.sub(best.round_().clamp_(0, QMAX), before, out=move)
+                before.copy_(best)
+                move.mul_(scale[group])
+                part[i + 1 :].addr_(gram[start + i + 1 : start + part.shape[0], column], move)
             slope.addmm_(gram[:, own], moves)
     result = torch.empty_like(q)
     result[:, order] = integers.t()

@@ -203,7 +203,7 @@ def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
     for gram in (torch.ones(K, K), torch.zeros(K, K)):
         q = compensated(weight, minmax_grid(weight, GROUP), factored(gram))
         assert torch.isfinite(q).all()
-        again, grid = refined(q, minmax_grid(weight, GROUP), weight, gram, torch.arange(K), 1)
+        again, grid = refined(q, minmax_grid(weight, GROUP), weight, gram, torch.arange(K), 1, 1)
         assert torch.isfinite(again).all()
         assert torch.isfinite(grid.scale).all()
 
@@ -216,7 +216,7 @@ def test_refining_lowers_the_error_turn_by_turn() -> None:
     q = compensated(weight, grid, factor)
     errors = [output_error(dequantize(q, grid) - weight, gram)]
     for rounds in (1, 2, 4):
-        new_q, new_grid = refined(q, grid, weight, gram[0], factor.order, rounds)
+        new_q, new_grid = refined(q, grid, weight, gram[0], factor.order, rounds, 2)
         assert new_q.min() >= 0
         assert new_q.max() <= 15
         assert torch.equal(new_q, new_q.round())
@@ -229,7 +229,7 @@ def test_no_single_integer_can_be_moved_to_lower_a_refined_error() -> None:
     gram = statistics_of(outlier_rows()).gram
     weight, order = torch.randn(3, K), torch.arange(K)
     grid = minmax_grid(weight, GROUP)
-    q, grid = refined(compensated(weight, grid, factored(gram[0])), grid, weight, gram[0], order, 30)
+    q, grid = refined(compensated(weight, grid, factored(gram[0])), grid, weight, gram[0], order, 30, 2)
     least = output_error(dequantize(q, grid) - weight, gram)
     for row in range(3):
         for column in range(K):
