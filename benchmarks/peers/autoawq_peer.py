@@ -4,7 +4,8 @@ pip install torch==2.13.0 && pip install autoawq==0.2.9 transformers==4.51.3
 python benchmarks/peers/autoawq_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16] [--layers N]
 
 Its algorithm is its own, untouched. Around it: Gemma 3 is added to its tables in the form of its Gemma 2 entry, with
-the rotary table that each layer really uses; and on a CPU its saved copy of the weights aliases the live ones
+the rotary table that each layer really uses; its fold into norms, which knows the `1 + weight` of Gemma 1's and 2's by
+their classes, is told Gemma 3's; and on a CPU its saved copy of the weights aliases the live ones
 (`.cpu()` copies nothing there), so that a first in-place scale would spoil every later restore: the copy is made real.
 Prints the seconds that its `quantize` took. --layers stops after so many, to time a layer.
 """
@@ -16,9 +17,12 @@ import torch
 from awq import AutoAWQForCausalLM
 from awq.models import auto, base
 from awq.models.gemma2 import Gemma2AWQForCausalLM
+from awq.quantize import scale
 from awq.quantize.quantizer import AwqQuantizer
 from rows import SEQ_LEN, arguments, windows
 from transformers import AutoTokenizer
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 
 parser = arguments(__doc__)
 parser.add_argument("--layers", type=int)
@@ -46,6 +50,8 @@ class Quantizer(AwqQuantizer):
 
 
 auto.AWQ_CAUSAL_LM_MODEL_MAP["gemma3_text"] = Gemma3
+scale.Gemma2RMSNorm = (Gemma2RMSNorm, Gemma3RMSNorm)  # it asks `isinstance`
+scale.allowed_norms.append(Gemma3RMSNorm)
 base.TRANSFORMERS_AUTO_MAPPING_DICT["gemma3_text"] = "AutoModelForCausalLM"
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
 model = AutoAWQForCausalLM.from_pretrained(
