@@ -14,6 +14,7 @@ from gemma_awq_cli.families import FLOAT16_REASON
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.stack import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.models.writing import PlannedTensor
+from gemma_awq_cli.observing import multiplies_bfloat16
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What this work reaches on two CPU cores with AVX-512, in products and in single operations; for the estimate only.
@@ -171,15 +172,16 @@ def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Row
     tokens = max(fit.tokens_per_batch, length)
     blocks = [block_width(k, group_size, fit.gram_limit) for k, _ in widths]
     grams = [block * k * 4 for block, (k, _) in zip(blocks, widths, strict=True)]
-    # an MLP holds its input, both projections, their product and its weighted copy
-    activations = tokens * 4 * (8 * int(config.hidden_size) + 5 * max(k for k, _ in widths))
+    # an MLP holds its input, both projections, their product and its weighted copy, of the held-out rows in float32
+    wide = max(tokens * (2 if multiplies_bfloat16(stack.device) else 4), min(tokens, rows.heldout.numel()) * 4)
+    activations = tokens * 4 * 8 * int(config.hidden_size) + wide * 5 * max(k for k, _ in widths)
     scores = max(1, tokens // length) * int(config.num_attention_heads) * length * length * 4
     observing = 6 * layer + sum(grams) + activations + scores
-    # a group's weights in float32 and its integers; of one block the scaled Gram and its factor in float64; and what
-    # the rounding of some rows of it takes
+    # a group's weights in float32, its integers by compensation and to nearest; of one block the scaled Gram and its
+    # factor in float64; and what the rounding of some rows of it takes
     rounding = 0
     for block, (k, n) in zip(blocks, widths, strict=True):
-        own = 5 * k * n + 28 * block * block + 32 * min(n * block, PART)
+        own = 6 * k * n + 28 * block * block + 32 * min(n * block, PART)
         rounding = max(rounding, 3 * layer + sum(grams) + own)
     vocabulary = stack.shapes["model.embed_tokens.weight"]
     comparing = 2 * vocabulary.numel() + rows.heldout.numel() * 4 * (8 * LOGIT_CHUNK + 4 * vocabulary[1])
