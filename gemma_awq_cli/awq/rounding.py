@@ -38,37 +38,49 @@ class Compensation(NamedTuple):
 
 
 def factored(gram: Tensor, damping: float = DAMPING) -> Compensation:
-    """Factor one block [k, k] of a Gram matrix. The damping grows until the factor exists."""
-    device = gram.device
+    """Factor one block [k, k] of a Gram matrix."""
+    order, lower = _cholesky(gram, damping)
+    diagonal = lower.diagonal().clone()
+    lower /= diagonal
+    feedback = lower.to(torch.float32).flip(0, 1).to(gram.device)
+    return Compensation(order, feedback, _residual(order, diagonal))
+
+
+def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
+    """Each column's residual, as `factored` has it: gram [B, k, k] -> [B k] float32."""
+    factors = (_cholesky(block, damping) for block in gram)
+    return torch.cat([_residual(order, lower.diagonal()) for order, lower in factors])
+
+
+def _cholesky(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """The order of the columns [k] and, the other way round, the lower factor [k, k] in the widest float.
+
+    The damping grows until the factor exists.
+    """
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     # The other way round, the lower factor that libraries give is the upper one that is wanted.
     reverse = order.flip(0)
-    if widest_float(device) != torch.float64:
+    if widest_float(gram.device) != torch.float64:
         gram, reverse = gram.cpu(), reverse.cpu()  # a factorization in float32 would need more damping
     while True:
         damped = gram[reverse][:, reverse].to(torch.float64)
         damped.diagonal().add_(added(gram, damping))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            break
+            return order, lower
         damping *= 10
-    del damped
-    diagonal = lower.diagonal().clone()
-    lower /= diagonal
-    residual = torch.empty_like(diagonal)
-    residual[reverse] = diagonal.square_()
-    feedback = lower.to(torch.float32).flip(0, 1)
-    return Compensation(order, feedback.to(device), residual.to(device, torch.float32))
+
+
+def _residual(order: Tensor, diagonal: Tensor) -> Tensor:
+    """`R_jj^2` in the columns' own order, from the diagonal of `_cholesky`'s factor: [k] float32."""
+    residual = torch.empty(order.shape, dtype=torch.float32, device=order.device)
+    residual[order.flip(0)] = diagonal.square().to(order.device, torch.float32)
+    return residual
 
 
 def added(gram: Tensor, damping: float) -> float:
     """What damping adds to the diagonal of one block [k, k]."""
     return damping * max(float(gram.diagonal().mean(dtype=torch.float32)), torch.finfo(torch.float32).tiny)
-
-
-def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
-    """Each column's residual: gram [B, k, k] -> [B k] float32."""
-    return torch.cat([factored(block, damping).residual for block in gram])
 
 
 def compensated(weight: Tensor, grid: Grid, factor: Compensation) -> Tensor:
