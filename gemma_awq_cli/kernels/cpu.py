@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.pack import PackedWeight, unpack_columns, unpack_weight
+from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
 
 MANY_ROWS = 256
 _ROW_MULTIPLE = 16  # the op wants the outputs in multiples of this
-_GROUP_SIZES = (32, 64, 128, 256)
 
 
 class CpuInt4Linear(nn.Module):
@@ -30,19 +30,17 @@ class CpuInt4Linear(nn.Module):
         inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
         if device.type != "cpu" or dtype != torch.bfloat16:
             return "it computes in bfloat16 on the CPU only"
-        if outputs % _ROW_MULTIPLE or inputs // weight.scales.shape[0] not in _GROUP_SIZES:
+        if outputs % _ROW_MULTIPLE or inputs // weight.scales.shape[0] not in GROUP_SIZES:
             return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
         return None
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         q, grid = unpack_weight(weight)
-        scale, zero = grid.scale.t(), grid.zero.t()  # [G, N]
-        self.group_size = q.shape[1] // scale.shape[0]
+        self.group_size = q.shape[1] // grid.scale.shape[1]
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
         self.register_buffer("packed", packed, persistent=False)
-        pair = torch.stack([scale, (8 - zero) * scale], dim=-1).to(torch.bfloat16).contiguous()
-        self.register_buffer("scale_zero", pair, persistent=False)
+        self.register_buffer("scale_zero", scale_zero(grid), persistent=False)
         # the zero points themselves, for the exact dense weight
         self.register_buffer("offset", unpack_columns(weight.qzeros), persistent=False)
         self.block = _layout_block() if q.shape[0] % (_layout_block() or 1) == 0 else None

@@ -14,11 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
 
 MANY_ROWS = 64
 _INNER_TILES = 8
 _TILE = (8, 16 * _INNER_TILES)  # outputs and inputs that the op packs together
-_GROUP_SIZES = (32, 64, 128, 256)
 
 
 class CudaInt4Linear(nn.Module):
@@ -37,19 +37,17 @@ class CudaInt4Linear(nn.Module):
             return "it computes in bfloat16 only"
         if torch.cuda.get_device_capability(device)[0] < 8:
             return "it needs compute capability 8.0 or later"
-        if outputs % _TILE[0] or inputs % _TILE[1] or inputs // weight.scales.shape[0] not in _GROUP_SIZES:
+        if outputs % _TILE[0] or inputs % _TILE[1] or inputs // weight.scales.shape[0] not in GROUP_SIZES:
             return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
         return None
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
         q, grid = unpack_weight(weight)
-        scale, zero = grid.scale.t(), grid.zero.t()  # [G, N]
         self.shape = q.shape
-        self.group_size = q.shape[1] // scale.shape[0]
+        self.group_size = q.shape[1] // grid.scale.shape[1]
         self.register_buffer("packed", _pack(q), persistent=False)
-        pair = torch.stack([scale, (8 - zero) * scale], dim=-1).to(torch.bfloat16).contiguous()
-        self.register_buffer("scale_zero", pair, persistent=False)
+        self.register_buffer("scale_zero", scale_zero(grid), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
