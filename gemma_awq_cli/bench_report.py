@@ -186,11 +186,7 @@ def _kl_along(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict
         axes.plot(middles, means, marker="o", markersize=3.5, label=name, color=COLOURS[index % len(COLOURS)])
     if not axes.lines:
         return None
-    axes.set_xscale("log")
-    axes.set_ylim(bottom=0)
-    axes.set_xlabel("position in the window")
-    axes.set_ylabel("KL divergence, nats")
-    _legend(axes)
+    _label(axes, "position in the window", "KL divergence, nats")
     return _plot(figure, "KL divergence along the text", "Mean over the windows: does the loss grow with the context?")
 
 
@@ -208,12 +204,17 @@ def _kl_histogram(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> 
         axes.axvline(model["fidelity"]["kl"], color=colour, linestyle="--", linewidth=1)
     if not axes.lines:
         return None
+    _label(axes, "KL divergence of one prediction, nats", "share of tokens, %")
+    return _plot(figure, "Distribution of the KL divergence", "Every prediction counts once; dashed: the mean.")
+
+
+def _label(axes: Any, x: str, y: str) -> None:
+    """Finish a plot of KL divergence: a logarithmic axis to the right, one from 0 upwards."""
     axes.set_xscale("log")
     axes.set_ylim(bottom=0)
-    axes.set_xlabel("KL divergence of one prediction, nats")
-    axes.set_ylabel("share of tokens, %")
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
     _legend(axes)
-    return _plot(figure, "Distribution of the KL divergence", "Every prediction counts once; dashed: the mean.")
 
 
 def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
