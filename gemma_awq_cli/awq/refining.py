@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import QMAX, Grid, dequantize, storable_scale
-from gemma_awq_cli.awq.rounding import COLUMNS
+from gemma_awq_cli.awq.rounding import COLUMNS, WIDE
 
 FARTHEST = 2.0  # a fitted scale may be this many times larger or smaller than before
 
@@ -34,11 +34,15 @@ def fitted_scales(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor) -> Tensor
     rows, groups = grid.scale.shape
     steps = (q.unflatten(1, (groups, -1)) - grid.zero[:, :, None]).contiguous()  # [n, G, g]
     normal = torch.empty(rows, groups, groups, device=q.device)
-    for group, part in enumerate(gram.split(steps.shape[2])):
-        normal[:, group] = ((steps[:, group] @ part).view_as(steps) * steps).sum(-1)
+    product = torch.empty_like(q)
+    for group, part in enumerate(gram.split(steps.shape[2])):  # symmetric: from the diagonal on is enough
+        moments = product[:, : q.shape[1] - group * steps.shape[2]]
+        torch.mm(steps[:, group], part[:, -moments.shape[1] :], out=moments)
+        normal[:, group, group:] = moments.unflatten(1, (groups - group, -1)).mul_(steps[:, group:]).sum(-1)
+        normal[:, group:, group] = normal[:, group, group:]
     # by how much a scale should change, from the error that is left: its own size would drown it
     error = dequantize(q, grid).sub_(weight)
-    moment = ((error @ gram).view_as(steps) * steps).sum(-1)
+    moment = torch.mm(error, gram, out=product).view_as(steps).mul_(steps).sum(-1)
     ridge = 1e-6 * normal.diagonal(dim1=1, dim2=2).mean(-1) + torch.finfo(torch.float32).tiny  # a group may be all 0
     regular = normal + ridge[:, None, None] * torch.eye(groups, device=q.device)
     fitted = grid.scale - torch.linalg.solve_ex(regular, moment)[0]
@@ -55,17 +59,19 @@ def _moved(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, s
     group_of = (order // group_size).tolist()
     scale = grid.scale.t().contiguous()  # [G, n]
     integers = q[:, order].t().contiguous()  # [k, n]
-    error = dequantize(q, grid).sub_(weight)[:, order].t()
-    slope = gram @ error  # [k, n]: half the cost's derivative by each weight
+    error = dequantize(q, grid).sub_(weight)[:, order].t().contiguous()  # [k, n]
     curvature = gram.diagonal().tolist()
     inverse = scale.reciprocal()
-    for _ in range(sweeps):
-        for start in range(0, integers.shape[0], COLUMNS):
-            own = slice(start, start + COLUMNS)
-            part = slope[own].clone()
+    outer = [slice(start, start + WIDE) for start in range(0, len(group_of), WIDE)]
+    for own in outer * sweeps:
+        slope = gram[own] @ error  # [WIDE, n]: half the cost's derivative by each weight
+        near = gram[own, own]
+        for first in range(0, slope.shape[0], COLUMNS):
+            part = slope[first : first + COLUMNS]
             moves = torch.zeros_like(part)
             for i in range(part.shape[0]):
-                column, group = start + i, group_of[start + i]
+                column = own.start + first + i
+                group = group_of[column]
                 if curvature[column] <= 0:
                     continue
                 before, move = integers[column], moves[i]
@@ -73,8 +79,9 @@ def _moved(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, s
                 torch.sub(best.round_().clamp_(0, QMAX), before, out=move)
                 before.copy_(best)
                 move.mul_(scale[group])
-                part[i + 1 :].addr_(gram[start + i + 1 : start + part.shape[0], column], move)
-            slope.addmm_(gram[:, own], moves)
+                part[i + 1 :].addr_(near[first + i + 1 : first + part.shape[0], first + i], move)
+            error[own][first : first + COLUMNS] += moves
+            slope[first + COLUMNS :].addmm_(near[first + COLUMNS :, first : first + COLUMNS], moves)
     result = torch.empty_like(q)
     result[:, order] = integers.t()
     return result
