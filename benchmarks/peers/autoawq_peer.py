@@ -1,6 +1,6 @@
 """AutoAWQ 0.2.9's quantizer on a Gemma 3 text model, 4 bits, groups of 128: a peer, in an environment of its own.
 
-pip install torch==2.13.0 && pip install autoawq==0.2.9 transformers==4.51.3
+pip install torch==2.13.0 && pip install autoawq==0.2.9 transformers==4.51.3 "datasets<4"
 python benchmarks/peers/autoawq_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16] [--layers N]
 
 Its algorithm is its own, untouched. Around it: Gemma 3 is added to its tables in the form of its Gemma 2 entry, with

@@ -29,10 +29,10 @@ llama = llama_cpp.Llama(path, n_ctx=4096, n_batch=512, n_threads=threads, n_thre
 def open_row():
     llama.reset()
 
-    def read(ids) -> int:
+    def read(ids):
         llama.eval(ids)
         logits = llama_cpp.llama_get_logits(llama.ctx)
-        return int(np.ctypeslib.as_array(logits, (llama.n_vocab(),)).argmax())
+        return np.ctypeslib.as_array(logits, (llama.n_vocab(),))
 
     return read
 

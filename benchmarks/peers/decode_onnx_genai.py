@@ -31,4 +31,13 @@ def answer(ids, count):
     return [int(token) for token in generator.get_sequence(0)[len(ids) :]], first, total - first
 
 
-serve_whole(START, answer)
+def logits(ids):
+    parameters = genai.GeneratorParams(model)
+    parameters.set_search_options(max_length=4096, batch_size=1)
+    generator = genai.Generator(model, parameters)
+    for token in ids:
+        generator.append_tokens(np.array([[token]], dtype=np.int32))
+        yield np.array(generator.get_logits()).reshape(-1)
+
+
+serve_whole(START, answer, logits)

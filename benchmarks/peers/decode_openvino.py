@@ -4,6 +4,7 @@ The IR comes from optimum-intel: optimum-cli export openvino -m MODEL_DIR --task
 --weight-format int4 --group-size 128 --ratio 1.0 IR_DIR
 """
 
+import os
 import sys
 import time
 
@@ -29,4 +30,18 @@ def answer(ids, count):
     return list(map(int, result.tokens[0])), first, total - first
 
 
-serve_whole(START, answer)
+def logits(ids):
+    """The same file without GenAI around it, which gives tokens only."""
+    request = ov.Core().compile_model(os.path.join(sys.argv[1], "openvino_model.xml"), "CPU").create_infer_request()
+    names = {name for port in request.model_inputs for name in port.names}
+    for position, token in enumerate(ids):
+        inputs = {
+            "input_ids": np.array([[token]]),
+            "attention_mask": np.ones((1, position + 1), dtype=np.int64),
+            "position_ids": np.array([[position]]),
+            "beam_idx": np.zeros(1, dtype=np.int32),
+        }
+        yield request.infer({name: value for name, value in inputs.items() if name in names})["logits"][0, -1]
+
+
+serve_whole(START, answer, logits)

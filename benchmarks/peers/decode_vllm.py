@@ -12,13 +12,14 @@ os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
 
+import numpy as np  # noqa: E402
 from decode_server import serve_whole  # noqa: E402
 from vllm import EngineArgs, LLMEngine, SamplingParams  # noqa: E402
 
 engine = LLMEngine.from_engine_args(
     EngineArgs(
         model=sys.argv[1], dtype="bfloat16", max_model_len=4096, max_num_seqs=1, enable_prefix_caching=False,
-        disable_log_stats=True,
+        disable_log_stats=True, max_logprobs=-1,
     )
 )  # fmt: skip
 
@@ -35,4 +36,20 @@ def answer(ids, count):
     return tokens, first, time.perf_counter() - begin - first
 
 
-serve_whole(START, answer)
+def logits(ids):
+    """Log probabilities, which differ from logits by a constant a row; of the whole prompt at once."""
+    parameters = SamplingParams(
+        temperature=0.0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, detokenize=False
+    )
+    engine.add_request(str(time.perf_counter()), {"prompt_token_ids": list(ids)}, parameters)
+    while engine.has_unfinished_requests():
+        (output,) = engine.step() or [None]
+    for flat in (output.prompt_logprobs, output.outputs[0].logprobs):
+        for begin, end in zip(flat.start_indices, flat.end_indices, strict=True):
+            if begin < end:  # nothing predicts the first token
+                row = np.empty(max(flat.token_ids[begin:end]) + 1, dtype=np.float32)
+                row[flat.token_ids[begin:end]] = flat.logprobs[begin:end]
+                yield row
+
+
+serve_whole(START, answer, logits)

@@ -8,11 +8,13 @@ Prints the seconds that its `quantize` took, and writes dequantized 16-bit weigh
 """
 
 import time
+from pathlib import Path
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig
 from rows import arguments, windows
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoTokenizer
 
 args = arguments(__doc__).parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
@@ -24,13 +26,16 @@ model.quantize(rows, batch_size=1)
 print(f"seconds {time.perf_counter() - started:.1f}")
 
 # What it computes with: its own modules' dense weights in the original's place.
-dense = AutoModelForCausalLM.from_pretrained(args.checkpoint, dtype=torch.float32)
+tensors = {}
+for file in Path(args.checkpoint).glob("*.safetensors"):
+    tensors |= load_file(file)
 for name, module in model.model.named_modules():
     if hasattr(module, "qweight"):
         module.post_init()
         weight = module.dequantize_weight().t().float()
-        target = dense.get_submodule(name.removeprefix("model.") if name.startswith("model.model.") else name)
-        assert target.weight.shape == weight.shape, name
-        target.weight = torch.nn.Parameter(weight.clone(), requires_grad=False)  # its own are inference tensors
-dense.save_pretrained(args.output)
+        assert tensors[f"{name}.weight"].shape == weight.shape, name
+        tensors[f"{name}.weight"] = weight.clone().contiguous()  # its own are inference tensors
+Path(args.output).mkdir(parents=True, exist_ok=True)
+save_file(tensors, Path(args.output) / "model.safetensors", {"format": "pt"})
+AutoConfig.from_pretrained(args.checkpoint).save_pretrained(args.output)
 tokenizer.save_pretrained(args.output)
