@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.correcting import corrected
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.awq.gram import InputStatistics
 from gemma_awq_cli.awq.grid import dequantize
@@ -42,7 +43,9 @@ class Heads:
 
 @dataclass(frozen=True)
 class GroupReport:
-    """What was decided for one group. Errors: mean squared output error over the calibration rows, summed."""
+    """What was decided for one group. Errors: mean squared output error over the calibration rows, summed; where the
+    weights were corrected for the layers before, that of rounding the corrected ones.
+    """
 
     name: str
     linears: tuple[str, ...]
@@ -107,6 +110,8 @@ def quantize_layer(
     for group in reversed(family.groups):
         own = statistics.pop(group.name)
         stacked = _stacked(weights, group.linears, device)
+        if own.drift is not None:
+            stacked, own.drift = corrected(stacked, own.drift, own.gram, effort.correction), None
         sizes = [weights[f"{n}.weight"].shape[0] for n in group.linears]
         originals = dict(zip(group.linears, stacked.split(sizes), strict=True))
         rows, ones = _rows(layer, originals), torch.ones(stacked.shape[1], device=device)

@@ -21,25 +21,39 @@ BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens
 
 
 class Observer:
-    """Collects the statistics of each group's input while a layer runs on rows that each begin with BOS."""
+    """Collects the statistics of each group's input while a layer runs on rows that each begin with BOS.
+
+    paired: the layer runs on two sets of rows at once, the 16-bit model's first and then the same as the quantized
+    layers before have changed them. The statistics are those of the second, and how they drifted from the first.
+    """
 
     def __init__(
-        self, family: Family, module: nn.Module, group_size: int, gram_limit: int, device: torch.device
+        self,
+        family: Family,
+        module: nn.Module,
+        group_size: int,
+        gram_limit: int,
+        device: torch.device,
+        paired: bool = False,
     ) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self._hooks = []
         for group in family.groups:
             linear = module.get_submodule(group.linears[0])
             width = int(linear.in_features)  # type: ignore[arg-type]
-            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device)
+            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired)
             self.statistics[group.name] = statistics
             normalized = family.post_norms and group.fold != "norm"
-            self._hooks.append(linear.register_forward_hook(self._adder(statistics, normalized)))
+            self._hooks.append(linear.register_forward_hook(self._adder(statistics, normalized, paired)))
 
     @staticmethod
-    def _adder(statistics: InputStatistics, normalized: bool) -> Any:
+    def _adder(statistics: InputStatistics, normalized: bool, paired: bool) -> Any:
         def add(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            statistics.add(arguments[0], token_weights(output, normalized))
+            x, undisturbed = arguments[0], None
+            if paired:
+                undisturbed, x = x.chunk(2)
+                output = output.chunk(2)[0]
+            statistics.add(x, token_weights(output, normalized), undisturbed)
 
         return add
 

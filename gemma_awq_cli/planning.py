@@ -109,7 +109,8 @@ def make_plan(
     quality: str = "balanced",
 ) -> Plan:
     """The plan of one quantization on `rows`, in at most `max_memory` bytes; an error if that is not possible."""
-    choices = [(fit, _memory(checkpoint, stack, group_size, rows, fit)) for fit in FITS]
+    effort = EFFORTS[quality]
+    choices = [(fit, _memory(checkpoint, stack, group_size, rows, fit, effort)) for fit in FITS]
     fitting = [choice for choice in choices if max_memory is None or choice[1] <= max_memory]
     least = min(memory for _, memory in choices)
     if not fitting:
@@ -146,9 +147,12 @@ def make_plan(
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, rows.ids.shape[1])),
         memory_bytes=memory,
         smaller=max((other for _, other in choices if other < 0.9 * memory), default=None),
-        state_bytes=2 * (rows.ids.numel() + 2 * rows.heldout.numel()) * int(stack.config.hidden_size) * 4,
-        seconds=_seconds(checkpoint, stack, group_size, rows, fit, EFFORTS[quality]),
-        effort=EFFORTS[quality],
+        state_bytes=2
+        * ((2 if effort.correction else 1) * rows.ids.numel() + 2 * rows.heldout.numel())
+        * int(stack.config.hidden_size)
+        * 4,
+        seconds=_seconds(checkpoint, stack, group_size, rows, fit, effort),
+        effort=effort,
     )
 
 
@@ -163,15 +167,15 @@ def _widths(checkpoint: Checkpoint, stack: TextStack) -> list[tuple[int, int]]:
     ]
 
 
-def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit) -> int:
+def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit, effort: Effort) -> int:
     """Peak bytes: the largest of the stages a layer goes through, and of the comparison at the end."""
     config = stack.config
     widths = _widths(checkpoint, stack)
     length = rows.ids.shape[1]
     layer = sum(s.numel() for n, s in stack.shapes.items() if n.startswith("model.layers.0."))
-    tokens = max(fit.tokens_per_batch, length)
+    tokens = max(fit.tokens_per_batch, (2 if effort.correction else 1) * length)  # a row and its disturbed copy
     blocks = [block_width(k, group_size, fit.gram_limit) for k, _ in widths]
-    grams = [block * k * 4 for block, (k, _) in zip(blocks, widths, strict=True)]
+    grams = [block * k * (8 if effort.correction else 4) for block, (k, _) in zip(blocks, widths, strict=True)]
     # an MLP holds its input, both projections, their product and its weighted copy, of the held-out rows in float32
     wide = max(tokens * (2 if multiplies_bfloat16(stack.device) else 4), min(tokens, rows.heldout.numel()) * 4)
     activations = tokens * 4 * 8 * int(config.hidden_size) + wide * 5 * max(k for k, _ in widths)
@@ -189,13 +193,15 @@ def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Row
 
 
 def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit, effort: Effort) -> float:
-    tokens = rows.ids.numel() + 2 * rows.heldout.numel()
+    tokens = (3 if effort.correction else 1) * rows.ids.numel() + 2 * rows.heldout.numel()
     flops = elements = 0.0
     tries = 10 * (2 * RATIOS / effort.stride + effort.descent)  # ten operations each
     for group, (k, n) in zip(checkpoint.family.groups, _widths(checkpoint, stack), strict=True):
         block = block_width(k, group_size, fit.gram_limit)
         flops += 2 * tokens * k * n + 2 * rows.ids.numel() * k * block  # the forward, the Gram matrix
         flops += k * block * block + 6 * n * k * block  # two factors, the rounding
+        if effort.correction:
+            flops += 4 * rows.ids.numel() * k * block + k * block * block + 6 * n * k * block
         flops += effort.refinements * (12 + 4 * effort.sweeps) * n * k * block
         elements += tries * min(n, effort.rows * len(group.linears)) * k + 10 * len(effort.shrinks) * n * k
     head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
@@ -124,7 +125,12 @@ def quantize(
         staged.keep = bool(journal.records)
         writer = TensorWriter(staged.folder, plan.tensors, begun=bool(journal.records))
         hidden = HiddenStates(
-            staged.state, len(rows.ids), len(rows.heldout), rows.ids.shape[1], int(stack.config.hidden_size)
+            staged.state,
+            len(rows.ids),
+            len(rows.heldout),
+            rows.ids.shape[1],
+            int(stack.config.hidden_size),
+            both=plan.effort.correction > 0,
         )
         if not journal.records:
             ids = torch.cat([rows.ids, rows.heldout])
@@ -243,11 +249,18 @@ def _one_layer(
     with matmul_precision("highest"):
         expected = stack.run_layer(index, module, sample)
     with matmul_precision("medium"):
-        observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device)
+        paired = plan.effort.correction > 0
+        observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+
+        def observe(states: Tensor) -> Tensor:
+            output = stack.run_layer(index, module, states.to(stack.device))
+            return output[: len(output) // 2 if paired else None].float()
+
         with bfloat16_products(stack.device):
-            hidden.advance(
-                index, hidden.calibration, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)).float()
-            )
+            if paired:
+                hidden.advance(index, hidden.calibration, max(1, batch // 2), observe, hidden.disturbed)
+            else:
+                hidden.advance(index, hidden.calibration, batch, observe)
         statistics = observer.finish(index)
         hidden.advance(index, hidden.heldout, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
     del module, observer
@@ -261,6 +274,11 @@ def _one_layer(
     module = stack.layer(index, dense_weights(layer, stack.device))
     with matmul_precision("medium"):
         hidden.advance(index, hidden.quantized, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
+        if index + 1 < checkpoint.layers:
+            with bfloat16_products(stack.device):
+                hidden.advance(
+                    index, hidden.disturbed, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)).float()
+                )
     return layer
 
 

@@ -15,12 +15,12 @@ from gemma_awq_cli.planning import FITS, LIBRARY_BYTES, Plan, make_plan
 from gemma_awq_cli.quantizing import _memory_errors
 
 
-def plan_of(checkpoint: Path, max_memory: int | None = None) -> Plan:
+def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced") -> Plan:
     """A plan for so many tokens that activations, and not the libraries, decide."""
     opened = Checkpoint(checkpoint)
     rows = Rows(torch.zeros(64, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.int64), "", "", "")
     stack = TextStack(opened, torch.device("cpu"))
-    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory)
+    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory, quality)
 
 
 def test_less_memory_takes_smaller_batches(checkpoints: Callable[[str], Path]) -> None:
@@ -33,6 +33,13 @@ def test_less_memory_takes_smaller_batches(checkpoints: Callable[[str], Path]) -
     assert smaller.rows_per_batch < 8
     with pytest.raises(GemmaAwqError, match=r"needs at least \d"):
         plan_of(checkpoints("gemma"), 1000)
+
+
+def test_the_best_plan_has_room_for_both_paths_of_the_rows(checkpoints: Callable[[str], Path]) -> None:
+    balanced, best = (plan_of(checkpoints("gemma"), quality=quality) for quality in ("balanced", "best"))
+    assert best.state_bytes == pytest.approx(2 * balanced.state_bytes, rel=0.05)
+    assert best.memory_bytes > balanced.memory_bytes
+    assert best.seconds > balanced.seconds
 
 
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:

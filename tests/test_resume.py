@@ -166,11 +166,11 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
     assert kills >= 50
 
 
-def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[str]:
     """A run that was interrupted after two of three layers. Returns its arguments."""
     from gemma_awq_cli import quantizing
 
-    arguments = quantize_arguments(checkpoint, out, text)
+    arguments = quantize_arguments(checkpoint, out, text, *more)
     real = quantizing._one_layer
 
     def interrupted(*given: object) -> object:
@@ -210,6 +210,19 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
     # once more: it is there
     assert main([*arguments, "--resume"]) == 0
     assert "complete already" in capsys.readouterr().err
+
+
+def test_both_paths_of_the_rows_are_gone_on_with(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At `best` the calibration rows travel through the quantized layers too."""
+    whole = tmp_path / "whole"
+    best = ("--quality", "best", "--seed", "3")
+    assert main(quantize_arguments(checkpoints("gemma2"), whole, text_file, *best)) == 0
+    out = tmp_path / "out"
+    arguments = kept_run(out, checkpoints("gemma2"), text_file, monkeypatch, *best)
+    assert main([*arguments, "--resume"]) == 0
+    assert identity(out) == identity(whole)
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ args = arguments(__doc__).parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
 ids = windows(tokenizer, args.text, args.rows)
 rows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)} for row in ids]
-model = GPTQModel.load(args.checkpoint, QuantizeConfig(bits=4, group_size=128), device="cpu")
+model = GPTQModel.load(args.checkpoint, QuantizeConfig(bits=4, group_size=128, offload_to_disk=False), device="cpu")
 started = time.perf_counter()
 model.quantize(rows, batch_size=1)
 print(f"seconds {time.perf_counter() - started:.1f}")

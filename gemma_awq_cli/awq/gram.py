@@ -15,22 +15,32 @@ class InputStatistics:
     """Running sums over the rows that enter a set of linears.
 
     gram: [B, k, k] float32, mean over the rows of their weight times x^T x, whole after `finish`; mean_abs: [K]
-    float32, mean |x|.
+    float32, mean |x|; drift: [B, k, k] float32, mean of weight times (r - x)^T x, r being what the row would have been
+    without the quantization of the layers before, or None where nothing tells it.
     """
 
-    def __init__(self, width: int, block: int, device: torch.device) -> None:
+    def __init__(self, width: int, block: int, device: torch.device, drifting: bool = False) -> None:
         self.blocks = width // block
         self.gram = torch.zeros((self.blocks, block, block), dtype=torch.float32, device=device)
+        self.drift = torch.zeros_like(self.gram) if drifting else None
         self.abs_sum = torch.zeros(width, dtype=torch.float32, device=device)
         self.rows = 0
 
-    def add(self, x: Tensor, weights: Tensor | None = None) -> None:
-        """Add rows x: [..., K]; weights [...]: how much each counts in the Gram matrix, 1 by default."""
+    def add(self, x: Tensor, weights: Tensor | None = None, undisturbed: Tensor | None = None) -> None:
+        """Add rows x: [..., K]; weights [...]: how much each counts in the matrices, 1 by default; undisturbed
+        [..., K]: the same rows without the quantization of the layers before.
+        """
         x = x.reshape(-1, self.abs_sum.shape[0]).to(torch.float32)
         self.rows += x.shape[0]
         self.abs_sum += x.abs().sum(0)
-        if weights is not None:
-            x = x * weights.reshape(-1, 1).sqrt()
+        root = None if weights is None else weights.reshape(-1, 1).sqrt()
+        if self.drift is not None and undisturbed is not None:
+            lost = undisturbed.reshape(x.shape) - x
+            for total, own, part in zip(self.drift, lost.chunk(self.blocks, 1), x.chunk(self.blocks, 1), strict=True):
+                total.addmm_(own.t(), part if root is None else part * root.square())
+            del lost
+        if root is not None:
+            x = x * root
         for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
             for first in range(0, total.shape[0], TILE):
                 tile = slice(first, first + TILE)
@@ -43,6 +53,8 @@ class InputStatistics:
                 end = first + TILE
                 total[end:, first:end] = total[first:end, end:].t()
         self.gram /= self.rows
+        if self.drift is not None:
+            self.drift /= self.rows
         self.mean_abs = self.abs_sum / self.rows
 
 

@@ -26,7 +26,8 @@ class Effort(NamedTuple):
     stride: every so many of the exponents are tried; descent: steps of gradient descent on the best scale; rows:
     outputs of a linear that both look at, evenly spread; shrinks: the shares of a group's range that are tried;
     refinements: turns of fitting scales and integers to each other after the rounding; sweeps: over the columns in
-    each.
+    each; correction: how far weights go towards what makes up for the layers before (see correcting.py), which takes
+    the calibration rows through three layers instead of one.
     """
 
     stride: int
@@ -35,13 +36,14 @@ class Effort(NamedTuple):
     shrinks: tuple[float, ...]
     refinements: int
     sweeps: int
+    correction: float = 0.0
 
 
 FAST = Effort(stride=10, descent=30, rows=256, shrinks=(1.0, 0.92, 0.84, 0.76), refinements=0, sweeps=0)
 BALANCED = Effort(
     stride=4, descent=30, rows=512, shrinks=tuple(1 - 0.04 * step for step in range(11)), refinements=1, sweeps=1
 )
-BEST = BALANCED._replace(stride=2, descent=60, rows=1024, refinements=4, sweeps=2)
+BEST = BALANCED._replace(stride=2, descent=60, rows=1024, refinements=4, sweeps=2, correction=0.25)
 
 
 class ScaleChoice(NamedTuple):

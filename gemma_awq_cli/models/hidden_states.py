@@ -17,14 +17,18 @@ from gemma_awq_cli.models.checkpoint import raw_bytes
 class HiddenStates:
     """Rows [R, S, hidden] float32 in a folder.
 
-    calibration: the first rows; heldout: those that are only measured on, on the 16-bit path; quantized: the same rows
-    on the quantized path. All are named by `slice`s of R.
+    calibration: the first rows; heldout: those that are only measured on, both on the 16-bit path; quantized: the
+    held-out rows on the quantized path; disturbed: the calibration rows on it, if `both` are wanted. All are named by
+    `slice`s of R.
     """
 
-    def __init__(self, folder: Path, calibration: int, heldout: int, seq_len: int, hidden: int) -> None:
+    def __init__(
+        self, folder: Path, calibration: int, heldout: int, seq_len: int, hidden: int, both: bool = False
+    ) -> None:
         self.calibration = slice(0, calibration)
         self.heldout = slice(calibration, calibration + heldout)
         self.quantized = slice(calibration + heldout, calibration + 2 * heldout)
+        self.disturbed = slice(self.quantized.stop, self.quantized.stop + (calibration if both else 0))
         self.reference = slice(0, calibration + heldout)  # all that takes the 16-bit path
         self._row = (seq_len, hidden)
         self._files = (folder / "hidden-0.f32", folder / "hidden-1.f32")
@@ -32,7 +36,8 @@ class HiddenStates:
     def start(self, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
         """Write every row's input to layer 0. ids: [R', S] of the reference rows; `embed` gives their states."""
         with self._files[0].open("wb") as file:
-            for rows in (self.reference, self.heldout):
+            again = slice(0, self.disturbed.stop - self.disturbed.start)
+            for rows in (self.reference, self.heldout, again):
                 for row in ids[rows].split(1):
                     file.write(raw_bytes(embed(row)))
         self._files[1].touch()
@@ -46,12 +51,22 @@ class HiddenStates:
                 raise ValueError(f"{file.name} is shorter than its rows")
         return result
 
-    def advance(self, layer: int, rows: slice, batch: int, run: Callable[[Tensor], Tensor]) -> None:
-        """Write what `run` makes of `rows`, `batch` at a time, as the next layer's input."""
+    def advance(
+        self, layer: int, rows: slice, batch: int, run: Callable[[Tensor], Tensor], beside: slice | None = None
+    ) -> None:
+        """Write what `run` makes of `rows`, `batch` at a time, as the next layer's input.
+
+        With `beside`, as many other rows, `run` gets the others of each batch after its own, and gives its own.
+        """
         with self._files[1 - layer % 2].open("r+b") as file:
             for first in range(rows.start, rows.stop, batch):
-                hidden = self.read(layer, slice(first, min(first + batch, rows.stop)))
-                file.seek(first * hidden[:1].nbytes)
+                own = slice(first, min(first + batch, rows.stop))
+                hidden = self.read(layer, own)
+                offset = first * hidden[:1].nbytes
+                if beside is not None:
+                    shift = beside.start - rows.start
+                    hidden = torch.cat([hidden, self.read(layer, slice(own.start + shift, own.stop + shift))])
+                file.seek(offset)
                 file.write(raw_bytes(run(hidden)))
 
     def sync(self, layer: int) -> None:

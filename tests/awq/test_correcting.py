@@ -1,0 +1,56 @@
+"""Weights corrected for a drifted input: the whole correction is least squares, and a part of it goes as far."""
+
+import pytest
+import torch
+
+from gemma_awq_cli.awq import correcting
+from gemma_awq_cli.awq.correcting import corrected
+from gemma_awq_cli.awq.gram import InputStatistics
+
+K, N, ROWS = 64, 24, 4000
+
+
+def test_the_whole_correction_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    undisturbed = torch.randn(ROWS, K)
+    x = undisturbed @ (torch.eye(K) + 0.1 * torch.randn(K, K)) + 0.1 * torch.randn(ROWS, K)
+    counted, weight = torch.rand(ROWS) + 0.5, torch.randn(N, K)
+    statistics = InputStatistics(K, K, torch.device("cpu"), drifting=True)
+    for part in range(0, ROWS, 1000):
+        rows = slice(part, part + 1000)
+        statistics.add(x[rows], counted[rows], undisturbed[rows])
+    statistics.finish()
+    assert statistics.drift is not None
+    monkeypatch.setattr(correcting, "DAMPING", 1e-9)
+    found = corrected(weight, statistics.drift, statistics.gram, 1.0)
+    root = counted.sqrt()[:, None].double()
+    nearest = torch.linalg.lstsq(root * x.double(), root * (undisturbed @ weight.t()).double()).solution.t()
+    assert torch.allclose(found, nearest.float(), atol=2e-4)
+    part = corrected(weight, statistics.drift, statistics.gram, 0.25)
+    assert torch.allclose(part, weight + 0.25 * (found - weight), atol=1e-5)
+
+
+def test_blocks_are_corrected_alone() -> None:
+    torch.manual_seed(1)
+    undisturbed, weight = torch.randn(500, K), torch.randn(N, K)
+    x = undisturbed + 0.3 * torch.randn(500, K)
+    halves = InputStatistics(K, K // 2, torch.device("cpu"), drifting=True)
+    halves.add(x, undisturbed=undisturbed)
+    halves.finish()
+    assert halves.drift is not None
+    both = corrected(weight, halves.drift, halves.gram, 0.5)
+    for half in (slice(0, K // 2), slice(K // 2, K)):
+        alone = InputStatistics(K // 2, K // 2, torch.device("cpu"), drifting=True)
+        alone.add(x[:, half], undisturbed=undisturbed[:, half])
+        alone.finish()
+        assert alone.drift is not None
+        assert torch.allclose(both[:, half], corrected(weight[:, half], alone.drift, alone.gram, 0.5), atol=1e-5)
+
+
+def test_an_input_that_did_not_drift_changes_nothing() -> None:
+    x, weight = torch.randn(500, K), torch.randn(N, K)
+    statistics = InputStatistics(K, K, torch.device("cpu"), drifting=True)
+    statistics.add(x, undisturbed=x)
+    statistics.finish()
+    assert statistics.drift is not None
+    assert torch.equal(corrected(weight, statistics.drift, statistics.gram, 0.25), weight)
