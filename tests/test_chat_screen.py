@@ -81,7 +81,7 @@ def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path:
     assert "completes rather than answers" not in greeting
     terminal.type(b"Hello\n")
     terminal.wait(">>> ")
-    terminal.type(b'"""\nfirst\nsecond\n"""\n')
+    terminal.type(b'"""\nfirst\n  """A docstring."""\nsecond\n"""\n')
     terminal.wait(">>> ")
     terminal.type(b"one\\\ntwo\n")
     terminal.wait(">>> ")
@@ -106,7 +106,7 @@ def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path:
     (line,) = (tmp_path / "saved.jsonl").read_text(encoding="utf-8").splitlines()
     messages = json.loads(line)["messages"]
     assert [message["content"] for message in messages if message["role"] != "assistant"] == [
-        "Be brief.", "Hello", "first\nsecond", "one\ntwo",
+        "Be brief.", "Hello", "first\n  \"\"\"A docstring.\"\"\"\nsecond", "one\ntwo",
     ]  # fmt: skip
 
 

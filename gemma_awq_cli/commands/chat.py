@@ -104,7 +104,8 @@ def read_message(out: Output) -> str:
             line = _line(out, PROMPT)
             if line.lstrip().startswith(FENCE):
                 line = line.lstrip().removeprefix(FENCE)
-                while not line.rstrip().endswith(FENCE):
+                # a line that opens and closes a fence of its own, as a docstring does, is a part of the message
+                while not line.rstrip().endswith(FENCE) or line.count(FENCE) % 2 == 0:
                     lines.append(line)
                     line = _line(out, MORE)
                 lines.append(line.rstrip().removesuffix(FENCE))
