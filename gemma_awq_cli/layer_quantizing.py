@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.correcting import corrected
+from gemma_awq_cli.awq.correcting import correct
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.awq.gram import InputStatistics
 from gemma_awq_cli.awq.grid import dequantize
@@ -111,7 +111,8 @@ def quantize_layer(
         own = statistics.pop(group.name)
         stacked = _stacked(weights, group.linears, device)
         if own.drift is not None:
-            stacked, own.drift = corrected(stacked, own.drift, own.gram, effort.correction), None
+            correct(stacked, own.drift, own.gram, effort.correction)
+            own.drift = None
         sizes = [weights[f"{n}.weight"].shape[0] for n in group.linears]
         originals = dict(zip(group.linears, stacked.split(sizes), strict=True))
         rows, ones = _rows(layer, originals), torch.ones(stacked.shape[1], device=device)

@@ -12,22 +12,18 @@ strength the part is.
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.precision import widest_float
-from gemma_awq_cli.awq.rounding import added
+from gemma_awq_cli.awq.rounding import lower_factor
 
-DAMPING = 0.05  # share of the mean diagonal added to H
+DAMPING = 0.2  # share of the mean diagonal added to H
+PART = 2**23  # elements that are corrected at a time: rows are independent
 
 
-def corrected(weight: Tensor, drift: Tensor, gram: Tensor, strength: float) -> Tensor:
-    """`W + strength W D (H + damping)^-1`, [N, K] float32.
+def correct(weight: Tensor, drift: Tensor, gram: Tensor, strength: float) -> None:
+    """Make `weight` into `W + strength W D (H + damping)^-1`, in its place.
 
     weight: [N, K] float32; drift: D, gram: H, both [B, k, k] float32 with B k = K, as `InputStatistics` has them.
     """
-    result = weight.clone()
-    for part, difference, block in zip(result.chunk(gram.shape[0], dim=1), drift, gram, strict=True):
-        damped = block.to(widest_float(block.device))
-        damped.diagonal().add_(added(block, DAMPING))
-        factor = torch.linalg.cholesky(damped).to(torch.float32)
-        del damped
-        part += strength * torch.cholesky_solve((part @ difference).t(), factor).t()
-    return result
+    for part, difference, block in zip(weight.chunk(gram.shape[0], dim=1), drift, gram, strict=True):
+        factor = lower_factor(block, DAMPING).to(torch.float32).to(block.device)
+        for rows in part.split(max(1, PART // part.shape[1])):
+            rows += strength * torch.cholesky_solve((rows @ difference).t(), factor).t()

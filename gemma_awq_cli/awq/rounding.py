@@ -54,21 +54,26 @@ def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def _cholesky(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """The order of the columns [k] and, the other way round, the lower factor [k, k] in the widest float.
-
-    The damping grows until the factor exists.
-    """
+    """The order of the columns [k] and, the other way round, the lower factor [k, k] in float64."""
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     # The other way round, the lower factor that libraries give is the upper one that is wanted.
-    reverse = order.flip(0)
+    return order, lower_factor(gram, damping, order.flip(0))
+
+
+def lower_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
+    """L [k, k] float64, `L L^T` being one block of a Gram matrix, its columns in `order`, with damping.
+
+    The damping grows until the factor exists. On the CPU where the device has no float64: a factorization in float32
+    would need more damping.
+    """
     if widest_float(gram.device) != torch.float64:
-        gram, reverse = gram.cpu(), reverse.cpu()  # a factorization in float32 would need more damping
+        gram, order = gram.cpu(), order.cpu() if order is not None else None
     while True:
-        damped = gram[reverse][:, reverse].to(torch.float64)
+        damped = (gram if order is None else gram[order][:, order]).to(torch.float64)
         damped.diagonal().add_(added(gram, damping))
         lower, failed = torch.linalg.cholesky_ex(damped)
         if not failed:
-            return order, lower
+            return lower
         damping *= 10
 
 

@@ -2,12 +2,18 @@
 
 import pytest
 import torch
+from torch import Tensor
 
 from gemma_awq_cli.awq import correcting
-from gemma_awq_cli.awq.correcting import corrected
 from gemma_awq_cli.awq.gram import InputStatistics
 
 K, N, ROWS = 64, 24, 4000
+
+
+def corrected(weight: Tensor, drift: Tensor, gram: Tensor, strength: float) -> Tensor:
+    result = weight.clone()
+    correcting.correct(result, drift, gram, strength)
+    return result
 
 
 def test_the_whole_correction_is_least_squares(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -26,6 +32,7 @@ def test_the_whole_correction_is_least_squares(monkeypatch: pytest.MonkeyPatch) 
     root = counted.sqrt()[:, None].double()
     nearest = torch.linalg.lstsq(root * x.double(), root * (undisturbed @ weight.t()).double()).solution.t()
     assert torch.allclose(found, nearest.float(), atol=2e-4)
+    monkeypatch.setattr(correcting, "PART", 5 * K)
     part = corrected(weight, statistics.drift, statistics.gram, 0.25)
     assert torch.allclose(part, weight + 0.25 * (found - weight), atol=1e-5)
 
