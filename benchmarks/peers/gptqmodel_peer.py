@@ -20,7 +20,9 @@ args = arguments(__doc__).parse_args()
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
 ids = windows(tokenizer, args.text, args.rows)
 rows = [{"input_ids": torch.tensor([row]), "attention_mask": torch.ones(1, len(row), dtype=torch.long)} for row in ids]
-model = GPTQModel.load(args.checkpoint, QuantizeConfig(bits=4, group_size=128, offload_to_disk=False), device="cpu")
+# version 2 of its format stores the zero points that its kernels compute with, not one less
+config = QuantizeConfig(bits=4, group_size=128, format="gptq_v2", offload_to_disk=False)
+model = GPTQModel.load(args.checkpoint, config, device="cpu")
 started = time.perf_counter()
 model.quantize(rows, batch_size=1)
 print(f"seconds {time.perf_counter() - started:.1f}")
