@@ -25,8 +25,7 @@ LIBRARY_BYTES = 700_000_000
 
 
 EFFORTS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
-BEST_OWN_ROWS = 96  # rows of the model's own that `best` adds to the text's
-ROWS = {"fast": 128, "balanced": 128, "best": 512}  # by default, at most as many as the text gives
+BEST_OWN_ROWS = 32  # rows of the model's own that `best` adds to the text's
 
 
 @dataclass(frozen=True)

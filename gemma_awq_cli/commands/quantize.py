@@ -57,10 +57,7 @@ def command(
     quality: Annotated[
         QualityName, typer.Option(help="How much work to spend: see the README for what each costs and gains.")
     ] = QualityName.balanced,
-    num_samples: Annotated[
-        int | None,
-        typer.Option(help="Calibration rows, at most as many as the text gives.  [default: 128; best: 512]", min=1),
-    ] = None,
+    num_samples: Annotated[int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
     seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,
     device: DeviceOption = Device.auto,
@@ -94,7 +91,7 @@ def command(
     from gemma_awq_cli.models.prompting import Prompter
     from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
-    from gemma_awq_cli.planning import BEST_OWN_ROWS, ROWS, make_plan, require_layout, stored_dtype
+    from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
     from gemma_awq_cli.self_sampling import require_room, with_own_rows
 
     chosen = pick_device(device.value)
@@ -116,7 +113,6 @@ def command(
     size = int(group_size.value)
     stored = stored_dtype(checkpoint, dtype and dtype.value)
     require_layout(checkpoint, stack, size)
-    num_samples = num_samples or ROWS[quality.value]
     heldout = quantizing.HELDOUT_SAMPLES_FAST if quality is QualityName.fast else quantizing.HELDOUT_SAMPLES
     rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, heldout)
     own = num_samples if calibration == SELF else BEST_OWN_ROWS if quality is QualityName.best else 0
