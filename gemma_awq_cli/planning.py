@@ -118,6 +118,7 @@ def make_plan(
             "Allow more, or use shorter rows (--seq-len).",
         )
     fit, memory = fitting[0]
+    tokens = (2 if effort.correction else 1) * rows.ids.numel() + 2 * rows.heldout.numel()  # that travel
     linears = _linear_names(checkpoint, stack)
     tensors: list[PlannedTensor] = []
     for name, shape in stack.shapes.items():
@@ -146,10 +147,7 @@ def make_plan(
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, rows.ids.shape[1])),
         memory_bytes=memory,
         smaller=max((other for _, other in choices if other < 0.9 * memory), default=None),
-        state_bytes=2
-        * ((2 if effort.correction else 1) * rows.ids.numel() + 2 * rows.heldout.numel())
-        * int(stack.config.hidden_size)
-        * 4,
+        state_bytes=2 * tokens * int(stack.config.hidden_size) * 4,
         seconds=_seconds(checkpoint, stack, group_size, rows, fit, effort),
         effort=effort,
     )

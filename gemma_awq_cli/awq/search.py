@@ -26,8 +26,8 @@ class Effort(NamedTuple):
     stride: every so many of the exponents are tried; descent: steps of gradient descent on the best scale; rows:
     outputs of a linear that both look at, evenly spread; shrinks: the shares of a group's range that are tried;
     refinements: turns of fitting scales and integers to each other after the rounding; sweeps: over the columns in
-    each; correction: how far weights go towards what makes up for the layers before (see correcting.py), which takes
-    the calibration rows through three layers instead of one.
+    each; correction: how far weights go towards what makes up for the layers before (see correcting.py), for which
+    the calibration rows go through each layer three times instead of once.
     """
 
     stride: int
