@@ -113,7 +113,7 @@ def measure_kl(peers: Sequence[Peer], checkpoint: Path, windows: Sequence[list[i
                 peer.ask(ids=window, logits=str(path))
                 given = torch.from_file(str(path), size=path.stat().st_size // 4).view(len(window), -1)
                 given = F.log_softmax(given[:, : expected.shape[1]], -1)  # a peer may pad the vocabulary
-                peer.kl.append(float((expected.exp() * (expected - given)).sum(-1).mean()))
+                peer.kl.append(float(F.kl_div(given, expected, reduction="batchmean", log_target=True)))
 
 
 if __name__ == "__main__":

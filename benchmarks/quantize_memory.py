@@ -22,7 +22,9 @@ def main() -> None:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     peaks = dict.fromkeys(FIELDS, 0)
     while process.poll() is None:
-        for field, kib in re.findall(r"^(\w+):\s+(\d+) kB", status(process.pid), re.MULTILINE):
+        for field, kib in re.findall(
+            r"^(\w+):\s+(\d+) kB", Path(f"/proc/{process.pid}/status").read_text(), re.MULTILINE
+        ):
             if field in peaks:
                 peaks[field] = max(peaks[field], int(kib) * 1024)
         time.sleep(0.05)
@@ -34,13 +36,6 @@ def main() -> None:
     print(f"planned {plan['memory_bytes'] / 1e9:.2f} GB, {plan['estimated_seconds']:.0f} s")
     seconds = report["run"]["seconds_a_layer"]
     print(f"{report['run']['seconds']:.0f} s; a layer: {', '.join(f'{s:.0f}' for s in seconds)} s")
-
-
-def status(pid: int) -> str:
-    try:
-        return Path(f"/proc/{pid}/status").read_text()
-    except (FileNotFoundError, ProcessLookupError):
-        return ""
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def make_plan(
             "Allow more, or use shorter rows (--seq-len).",
         )
     fit, memory = fitting[0]
-    tokens = (2 if effort.correction else 1) * rows.ids.numel() + 2 * rows.heldout.numel()  # that travel
+    tokens = effort.paths * rows.ids.numel() + 2 * rows.heldout.numel()  # that travel
     linears = _linear_names(checkpoint, stack)
     tensors: list[PlannedTensor] = []
     for name, shape in stack.shapes.items():
@@ -170,9 +170,9 @@ def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Row
     widths = _widths(checkpoint, stack)
     length = rows.ids.shape[1]
     layer = sum(s.numel() for n, s in stack.shapes.items() if n.startswith("model.layers.0."))
-    tokens = max(fit.tokens_per_batch, (2 if effort.correction else 1) * length)  # a row and its disturbed copy
+    tokens = max(fit.tokens_per_batch, effort.paths * length)  # a row and its disturbed copy
     blocks = [block_width(k, group_size, fit.gram_limit) for k, _ in widths]
-    grams = [block * k * (8 if effort.correction else 4) for block, (k, _) in zip(blocks, widths, strict=True)]
+    grams = [effort.paths * block * k * 4 for block, (k, _) in zip(blocks, widths, strict=True)]
     # an MLP holds its input, both projections, their product and its weighted copy, of the held-out rows in float32
     wide = max(tokens * (2 if multiplies_bfloat16(stack.device) else 4), min(tokens, rows.heldout.numel()) * 4)
     activations = tokens * 4 * 8 * int(config.hidden_size) + wide * 5 * max(k for k, _ in widths)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
@@ -130,7 +130,7 @@ def quantize(
             len(rows.heldout),
             rows.ids.shape[1],
             int(stack.config.hidden_size),
-            both=plan.effort.correction > 0,
+            both=plan.effort.paths == 2,
         )
         if not journal.records:
             ids = torch.cat([rows.ids, rows.heldout])
@@ -243,26 +243,22 @@ def _one_layer(
     checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: HiddenStates, index: int
 ) -> QuantizedLayer:
     weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
-    batch = plan.rows_per_batch
+    batch, paths = plan.rows_per_batch, plan.effort.paths
     sample = hidden.read(index, slice(0, 1)).to(stack.device)
+
+    def through(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda states: stack.run_layer(index, module, states.to(stack.device)).float()
+
     module = stack.layer(index, weights)
     with matmul_precision("highest"):
         expected = stack.run_layer(index, module, sample)
     with matmul_precision("medium"):
-        paired = plan.effort.correction > 0
-        observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
-
-        def observe(states: Tensor) -> Tensor:
-            output = stack.run_layer(index, module, states.to(stack.device))
-            return output[: len(output) // 2 if paired else None].float()
-
+        observer = Observer(checkpoint.family, module, plan.group_size, plan.fit.gram_limit, stack.device, paths == 2)
+        beside = hidden.disturbed if paths == 2 else None
         with bfloat16_products(stack.device):
-            if paired:
-                hidden.advance(index, hidden.calibration, max(1, batch // 2), observe, hidden.disturbed)
-            else:
-                hidden.advance(index, hidden.calibration, batch, observe)
+            hidden.advance(index, hidden.calibration, max(1, batch // paths), through(module), beside)
         statistics = observer.finish(index)
-        hidden.advance(index, hidden.heldout, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
+        hidden.advance(index, hidden.heldout, batch, through(module))
     del module, observer
     layer = quantize_layer(
         checkpoint.family, weights, statistics, Heads.of(stack.config), plan.group_size, stack.device, plan.effort
@@ -273,12 +269,10 @@ def _one_layer(
     del module
     module = stack.layer(index, dense_weights(layer, stack.device))
     with matmul_precision("medium"):
-        hidden.advance(index, hidden.quantized, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)))
-        if index + 1 < checkpoint.layers:
+        hidden.advance(index, hidden.quantized, batch, through(module))
+        if index + 1 < checkpoint.layers:  # nobody reads what leaves the last layer
             with bfloat16_products(stack.device):
-                hidden.advance(
-                    index, hidden.disturbed, batch, lambda h: stack.run_layer(index, module, h.to(stack.device)).float()
-                )
+                hidden.advance(index, hidden.disturbed, batch, through(module))
     return layer
 
 

@@ -4,7 +4,7 @@ pip install torch==2.13.0 && pip install --no-deps gptqmodel==7.7.0   (then what
 export GPTQMODEL_CPU_WORKERS=2   (with fewer than three cores)
 python benchmarks/peers/gptqmodel_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16]
 
-Prints the seconds that its `quantize` took, and writes dequantized 16-bit weights, which any judge can read.
+Prints the seconds that its `quantize` took, and writes dequantized weights, which any judge can read.
 """
 
 import time

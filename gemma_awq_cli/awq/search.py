@@ -38,6 +38,11 @@ class Effort(NamedTuple):
     sweeps: int
     correction: float = 0.0
 
+    @property
+    def paths(self) -> int:
+        """How many models' layers the calibration rows travel through: the 16-bit one's, and the quantized one's."""
+        return 2 if self.correction else 1
+
 
 FAST = Effort(stride=10, descent=30, rows=256, shrinks=(1.0, 0.92, 0.84, 0.76), refinements=0, sweeps=0)
 BALANCED = Effort(

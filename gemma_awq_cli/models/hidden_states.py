@@ -56,18 +56,17 @@ class HiddenStates:
     ) -> None:
         """Write what `run` makes of `rows`, `batch` at a time, as the next layer's input.
 
-        With `beside`, as many other rows, `run` gets the others of each batch after its own, and gives its own.
+        With `beside`, as many other rows, `run` gets those of each batch too, after its own; they are not written.
         """
         with self._files[1 - layer % 2].open("r+b") as file:
             for first in range(rows.start, rows.stop, batch):
                 own = slice(first, min(first + batch, rows.stop))
                 hidden = self.read(layer, own)
-                offset = first * hidden[:1].nbytes
                 if beside is not None:
                     shift = beside.start - rows.start
                     hidden = torch.cat([hidden, self.read(layer, slice(own.start + shift, own.stop + shift))])
-                file.seek(offset)
-                file.write(raw_bytes(run(hidden)))
+                file.seek(first * hidden[:1].nbytes)
+                file.write(raw_bytes(run(hidden)[: own.stop - own.start]))
 
     def sync(self, layer: int) -> None:
         """Make sure that layer `layer`'s input is on the disk."""
