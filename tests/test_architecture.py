@@ -13,7 +13,7 @@ import gemma_awq_cli
 
 PACKAGE = Path(gemma_awq_cli.__file__).parent
 # A room may import from itself and from the rooms before it.
-ORDER = ["errors", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
+ORDER = ["errors", "reading", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
 VERBS = {
     "artifact",
     "batching",
