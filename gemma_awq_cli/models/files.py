@@ -10,10 +10,12 @@ from gemma_awq_cli.reading import JSON_BYTES, parse_json_object, read_text
 CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
-REDOWNLOAD = "Download or copy the checkpoint again; compare its sizes with the source's."
+# Weights: nobody corrects them by hand, but some save them themselves.
+REDOWNLOAD = "Download, copy or save the checkpoint again; compare the sizes of its files with the source's."
+CORRECT = "Correct the file, or copy it from the original model again."
 
 
-def read_json(path: Path, hint: str = REDOWNLOAD) -> dict[str, Any]:
+def read_json(path: Path, hint: str = CORRECT) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; a clear error if it is missing or damaged."""
     if not os.path.exists(path):  # a name that is too long is not there either
         raise GemmaAwqError(f"{path} does not exist.", "Give a folder that holds a Hugging Face checkpoint.")
