@@ -55,7 +55,10 @@ class Bench:
                 self.note(f"On the model card but no tasks of lm-evaluation-harness: {', '.join(LACKING)}.")
         for name in models:
             folder = find_source(name, None, self.note).folder
-            self.entries.append(Entry(name, "model", OWN, Checkpoint(folder)))
+            checkpoint = Checkpoint(folder)
+            for line in checkpoint.notes:
+                self.warn(f"{name}: {line}")
+            self.entries.append(Entry(name, "model", OWN, checkpoint))
         for name in self.settings.compare:
             try:
                 self.entries.append(self._competitor(name))

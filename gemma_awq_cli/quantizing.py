@@ -32,10 +32,12 @@ from gemma_awq_cli.layer_quantizing import (
     require_exact_fold,
 )
 from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.companions import require_companions
 from gemma_awq_cli.models.files import CONFIG, read_json
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal
+from gemma_awq_cli.models.quantization import ORIGINAL, describe
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
@@ -73,14 +75,13 @@ class Quantized:
 def require_quantizable(checkpoint: Checkpoint) -> None:
     """An error for a checkpoint that is quantized already or that this method does not cover."""
     if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
-        raise GemmaAwqError(
-            f"{checkpoint.folder} is quantized already ({method}).", "Give the original 16-bit checkpoint."
-        )
+        method = describe(checkpoint.quantization)
+        raise GemmaAwqError(f"{checkpoint.folder} is quantized already ({method}).", ORIGINAL)
     if getattr(checkpoint.text_config, "attention_bias", False):
         raise GemmaAwqError(
             f"{checkpoint.folder} has attention biases, which no released Gemma has.", "This variant is not supported."
         )
+    require_companions(checkpoint)
 
 
 def require_free(target: Path, force: bool, resume: bool) -> StagedFolder:

@@ -19,6 +19,7 @@ MERGE = (
 )
 _GGUF = "GGUF files are not read. Give the model that they were made from: a safetensors checkpoint, or its hub id."
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FILE_SUFFIXES = (*_PICKLED, ".gguf", ".safetensors", ".json")  # no hub id ends like this
 _CONVERT = (
     "Only safetensors are read. Convert the checkpoint with transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)"
     ".save_pretrained(NEW_FOLDER)`."
@@ -62,7 +63,7 @@ def explain_no_config(folder: Path) -> GemmaAwqError:
     if inner:
         more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
         return GemmaAwqError(f"{missing}; {inner[0]}{more} has one.", f"Give that folder: {inner[0]}")
-    if any(name.endswith(".safetensors") for name in names):
+    if any(name.endswith((".safetensors", *_PICKLED)) for name in names):
         return GemmaAwqError(f"{missing}.", f"Copy {CONFIG} from where the weights come from.")
     return _other_format(folder, names, missing)
 
@@ -74,8 +75,6 @@ def explain_file(path: Path, asked: str) -> GemmaAwqError:
         return GemmaAwqError(message, _GGUF)
     if (path.parent / CONFIG).is_file():
         return GemmaAwqError(message, f"Give the folder that holds the checkpoint, not a file in it: {path.parent}")
-    if path.suffix.lower() in _PICKLED:
-        return GemmaAwqError(message, _CONVERT)
     return GemmaAwqError(message, "Give the folder that holds the checkpoint, not a file in it.")
 
 

@@ -12,7 +12,7 @@ QUANT_CONFIG = "quant_config.json"  # where llm-awq and early AutoAWQ said it
 # Of AWQ alone, as AutoAWQ spells them in its quant_config.json, and GPTQModel in config.json -> as transformers does.
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
 _DEFAULTS = {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}  # transformers' AwqConfig
-ORIGINAL = "Give the original 16-bit checkpoint; `gemma-awq quantize` makes a 4-bit artifact of it."
+ORIGINAL = "Give the original 16-bit checkpoint: `gemma-awq quantize` makes a 4-bit artifact of it."
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
