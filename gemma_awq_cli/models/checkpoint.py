@@ -20,7 +20,7 @@ from gemma_awq_cli.models.layouts import EMBEDDING, find_layout, layers_of, unre
 from gemma_awq_cli.models.plain_config import plain_text_config
 from gemma_awq_cli.models.quantization import SECTION, is_awq, quantization_of
 from gemma_awq_cli.models.tying import TIE, is_tied
-from gemma_awq_cli.models.weight_files import raw_bytes, read_headers, read_tensors, require_finite, some
+from gemma_awq_cli.models.weight_files import find_weights, raw_bytes, read_headers, read_tensors, require_finite, some
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = ("dtype", "torch_dtype")
@@ -46,7 +46,8 @@ class Checkpoint:
             raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", A_CHECKPOINT)
         self.family: Family = family_of(model_type)
         self.quantization = quantization_of(folder, self.raw_config)
-        self.tensors, notes = read_headers(folder)
+        weights = find_weights(folder)
+        self.tensors, notes = read_headers(weights), weights.notes
         config = self.raw_config
         if self.family is GEMMA3 and self.quantization is None and not self.companions():
             self.family, self.raw_config = GEMMA3_TEXT, _text_part(config)

@@ -54,7 +54,8 @@ def _malformed(repo: str) -> Iterator[None]:
         yield
     except HFValidationError:
         raise GemmaAwqError(
-            f"{repo!r} cannot be a hub id.", "Check the name: letters, digits, - _ . but no -- or .., and no .git."
+            f"{repo[:100]!r} cannot be a hub id.",
+            "Check the name: letters, digits, - _ . but no -- or .., and no .git.",
         ) from None
     except UnicodeEncodeError as error:
         if error.encoding != "ascii":

@@ -45,6 +45,7 @@ class WeightFiles:
     read, a line each.
     """
 
+    folder: Path
     files: tuple[Path, ...]
     index: Mapping[str, str]
     notes: tuple[str, ...] = ()
@@ -67,7 +68,7 @@ def find_weights(folder: Path) -> WeightFiles:
     if not index.exists():
         if not whole:
             raise explain_no_weights(folder)
-        return WeightFiles((single,), {}, _left(folder, {SINGLE}))
+        return WeightFiles(folder, (single,), {}, _left(folder, {SINGLE}))
     require_inside(folder, index)
     try:
         weight_map = _weight_map(index)
@@ -75,7 +76,7 @@ def find_weights(folder: Path) -> WeightFiles:
         if not whole:
             raise
         # transformers would not open the index here either
-        return WeightFiles((single,), {}, (f"{INDEX} is not used: {error.message}", *_left(folder, {SINGLE})))
+        return WeightFiles(folder, (single,), {}, (f"{INDEX} is not used: {error.message}", *_left(folder, {SINGLE})))
     names = sorted(set(weight_map.values()))
     for name in names:
         _require_plain(index, name)
@@ -84,13 +85,13 @@ def find_weights(folder: Path) -> WeightFiles:
         raise GemmaAwqError(f"{index} names files that are missing: {some(missing)}.", REDOWNLOAD)
     if missing:
         stale = f"{INDEX} is not used: files that it names are missing ({some(missing)}), and {SINGLE} is there."
-        return WeightFiles((single,), {}, (stale, *_left(folder, {SINGLE, *names})))
+        return WeightFiles(folder, (single,), {}, (stale, *_left(folder, {SINGLE, *names})))
     if whole and SINGLE not in names:
         raise GemmaAwqError(
             f"{folder} holds two sets of weights: {SINGLE}, and what {INDEX} names ({some(names)}).",
             f"Keep the one that is the model: move {SINGLE} out of the folder, or {INDEX} and its files.",
         )
-    return WeightFiles(tuple(folder / name for name in names), weight_map, _left(folder, {*names}))
+    return WeightFiles(folder, tuple(folder / name for name in names), weight_map, _left(folder, {*names}))
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -119,20 +120,19 @@ def _left(folder: Path, read: set[str]) -> tuple[str, ...]:
     return (f"Not read: {some(left)}, which {'are' if len(left) > 1 else 'is'} not part of the model.",) if left else ()
 
 
-def read_headers(folder: Path) -> tuple[dict[str, TensorInfo], tuple[str, ...]]:
-    """Every tensor of a folder's weights by name, from the files' headers; and notes on files that are not read."""
-    weights = find_weights(folder)
+def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
+    """Every tensor of a set by its name, from the files' headers."""
     tensors: dict[str, TensorInfo] = {}
     for file in weights.files:
-        require_inside(folder, file)
+        require_inside(weights.folder, file)
         found = _read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
             other = tensors[twice[0]].file.name
             raise GemmaAwqError(f"{some(twice)}: both in {other} and in {file.name}.", REDOWNLOAD)
         tensors |= found
     if absent := sorted(weights.index.keys() - tensors.keys()):
-        raise GemmaAwqError(f"{folder / INDEX} names tensors that no file holds: {some(absent)}.", REDOWNLOAD)
-    return tensors, weights.notes
+        raise GemmaAwqError(f"{weights.folder / INDEX} names tensors that no file holds: {some(absent)}.", REDOWNLOAD)
+    return tensors
 
 
 def _read_header(file: Path) -> dict[str, TensorInfo]:

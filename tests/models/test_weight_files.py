@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.weight_files import read_headers, read_tensors
+from gemma_awq_cli.models.weight_files import find_weights, read_headers, read_tensors
 from tests.tiny import edit_weights, make_checkpoint
 
 SINGLE = "model.safetensors"
@@ -63,7 +63,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, str]], object]) -> None
 
 
 def files_read(folder: Path) -> set[str]:
-    return {info.file.name for info in read_headers(folder)[0].values()}
+    return {info.file.name for info in read_headers(find_weights(folder)).values()}
 
 
 # which set
@@ -208,7 +208,8 @@ def test_links_as_the_hubs_cache_has_them(made: Path, tmp_path: Path) -> None:
     for number, path in enumerate((made / "shards").iterdir()):
         shutil.copyfile(path, cache / "blobs" / f"{number:040}")
         (snapshot / path.name).symlink_to(f"../../blobs/{number:040}")
-    assert len(read_tensors(read_headers(snapshot)[0], read_headers(snapshot)[0])) == len(Checkpoint(snapshot).tensors)
+    checkpoint = Checkpoint(snapshot)
+    assert len(read_tensors(checkpoint.tensors, checkpoint.tensors)) == len(checkpoint.tensors)
     (tmp_path / "mine").symlink_to(snapshot)
     Checkpoint(tmp_path / "mine")
     (cache / "blobs" / f"{0:040}").unlink()  # a download that broke off
