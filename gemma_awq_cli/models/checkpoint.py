@@ -18,9 +18,10 @@ from gemma_awq_cli.models.files import CONFIG, CORRECT, REDOWNLOAD, read_json, r
 from gemma_awq_cli.models.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.layouts import EMBEDDING, find_layout, layers_of, unread
 from gemma_awq_cli.models.plain_config import plain_text_config
-from gemma_awq_cli.models.quantization import SECTION, is_awq, quantization_of
+from gemma_awq_cli.models.quantization import SECTION, names_awq, quantization_of
 from gemma_awq_cli.models.tying import TIE, is_tied
 from gemma_awq_cli.models.weight_files import find_weights, raw_bytes, read_headers, read_tensors, require_finite, some
+from gemma_awq_cli.reading import read_bytes
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = ("dtype", "torch_dtype")
@@ -85,7 +86,7 @@ class Checkpoint:
                 f"{self.folder} holds quantized weights ({packed}), but its {CONFIG} has no {SECTION}.",
                 f"Copy {CONFIG} from where the weights come from.",
             )
-        if packed is None and self.quantization is not None and is_awq(self.quantization):
+        if packed is None and self.quantization is not None and names_awq(self.quantization):
             raise GemmaAwqError(
                 f"{CONFIG} of {self.folder} has a {SECTION}, but the weights are not packed.",
                 f"If they are the 16-bit weights, remove {SECTION} from {CONFIG}.",
@@ -128,7 +129,7 @@ class Checkpoint:
 
         Not a hash of all weights: that would read a whole 27B checkpoint for an answer that is the same in practice.
         """
-        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        digest = hashlib.sha256(read_bytes(self.folder / CONFIG, CORRECT))
         for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() and tensor.shape[0] else tensor))

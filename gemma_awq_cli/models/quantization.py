@@ -24,7 +24,7 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
         return None
     if not isinstance(section, dict):
         raise GemmaAwqError(f"{folder / CONFIG}: {SECTION} is not a JSON object.", CORRECT)
-    if not is_awq(section):
+    if not names_awq(section):
         return section
     said = {key: value for key, value in section.items() if value is not None}
     aliases = {ours: said.pop(theirs) for theirs, ours in _SPELLINGS.items() if theirs in said}
@@ -35,7 +35,7 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
     return found
 
 
-def is_awq(section: Mapping[str, Any]) -> bool:
+def names_awq(section: Mapping[str, Any]) -> bool:
     return str(section.get("quant_method")).lower() == "awq"
 
 
@@ -53,7 +53,7 @@ def describe(section: Mapping[str, Any]) -> str:
     method = section.get("quant_method")
     if method is None:
         return "an unnamed method"
-    details = [section.get("version") if is_awq(section) else section.get("format")]
+    details = [section.get("version") if names_awq(section) else section.get("format")]
     bits = section.get("bits")
     words = [str(method), *(str(word) for word in details if isinstance(word, str))]
     return " ".join(word[:40] for word in words) + (f" {bits}-bit" if isinstance(bits, int) else "")

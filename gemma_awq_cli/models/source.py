@@ -11,7 +11,7 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.files import CONFIG
 from gemma_awq_cli.models.foreign import ADAPTER_CONFIG, FILE_SUFFIXES, explain_file, explain_no_config
 from gemma_awq_cli.models.hub import REPO_ID, fetch_errors
-from gemma_awq_cli.reading import system_errors
+from gemma_awq_cli.reading import home_path, system_errors
 
 DEMO = "demo"
 _GIVE = "Give a checkpoint folder or a hub id"
@@ -75,11 +75,11 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
 
 
 def _path_of(asked: str) -> Path:
-    try:
-        return Path(asked).expanduser()
-    except RuntimeError:  # the home of nobody
-        user = _short(asked.split("/")[0])
-        raise GemmaAwqError(f"{_short(asked)} cannot be looked up: there is no user {user[1:]}.", f"{_GIVE}.") from None
+    path = home_path(asked)
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        user = _short(path.parts[0][1:])
+        raise GemmaAwqError(f"{_short(asked)} cannot be looked up: there is no user {user}.", f"{_GIVE}.")
+    return path
 
 
 def _mode(path: Path, asked: str) -> int:

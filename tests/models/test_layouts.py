@@ -134,6 +134,32 @@ def test_a_tower_of_another_model_is_refused_before_quantizing(copy: Callable[[s
 
 
 @pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("siglip", "vision_config"),
+        ([], "vision_config"),
+        ({"model_type": "nope"}, "nope"),
+        ({"model_type": "clip_vision_model"}, "clip_vision_model"),
+        ({"hidden_size": "x"}, "hidden_size"),
+        ({"hidden_size": 0}, "cannot be used"),
+        ({"hidden_size": -1}, "cannot be used"),
+        ({"hidden_size": 2**63}, "cannot be used"),
+        ({"num_hidden_layers": 10**9}, "says 1000000000 layers, but the files hold"),
+        ({"num_hidden_layers": 2}, r"lacks \d+ tensors of its vision tower"),
+        ({"num_attention_heads": 0}, "cannot be used"),
+        ({"patch_size": 0}, "cannot be used"),
+        ({"hidden_act": "nope"}, "cannot be used"),
+    ],
+)
+def test_a_vision_config_that_cannot_be_used(copy: Callable[[str], Path], value: object, message: str) -> None:
+    folder = copy("gemma3")
+    vision = json.loads((folder / "config.json").read_text())["vision_config"]
+    edit_config(folder, vision_config={**vision, **value} if isinstance(value, dict) else value)
+    with pytest.raises(GemmaAwqError, match=message):
+        require_quantizable(Checkpoint(folder))
+
+
+@pytest.mark.parametrize(
     "rename",
     [(r"^vision_tower\.", "vision_tower.vision_model."), (r"^(vision|multi)", r"model.\1"), (r"\.head\..*", ".head.x")],
 )

@@ -376,6 +376,12 @@ def test_a_misspelt_folder_is_told_what_lies_beside_it(tmp_path: Path, monkeypat
         assert "network" not in caught.value.hint
 
 
+def test_a_cache_in_the_home_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", "~no-such-user/cache")
+    with pytest.raises(GemmaAwqError, match="GEMMA_AWQ_CACHE is ~no-such-user/cache, and there is no such user"):
+        find_source("demo", None, pytest.fail)
+
+
 @pytest.mark.parametrize("make", ["a link to nothing", "a loop", "a pipe", "a device"])
 def test_what_is_no_folder(tmp_path: Path, make: str) -> None:
     path = tmp_path / "model"
