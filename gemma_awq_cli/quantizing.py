@@ -77,7 +77,7 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
     if checkpoint.quantization is not None:
         method = describe(checkpoint.quantization)
         raise GemmaAwqError(f"{checkpoint.folder} is quantized already ({method}).", ORIGINAL)
-    if getattr(checkpoint.text_config, "attention_bias", False):
+    if getattr(checkpoint.facts, "attention_bias", False):
         raise GemmaAwqError(
             f"{checkpoint.folder} has attention biases, which no released Gemma has.", "This variant is not supported."
         )
