@@ -175,5 +175,5 @@ def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a multimodal checkpoint's language model alone."""
     section = config.get("text_config")
     tokens, dtypes = ({key: config[key] for key in keys if key in config} for keys in (_TOKENS, _DTYPES))
-    kind = {"model_type": GEMMA3_TEXT.model_type, "architectures": ["Gemma3ForCausalLM"], TIE: bool(config.get(TIE, True))}
-    return {**tokens, **(section if isinstance(section, dict) else {}), **dtypes, **kind}
+    kind = {"model_type": GEMMA3_TEXT.model_type, "architectures": ["Gemma3ForCausalLM"]}
+    return {**tokens, **(section if isinstance(section, dict) else {}), **dtypes, **kind, TIE: bool(config.get(TIE, True))}
