@@ -174,6 +174,7 @@ def _key(module_name: str, layout: Layout) -> str:
 def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
     """The config.json of a multimodal checkpoint's language model alone."""
     section = config.get("text_config")
+    text = section if isinstance(section, dict) else {}
     tokens, dtypes = ({key: config[key] for key in keys if key in config} for keys in (_TOKENS, _DTYPES))
     kind = {"model_type": GEMMA3_TEXT.model_type, "architectures": ["Gemma3ForCausalLM"]}
-    return {**tokens, **(section if isinstance(section, dict) else {}), **dtypes, **kind, TIE: bool(config.get(TIE, True))}
+    return {**tokens, **text, **dtypes, **kind, TIE: bool(config.get(TIE, True))}
