@@ -268,7 +268,7 @@ def test_many_of_them_are_counted(copy: Callable[[str], Path]) -> None:
 def test_more_layers_than_the_config_says(copy: Callable[[str], Path]) -> None:
     folder = copy("gemma3_text")
     edit_config(folder, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-    with pytest.raises(GemmaAwqError, match="says .*2.* the (files|tensors) h.* 3") as error:
+    with pytest.raises(GemmaAwqError, match=r"says .*2.* the (files|tensors) h.* 3") as error:
         Checkpoint(folder)
     assert "config.json" in error.value.hint
 
