@@ -16,6 +16,7 @@ from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import CONFIG
 from gemma_awq_cli.models.source import Source
+from gemma_awq_cli.models.tying import with_tie
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 
 REPORT_SCHEMA = 2
@@ -51,7 +52,7 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "zero_point": True,
         "modules_to_not_convert": list(checkpoint.family.not_converted),
     }
-    return config
+    return with_tie(config, checkpoint.tied_head)
 
 
 def source_card(folder: Path) -> dict[str, Any] | None:

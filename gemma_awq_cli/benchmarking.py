@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.bench_document import SCHEMA, described_models, described_settings, environment
@@ -25,6 +24,7 @@ from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.reading import home_path
 from gemma_awq_cli.task_suites import LACKING
 from gemma_awq_cli.vllm_engine import INSTALL
 
@@ -55,7 +55,10 @@ class Bench:
                 self.note(f"On the model card but no tasks of lm-evaluation-harness: {', '.join(LACKING)}.")
         for name in models:
             folder = find_source(name, None, self.note).folder
-            self.entries.append(Entry(name, "model", OWN, Checkpoint(folder)))
+            checkpoint = Checkpoint(folder)
+            for line in checkpoint.notes:
+                self.warn(f"{name}: {line}")
+            self.entries.append(Entry(name, "model", OWN, checkpoint))
         for name in self.settings.compare:
             try:
                 self.entries.append(self._competitor(name))
@@ -68,9 +71,9 @@ class Bench:
                 raise GemmaAwqError("vLLM is not installed.", INSTALL)
             return Entry(name, "compare", VLLM, self.entries[0].checkpoint)
         if name.endswith(f".{GGUF}"):
-            file = Path(name).expanduser()
+            file = home_path(name)
             if not file.is_file():
-                raise GemmaAwqError(f"There is no file {name}.")
+                raise GemmaAwqError(f"There is no file {name}.", "Give the path of a GGUF file.")
             require_llama_cpp()
             return Entry(name, "compare", GGUF, self.entries[0].checkpoint, file)
         if name not in ORIGINALS:

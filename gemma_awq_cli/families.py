@@ -48,6 +48,7 @@ class Family:
     query_scale: Literal["head_dim", "query_pre_attn_scalar"]  # scores are multiplied by this config value ** -0.5
     groups: tuple[ScaleGroup, ...]
     layouts: tuple[Layout, ...]  # where the language model's tensors live in a checkpoint, tried in this order
+    read_layouts: tuple[Layout, ...]  # tried after them; other readers know them less, so artifacts use the first above
     companions: tuple[str, ...]  # key prefixes copied as they are (vision tower, projector)
     not_converted: tuple[str, ...]  # `modules_to_not_convert`, matched by substring by the readers
     float16: bool  # whether activations fit float16
@@ -55,6 +56,13 @@ class Family:
 
 _ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
+# A text model saved without its head's class, or cut out of a multimodal one.
+_TEXT_READ = (
+    Layout("", "lm_head.weight"),
+    Layout("language_model.model.", "language_model.lm_head.weight"),
+    Layout("model.language_model.", "lm_head.weight"),
+    Layout("language_model.", "lm_head.weight"),
+)
 
 GEMMA = Family(
     model_type="gemma",
@@ -72,6 +80,7 @@ GEMMA = Family(
         ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
     ),
     layouts=(Layout("model.", "lm_head.weight"),),
+    read_layouts=_TEXT_READ,
     companions=(),
     not_converted=("lm_head",),
     float16=True,
@@ -93,6 +102,7 @@ GEMMA2 = Family(
         ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
     ),
     layouts=(Layout("model.", "lm_head.weight"),),
+    read_layouts=_TEXT_READ,
     companions=(),
     not_converted=("lm_head",),
     float16=False,
@@ -114,6 +124,7 @@ GEMMA3_TEXT = Family(
         ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
     ),
     layouts=(Layout("model.", "lm_head.weight"),),
+    read_layouts=_TEXT_READ,
     companions=(),
     not_converted=("lm_head",),
     float16=False,
@@ -137,6 +148,7 @@ GEMMA3 = Family(
         Layout("language_model.model.", "language_model.lm_head.weight"),  # the hub's files
         Layout("model.language_model.", "lm_head.weight"),  # what transformers 5 calls the same modules
     ),
+    read_layouts=(Layout("language_model.", "lm_head.weight"),),  # a model saved without its head's class
     companions=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
     not_converted=("lm_head", "vision_tower", "multi_modal_projector"),
     float16=False,

@@ -29,6 +29,7 @@ from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
+from gemma_awq_cli.reading import home_path
 
 WINDOW = 2048  # tokens, BOS included
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time
@@ -112,7 +113,7 @@ def local_original(report: Mapping[str, Any]) -> str | None:
         made = (cache_folder() / "models" / NAME).is_dir()
         return DEMO if made or find_spec(PACKAGE) is not None else None
     if not revision:
-        return name if Path(name).expanduser().is_dir() else None
+        return name if home_path(name).is_dir() else None
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 

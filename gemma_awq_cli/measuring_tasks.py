@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from functools import cache
 from importlib.util import find_spec
 from math import isfinite
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.reading import home_path
 from gemma_awq_cli.task_suites import SUITES, published_model
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _suite(name: str) -> list[TaskSpec]:
 
 def _local(name: str) -> list[TaskSpec]:
     """The tasks of a path, none if there is nothing."""
-    path = Path(name).expanduser()
+    path = home_path(name)
     if path.is_file():
         return [TaskSpec(path.stem, str(path.resolve()))]
     if not path.is_dir():

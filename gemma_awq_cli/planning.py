@@ -122,7 +122,7 @@ def make_plan(
     linears = _linear_names(checkpoint, stack)
     tensors: list[PlannedTensor] = []
     for name, shape in stack.shapes.items():
-        key = checkpoint.key(name)
+        key = checkpoint.artifact_key(name)
         if name in linears:
             out_features, in_features = shape
             base = key.removesuffix(".weight")

@@ -31,15 +31,18 @@ from gemma_awq_cli.layer_quantizing import (
     quantize_layer,
     require_exact_fold,
 )
-from gemma_awq_cli.models.checkpoint import Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.companions import require_companions
 from gemma_awq_cli.models.files import CONFIG, read_json
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal
+from gemma_awq_cli.models.quantization import ORIGINAL, describe
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.verifying import verify_artifact
+from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
@@ -72,14 +75,13 @@ class Quantized:
 def require_quantizable(checkpoint: Checkpoint) -> None:
     """An error for a checkpoint that is quantized already or that this method does not cover."""
     if checkpoint.quantization is not None:
-        method = checkpoint.quantization.get("quant_method", "an unknown method")
-        raise GemmaAwqError(
-            f"{checkpoint.folder} is quantized already ({method}).", "Give the original 16-bit checkpoint."
-        )
-    if getattr(checkpoint.text_config, "attention_bias", False):
+        method = describe(checkpoint.quantization)
+        raise GemmaAwqError(f"{checkpoint.folder} is quantized already ({method}).", ORIGINAL)
+    if getattr(checkpoint.facts, "attention_bias", False):
         raise GemmaAwqError(
             f"{checkpoint.folder} has attention biases, which no released Gemma has.", "This variant is not supported."
         )
+    require_companions(checkpoint)
 
 
 def require_free(target: Path, force: bool, resume: bool) -> StagedFolder:
@@ -145,7 +147,7 @@ def quantize(
             with _memory_errors(plan, index):
                 layer = _one_layer(checkpoint, stack, plan, hidden, index)
             for name, tensor in layer.tensors.items():
-                writer.write(checkpoint.key(f"model.layers.{index}.{name}"), tensor)
+                writer.write(checkpoint.artifact_key(f"model.layers.{index}.{name}"), tensor)
             writer.sync()
             hidden.sync(index + 1)
             seconds = round(time.perf_counter() - layer_started, 2)
@@ -214,7 +216,7 @@ def _found(target: Path, fingerprint: Fingerprint, force: bool) -> Quantized | N
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:
-    prefix = checkpoint.key(f"model.layers.{index}.")
+    prefix = checkpoint.artifact_key(f"model.layers.{index}.")
     return [tensor.name for tensor in plan.tensors if tensor.name.startswith(prefix)]
 
 
@@ -293,7 +295,7 @@ def _measure(stack: TextStack, hidden: HiddenStates, rows: Rows) -> Fidelity:
 def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:
     """Embedding, final norm, an untied head, and the companions: all that no layer holds."""
     for name in (n for n in stack.shapes if not n.startswith("model.layers.")):
-        writer.write(checkpoint.key(name), checkpoint.read([name])[name].to(plan.dtype))
+        writer.write(checkpoint.artifact_key(name), checkpoint.read([name])[name].to(plan.dtype))
     for key in checkpoint.companions():
         tensor = read_tensors(checkpoint.tensors, [key])[key]
         require_finite(key, tensor)

@@ -76,6 +76,11 @@ def is_refused(error: OSError) -> bool:
     return error.errno in _REFUSED
 
 
+def home_path(text: str) -> Path:
+    """A path as people write it: `~` is the home folder. The home of nobody is a path that is not there."""
+    return Path(os.path.expanduser(text))  # Path.expanduser raises for it
+
+
 def read_bytes(path: Path, hint: str, limit: int | None = None) -> bytes:
     """A regular file's bytes, at most `limit`. A device or a pipe, which need not end, is an error."""
     with system_errors(path, hint), open(path, "rb", opener=_open_regular) as file:

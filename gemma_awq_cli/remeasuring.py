@@ -21,6 +21,7 @@ from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
+from gemma_awq_cli.reading import home_path
 from gemma_awq_cli.sampling import Sampling
 
 # Relative: another processor, thread count or torch build rounds otherwise.
@@ -34,7 +35,7 @@ def original_checkpoint(report: Mapping[str, Any], given: str | None, note: Call
     source = report["source"]
     name = given or str(source["model"])
     hint = "Name the original 16-bit checkpoint with --source (a folder or a hub id), or push without --deep."
-    if given is None and not source["revision"] and name != DEMO and not Path(name).expanduser().is_dir():
+    if given is None and not source["revision"] and name != DEMO and not home_path(name).is_dir():
         raise GemmaAwqError(f"The original checkpoint, {name}, is not here, and --deep compares with it.", hint)
     found = find_source(name, None if given else source["revision"], note)
     checkpoint = Checkpoint(found.folder)

@@ -23,6 +23,7 @@ from threading import Thread
 from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secret_dummy"  # the one login this hub knows
+WHATEVER = b"{}"  # what a name that is only listed gives
 
 
 @dataclass
@@ -41,6 +42,8 @@ class Repo:
     """Answer with a web page and status 200, as a proxy's login page, or a wrong endpoint."""
     cuts: int = 0
     """Drop the connection in the middle of the weights so many times."""
+    listed: tuple[str, ...] = ()
+    """Names that the list of files holds besides the files."""
 
     def commit(self, revision: str) -> str:
         return _sha1(str(self.revisions[revision]).encode())
@@ -130,12 +133,12 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.page:
             self._send(b"<html>Welcome to the network</html>", 200, {"Content-Type": "text/html"})
             return
-        siblings = [{"rfilename": name} for name in _files(folder)]
+        siblings = [{"rfilename": name} for name in (*_files(folder), *repo.listed)]
         self._send_json({"id": repo_id, "sha": commit, "private": repo.private, "siblings": siblings})
 
     def _send_tree(self, repo_id: str, revision: str) -> None:
-        _, folder, _ = self._open(repo_id, revision)
-        files = {name: (folder / name).read_bytes() for name in _files(folder)}
+        repo, folder, _ = self._open(repo_id, revision)
+        files = {name: (folder / name).read_bytes() for name in _files(folder)} | dict.fromkeys(repo.listed, WHATEVER)
         self._send_json(
             [{"type": "file", "path": name, "size": len(data), "oid": _sha1(data)} for name, data in files.items()]
         )
@@ -145,9 +148,9 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.gated:
             status = 403 if "Authorization" in self.headers else 401
             raise _RefusedError(status, "GatedRepo", f"Access to model {repo_id} is restricted.")
-        if name not in _files(folder):
+        if name not in (*_files(folder), *repo.listed):
             raise _RefusedError(404, "EntryNotFound", "Entry not found")
-        data = (folder / name).read_bytes()
+        data = WHATEVER if name in repo.listed else (folder / name).read_bytes()
         headers = {"ETag": f'"{_sha1(data)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
         stop = None
         if repo.cuts and self.command == "GET" and name.endswith(".safetensors"):

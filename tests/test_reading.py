@@ -7,7 +7,16 @@ import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import read_json
-from gemma_awq_cli.reading import decode, library_errors, lines_of, parse_json, read_bytes, read_text, system_errors
+from gemma_awq_cli.reading import (
+    decode,
+    home_path,
+    library_errors,
+    lines_of,
+    parse_json,
+    read_bytes,
+    read_text,
+    system_errors,
+)
 
 HINT = "Do something."
 
@@ -78,3 +87,10 @@ def test_errors_of_the_system_and_of_libraries_become_ours() -> None:
         raise KeyError("k")
     with pytest.raises(AssertionError), library_errors("x is odd", HINT):
         raise AssertionError
+
+
+def test_the_home_of_nobody_is_a_path_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert home_path("~/models") == Path("/home/me/models")
+    assert home_path("models/~") == Path("models/~")
+    assert not home_path("~no-such-user/models").exists()

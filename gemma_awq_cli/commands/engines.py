@@ -26,6 +26,8 @@ def read_model(out: Output, folder: Path, asked: Sampling) -> tuple[Checkpoint, 
     """The model's checkpoint, and the sampling that its generation_config and `asked` make together."""
     with memory_errors(f"opening {folder.name}", SMALLER):
         checkpoint = Checkpoint(folder)
+    for line in checkpoint.notes:
+        out.warning(line)
     sampling = resolve(asked, generation_config(checkpoint))
     out.note(f"Sampling: {sampling.described()}.")
     return checkpoint, sampling

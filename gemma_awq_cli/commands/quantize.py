@@ -108,6 +108,8 @@ def command(
     if not dry_run:
         quantizing.require_free(target, force, resume)
     checkpoint = Checkpoint(source.folder)
+    for line in checkpoint.notes:
+        out.warning(line)
     quantizing.require_quantizable(checkpoint)
     stack = TextStack(checkpoint, chosen)
     size = int(group_size.value)

@@ -6,13 +6,21 @@ from pathlib import Path
 
 import platformdirs
 
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.reading import home_path
+
 ENVIRONMENT = "GEMMA_AWQ_CACHE"
 
 
 def cache_folder() -> Path:
     """`GEMMA_AWQ_CACHE`, by default the user's cache folder + gemma-awq. Not created here."""
     configured = os.environ.get(ENVIRONMENT)
-    return Path(configured).expanduser() if configured else Path(platformdirs.user_cache_dir("gemma-awq", False))
+    if not configured:
+        return Path(platformdirs.user_cache_dir("gemma-awq", False))
+    folder = home_path(configured)
+    if folder.parts[:1] and folder.parts[0].startswith("~"):
+        raise GemmaAwqError(f"{ENVIRONMENT} is {configured}, and there is no such user.", f"Set {ENVIRONMENT} again.")
+    return folder
 
 
 def _last_artifact_file() -> Path:

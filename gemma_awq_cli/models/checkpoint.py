@@ -5,135 +5,60 @@ Knows the files and the family's key layout; knows nothing of modules, devices o
 
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import Family, Layout, family_of
-from gemma_awq_cli.models.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
+from gemma_awq_cli.families import GEMMA3, GEMMA3_TEXT, Family, Layout, family_of
+from gemma_awq_cli.models.files import CONFIG, CORRECT, REDOWNLOAD, read_json, require_inside
+from gemma_awq_cli.models.foreign import A_CHECKPOINT
+from gemma_awq_cli.models.layouts import EMBEDDING, find_layout, layers_of, unread
 from gemma_awq_cli.models.plain_config import plain_text_config
+from gemma_awq_cli.models.quantization import SECTION, names_awq, quantization_of
+from gemma_awq_cli.models.tying import TIE, is_tied
+from gemma_awq_cli.models.weight_files import find_weights, raw_bytes, read_headers, read_tensors, require_finite, some
+from gemma_awq_cli.reading import read_bytes
 
-DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """Where a tensor lies and what it is, from the file's header alone."""
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def read_headers(folder: Path) -> dict[str, TensorInfo]:
-    """Every tensor of a folder's safetensors files by name, from the headers."""
-    index = folder / INDEX
-    if index.exists():
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise GemmaAwqError(f"{index} has no weight_map.", REDOWNLOAD)
-        files = sorted({folder / str(name) for name in weight_map.values()})
-        if missing := [f.name for f in files if not f.is_file()]:
-            raise GemmaAwqError(f"{index} names files that are missing: {', '.join(missing)}.", REDOWNLOAD)
-    else:
-        weight_map = None
-        files = [folder / SINGLE]
-        if not files[0].is_file():
-            found = sorted(p.name for p in folder.glob("*.safetensors"))
-            detail = f" (it holds {', '.join(found[:3])}, but no index)" if found else ""
-            raise GemmaAwqError(
-                f"{folder} has no {SINGLE} and no {INDEX}{detail}.",
-                "Only safetensors checkpoints are read; convert .bin or .gguf files with transformers first.",
-            )
-    tensors = {}
-    for file in files:
-        tensors.update(_read_header(file))
-    if weight_map is not None and (absent := sorted(set(weight_map) - set(tensors))):
-        raise GemmaAwqError(f"{index} names tensors that no file holds: {', '.join(absent[:3])}.", REDOWNLOAD)
-    return tensors
-
-
-def _read_header(file: Path) -> dict[str, TensorInfo]:
-    try:
-        with safe_open(file, "pt") as handle:
-            infos = {}
-            for name in handle.keys():  # noqa: SIM118 (a safe_open handle is no mapping)
-                view = handle.get_slice(name)
-                dtype = DTYPES.get(view.get_dtype())
-                if dtype is None:
-                    raise GemmaAwqError(
-                        f"{file.name}: {name} has dtype {view.get_dtype()}, which is not a plain 16- or 32-bit weight.",
-                        "Give the original 16-bit checkpoint.",
-                    )
-                infos[name] = TensorInfo(file, tuple(view.get_shape()), dtype)
-            return infos
-    except SafetensorError as error:
-        raise GemmaAwqError(f"{file} is damaged or truncated: {error}.", REDOWNLOAD) from None
-    except OSError as error:
-        raise GemmaAwqError(f"{file} cannot be read: {error}.", REDOWNLOAD) from None
-
-
-def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Tensor]:
-    """The named tensors, memory-mapped as they are stored. The files are closed again at once."""
-    by_file: dict[Path, list[str]] = {}
-    for name in names:
-        by_file.setdefault(infos[name].file, []).append(name)
-    tensors = {}
-    for file, wanted in by_file.items():
-        try:
-            with safe_open(file, "pt") as handle:
-                for name in wanted:
-                    tensors[name] = handle.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise GemmaAwqError(f"{file} cannot be read: {error}.", REDOWNLOAD) from None
-    return tensors
-
-
-def raw_bytes(tensor: Tensor) -> memoryview:
-    """A tensor's bytes as a safetensors file holds them."""
-    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
-
-
-def require_finite(name: str, tensor: Tensor) -> None:
-    """An error if a weight holds NaN or infinity."""
-    # the extremes are one pass without a copy, and a NaN is both of them
-    if tensor.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
-        raise GemmaAwqError(
-            f"{name} holds NaN or infinite values.",
-            "The checkpoint is damaged or its training diverged. " + REDOWNLOAD,
-        )
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_DTYPES = ("dtype", "torch_dtype")
 
 
 class Checkpoint:
     """A Gemma checkpoint folder.
 
-    facts: the language model's config, with the values at least that architecture.py reads; layout: what the language
-    model's keys are called; tensors: every tensor by its name in the files.
+    raw_config: config.json; facts: the language model's config, with the values at least that architecture.py reads;
+    layout: what the language model's keys are called; tensors: every tensor by its name in the files; quantization: the
+    config's section, None for a 16-bit checkpoint; tied_head: whether the head is the embedding; notes: what a user
+    should know of how it was read, a line each.
+
+    A 16-bit multimodal checkpoint without its vision tower is read as the text model that it is.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        require_inside(folder, folder / CONFIG)
         self.raw_config = read_json(folder / CONFIG)
         model_type = self.raw_config.get("model_type")
         if not isinstance(model_type, str):
-            raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", "Give a Hugging Face checkpoint folder.")
+            raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", A_CHECKPOINT)
         self.family: Family = family_of(model_type)
+        self.quantization = quantization_of(folder, self.raw_config)
+        weights = find_weights(folder)
+        self.tensors, notes = read_headers(weights), weights.notes
+        config = self.raw_config
+        if self.family is GEMMA3 and self.quantization is None and not self.companions():
+            self.family, self.raw_config = GEMMA3_TEXT, _text_part(config)
+            notes = (*notes, f"{folder.name} has no vision tower: it is read as a text model ({self.family.title}).")
+        self.layout = find_layout(self.family, self.tensors, folder)
+        self._require_weights_as_declared()
+        self.tied_head = is_tied(config, self.layout, self.tensors, str(folder))
+        # after the headers: what the config asks for can be held against what is there before anything is built from it
         self.facts: Any = plain_text_config(self.raw_config) or self.text_config
-        self.tensors = read_headers(folder)
-        self.layout = self._find_layout()
+        self.notes = (*notes, *self._unread())
 
     @cached_property
     def config(self) -> Any:
@@ -144,61 +69,70 @@ class Checkpoint:
             return AutoConfig.from_pretrained(self.folder, local_files_only=True)
         except (ValueError, TypeError, KeyError, OSError) as error:
             kind = self.family.model_type
-            raise GemmaAwqError(
-                f"{self.folder / CONFIG} is not a readable {kind} config: {error}.", REDOWNLOAD
-            ) from None
+            raise GemmaAwqError(f"{self.folder / CONFIG} is not a readable {kind} config: {error}.", CORRECT) from None
 
-    @property
+    @cached_property
     def text_config(self) -> Any:
         """The language model's part of the transformers config."""
-        return self.config.get_text_config()
+        config = self.config.get_text_config()
+        config.tie_word_embeddings = self.tied_head
+        return config
 
-    def _find_layout(self) -> Layout:
-        for layout in self.family.layouts:
-            if f"{layout.prefix}embed_tokens.weight" in self.tensors:
-                return layout
-        tried = ", ".join(f"{layout.prefix}embed_tokens.weight" for layout in self.family.layouts)
-        raise GemmaAwqError(f"{self.folder} holds no embedding (looked for {tried}).", REDOWNLOAD)
+    def _require_weights_as_declared(self) -> None:
+        """An error if the weights are packed and the config does not say so, or the other way round."""
+        packed = next((name for name in self.tensors if name.endswith(".qweight")), None)
+        if packed is not None and self.quantization is None:
+            raise GemmaAwqError(
+                f"{self.folder} holds quantized weights ({packed}), but its {CONFIG} has no {SECTION}.",
+                f"Copy {CONFIG} from where the weights come from.",
+            )
+        if packed is None and self.quantization is not None and names_awq(self.quantization):
+            raise GemmaAwqError(
+                f"{CONFIG} of {self.folder} has a {SECTION}, but the weights are not packed.",
+                f"If they are the 16-bit weights, remove {SECTION} from {CONFIG}.",
+            )
 
-    @property
-    def quantization(self) -> dict[str, Any] | None:
-        """The config's quantization section, if the checkpoint is quantized already."""
-        value = self.raw_config.get("quantization_config")
-        return value if isinstance(value, dict) else None
+    def _unread(self) -> list[str]:
+        """A note on tensors that nobody reads; an error if there are more layers than the config says."""
+        if (found := layers_of(self.layout, self.tensors)) > self.layers:
+            raise GemmaAwqError(
+                f"{CONFIG} of {self.folder} says {self.layers} layers, but the files hold {found}.",
+                f"Set num_hidden_layers to {found}, or use the {CONFIG} that belongs to the weights.",
+            )
+        names = unread(self.family, self.layout, self.tensors, self.quantization is not None)
+        return [f"Tensors that this model does not have, and that are not read: {some(names)}."] if names else []
 
     @property
     def layers(self) -> int:
         return int(self.facts.num_hidden_layers)
 
     @property
-    def tied_head(self) -> bool:
-        return bool(getattr(self.facts, "tie_word_embeddings", True))
-
-    @property
     def declared_dtype(self) -> torch.dtype:
-        """The dtype that the config declares, else the embedding's."""
-        section = self.raw_config.get("text_config")
-        for config in (section if isinstance(section, dict) else {}, self.raw_config):
-            dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype")), None)
-            if isinstance(dtype, torch.dtype):
-                return dtype
-        return self.tensors[self.key("model.embed_tokens.weight")].dtype
+        """The dtype that the config declares at its top level, as transformers takes it, else the weights'."""
+        dtype = getattr(torch, str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")), None)
+        return dtype if isinstance(dtype, torch.dtype) else self.tensors[self.key(f"model.{EMBEDDING}")].dtype
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""
-        if module_name.startswith("model."):
-            return self.layout.prefix + module_name.removeprefix("model.")
-        return self.layout.head
+        key = _key(module_name, self.layout)
+        # a head that is the embedding may be what is stored of the two
+        swapped = self.tied_head and key not in self.tensors and module_name == f"model.{EMBEDDING}"
+        return self.layout.head if swapped else key
+
+    def artifact_key(self, module_name: str) -> str:
+        """What an artifact calls it: the key here, unless other readers do not know this layout."""
+        known = self.layout.prefix in (layout.prefix for layout in self.family.layouts)
+        return _key(module_name, self.layout if known else self.family.layouts[0])
 
     def identity(self) -> str:
         """A hash of the config and of every tensor's name, dtype, shape and middle row: tells one model from another.
 
         Not a hash of all weights: that would read a whole 27B checkpoint for an answer that is the same in practice.
         """
-        digest = hashlib.sha256((self.folder / CONFIG).read_bytes())
+        digest = hashlib.sha256(read_bytes(self.folder / CONFIG, CORRECT))
         for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() else tensor))
+            digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() and tensor.shape[0] else tensor))
         return digest.hexdigest()
 
     def companions(self) -> list[str]:
@@ -217,12 +151,30 @@ class Checkpoint:
         """Every tensor that the model needs is there in the shape that the config says."""
         missing = [self.key(name) for name in expected if self.key(name) not in self.tensors]
         if missing:
-            raise GemmaAwqError(f"{self.folder} lacks {len(missing)} tensors: {', '.join(missing[:3])} ...", REDOWNLOAD)
+            raise GemmaAwqError(
+                f"{self.folder} lacks {len(missing)} tensors: {some(missing)}.",
+                f"If {CONFIG} is of another model, use the one that belongs to the weights. Otherwise: {REDOWNLOAD}",
+            )
         for name, shape in expected.items():
             info = self.tensors[self.key(name)]
             if info.shape != tuple(shape):
                 raise GemmaAwqError(
                     f"{info.file.name}: {self.key(name)} has shape {list(info.shape)}, but config.json asks for "
                     f"{list(shape)}.",
-                    "The config and the weights are of different models. " + REDOWNLOAD,
+                    f"Config and weights are of different models: use the {CONFIG} that belongs to the weights.",
                 )
+
+
+def _key(module_name: str, layout: Layout) -> str:
+    if module_name.startswith("model."):
+        return layout.prefix + module_name.removeprefix("model.")
+    return layout.head
+
+
+def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The config.json of a multimodal checkpoint's language model alone."""
+    section = config.get("text_config")
+    text = section if isinstance(section, dict) else {}
+    tokens, dtypes = ({key: config[key] for key in keys if key in config} for keys in (_TOKENS, _DTYPES))
+    kind = {"model_type": GEMMA3_TEXT.model_type, "architectures": ["Gemma3ForCausalLM"]}
+    return {**tokens, **text, **dtypes, **kind, TIE: bool(config.get(TIE, True))}

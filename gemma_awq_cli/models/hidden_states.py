@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.models.checkpoint import raw_bytes
+from gemma_awq_cli.models.weight_files import raw_bytes
 
 
 class HiddenStates:

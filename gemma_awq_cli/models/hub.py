@@ -3,15 +3,19 @@
 The client's own text stays out where it may quote the request: addresses, headers, a token.
 """
 
+import errno
 import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.reading import first_line
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+UNUSABLE = (ValueError, TypeError, LookupError, AttributeError)  # of the client, over an answer that is not a hub's
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
+_ELSEWHERE = "Give another repository or --revision, or a folder that holds the files."
 
 
 @contextmanager
@@ -25,6 +29,8 @@ def fetch_errors(repo: str, revision: str | None) -> Iterator[None]:
             yield
     except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # every error of the client's own is one of these
         raise _fetch_explained(error, repo, revision) from None
+    except UNUSABLE as error:  # file names that lead out of the cache, or an answer of another form
+        raise _unusable(error, repo) from None
 
 
 @contextmanager
@@ -48,9 +54,13 @@ def _malformed(repo: str) -> Iterator[None]:
         yield
     except HFValidationError:
         raise GemmaAwqError(
-            f"{repo!r} cannot be a hub id.", "Check the name: letters, digits, - _ . but no -- or .., and no .git."
+            f"{repo[:100]!r} cannot be a hub id.",
+            "Check the name: letters, digits, - _ . but no -- or .., and no .git.",
         ) from None
-    except UnicodeEncodeError:  # of the Authorization header, which is ASCII
+    except UnicodeEncodeError as error:
+        if error.encoding != "ascii":
+            raise
+        # of the Authorization header
         raise GemmaAwqError(
             "The hub token holds characters that no token has.", "Set HF_TOKEN again, or log in with `hf auth login`."
         ) from None
@@ -78,9 +88,16 @@ def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> G
             f"{repo} is not in the local cache, and the hub cannot be reached.",
             "Check the network (and HF_ENDPOINT), or give a local folder.",
         )
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        return _unusable(error, repo)
     return GemmaAwqError(
         f"{repo} cannot be fetched: {error}.", "Check the free space and the permissions of the hub's cache (HF_HOME)."
     )
+
+
+def _unusable(error: BaseException, repo: str) -> GemmaAwqError:
+    reason = first_line(error).rstrip(".")
+    return GemmaAwqError(f"What the hub says of {repo} cannot be used: {reason}.", _ELSEWHERE)
 
 
 def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqError:
@@ -157,6 +174,8 @@ def _refusal(error: BaseException, repo: str, revision: str | None) -> GemmaAwqE
             return GemmaAwqError(f"The hub has no repository {repo}.", f"Check the name. If it is private: {LOGIN}")
         if status in (401, 403):
             return GemmaAwqError(f"The hub refused access to {repo} (HTTP {status}).", f"Check the token. {LOGIN}")
+        if status == 404:
+            return GemmaAwqError(f"The hub lists a file of {repo} that it does not have (HTTP 404).", _ELSEWHERE)
         return GemmaAwqError(f"The hub answered HTTP {status} for {repo}.", "Try again later.")
     if isinstance(error, (FileMetadataError, json.JSONDecodeError)):
         return GemmaAwqError(f"What answered for {repo} is not a hub.", "Check HF_ENDPOINT, and any proxy or firewall.")

@@ -2,8 +2,10 @@
 
 from gemma_awq_cli.awq.pack import PACK, PackedWeight
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import REDOWNLOAD
+from gemma_awq_cli.models.quantization import ORIGINAL, describe
+from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 
 
 def require_awq(checkpoint: Checkpoint) -> int:
@@ -12,8 +14,7 @@ def require_awq(checkpoint: Checkpoint) -> int:
     method, version, bits = config.get("quant_method"), str(config.get("version", "gemm")).lower(), config.get("bits")
     if method != "awq" or version != "gemm" or bits != 4:
         raise GemmaAwqError(
-            f"{checkpoint.folder} is quantized as {method} {version} {bits}-bit; only 4-bit AWQ (gemm) is read.",
-            "Quantize the original 16-bit checkpoint with `gemma-awq quantize`.",
+            f"{checkpoint.folder} is quantized as {describe(config)}; only 4-bit AWQ (gemm) is read.", ORIGINAL
         )
     group_size = config.get("group_size")
     if not isinstance(group_size, int) or group_size <= 0:

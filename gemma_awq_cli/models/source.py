@@ -1,14 +1,20 @@
 """Where a model comes from: a local folder, a hub repository, or the embedded demo. Ends in a local folder."""
 
+import os
+import stat
 from collections.abc import Callable
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.files import CONFIG
+from gemma_awq_cli.models.foreign import ADAPTER_CONFIG, FILE_SUFFIXES, explain_file, explain_no_config
 from gemma_awq_cli.models.hub import REPO_ID, fetch_errors
+from gemma_awq_cli.reading import home_path, system_errors
 
 DEMO = "demo"
+_GIVE = "Give a checkpoint folder or a hub id"
 # Weights other than safetensors, and framework exports, stay on the hub.
 _HUB_FILES = [
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*",
@@ -36,28 +42,69 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
         from gemma_awq_cli.models.demo import NAME, demo_checkpoint
 
         return Source(demo_checkpoint(note), DEMO, NAME)
-    try:
-        path = Path(asked).expanduser()
-        is_folder, is_there = path.is_dir(), path.exists()
-    except (OSError, RuntimeError) as error:  # no permission, too long for a name, the home of nobody
-        raise GemmaAwqError(f"{asked} cannot be looked up: {error}.", "Give another folder, or a hub id.") from None
-    if is_folder:
+    if not asked.strip():
+        raise UsageError("The MODEL is empty.", f"{_GIVE}, or demo.")
+    path = _path_of(asked)
+    mode = _mode(path, asked)
+    if stat.S_ISDIR(mode):
         if revision:
             raise UsageError(f"--revision goes with a hub id, and {asked} is a local folder.")
         if not (path / CONFIG).is_file():
-            raise GemmaAwqError(f"{path} has no {CONFIG}.", "Give a folder that holds a Hugging Face checkpoint.")
+            raise explain_no_config(path)
         return Source(path, asked, path.resolve().name)
-    if is_there:
-        raise GemmaAwqError(f"{asked} is a file.", "Give the folder that holds the checkpoint, not a file in it.")
-    if not REPO_ID.fullmatch(asked):
+    if mode:
+        raise explain_file(path, asked)
+    if not REPO_ID.fullmatch(asked) or path.suffix.lower() in FILE_SUFFIXES:
+        known = f"is neither a folder nor a hub id{_like(path)}"
+        raise GemmaAwqError(f"{_short(asked)!r} {known}.", f"{_GIVE}, such as google/gemma-3-1b-it, or demo.")
+    try:
+        folder = _fetch(asked, revision)
+    except GemmaAwqError as error:
+        if not path.parent.is_dir():
+            raise
+        # as likely a misspelt folder of this machine as a hub id
         raise GemmaAwqError(
-            f"{asked!r} is neither a folder nor a hub id.",
-            "Give a checkpoint folder, a hub id such as google/gemma-3-1b-it, or demo.",
-        )
-    folder = _fetch(asked, revision)
+            f"There is no folder {asked} here{_like(path)}. As a hub id: {error.message}",
+            f"Correct the folder's name. If a model on the hub is meant: {error.hint}",
+        ) from None
     if not (folder / CONFIG).is_file():  # a repository of GGUF files or adapters, say
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise explain_no_config(folder)
         raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
     return Source(folder, asked, asked.split("/")[1], folder.name)
+
+
+def _path_of(asked: str) -> Path:
+    path = home_path(asked)
+    if path.parts[:1] and path.parts[0].startswith("~"):
+        user = _short(path.parts[0][1:])
+        raise GemmaAwqError(f"{_short(asked)} cannot be looked up: there is no user {user}.", f"{_GIVE}.")
+    return path
+
+
+def _mode(path: Path, asked: str) -> int:
+    """What kind of file lies at a path; 0 if there is none."""
+    with system_errors(_short(asked), f"{_GIVE}.", "looked up"):  # no permission, or too long for a name
+        try:
+            return path.stat().st_mode
+        except (FileNotFoundError, NotADirectoryError):
+            if not path.is_symlink():
+                return 0
+            raise
+
+
+def _like(path: Path) -> str:
+    """The folder beside a path that is not there whose name is most like its own, for an error."""
+    try:
+        close = get_close_matches(path.name, os.listdir(path.parent), 5)
+    except OSError:
+        return ""
+    found = next((name for name in close if (path.parent / name).is_dir()), None)
+    return f" (did you mean {path.parent / found}?)" if found else ""
+
+
+def _short(asked: str) -> str:
+    return asked if len(asked) <= 100 else f"{asked[:100]}..."
 
 
 def _fetch(repo: str, revision: str | None) -> Path:

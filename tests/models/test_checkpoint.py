@@ -91,7 +91,7 @@ def test_nan_and_infinity_in_the_weights(tiny: Path, value: float) -> None:
 
 
 def test_a_checkpoint_that_is_quantized_already(artifacts: Callable[[str], Path]) -> None:
-    with pytest.raises(GemmaAwqError, match=r"quantized already \(awq\)"):
+    with pytest.raises(GemmaAwqError, match=r"quantized already \(awq gemm 4-bit\)"):
         require_quantizable(Checkpoint(artifacts("gemma3_text")))
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
 from tests.hub_server import TOKEN, HubServer, Repo, hub_server
 
@@ -60,6 +61,13 @@ class Case:
     token: str = ""
 
 
+# What a hub may list beside the files that it has, and a client must not write.
+LISTED = {
+    "parent": "../evil.json", "deep": "a/../../evil.json", "absolute": "/tmp/evil.json", "backslash": "..\\evil.json",
+    "drive": "C:\\evil.json", "nul": "x\0.json", "long": "x" * 300 + ".json", "surrogate": "\ud800.json",
+}  # fmt: skip
+
+
 CASES = [
     Case("online", "org/gated", "org/gated is gated", r"terms at https://huggingface.co/org/gated.*hf auth login"),
     Case("online", "org/private", "does not show org/private without a login", "Check the name.*HF_TOKEN"),
@@ -84,6 +92,15 @@ CASES = [
     Case(
         "unreachable", "org/good", "org/good is not in .*, and the hub cannot be", "network.*HF_ENDPOINT", token=TOKEN
     ),
+    *(
+        Case("online", f"org/listed-{name}", f"hub says of org/listed-{name} cannot be used", "another repository")
+        for name in LISTED
+    ),
+    Case("online", "org/gone", r"lists a file of org/gone that it does not have \(HTTP 404\)", "another repository"),
+    Case("online", "org/adapter", "holds a LoRA adapter of google/gemma-3-1b-it", "merge_and_unload"),
+    Case(
+        "online", "here/gemma", r"no folder here/gemma here.* As a hub id: The hub has no", "folder's name", token=TOKEN
+    ),
     Case("no cache", "org/good", "org/good cannot be fetched: .*not-a-folder", "permissions.*HF_HOME"),
 ]
 
@@ -99,6 +116,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
             file.write_bytes(WEIGHTS if name.endswith(".safetensors") else f"{name} of {revision}".encode())
     (root / "gguf").mkdir()
     (root / "gguf" / "model-Q4_K_M.gguf").write_bytes(WEIGHTS)
+    (root / "adapter").mkdir()
+    (root / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-3-1b-it"}')
     return {folder.name: folder for folder in root.iterdir()}
 
 
@@ -117,6 +136,9 @@ def hub(folders: Mapping[str, Path]) -> Iterator[HubServer]:
         "org/cut": Repo(main, cuts=ALWAYS),
         "org/cut-once": Repo(main, cuts=1),
         "org/gguf-only": Repo({"main": folders["gguf"]}),
+        "org/adapter": Repo({"main": folders["adapter"]}),
+        "org/gone": Repo(main, listed=("./x.json",)),
+        **{f"org/listed-{name}": Repo(main, listed=(listed,)) for name, listed in LISTED.items()},
     }
     with hub_server(repos) as server:
         yield server
@@ -135,6 +157,7 @@ def told(hub: HubServer, nobody: str, tmp_path_factory: pytest.TempPathFactory) 
     """Every case's message and hint, from one process for each way of being connected."""
     root = tmp_path_factory.mktemp("homes")
     (root / "not-a-folder").touch()
+    (root / "here").mkdir()
     connections: dict[str, dict[str, str]] = {
         "online": {"HF_ENDPOINT": hub.url},
         "offline": {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "1"},
@@ -161,7 +184,7 @@ def ask(models: Sequence[Asked], home: Path, variables: Mapping[str, str]) -> li
     """What `find_source` returns or says of each model, with the hub client's home at `home`. No word of the token."""
     run = subprocess.run(
         [sys.executable, "-c", CLIENT], input=json.dumps(models), env=client_environment(home, variables),
-        capture_output=True, text=True, timeout=120,
+        capture_output=True, text=True, timeout=120, cwd=home.parent,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert TOKEN not in run.stdout + run.stderr
@@ -253,9 +276,19 @@ def test_the_command_shows_message_and_hint_without_a_traceback_or_the_token(hub
         ("https://huggingface.co/google/gemma-3-1b-it", "is neither a folder nor a hub id", "google/gemma-3-1b-it"),
         ("./no/such/folder", "'./no/such/folder' is neither", "checkpoint folder"),
         ("/no/such", "'/no/such' is neither", "checkpoint folder"),
-        ("x" * 300, "cannot be looked up: .*too long", "Give another folder"),
-        ("~no-such-user/model", "cannot be looked up: .*home", "Give another folder"),
+        ("x" * 300, "cannot be looked up: .*too long", "checkpoint folder"),
+        ("org/" + "x" * 300, r"org/x{96}' cannot be a hub id", "Check the name"),
+        ("/" + "x/" * 3000, "cannot be looked up: .*too long", "checkpoint folder"),
+        ("~no-such-user/model", "cannot be looked up: there is no user no-such-user", "checkpoint folder"),
+        ("~no-such-user", "cannot be looked up: there is no user no-such-user", "checkpoint folder"),
+        ("a\0b", "holds a NUL character", "checkpoint folder"),
+        ("\udcff/model", "neither a folder nor a hub id", "checkpoint folder"),
+        ("", "MODEL is empty", "checkpoint folder"),
+        (" ", "MODEL is empty", "checkpoint folder"),
+        ("a/b.gguf", "neither a folder nor a hub id", "checkpoint folder"),
+        ("a/model.safetensors", "neither a folder nor a hub id", "checkpoint folder"),
     ],
+    ids=lambda text: repr(text[:20]),
 )
 def test_what_names_nothing_is_told_what_would(asked: str, message: str, hint: str) -> None:
     with pytest.raises(GemmaAwqError, match=message) as caught:
@@ -284,7 +317,81 @@ def test_a_file_or_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) ->
     assert "folder that holds the checkpoint" in caught.value.hint
     with pytest.raises(GemmaAwqError, match=r"has no config\.json") as caught:
         find_source(str(tmp_path), None, pytest.fail)
+    assert "Copy config.json" in caught.value.hint
+    weights.unlink()
+    with pytest.raises(GemmaAwqError, match=r"has no config\.json") as caught:
+        find_source(str(tmp_path), None, pytest.fail)
     assert "Hugging Face checkpoint" in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("files", "asked", "message", "hint"),
+    [
+        (["adapter_config.json", "adapter_model.safetensors"], "", "holds a LoRA adapter, not a whole model", "PEFT"),
+        (["config.json", "adapter_config.json"], "config.json", r"config\.json is a file", "{root}"),
+        (["gemma.Q4_K_M.gguf"], "", r"no config\.json; it holds gemma\.Q4_K_M\.gguf", "GGUF files are not read"),
+        (["gemma.GGUF"], "gemma.GGUF", "is a file", "GGUF files are not read"),
+        (["pytorch_model.bin"], "", r"no config\.json", "Copy config.json"),
+        (["checkpoint-5/config.json"], "", r"checkpoint-5 has one", "{root}/checkpoint-5"),
+        (["snapshots/abc/config.json", "refs/main"], "", r"snapshots/abc has one", "{root}/snapshots/abc"),
+    ],
+)
+def test_what_is_no_checkpoint_is_told_what_it_is(
+    tmp_path: Path, files: list[str], asked: str, message: str, hint: str
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(GemmaAwqError, match=message) as caught:
+        find_source(str(tmp_path / asked), None, pytest.fail)
+    assert hint.format(root=tmp_path) in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("files", "message", "hint"),
+    [
+        (["pytorch_model.bin"], r"it holds pytorch_model\.bin", "save_pretrained"),
+        (["gemma.gguf"], r"it holds gemma\.gguf", "GGUF files are not read"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "merge_and_unload"),
+        ([], "no model.safetensors and no model.safetensors.index.json", "Hugging Face checkpoint"),
+    ],
+)
+def test_a_config_without_weights_is_told_what_is_there(
+    tmp_path: Path, files: list[str], message: str, hint: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+    (tmp_path / "config.json").write_text('{"model_type": "gemma3_text"}')
+    with pytest.raises(GemmaAwqError, match=message) as caught:
+        Checkpoint(find_source(str(tmp_path), None, pytest.fail).folder)
+    assert hint in caught.value.hint
+
+
+def test_a_misspelt_folder_is_told_what_lies_beside_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "models" / "gemma-3-1b-it").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for asked in ("./models/gemma-3-1b-itt", "models/../models/gemma-3-1b", str(tmp_path / "models/gema-3-1b-it")):
+        with pytest.raises(GemmaAwqError, match=r"did you mean .*models/.*gemma-3-1b-it\?") as caught:
+            find_source(asked, None, pytest.fail)
+        assert "network" not in caught.value.hint
+
+
+def test_a_cache_in_the_home_of_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("GEMMA_AWQ_CACHE", "~no-such-user/cache")
+    with pytest.raises(GemmaAwqError, match="GEMMA_AWQ_CACHE is ~no-such-user/cache, and there is no such user"):
+        find_source("demo", None, pytest.fail)
+
+
+@pytest.mark.parametrize("make", ["a link to nothing", "a loop", "a pipe", "a device"])
+def test_what_is_no_folder(tmp_path: Path, make: str) -> None:
+    path = tmp_path / "model"
+    if make == "a pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to({"a loop": "model", "a device": "/dev/null"}.get(make, "nothing"))
+    with pytest.raises(GemmaAwqError, match=r"model (cannot be looked up|is a file)") as caught:
+        find_source(str(path), None, pytest.fail)
+    assert caught.value.hint
 
 
 @pytest.mark.parametrize("asked", ["folder", "demo"])

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import read_headers
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space
+from gemma_awq_cli.models.weight_files import find_weights, read_headers
 from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
 
 TENSORS = {
@@ -36,7 +36,7 @@ def test_safetensors_reads_what_was_written_in_any_order(tmp_path: Path, shard_b
     for name, tensor in TENSORS.items():
         assert torch.equal(read[name], tensor)
         assert read[name].dtype == tensor.dtype
-    assert read_headers(tmp_path).keys() == TENSORS.keys()  # and through the index
+    assert read_headers(find_weights(tmp_path)).keys() == TENSORS.keys()  # and through the index
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 60)
 
 

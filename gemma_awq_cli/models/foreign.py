@@ -1,0 +1,101 @@
+"""What a file or a folder is that is not a checkpoint we read, and what its owner can do about it.
+
+Only told from names, and from an adapter's config: nothing here opens weights. Imports nothing heavy.
+"""
+
+import os
+import re
+from pathlib import Path
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
+from gemma_awq_cli.reading import system_errors
+
+ADAPTER_CONFIG = "adapter_config.json"
+A_CHECKPOINT = "Give a folder that holds a Hugging Face checkpoint."
+MERGE = (
+    "Merge the adapter into its base model with PEFT (`merge_and_unload()`, then `save_pretrained(FOLDER)`), and give "
+    "that folder."
+)
+_GGUF = "GGUF files are not read. Give the model that they were made from: a safetensors checkpoint, or its hub id."
+_PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+FILE_SUFFIXES = (*_PICKLED, ".gguf", ".safetensors", ".json")  # no hub id ends like this
+_CONVERT = (
+    "Only safetensors are read. Convert the checkpoint with transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)"
+    ".save_pretrained(NEW_FOLDER)`."
+)
+_SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
+
+
+def explain_no_weights(folder: Path) -> GemmaAwqError:
+    """What a folder without `model.safetensors` and without an index holds instead."""
+    names = _names(folder)
+    for name in (SINGLE, INDEX):
+        if name in names:  # a link to nothing, as a download that broke off leaves it in the hub's cache
+            return GemmaAwqError(f"{folder / name} is a link to a file that does not exist.", REDOWNLOAD)
+    if ADAPTER_CONFIG in names:
+        return _adapter(folder)
+    found = [name for name in names if name.endswith(".safetensors")]
+    if shards := [name for name in found if _SHARD.fullmatch(name)]:
+        return GemmaAwqError(
+            f"{folder} has no {INDEX}, which says what lies in {shards[0]} and the other shards.",
+            f"Copy {INDEX} from where the shards come from.",
+        )
+    missing = f"{folder} has no {SINGLE} and no {INDEX}"
+    if len(found) == 1:
+        return GemmaAwqError(
+            f"{missing}; it holds {found[0]}.", f"If {found[0]} is the whole model, rename it to {SINGLE}."
+        )
+    if found:
+        return GemmaAwqError(
+            f"{missing}; it holds {', '.join(found[:3])}.", f"Copy {INDEX} from where these files come from."
+        )
+    return _other_format(folder, names, missing)
+
+
+def explain_no_config(folder: Path) -> GemmaAwqError:
+    """What a folder without a config.json holds instead."""
+    names = _names(folder)
+    missing = f"{folder} has no {CONFIG}"
+    if ADAPTER_CONFIG in names:
+        return _adapter(folder)
+    inner = [path.parent for pattern in ("*", "snapshots/*") for path in sorted(folder.glob(f"{pattern}/{CONFIG}"))]
+    if inner:
+        more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
+        return GemmaAwqError(f"{missing}; {inner[0]}{more} has one.", f"Give that folder: {inner[0]}")
+    if any(name.endswith((".safetensors", *_PICKLED)) for name in names):
+        return GemmaAwqError(f"{missing}.", f"Copy {CONFIG} from where the weights come from.")
+    return _other_format(folder, names, missing)
+
+
+def explain_file(path: Path, asked: str) -> GemmaAwqError:
+    """What to give instead of a file."""
+    message = f"{asked} is a file."
+    if path.suffix.lower() == ".gguf":
+        return GemmaAwqError(message, _GGUF)
+    if (path.parent / CONFIG).is_file():
+        return GemmaAwqError(message, f"Give the folder that holds the checkpoint, not a file in it: {path.parent}")
+    return GemmaAwqError(message, "Give the folder that holds the checkpoint, not a file in it.")
+
+
+def _adapter(folder: Path) -> GemmaAwqError:
+    try:
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    except GemmaAwqError:  # it is an adapter all the same
+        base = None
+    of = f" of {base:.200}" if isinstance(base, str) and base else ""
+    return GemmaAwqError(f"{folder} holds a LoRA adapter{of}, not a whole model.", MERGE)
+
+
+def _other_format(folder: Path, names: list[str], missing: str) -> GemmaAwqError:
+    suffixes = {Path(name).suffix.lower(): name for name in reversed(names)}
+    if ".gguf" in suffixes:
+        return GemmaAwqError(f"{missing}; it holds {suffixes['.gguf']}.", _GGUF)
+    if pickled := next((suffixes[suffix] for suffix in _PICKLED if suffix in suffixes), None):
+        return GemmaAwqError(f"{missing}; it holds {pickled}.", _CONVERT)
+    return GemmaAwqError(f"{missing}.", A_CHECKPOINT)
+
+
+def _names(folder: Path) -> list[str]:
+    with system_errors(folder, "Check its permissions."):
+        return sorted(os.listdir(folder))

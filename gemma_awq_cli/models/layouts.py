@@ -1,0 +1,104 @@
+"""Which tensor of a checkpoint is which of the language model: by the family's layouts, from names alone.
+
+What a layout does not explain is told to the user: names of other tools, adapters that were not merged, tensors that
+nobody reads.
+"""
+
+import re
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.families import Family, Layout
+from gemma_awq_cli.models.files import REDOWNLOAD
+from gemma_awq_cli.models.foreign import MERGE
+
+EMBEDDING = "embed_tokens.weight"
+NORM = "norm.weight"
+HEAD = "lm_head.weight"
+PACKED = ("qweight", "qzeros", "scales")
+# Computed from the config by every reader; older versions of transformers stored them.
+BUFFERS = re.compile(r"(^|\.|_)(inv_freq|embed_scale|position_ids|normalizer|masked_bias|causal_mask)$")
+_ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
+_WRAPPERS = {
+    "_orig_mod.": "`torch.compile` wraps a model so: save `model._orig_mod` with `save_pretrained`.",
+    "module.": "Data-parallel training wraps a model so: save `model.module` with `save_pretrained`.",
+}
+_LAYER = re.compile(r"layers\.(\d{1,9})\.(.+)")
+
+
+def find_layout(family: Family, names: Collection[str], folder: Path) -> Layout:
+    """The layout that `names` follow, with the head's name as it is there."""
+    if adapter := next((name for name in names if _ADAPTER.search(f".{name}")), None):
+        raise GemmaAwqError(f"{folder} holds an adapter that is not merged ({adapter}).", MERGE)
+    for layout in (*family.layouts, *family.read_layouts):
+        # a tied head may be what is stored in the embedding's place
+        if f"{layout.prefix}{EMBEDDING}" in names or (f"{layout.prefix}{NORM}" in names and _head(layout, names)):
+            return replace(layout, head=_head(layout, names) or layout.head)
+    raise _unknown(family, names, folder)
+
+
+def _head(layout: Layout, names: Collection[str]) -> str | None:
+    """The head's name: a layout's own, else another that transformers reads for it."""
+    others = (HEAD, f"language_model.{HEAD}") if "language_model." in layout.prefix else (HEAD,)
+    return next((name for name in (layout.head, *others) if name in names), None)
+
+
+def _unknown(family: Family, names: Collection[str], folder: Path) -> GemmaAwqError:
+    wanted = f"{family.layouts[0].prefix}{EMBEDDING}"
+    found = sorted((name for name in names if name.endswith(EMBEDDING)), key=len)
+    if not found:
+        held = f"it holds {', '.join(sorted(names)[:3])}, ..." if names else "its files hold no tensors"
+        return GemmaAwqError(
+            f"{folder} holds no embedding: there is no {wanted}; {held}.",
+            "If another tool wrote the files, convert them to transformers' format. Otherwise: " + REDOWNLOAD
+            if names
+            else REDOWNLOAD,
+        )
+    prefix = found[0].removesuffix(EMBEDDING)
+    message = f"The tensors in {folder} are named {found[0]} and the like, not {wanted}."
+    if prefix.startswith("base_model.model."):
+        return GemmaAwqError(f"{message} The prefix base_model.model. is PEFT's.", MERGE)
+    for wrapper, hint in _WRAPPERS.items():
+        if prefix.startswith(wrapper):
+            return GemmaAwqError(f"{message} The prefix is {wrapper}", hint)
+    return GemmaAwqError(
+        message,
+        f"Rename the tensors from {prefix}* to {family.layouts[0].prefix}*, or give the model that transformers saved.",
+    )
+
+
+def unread(family: Family, layout: Layout, names: Iterable[str], quantized: bool) -> list[str]:
+    """The tensors that nobody reads, here or in transformers, and that are not copied; known buffers apart."""
+    known = set(_layer_modules(family, quantized))
+    own = {f"{layout.prefix}{EMBEDDING}", f"{layout.prefix}{NORM}", layout.head}
+    start = f"{layout.prefix}layers."
+    left = []
+    for name in names:
+        if name in own or name.startswith(family.companions or ("\0",)) or BUFFERS.search(name):
+            continue
+        place = _LAYER.fullmatch(name.removeprefix(layout.prefix)) if name.startswith(start) else None
+        if place is None or place[2] not in known:
+            left.append(name)
+    return sorted(left)
+
+
+def layers_of(layout: Layout, names: Iterable[str]) -> int:
+    """How many layers the names tell of: the largest index and one."""
+    start = f"{layout.prefix}layers."
+    places = (_LAYER.fullmatch(name.removeprefix(layout.prefix)) for name in names if name.startswith(start))
+    return max((int(place[1]) + 1 for place in places if place), default=0)
+
+
+def _layer_modules(family: Family, quantized: bool) -> Iterator[str]:
+    """A layer's tensors by their names in it."""
+    for group in family.groups:
+        for linear in group.linears:
+            yield from (f"{linear}.{kind}" for kind in (PACKED if quantized else ("weight",)))
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if family.post_norms:
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
+    if family.query_norms:
+        norms += ["self_attn.q_norm", "self_attn.k_norm"]
+    yield from (f"{norm}.weight" for norm in norms)

@@ -1,0 +1,59 @@
+"""What a config says of how a checkpoint is quantized, in one spelling; and what to tell of what we do not read."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.files import CONFIG, CORRECT, read_json, require_inside
+
+SECTION = "quantization_config"
+QUANT_CONFIG = "quant_config.json"  # where llm-awq and early AutoAWQ said it
+# Of AWQ alone, as AutoAWQ spells them in its quant_config.json, and GPTQModel in config.json -> as transformers does.
+_SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
+_DEFAULTS = {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}  # transformers' AwqConfig
+ORIGINAL = "Give the original 16-bit checkpoint: `gemma-awq quantize` makes a 4-bit artifact of it."
+
+
+def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The quantization section; None for a checkpoint that is not quantized. AWQ's keys are transformers' own."""
+    section = config.get(SECTION)
+    if section is None:
+        section = _beside(folder)
+    if section is None:
+        return None
+    if not isinstance(section, dict):
+        raise GemmaAwqError(f"{folder / CONFIG}: {SECTION} is not a JSON object.", CORRECT)
+    if not names_awq(section):
+        return section
+    said = {key: value for key, value in section.items() if value is not None}
+    aliases = {ours: said.pop(theirs) for theirs, ours in _SPELLINGS.items() if theirs in said}
+    found: dict[str, Any] = {**_DEFAULTS, **aliases, **said, "quant_method": "awq"}
+    if section.get("backend") == "llm-awq":  # transformers' name for another packing
+        found["version"] = "llm-awq"
+    found["version"] = str(found["version"]).lower()
+    return found
+
+
+def names_awq(section: Mapping[str, Any]) -> bool:
+    return str(section.get("quant_method")).lower() == "awq"
+
+
+def _beside(folder: Path) -> dict[str, Any] | None:
+    path = folder / QUANT_CONFIG
+    if not path.is_file():
+        return None
+    require_inside(folder, path)
+    found = read_json(path)
+    return {"quant_method": "awq", **found} if "w_bit" in found or "quant_method" in found else None
+
+
+def describe(section: Mapping[str, Any]) -> str:
+    """A quantization in a few words: `awq gemv 4-bit`."""
+    method = section.get("quant_method")
+    if method is None:
+        return "an unnamed method"
+    details = [section.get("version") if names_awq(section) else section.get("format")]
+    bits = section.get("bits")
+    words = [str(method), *(str(word) for word in details if isinstance(word, str))]
+    return " ".join(word[:40] for word in words) + (f" {bits}-bit" if isinstance(bits, int) else "")

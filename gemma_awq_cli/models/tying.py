@@ -1,0 +1,74 @@
+"""Whether a checkpoint's head is its embedding, from its config and its files, as transformers decides it.
+
+transformers asks the class that loads the model, so of a multimodal config the top level counts and `text_config` does
+not. Where the config says tied and the files hold a head of its own, it uses that head and only warns; here the user
+has to say which one is meant, because other readers would drop it.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.families import Layout
+from gemma_awq_cli.models.files import CONFIG
+from gemma_awq_cli.models.layouts import EMBEDDING
+from gemma_awq_cli.models.weight_files import TensorInfo, read_tensors
+
+TIE = "tie_word_embeddings"
+_ROWS = 8192  # of the vocabulary, compared at a time
+
+
+def is_tied(config: Mapping[str, Any], layout: Layout, tensors: Mapping[str, TensorInfo], where: str) -> bool:
+    """Whether the head is the embedding. config: config.json as it is; where: the folder, for errors.
+
+    An error if the config says tied and the files hold another head, or untied and they hold none.
+    """
+    declared = config.get(TIE, True)  # the default of every Gemma
+    if declared is not None and not isinstance(declared, bool):
+        raise GemmaAwqError(f"{where}: {CONFIG} has {TIE} {declared!r:.50}.", "It is true or false.")
+    section = config.get("text_config")
+    below = section.get(TIE) if isinstance(section, dict) else None
+    embedding = f"{layout.prefix}{EMBEDDING}"
+    head, embedded = tensors.get(layout.head), tensors.get(embedding)
+    if not declared:
+        if head is None:
+            raise GemmaAwqError(
+                f"{CONFIG} of {where} has {TIE} {_json(declared)}, but the files hold no {layout.head}.",
+                f"If the head is the embedding, set {TIE} to true in {CONFIG}, at its top level.",
+            )
+        return False
+    if head is None or embedded is None or _equal(tensors, layout.head, embedding):
+        return True
+    if below is False:  # the older place of the same statement
+        return False
+    says = f"says that the head is the embedding ({TIE})" if TIE in config else f"has no {TIE}, which means true"
+    raise GemmaAwqError(
+        f"{CONFIG} of {where} {says}, but the files hold a {layout.head} that differs from {embedding}.",
+        f"If the model has a head of its own, set {TIE} to false in {CONFIG}, at its top level. If not, remove "
+        f"{layout.head} from the files.",
+    )
+
+
+def with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
+    """A config that says at all its levels whether the head is the embedding: readers ask different ones."""
+    stated = dict(config)
+    if not tied or TIE in stated:
+        stated[TIE] = tied
+    section = stated.get("text_config")
+    if isinstance(section, dict) and (not tied or TIE in section):
+        stated["text_config"] = {**section, TIE: tied}
+    return stated
+
+
+def _equal(tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
+    if tensors[one].shape != tensors[other].shape:
+        return False
+    read = read_tensors(tensors, [one, other])
+    parts = zip(read[one].split(_ROWS), read[other].split(_ROWS), strict=True)
+    return all(torch.equal(a.float(), b.float()) for a, b in parts)
+
+
+def _json(value: object) -> str:
+    return "null" if value is None else str(value).lower()
