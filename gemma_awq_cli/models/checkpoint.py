@@ -16,8 +16,13 @@ from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family, Layout, family_of
+from gemma_awq_cli.models.architecture import require_rope, shape_of
+from gemma_awq_cli.models.awq_section import awq_group_size, is_awq
+from gemma_awq_cli.models.config_values import count_layers, require_sound, text_values
+from gemma_awq_cli.models.expected_tensors import Expected, require_tensors, text_tensors
 from gemma_awq_cli.models.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
 from gemma_awq_cli.models.plain_config import plain_text_config
+from gemma_awq_cli.models.text_config import transformers_text_config
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -131,27 +136,31 @@ class Checkpoint:
         if not isinstance(model_type, str):
             raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", "Give a Hugging Face checkpoint folder.")
         self.family: Family = family_of(model_type)
-        self.facts: Any = plain_text_config(self.raw_config) or self.text_config
         self.tensors = read_headers(folder)
         self.layout = self._find_layout()
+        layers = count_layers(self.tensors, self.layout.prefix)
+        self._values = text_values(self.raw_config, self.family, folder / CONFIG, layers)
+        self.facts: Any = plain_text_config(self._values) or self.text_config
+        self._require_text()
 
     @cached_property
-    def config(self) -> Any:
-        """The transformers config, read when it is first asked for: importing transformers takes a second."""
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            kind = self.family.model_type
-            raise GemmaAwqError(
-                f"{self.folder / CONFIG} is not a readable {kind} config: {error}.", REDOWNLOAD
-            ) from None
-
-    @property
     def text_config(self) -> Any:
-        """The language model's part of the transformers config."""
-        return self.config.get_text_config()
+        """transformers' config of the language model, made when it is first asked for: importing takes a second."""
+        return transformers_text_config(self._values, self.folder / CONFIG)
+
+    def _require_text(self) -> None:
+        """An error unless config and tensors agree in all that a forward relies on. Everything after trusts it."""
+        where, shape = self.folder / CONFIG, shape_of(self.facts, self.family)
+        require_sound(self.facts, where)
+        if self.quantization is None or is_awq(self.quantization):
+            require_tensors(self.tensors, self.text_tensors(), self.folder)
+            require_rope(self.facts, shape, where)
+
+    def text_tensors(self) -> dict[str, Expected]:
+        """What the language model needs of the files, by the names there: all of it is in `tensors`."""
+        group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
+        expected = text_tensors(shape_of(self.facts, self.family), self.tied_head, group_size)
+        return {self.key(name): one for name, one in expected.items()}
 
     def _find_layout(self) -> Layout:
         for layout in self.family.layouts:
@@ -212,17 +221,3 @@ class Checkpoint:
         for key, tensor in stored.items():
             require_finite(key, tensor)
         return {name: stored[key] for name, key in keys.items()}
-
-    def require_shapes(self, expected: Mapping[str, torch.Size]) -> None:
-        """Every tensor that the model needs is there in the shape that the config says."""
-        missing = [self.key(name) for name in expected if self.key(name) not in self.tensors]
-        if missing:
-            raise GemmaAwqError(f"{self.folder} lacks {len(missing)} tensors: {', '.join(missing[:3])} ...", REDOWNLOAD)
-        for name, shape in expected.items():
-            info = self.tensors[self.key(name)]
-            if info.shape != tuple(shape):
-                raise GemmaAwqError(
-                    f"{info.file.name}: {self.key(name)} has shape {list(info.shape)}, but config.json asks for "
-                    f"{list(shape)}.",
-                    "The config and the weights are of different models. " + REDOWNLOAD,
-                )

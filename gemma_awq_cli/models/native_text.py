@@ -18,8 +18,9 @@ from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of, wanted_of
+from gemma_awq_cli.models.expected_tensors import linear_shapes
 from gemma_awq_cli.models.kv_cache import KVCache, make_cache
-from gemma_awq_cli.models.text_weights import JOINED, LayerReader, linear_shapes, read_embedding, read_final_gain
+from gemma_awq_cli.models.text_weights import JOINED, LayerReader, read_embedding, read_final_gain
 from gemma_awq_cli.models.torch_text import read_torch_text
 
 _KINDS = {"int8": native.INT8, "int4": native.INT4}
@@ -55,8 +56,8 @@ def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int |
     if group_size is not None:
         refusals = [native.refusal(size, group_size) for size in (arch.hidden, arch.query_size, arch.intermediate)]
         return next(filter(None, refusals), None)
-    wide = [info for info in checkpoint.tensors.values() if info.dtype != torch.bfloat16]
-    return f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {wide[0].dtype}" if wide else None
+    wide = {checkpoint.tensors[name].dtype for name in checkpoint.text_tensors()} - {torch.bfloat16}
+    return f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {min(map(str, wide))}" if wide else None
 
 
 def read_native_text(
