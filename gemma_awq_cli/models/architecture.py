@@ -127,6 +127,13 @@ def require_rope(config: Any, shape: TextShape, where: Path) -> None:
                 f"{where}: partial_rotary_factor is {own['partial_rotary_factor']:g}; a Gemma turns its heads whole.",
                 HINT,
             )
+        for name in ("short_factor", "long_factor"):  # transformers takes one or the other by the text's length
+            if len(own.get(name) or [0] * (shape.head_dim // 2)) != shape.head_dim // 2:
+                raise GemmaAwqError(
+                    f"{where}: {name} has {len(own[name])} entries, not one for each pair of head_dim "
+                    f"{shape.head_dim}.",
+                    HINT,
+                )
         with library_errors(f"{where}: rotary parameters of type {own['rope_type']} cannot be used", HINT):
             rope = _rope(config, kind, shape.head_dim)
         numbers = [*rope.inv_freq.tolist(), rope.factor]

@@ -130,9 +130,11 @@ _ROPE: Mapping[str, Kind] = {
     "high_freq_factor": number(1e-3, 1e6),
 }
 _VISION = {
+    "model_type": one_of(["siglip_vision_model"]),
     "num_hidden_layers": whole(1, MAX_LAYERS),
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_channels"), SIZE),
 }
+_UNREAD = {"num_labels": whole(0, 100_000)}  # by us: transformers makes a list of so many
 
 
 def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: int) -> dict[str, Any]:
@@ -151,6 +153,8 @@ def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: 
         own = section.get("model_type", model_type)
         _require(where, "text_config.model_type", own, one_of([model_type]))
     _require_known_forward(where, prefix, section)
+    _checked(where, "", config, _UNREAD)
+    _checked(where, prefix, section, _UNREAD)
     values = _checked(where, prefix, section, KINDS[model_type])
     for name in ("rope_scaling", "rope_parameters"):
         if values.get(name) is not None:
@@ -219,7 +223,7 @@ def _require_vision(where: Path, section: Any) -> None:
     """The tower is copied, never built; readers of the artifact build it from these."""
     if section is not None:
         _require(where, "vision_config", section, OBJECT)
-        _checked(where, "vision_config.", section, _VISION)
+        _checked(where, "vision_config.", section, {**_VISION, **_UNREAD})
 
 
 def _require_known_forward(where: Path, prefix: str, section: Mapping[str, Any]) -> None:

@@ -109,7 +109,8 @@ def require_tensors(tensors: Mapping[str, "TensorInfo"], expected: Mapping[str, 
     """
     if missing := [name for name in expected if name not in tensors]:
         said = f"the tensor {missing[0]}" if len(missing) == 1 else f"{len(missing)} tensors: {', '.join(missing[:3])}"
-        raise GemmaAwqError(f"{where} lacks {said}{' ...' if len(missing) > 3 else ''}.", REDOWNLOAD)
+        more = " and so on" if len(missing) > 3 else ""
+        raise GemmaAwqError(f"{where} lacks {said}{more}, which {CONFIG} asks for.", REDOWNLOAD)
     for name, one in expected.items():
         info = tensors[name]
         if info.shape != one.shape:

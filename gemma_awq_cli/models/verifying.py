@@ -14,6 +14,7 @@ from gemma_awq_cli.models.files import CONFIG, INDEX, read_json
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.text_config import require_loadable
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:
@@ -23,6 +24,7 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint(folder)
     group_size = require_awq(checkpoint)
+    require_loadable(checkpoint.raw_config, folder / CONFIG)
     model = meta_model(checkpoint.text_config)
     compared = 0
     linears = [(n, m) for n, m in model.named_modules() if n.startswith("model.layers.") and hasattr(m, "in_features")]
@@ -94,7 +96,8 @@ def _require_index(checkpoint: Checkpoint) -> None:
             raise GemmaAwqError(
                 f"{index} says {weight_map.get(name, 'nothing')} of {name}, which lies in {info.file.name}.", REMAKE
             )
-    total = declared.get("metadata", {}).get("total_size")
+    metadata = declared.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total != (stored := sum(info.nbytes for info in checkpoint.tensors.values())):
         raise GemmaAwqError(f"{index} says {total} bytes of tensors; the files hold {stored}.", REMAKE)
 
