@@ -4,12 +4,12 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.scratch import scratch_file
 
 
 class WorkerEndedError(GemmaAwqError):
@@ -28,7 +28,7 @@ class Worker:
         self.name = name
         own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         read, write = os.pipe()
-        self._chatter = tempfile.TemporaryFile()  # noqa: SIM115 (as long as the process)
+        self._chatter = scratch_file()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "gemma_awq_cli.bench_worker"],
             stdin=subprocess.PIPE,

@@ -6,11 +6,9 @@ vocabulary at a time, so that a large original needs no more memory here than fo
 """
 
 import copy
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.scratch import scratch_folder
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
@@ -172,11 +171,11 @@ def measure(
     stack = TextStack(reference, device)
     other = OtherStack(artifact, stack)
     layers = reference.layers
-    with tempfile.TemporaryDirectory(prefix="gemma-awq-") as scratch, matmul_precision(precision):
+    with scratch_folder() as scratch, matmul_precision(precision):
         sides = []
-        with write_errors(Path(scratch), "set TMPDIR to another folder"):
+        with write_errors(scratch, "set TMPDIR to another folder"):
             for name, embed in (("reference", stack.embedder(rows)), ("other", other.embedder(rows))):
-                folder = Path(scratch) / name
+                folder = scratch / name
                 folder.mkdir()
                 hidden = HiddenStates(folder, len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
                 hidden.start(rows, embed)

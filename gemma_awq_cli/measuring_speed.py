@@ -76,13 +76,13 @@ def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) ->
     started = time.perf_counter()
     opened = open_kind(kind, path, device)
     config = opened.checkpoint.facts
-    opened.session(1, 1).feed([[int(config.bos_token_id)]])  # what is read lazily is read now
+    bos = opened.prompter.bos if config.bos_token_id is None else int(config.bos_token_id)
+    opened.session(1, 1).feed([[bos]])  # what is read lazily is read now
     seconds = time.perf_counter() - started
     if kind in ("int8", "nf4"):
         weight_bytes = _held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
     else:
         weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype, opened.forward.head)
-    bos = int(config.bos_token_id)
     return Subject(
         partial(time_sessions, opened.session, bos), int(config.vocab_size), int(config.max_position_embeddings), bos,
         str(opened.dtype).removeprefix("torch."), weight_bytes, seconds,
@@ -113,7 +113,7 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> Subject:
     share = min(0.9, needed / _total_memory())
     engine = VllmEngine(checkpoint, Prompter(path), tokens, rows, memory_share=share)
     config = checkpoint.text_config
-    bos = int(config.bos_token_id)
+    bos = engine.prompter.bos
     engine.timed([[bos]], 1)
     seconds = time.perf_counter() - started
 

@@ -41,6 +41,7 @@ from gemma_awq_cli.models.quantization import ORIGINAL, describe
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
+from gemma_awq_cli.models.text_config import require_loadable
 from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 from gemma_awq_cli.models.writing import TensorWriter, write_json
@@ -114,6 +115,7 @@ def quantize(
     An interrupted run keeps its finished layers; `resume` goes on after them, or returns the artifact if it is whole.
     """
     started = time.perf_counter()
+    require_loadable(artifact_config(checkpoint, plan), checkpoint.folder / CONFIG)
     fingerprint = make_fingerprint(checkpoint, stack, plan, rows, arguments)
     staged = require_free(target, force, resume)
     if resume and (found := _found(target, fingerprint, force)) is not None:

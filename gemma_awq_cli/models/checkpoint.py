@@ -14,11 +14,15 @@ from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import GEMMA3, GEMMA3_TEXT, Family, Layout, family_of
-from gemma_awq_cli.models.files import CONFIG, CORRECT, REDOWNLOAD, read_json, require_inside
+from gemma_awq_cli.models.architecture import require_rope, shape_of
+from gemma_awq_cli.models.config_values import require_sound, text_values
+from gemma_awq_cli.models.expected_tensors import Expected, require_tensors, text_tensors
+from gemma_awq_cli.models.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.layouts import EMBEDDING, find_layout, layers_of, unread
 from gemma_awq_cli.models.plain_config import plain_text_config
-from gemma_awq_cli.models.quantization import SECTION, names_awq, quantization_of
+from gemma_awq_cli.models.quantization import SECTION, awq_group_size, is_awq, names_awq, quantization_of
+from gemma_awq_cli.models.text_config import transformers_text_config
 from gemma_awq_cli.models.tying import TIE, is_tied
 from gemma_awq_cli.models.weight_files import find_weights, raw_bytes, read_headers, read_tensors, require_finite, some
 from gemma_awq_cli.reading import read_bytes
@@ -56,27 +60,37 @@ class Checkpoint:
         self.layout = find_layout(self.family, self.tensors, folder)
         self._require_weights_as_declared()
         self.tied_head = is_tied(config, self.layout, self.tensors, str(folder))
-        # after the headers: what the config asks for can be held against what is there before anything is built from it
-        self.facts: Any = plain_text_config(self.raw_config) or self.text_config
+        # after the headers: what the config asks for is held against what is there before anything is built from it
+        layers = layers_of(self.layout, self.tensors)
+        values = text_values(self.raw_config, self.family, folder / CONFIG, layers)
+        self._values = {**values, TIE: self.tied_head}
+        self.facts: Any = plain_text_config(self._values) or self.text_config
+        self._require_text(layers)
         self.notes = (*notes, *self._unread())
 
     @cached_property
-    def config(self) -> Any:
-        """The transformers config, read when it is first asked for: importing transformers takes a second."""
-        from transformers import AutoConfig
-
-        try:
-            return AutoConfig.from_pretrained(self.folder, local_files_only=True)
-        except (ValueError, TypeError, KeyError, OSError) as error:
-            kind = self.family.model_type
-            raise GemmaAwqError(f"{self.folder / CONFIG} is not a readable {kind} config: {error}.", CORRECT) from None
-
-    @cached_property
     def text_config(self) -> Any:
-        """The language model's part of the transformers config."""
-        config = self.config.get_text_config()
-        config.tie_word_embeddings = self.tied_head
-        return config
+        """transformers' config of the language model, made when it is first asked for: importing takes a second."""
+        return transformers_text_config(self._values, self.folder / CONFIG)
+
+    def _require_text(self, layers: int) -> None:
+        """An error unless config and tensors agree in all that a forward relies on. Everything after trusts it."""
+        where, shape = self.folder / CONFIG, shape_of(self.facts, self.family)
+        require_sound(self.facts, where)
+        if self.layers != layers:  # by default: what config.json itself says was compared before
+            raise GemmaAwqError(
+                f"{where} has no num_hidden_layers, which means {self.layers}, but the files hold {layers} layers.",
+                f"Set num_hidden_layers to {layers}, or use the {CONFIG} that belongs to the weights.",
+            )
+        if self.quantization is None or is_awq(self.quantization):
+            require_tensors(self.tensors, self.text_tensors(), self.folder)
+            require_rope(self.facts, shape, where)
+
+    def text_tensors(self) -> dict[str, Expected]:
+        """What the language model needs of the files, by the names there: all of it is in `tensors`."""
+        group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
+        expected = text_tensors(shape_of(self.facts, self.family), self.tied_head, group_size)
+        return {self.key(name): one for name, one in expected.items()}
 
     def _require_weights_as_declared(self) -> None:
         """An error if the weights are packed and the config does not say so, or the other way round."""
@@ -93,12 +107,7 @@ class Checkpoint:
             )
 
     def _unread(self) -> list[str]:
-        """A note on tensors that nobody reads; an error if there are more layers than the config says."""
-        if (found := layers_of(self.layout, self.tensors)) > self.layers:
-            raise GemmaAwqError(
-                f"{CONFIG} of {self.folder} says {self.layers} layers, but the files hold {found}.",
-                f"Set num_hidden_layers to {found}, or use the {CONFIG} that belongs to the weights.",
-            )
+        """A note on tensors that nobody reads."""
         names = unread(self.family, self.layout, self.tensors, self.quantization is not None)
         return [f"Tensors that this model does not have, and that are not read: {some(names)}."] if names else []
 
@@ -146,23 +155,6 @@ class Checkpoint:
         for key, tensor in stored.items():
             require_finite(key, tensor)
         return {name: stored[key] for name, key in keys.items()}
-
-    def require_shapes(self, expected: Mapping[str, torch.Size]) -> None:
-        """Every tensor that the model needs is there in the shape that the config says."""
-        missing = [self.key(name) for name in expected if self.key(name) not in self.tensors]
-        if missing:
-            raise GemmaAwqError(
-                f"{self.folder} lacks {len(missing)} tensors: {some(missing)}.",
-                f"If {CONFIG} is of another model, use the one that belongs to the weights. Otherwise: {REDOWNLOAD}",
-            )
-        for name, shape in expected.items():
-            info = self.tensors[self.key(name)]
-            if info.shape != tuple(shape):
-                raise GemmaAwqError(
-                    f"{info.file.name}: {self.key(name)} has shape {list(info.shape)}, but config.json asks for "
-                    f"{list(shape)}.",
-                    f"Config and weights are of different models: use the {CONFIG} that belongs to the weights.",
-                )
 
 
 def _key(module_name: str, layout: Layout) -> str:

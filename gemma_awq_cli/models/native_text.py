@@ -5,7 +5,7 @@ and for long prompts of 16-bit checkpoints the better way.
 """
 
 from collections.abc import Sequence
-from ctypes import c_int64, c_void_p
+from ctypes import c_void_p
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,13 +13,15 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.kernels.head import head_group
-from gemma_awq_cli.kernels.native import library as lib
 from gemma_awq_cli.kernels.native import linear as native
+from gemma_awq_cli.kernels.native import structures
+from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of, wanted_of
+from gemma_awq_cli.models.expected_tensors import linear_shapes
 from gemma_awq_cli.models.kv_cache import KVCache, make_cache
-from gemma_awq_cli.models.text_weights import JOINED, LayerReader, linear_shapes, read_embedding, read_final_gain
+from gemma_awq_cli.models.text_weights import JOINED, LayerReader, read_embedding, read_final_gain
 from gemma_awq_cli.models.torch_text import read_torch_text
 
 _KINDS = {"int8": native.INT8, "int4": native.INT4}
@@ -34,9 +36,9 @@ class NativeText:
     linears: of all layers, joined; dense: the same 16-bit weights for the torch decoder, None for an artifact.
     """
 
-    library: lib.Library
+    library: Library
     arch: Architecture
-    spec: lib.ModelSpec
+    spec: structures.ModelSpec
     linears: tuple[native.NativeLinear, ...]
     head: native.NativeLinear
     dense: TextWeights | None
@@ -55,12 +57,12 @@ def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int |
     if group_size is not None:
         refusals = [native.refusal(size, group_size) for size in (arch.hidden, arch.query_size, arch.intermediate)]
         return next(filter(None, refusals), None)
-    wide = [info for info in checkpoint.tensors.values() if info.dtype != torch.bfloat16]
-    return f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {wide[0].dtype}" if wide else None
+    wide = {checkpoint.tensors[name].dtype for name in checkpoint.text_tensors()} - {torch.bfloat16}
+    return f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {min(map(str, wide))}" if wide else None
 
 
 def read_native_text(
-    library: lib.Library, checkpoint: Checkpoint, arch: Architecture, group_size: int | None, head: str
+    library: Library, checkpoint: Checkpoint, arch: Architecture, group_size: int | None, head: str
 ) -> NativeText:
     """All weights of the language model, repacked for the compiled kernels; 16-bit ones stay where they are mapped."""
     embedding, weight = (tensor.to(torch.bfloat16).contiguous() for tensor in read_embedding(checkpoint))
@@ -69,7 +71,7 @@ def read_native_text(
     keep: list[Any] = []
     linears: list[native.NativeLinear] = []
     ropes = {id(rope): (rope, rope.inv_freq.to(torch.float32).contiguous()) for rope in arch.ropes}
-    layers = (lib.LayerSpec * arch.layers)()
+    layers = (structures.LayerSpec * arch.layers)()
     for index in range(arch.layers):
         reader = LayerReader(checkpoint, arch, index, group_size)
         layer = layers[index]
@@ -88,7 +90,7 @@ def read_native_text(
         layer.inv_freq, layer.rope_factor, layer.window = inv_freq.data_ptr(), rope.factor, arch.windows[index] or 0
     norm = read_final_gain(checkpoint, arch)
     copy = native.dense([weight]) if group is None else native.quantized(library, weight, _KINDS[head], group, arena)
-    spec = lib.ModelSpec(
+    spec = structures.ModelSpec(
         hidden=arch.hidden, intermediate=arch.intermediate, heads=arch.heads, kv_heads=arch.kv_heads,
         head_dim=arch.head_dim, layers=arch.layers, eps=arch.eps,
         embed_scale=float(torch.tensor(arch.embed_scale, dtype=torch.bfloat16)), query_scale=arch.query_scale,
@@ -145,10 +147,10 @@ class NativeSession:
         # 16-bit weights meet many tokens faster in torch's bf16 products; both decoders keep the same cache
         self._torch = None if self._text.dense is None else DecoderSession(self._text.dense, 0, 0, cache)
         layers = self._text.arch.layers
-        self._spec = lib.CacheSpec(
+        self._spec = structures.CacheSpec(
             keys=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.keys)),
             values=(c_void_p * layers)(*(layer.data_ptr() for layer in self._cache.values)),
-            slots=(c_int64 * layers)(*(layer.shape[2] for layer in self._cache.keys)),
+            slots=structures.int64s(layer.shape[2] for layer in self._cache.keys),
         )
 
     def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
@@ -181,7 +183,7 @@ class NativeSession:
     def _forward(self, pieces: Sequence[Piece], ids: Sequence[int], wanted: Sequence[int]) -> Tensor:
         """Logits after the last `wanted` tokens of each piece, in their order."""
         count = len(pieces)
-        specs = (lib.PieceSpec * count)()
+        specs = (structures.PieceSpec * count)()
         offset = 0
         for spec, piece in zip(specs, pieces, strict=True):
             spec.row, spec.start, spec.count, spec.offset = piece.row, piece.start, piece.count, offset
@@ -189,7 +191,7 @@ class NativeSession:
         logits = torch.empty(sum(wanted), self._text.arch.vocabulary)
         flat = torch.tensor(ids, dtype=torch.int32)
         self._text.library.forward(
-            self._text.spec, self._spec, specs, count, flat.data_ptr(), len(ids), (c_int64 * count)(*wanted),
+            self._text.spec, self._spec, specs, count, flat.data_ptr(), len(ids), structures.int64s(wanted),
             logits.data_ptr(), torch.get_num_threads(),
         )  # fmt: skip
         return logits

@@ -20,6 +20,7 @@ from gemma_awq_cli.models import architecture
 from gemma_awq_cli.models.cache import cache_folder
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
+from gemma_awq_cli.models.expected_tensors import linear_shapes
 from gemma_awq_cli.models.memory import memory_errors, require_memory
 from gemma_awq_cli.models.native_text import (
     NativeSession,
@@ -32,7 +33,6 @@ from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter, begin_loading
 from gemma_awq_cli.models.session import Session, TransformersSession
-from gemma_awq_cli.models.text_weights import linear_shapes, require_text_shapes
 from gemma_awq_cli.models.torch_text import read_torch_text
 from gemma_awq_cli.models.transformers_model import build_model
 
@@ -175,7 +175,6 @@ def choose_forward(
         report, slow = linear_report(checkpoint, group_size, device, dtype)
         return Forward(None, (f"forward: transformers' modules ({unknown})", *report), slow)
     arch = architecture.architecture_of(checkpoint.facts, checkpoint.family)
-    require_text_shapes(checkpoint, arch)
     if head != DENSE_HEAD and head_group(head, arch.hidden) is None:
         head = DENSE_HEAD
     library = f"it computes in bfloat16 and float32, not {dtype}" if dtype != torch.bfloat16 else None
@@ -207,6 +206,6 @@ def linear_report(
 
 
 def _first_layer(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple[str, Any]]:
-    shapes = linear_shapes(architecture.architecture_of(checkpoint.facts, checkpoint.family))
+    shapes = linear_shapes(architecture.shape_of(checkpoint.facts, checkpoint.family))
     for name, (outputs, inputs) in shapes.items():
         yield name.rpartition(".")[2], read_packed(checkpoint, f"model.layers.0.{name}", inputs, outputs, group_size)

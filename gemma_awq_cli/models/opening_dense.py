@@ -45,7 +45,6 @@ def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: P
     model = meta_model(checkpoint.text_config)
     _set_attention(model, precision.attention, devices[0])
     shapes = parameter_shapes(model, checkpoint.tied_head)
-    checkpoint.require_shapes(shapes)
     if precision.quantization is not None:
         _require_bitsandbytes()
     needed = memory_needed(shapes, dtype, precision.quantization)

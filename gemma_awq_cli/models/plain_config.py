@@ -17,11 +17,11 @@ _LAYER_TYPES = {"sliding_attention", "full_attention"}
 _CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
 
 
-def plain_text_config(raw: Mapping[str, Any]) -> SimpleNamespace | None:
-    """What architecture.py reads, under transformers' names, of a config.json; None: ask transformers."""
-    section = raw.get("text_config") if raw.get("model_type") == "gemma3" else raw
-    if not isinstance(section, dict):
-        return None
+def plain_text_config(section: Mapping[str, Any]) -> SimpleNamespace | None:
+    """What architecture.py reads, under transformers' names, of the values of a config.json; None: ask transformers.
+
+    section: what `config_values.text_values` found sound.
+    """
     first = section.get("model_type") == "gemma"
     activation = section.get("hidden_activation") or section.get("hidden_act" if first else "hidden_activation")
     usual = (

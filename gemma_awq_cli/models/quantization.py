@@ -8,6 +8,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import CONFIG, CORRECT, read_json, require_inside
 
 SECTION = "quantization_config"
+GROUP_MULTIPLE = 8  # no writer of the layout makes smaller groups, and no kernel reads others
 QUANT_CONFIG = "quant_config.json"  # where llm-awq and early AutoAWQ said it
 # Of AWQ alone, as AutoAWQ spells them in its quant_config.json, and GPTQModel in config.json -> as transformers does.
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
@@ -37,6 +38,25 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
 
 def names_awq(section: Mapping[str, Any]) -> bool:
     return str(section.get("quant_method")).lower() == "awq"
+
+
+def is_awq(section: Mapping[str, Any]) -> bool:
+    """Whether the section names the one layout that is read: AutoAWQ's 4-bit GEMM."""
+    bits = section.get("bits")
+    return names_awq(section) and section.get("version") == "gemm" and type(bits) is int and bits == 4
+
+
+def awq_group_size(section: Mapping[str, Any], where: object) -> int:
+    """The group size; an error for any other kind of quantization. where: the checkpoint, for errors."""
+    if not is_awq(section):
+        raise GemmaAwqError(f"{where} is quantized as {describe(section)}; only 4-bit AWQ (gemm) is read.", ORIGINAL)
+    group_size = section.get("group_size")
+    if type(group_size) is not int or group_size <= 0 or group_size % GROUP_MULTIPLE:
+        raise GemmaAwqError(
+            f"{where}: {SECTION} has group_size {str(group_size)[:40]}; it must be a multiple of {GROUP_MULTIPLE}.",
+            ORIGINAL,
+        )
+    return group_size
 
 
 def _beside(folder: Path) -> dict[str, Any] | None:

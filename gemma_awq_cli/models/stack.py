@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.config_values import HINT
+from gemma_awq_cli.reading import library_errors
 
 LOGIT_CHUNK = 512  # vocabulary entries that logits are computed for at a time: they stay in the cache
 
@@ -20,7 +22,7 @@ def meta_model(text_config: Any) -> Any:
     """transformers' causal model of this config, without memory: every parameter on the meta device."""
     from transformers import AutoModelForCausalLM
 
-    with torch.device("meta"):
+    with library_errors("transformers cannot build this model", HINT), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(copy.deepcopy(text_config), dtype=torch.float32)
     return model.eval()
 
@@ -54,7 +56,6 @@ class TextStack:
         self.config = checkpoint.text_config
         self.model = meta_model(self.config)
         self.shapes = parameter_shapes(self.model, checkpoint.tied_head)
-        checkpoint.require_shapes(self.shapes)
         self._layers = list(self.model.model.layers)
         self._arguments: dict[int, list[dict[str, Any]]] = {}
 

@@ -1,6 +1,6 @@
 """A checkpoint's language model as the decode paths want it: joined linears and norm gains, layer by layer.
 
-The torch decoder and the compiled one both read through `LayerReader`; shapes are checked before anything is read.
+The torch decoder and the compiled one both read through `LayerReader`.
 """
 
 from dataclasses import dataclass
@@ -11,61 +11,15 @@ from torch import Tensor
 from gemma_awq_cli.awq.pack import PackedWeight
 from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.expected_tensors import EMBEDDING, FINAL_NORM, HEAD, linear_shapes, norm_names
 from gemma_awq_cli.models.packed_reading import read_packed
 
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
 JOINED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     "o": ("self_attn.o_proj",),
     "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
     "down": ("mlp.down_proj",),
 }
-
-
-def linear_shapes(arch: Architecture) -> dict[str, tuple[int, int]]:
-    """[out, in] of every linear of a layer."""
-    return {
-        "self_attn.q_proj": (arch.query_size, arch.hidden),
-        "self_attn.k_proj": (arch.kv_size, arch.hidden),
-        "self_attn.v_proj": (arch.kv_size, arch.hidden),
-        "self_attn.o_proj": (arch.hidden, arch.query_size),
-        "mlp.gate_proj": (arch.intermediate, arch.hidden),
-        "mlp.up_proj": (arch.intermediate, arch.hidden),
-        "mlp.down_proj": (arch.hidden, arch.intermediate),
-    }
-
-
-def norm_names(arch: Architecture) -> dict[str, str]:
-    """A layer's norms by the decode paths' names -> by the checkpoint's. Gemma 1 has two, the others four."""
-    names = {"input_norm": "input_layernorm"}
-    if arch.post_norms:
-        names |= {
-            "attention_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "post_mlp_norm": "post_feedforward_layernorm",
-        }
-    else:
-        names["mlp_norm"] = "post_attention_layernorm"
-    if arch.query_norms:
-        names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-    return names
-
-
-def require_text_shapes(checkpoint: Checkpoint, arch: Architecture) -> None:
-    """An error unless every tensor of the language model is there in the shape that the config implies."""
-    expected = {EMBEDDING: torch.Size((arch.vocabulary, arch.hidden)), FINAL_NORM: torch.Size((arch.hidden,))}
-    if not checkpoint.tied_head:
-        expected[HEAD] = expected[EMBEDDING]
-    for index in range(arch.layers):
-        prefix = f"model.layers.{index}."
-        for kind, name in norm_names(arch).items():
-            size = arch.head_dim if kind in ("q_norm", "k_norm") else arch.hidden
-            expected[f"{prefix}{name}.weight"] = torch.Size((size,))
-        if checkpoint.quantization is None:
-            expected |= {f"{prefix}{n}.weight": torch.Size(shape) for n, shape in linear_shapes(arch).items()}
-    checkpoint.require_shapes(expected)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype
     if checkpoint.quantization is not None:
         _replace_linears(model, checkpoint, device, dtype)
     shapes = parameter_shapes(model, checkpoint.tied_head)
-    checkpoint.require_shapes(shapes)
     weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
     model.load_state_dict(weights, strict=False, assign=True)
     if checkpoint.tied_head:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 from gemma_awq_cli.models.checkpoint import Checkpoint
@@ -14,6 +14,7 @@ from gemma_awq_cli.models.files import CONFIG, INDEX, read_json
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.text_config import require_loadable
 from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 
 
@@ -24,6 +25,7 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
     """
     checkpoint = Checkpoint(folder)
     group_size = require_awq(checkpoint)
+    require_loadable(checkpoint.raw_config, folder / CONFIG)
     model = meta_model(checkpoint.text_config)
     compared = 0
     linears = [(n, m) for n, m in model.named_modules() if n.startswith("model.layers.") and hasattr(m, "in_features")]
@@ -41,7 +43,6 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
             compared += 1
     dense = parameter_shapes(model, checkpoint.tied_head)
     rest = [name for name in dense if name.removesuffix(".weight") not in {linear for linear, _ in linears}]
-    checkpoint.require_shapes({name: dense[name] for name in rest})
     for name in rest:
         checkpoint.read([name])
     return {
@@ -52,7 +53,6 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
     }
 
 
-_PACKED_DTYPES = {"qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16}
 REMAKE = "Quantize the model again, or download the artifact again."
 
 
@@ -64,18 +64,11 @@ def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Pro
     verify_artifact(folder)
     checkpoint = Checkpoint(folder)
     _require_index(checkpoint)
-    model = meta_model(checkpoint.text_config)
-    linears = {
-        checkpoint.key(f"{name}.weight").removesuffix(".weight")
-        for name, module in model.named_modules()
-        if name.startswith("model.layers.") and hasattr(module, "in_features")
-    }
-    packed = {f"{linear}.{kind}": _PACKED_DTYPES[kind] for linear in linears for kind in PackedWeight._fields}
-    for name, dtype in packed.items():
-        if checkpoint.tensors[name].dtype != dtype:
-            raise GemmaAwqError(f"{name} is stored as {checkpoint.tensors[name].dtype}, not as {dtype}.", REMAKE)
-    dense = {checkpoint.key(name) for name in parameter_shapes(model, checkpoint.tied_head)}
-    known = packed.keys() | (dense - {f"{linear}.weight" for linear in linears}) | set(checkpoint.companions())
+    expected = checkpoint.text_tensors()
+    for name in expected:
+        if name.endswith(".scales") and (dtype := checkpoint.tensors[name].dtype) != torch.float16:
+            raise GemmaAwqError(f"{name} is stored as {dtype}, not as torch.float16, the format's own.", REMAKE)
+    known = expected.keys() | set(checkpoint.companions())
     if extra := sorted(checkpoint.tensors.keys() - known):
         raise GemmaAwqError(
             f"{folder} holds {len(extra)} tensors that this model does not have: {', '.join(extra[:3])}.",
@@ -104,7 +97,8 @@ def _require_index(checkpoint: Checkpoint) -> None:
             raise GemmaAwqError(
                 f"{index} says {weight_map.get(name, 'nothing')} of {name}, which lies in {info.file.name}.", REMAKE
             )
-    total = declared.get("metadata", {}).get("total_size")
+    metadata = declared.get("metadata")
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total != (stored := sum(info.nbytes for info in checkpoint.tensors.values())):
         raise GemmaAwqError(f"{index} says {total} bytes of tensors; the files hold {stored}.", REMAKE)
 

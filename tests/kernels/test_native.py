@@ -1,5 +1,9 @@
 """The compiled kernels against torch: exact integer sums, every shape's edges, heads quantized at load, no compiler."""
 
+import ctypes
+import hashlib
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -8,6 +12,7 @@ from torch import Tensor
 
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native import linear as native
+from gemma_awq_cli.kernels.native import structures
 from gemma_awq_cli.kernels.native.library import Library
 from tests.kernels.test_kernels import packed_weight
 
@@ -91,6 +96,221 @@ def test_without_a_compiler_there_is_a_reason(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setenv("CXX", str(broken))
     assert "this compiler is broken" in str(native_library.load(tmp_path / "b"))
     assert not list((tmp_path / "b").glob("*.so"))
+
+
+COMPILER = """#!/bin/sh
+for word; do [ "$before" = -o ] && output="$word"; before="$word"; done
+echo "$@" >> {log}
+cp {made} "$output"
+"""
+
+
+@pytest.fixture
+def compiler(tmp_path: Path, library: Library, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A compiler that copies what was compiled before. Returns the file that its calls are noted in."""
+    made = next(native_folder.glob("native-*.so"))
+    program, log = tmp_path / "compiler", tmp_path / "calls"
+    program.write_text(COMPILER.format(log=log, made=made))
+    program.chmod(0o755)
+    log.touch()
+    monkeypatch.setenv("CXX", str(program))
+    native_library.load.cache_clear()
+    return log
+
+
+def loaded_anew(folder: Path) -> Library | str:
+    native_library.load.cache_clear()
+    return native_library.load(folder)
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "one byte", "text", "gone"])
+def test_a_damaged_library_is_built_anew(damage: str, tmp_path: Path, compiler: Path) -> None:
+    """Found out before it is loaded: a truncated one ends the process with SIGBUS."""
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    assert isinstance(loaded_anew(folder), Library)
+    assert len(compiler.read_text().splitlines()) == 1
+    (path,) = folder.glob("*.so")
+    whole = path.read_bytes()
+    path.unlink()  # this process has the old one mapped
+    if damage != "gone":
+        middle = len(whole) // 2
+        path.write_bytes(
+            {
+                "empty": b"",
+                "half": whole[:middle],
+                "one byte": whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :],
+                "text": b"not a library",
+            }[damage]
+        )
+    assert isinstance(loaded_anew(folder), Library)
+    assert len(compiler.read_text().splitlines()) == 2
+    (path,) = folder.glob("*.so")
+    assert path.read_bytes() == whole
+
+
+def test_a_library_of_another_machine_is_built_anew(tmp_path: Path, compiler: Path) -> None:
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    (path,) = folder.glob("*.so")
+    foreign = b"\x7fELF\x01" + path.read_bytes()[5:]  # 32 bits
+    key = path.stem.rpartition("-")[0]
+    path.unlink()
+    planted = folder / f"{key}-{hashlib.sha256(foreign).hexdigest()}.so"  # whole, as far as its name tells
+    planted.write_bytes(foreign)
+    assert isinstance(loaded_anew(folder), Library)
+    assert not planted.exists()
+
+
+def test_a_link_to_a_library_is_not_followed(tmp_path: Path, compiler: Path) -> None:
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    (path,) = folder.glob("*.so")
+    path.rename(tmp_path / path.name)
+    path.symlink_to(tmp_path / path.name)
+    assert isinstance(loaded_anew(folder), Library)
+    assert not path.is_symlink()
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
+@pytest.mark.parametrize("mode", [0o777, 0o770, 0o720, 0o702, 0o1777])
+def test_a_folder_that_others_can_write_to_is_refused(mode: int, tmp_path: Path, compiler: Path) -> None:
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    folder.chmod(mode)
+    assert "remove it" in str(loaded_anew(folder))
+    link = tmp_path / "link"
+    link.symlink_to(folder)
+    assert "other users can write" in str(loaded_anew(link))
+    folder.chmod(0o755)
+    assert isinstance(loaded_anew(link), Library)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
+@pytest.mark.parametrize("linked", [False, True])
+def test_a_folder_of_another_user_is_refused(
+    linked: bool, tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    if linked:
+        (tmp_path / "link").symlink_to(folder)
+        folder = tmp_path / "link"
+    owner = folder.stat().st_uid
+    if owner == 0:
+        os.chown(folder, 4711, -1)
+    else:
+        monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    assert "belongs to another user" in str(loaded_anew(folder))
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="POSIX permissions")
+def test_a_library_that_others_can_write_is_built_anew(tmp_path: Path, compiler: Path) -> None:
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    (path,) = folder.glob("*.so")
+    path.chmod(0o777)
+    assert isinstance(loaded_anew(folder), Library)
+    assert len(compiler.read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize("asked", ["{0} -O2", "sh {0}", "  {0}  ", "'{0}' -g", "{0}"])
+def test_a_compiler_may_have_arguments(
+    asked: str, tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spaced = tmp_path / "a folder"
+    spaced.mkdir()
+    program = (tmp_path / "compiler").rename(spaced / "compiler") if "'" in asked or asked == "{0}" else None
+    monkeypatch.setenv("CXX", asked.format(program or tmp_path / "compiler"))
+    assert isinstance(loaded_anew(tmp_path / "cache"), Library)
+    words = compiler.read_text()
+    assert ("-O2" in words) == ("-O2" in asked)
+
+
+def test_another_argument_is_another_library() -> None:
+    assert native_library._key(["/bin/sh", "-O2"]) != native_library._key(["/bin/sh", "-O3"])
+
+
+def test_an_open_quotation_is_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "g++ '-O2")
+    assert "no C++ compiler" in str(loaded_anew(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("output", [b"\xe9chec \xff\xfe", b"\xd0\xcf\xca", b"", b"\x00"])
+def test_a_compiler_may_speak_any_encoding(output: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "said").write_bytes(output)
+    program = tmp_path / "compiler"
+    program.write_text(f"#!/bin/sh\ncat {tmp_path / 'said'}\nexit 3\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("CXX", str(program))
+    assert "cannot compile them" in str(loaded_anew(tmp_path / "cache"))
+
+
+def test_a_compiler_that_makes_nothing_or_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", "true")
+    assert "cannot compile them" in str(loaded_anew(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", "cat -")  # it would read what the user types
+    assert "cannot compile them" in str(loaded_anew(tmp_path / "cache"))
+    monkeypatch.setattr(native_library, "COMPILE_SECONDS", 0.1)
+    slow = tmp_path / "slow"
+    slow.write_text("#!/bin/sh\nexec sleep 60\n")
+    slow.chmod(0o755)
+    monkeypatch.setenv("CXX", str(slow))
+    assert "did not compile" in str(loaded_anew(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("kind", ["file", "dangling link", "below a file"])
+def test_a_folder_that_cannot_be_one_is_a_reason(kind: str, tmp_path: Path, compiler: Path) -> None:
+    folder = tmp_path / "cache"
+    if kind == "dangling link":
+        folder.symlink_to(tmp_path / "nowhere" / "deep")
+    else:
+        folder.write_text("")
+        folder = folder / "native" if kind == "below a file" else folder
+    assert "cannot be compiled into" in str(loaded_anew(folder))
+
+
+def test_without_a_folder_for_temporary_files_it_is_compiled(
+    tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "none"))
+    assert isinstance(loaded_anew(tmp_path / "cache"), Library)
+
+
+@pytest.mark.parametrize("value", [2**31, 2**32 + 1, 2**63, -(2**63) - 1, 10**30])
+def test_no_integer_is_cut_off_on_its_way_to_c(value: int, library: Library) -> None:
+    for structure, name in (
+        (structures.LayerSpec(), "window"), (structures.LinearSpec(), "group"), (structures.ModelSpec(), "heads"),
+        (structures.PieceSpec(), "start"), (structures.LinearSpec(), "kind"), (structures.LinearSpec(), "data"),
+    ):  # fmt: skip
+        try:
+            setattr(structure, name, value)
+        except OverflowError:
+            continue
+        assert getattr(structure, name) == value
+        assert name != "kind"
+    with pytest.raises(OverflowError):
+        structures.LinearSpec(kind=value)
+    with pytest.raises((OverflowError, ctypes.ArgumentError)):
+        library.linear(structures.LinearSpec(), None, 0, None, value)
+    if abs(value) >= 2**63:
+        with pytest.raises(OverflowError):
+            structures.int64s([1, value])
+        with pytest.raises((OverflowError, ctypes.ArgumentError)):
+            library.large_pages(None, value)
+
+
+@pytest.mark.parametrize("value", [1e39, 1e308, float("inf"), float("nan")])
+def test_no_number_becomes_infinite_on_its_way_to_c(value: float) -> None:
+    for structure, name in ((structures.ModelSpec(), "eps"), (structures.LayerSpec(), "rope_factor")):
+        with pytest.raises(OverflowError):
+            setattr(structure, name, value)
+
+
+def test_a_field_that_is_not_there_is_refused() -> None:
+    with pytest.raises(KeyError):
+        structures.LayerSpec().windows = 3
 
 
 def test_a_library_of_other_sources_is_not_taken(

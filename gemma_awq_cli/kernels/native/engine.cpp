@@ -21,7 +21,7 @@ struct LayerSpec {
     const float* k_norm;
     const float* inv_freq;  // [D / 2]; layers with the same pointer share a table of angles
     float rope_factor;
-    int32_t window;  // 0: none
+    int64_t window;  // 0: none
 };
 
 struct ModelSpec {

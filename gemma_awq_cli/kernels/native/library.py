@@ -1,21 +1,28 @@
-"""The compiled library: built at first use into the cache folder, and what it takes, in ctypes.
+"""The compiled library: built at first use into the cache folder, and loaded from there.
 
-The structures mirror those of linear.h and engine.cpp, field by field.
+Code that lies in a folder is run, so the folder must be the user's own, and a file there must be what was built: its
+name carries the hash of its bytes, and one that is damaged is built anew.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from contextlib import suppress
+from ctypes import c_char_p
 from functools import cache
 from pathlib import Path
 
+from gemma_awq_cli.kernels.native.structures import ARGUMENTS
+from gemma_awq_cli.reading import first_line, reason_of
+
 SOURCES = Path(__file__).parent
-MAX_PARTS = 3
+COMPILE_SECONDS = 600  # it takes some twenty
 _COMPILERS = ("c++", "g++", "clang++")
 _FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w",
@@ -24,60 +31,12 @@ _FLAGS = (
 )  # fmt: skip
 
 
-class LinearSpec(ctypes.Structure):
-    _fields_ = [
-        ("kind", c_int32), ("group", c_int32), ("inputs", c_int64), ("outputs", c_int64),
-        ("data", c_void_p), ("zeros", c_void_p),
-        ("parts", c_void_p * MAX_PARTS), ("part_rows", c_int64 * MAX_PARTS),
-    ]  # fmt: skip
-
-
-class LayerSpec(ctypes.Structure):
-    _fields_ = [
-        ("qkv", LinearSpec), ("o", LinearSpec), ("gate_up", LinearSpec), ("down", LinearSpec),
-        ("input_norm", c_void_p), ("attention_norm", c_void_p), ("mlp_norm", c_void_p), ("post_mlp_norm", c_void_p),
-        ("q_norm", c_void_p), ("k_norm", c_void_p), ("inv_freq", c_void_p),
-        ("rope_factor", c_float), ("window", c_int32),
-    ]  # fmt: skip
-
-
-class ModelSpec(ctypes.Structure):
-    _fields_ = [
-        ("hidden", c_int64), ("intermediate", c_int64), ("heads", c_int64), ("kv_heads", c_int64),
-        ("head_dim", c_int64), ("layers", c_int64),
-        ("eps", c_float), ("embed_scale", c_float), ("query_scale", c_float),
-        ("attention_softcap", c_float), ("final_softcap", c_float),
-        ("embedding", c_void_p), ("norm", c_void_p), ("head", LinearSpec), ("layer", POINTER(LayerSpec)),
-        ("exact", c_void_p),
-    ]  # fmt: skip
-
-
-class CacheSpec(ctypes.Structure):
-    _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("slots", POINTER(c_int64))]
-
-
-class PieceSpec(ctypes.Structure):
-    _fields_ = [("row", c_int64), ("start", c_int64), ("count", c_int64), ("offset", c_int64)]
-
-
-_ARGUMENTS = {
-    "gaq_forward": (
-        POINTER(ModelSpec), POINTER(CacheSpec), POINTER(PieceSpec), c_int64, c_void_p, c_int64, POINTER(c_int64),
-        c_void_p, c_int32,
-    ),
-    "gaq_large_pages": (c_void_p, c_int64),
-    "gaq_linear": (POINTER(LinearSpec), c_void_p, c_int64, c_void_p, c_int32),
-    "gaq_pack_awq": (c_void_p, c_void_p, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32),
-    "gaq_quantize": (c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_int32),
-}  # fmt: skip
-
-
 class Library:
     """The functions of engine.cpp. instructions: what its arithmetic was compiled for."""
 
     def __init__(self, path: Path) -> None:
         handle = ctypes.CDLL(str(path))
-        for name, arguments in _ARGUMENTS.items():
+        for name, arguments in ARGUMENTS.items():
             function = getattr(handle, name)
             function.argtypes = arguments
             function.restype = None
@@ -96,23 +55,95 @@ def load(folder: Path) -> Library | str:
     compiler = find_compiler()
     if compiler is None:
         return "no C++ compiler is there (c++, g++, clang++ or CXX)"
-    command = [compiler, *_FLAGS, *_processor_flags()]
-    path = folder / f"native-{_key(command)}.so"
-    if not path.exists():
-        failed = _compile(command, path)
-        if failed:
-            return failed
     try:
-        library = Library(path)
-        return library if library.instructions else "this processor has neither AVX-512 VNNI nor AVX2"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if refused := _distrust(folder):
+            return refused
+        command = [*compiler, *_FLAGS, *_processor_flags()]
+        key = _key(command)
+        library = _load_built(folder, key) or _load_new(folder, key, command)
+    except OSError as error:
+        return f"they cannot be compiled into {folder} ({reason_of(error)})"
+    if isinstance(library, str):
+        return library
+    return library if library.instructions else "this processor has neither AVX-512 VNNI nor AVX2"
+
+
+def find_compiler() -> list[str] | None:
+    """The words of `CXX` (`ccache g++`, `g++ -O2`), else the first compiler that is there."""
+    asked = os.environ.get("CXX", "").strip()
+    if not asked:
+        return next(([path] for path in map(shutil.which, _COMPILERS) if path), None)
+    if whole := shutil.which(asked):  # a path with spaces
+        return [whole]
+    try:
+        words = shlex.split(asked, posix=os.name != "nt")
+    except ValueError:  # a quotation without its end
+        return None
+    found = shutil.which(words[0]) if words else None
+    return [found, *words[1:]] if found else None
+
+
+def _distrust(folder: Path) -> str | None:
+    """Why code in `folder` may be another user's, with what to do; None if it is this user's alone."""
+    if not hasattr(os, "geteuid"):  # Windows: the cache lies in the user's profile
+        return None
+    ours = (os.geteuid(), 0)  # what root installs is trusted anyway
+    target = folder.stat()
+    if target.st_uid not in ours or folder.lstat().st_uid not in ours:
+        return f"{folder} belongs to another user; remove it, or set GEMMA_AWQ_CACHE to a folder of your own"
+    if target.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        return f"other users can write to {folder}; remove it, and it is made anew for you alone"
+    return None
+
+
+def _load_built(folder: Path, key: str) -> Library | None:
+    """The library that lies in `folder` whole; whatever claims its name and is not is removed."""
+    for path in sorted(folder.glob(f"native-{key}-*.so")):
+        if _is_whole(path):
+            with suppress(OSError, AttributeError):  # another machine's perhaps
+                return Library(path)
+        path.unlink()
+    return None
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is this user's and its bytes are those that its name tells of."""
+    try:
+        with open(os.open(path, os.O_RDONLY | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_BINARY", 0)), "rb") as file:
+            status = os.fstat(file.fileno())
+            if hasattr(os, "geteuid") and (
+                status.st_uid not in (os.geteuid(), 0) or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+            ):
+                return False
+            return path.stem.endswith(f"-{hashlib.sha256(file.read()).hexdigest()}")
+    except OSError:
+        return False
+
+
+def _load_new(folder: Path, key: str, command: list[str]) -> Library | str:
+    """The library, compiled now; or why that failed."""
+    with tempfile.TemporaryDirectory(dir=folder) as building:
+        made = Path(building) / "native.so"
+        arguments = [*command, str(SOURCES / "engine.cpp"), "-o", str(made)]
+        try:
+            done = subprocess.run(
+                arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                env={**os.environ, "TMPDIR": building}, timeout=COMPILE_SECONDS, check=False,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            return f"{command[0]} did not compile them within {COMPILE_SECONDS} seconds"
+        if done.returncode or not made.is_file():
+            # a compiler speaks the encoding of its own locale
+            lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
+            return f"{command[0]} cannot compile them ({lines[0][:300]})"
+        made.chmod(0o700)
+        path = folder / f"native-{key}-{hashlib.sha256(made.read_bytes()).hexdigest()}.so"
+        made.replace(path)  # whole or not at all
+    try:
+        return Library(path)
     except (OSError, AttributeError) as error:
-        return f"the compiled kernels cannot be loaded ({error})"
-
-
-def find_compiler() -> str | None:
-    """The path of `CXX`, else of the first compiler that is there."""
-    asked = os.environ.get("CXX")
-    return next(filter(None, map(shutil.which, [asked] if asked else _COMPILERS)), None)
+        return f"the compiled kernels cannot be loaded ({first_line(error)})"
 
 
 def _processor_flags() -> list[str]:
@@ -124,8 +155,10 @@ def _key(command: list[str]) -> str:
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(source.read_bytes())
-    real = Path(command[0]).resolve()
-    digest.update(f"{command} {real} {real.stat().st_size} {real.stat().st_mtime_ns} {platform.machine()}".encode())
+    digest.update(f"{command} {platform.machine()}".encode())
+    for program in filter(None, map(shutil.which, command)):  # ccache, and the compiler that it calls
+        real = Path(program).resolve()
+        digest.update(f"{real} {real.stat().st_size} {real.stat().st_mtime_ns}".encode())
     digest.update(_processor().encode())
     return digest.hexdigest()[:16]
 
@@ -133,25 +166,8 @@ def _key(command: list[str]) -> str:
 def _processor() -> str:
     """The processor's model and features, as Linux lists them; elsewhere what Python knows."""
     try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return platform.processor()
     wanted = ("model name", "flags", "Features", "CPU part")
     return "".join(sorted({line for line in lines if line.startswith(wanted)}))
-
-
-def _compile(command: list[str], path: Path) -> str | None:
-    """Compile to `path`, which appears whole or not at all. Returns why that failed, if it did."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            arguments = [*command, str(SOURCES / "engine.cpp"), "-o", str(made)]
-            subprocess.check_output(arguments, stderr=subprocess.STDOUT, text=True)
-            made.replace(path)
-    except subprocess.CalledProcessError as error:
-        lines = error.output.strip().splitlines() or [f"exit code {error.returncode}"]
-        return f"{command[0]} cannot compile them ({lines[0]})"
-    except OSError as error:
-        return f"they cannot be compiled into {path.parent} ({error.strerror})"
-    return None

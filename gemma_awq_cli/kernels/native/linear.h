@@ -22,7 +22,7 @@ constexpr int MAX_PARTS = 3;
 // One linear as the caller passes it. bf16: parts are row-major [rows, K] weights side by side, read where they lie.
 struct Linear {
     int32_t kind;
-    int32_t group;
+    int64_t group;
     int64_t inputs;
     int64_t outputs;
     const uint8_t* data;

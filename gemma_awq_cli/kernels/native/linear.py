@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.pack import PackedWeight
-from gemma_awq_cli.kernels.native.library import MAX_PARTS, Library, LinearSpec
+from gemma_awq_cli.kernels.native.library import Library
+from gemma_awq_cli.kernels.native.structures import MAX_PARTS, LinearSpec
 
 INT4, INT8, BF16 = 0, 1, 2
 BLOCK = 32  # outputs a block
@@ -66,9 +67,10 @@ def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLine
     inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
     group = inputs // packed.scales.shape[0]
     data, zeros = map(arena.take, packed_bytes(INT4, inputs, outputs, group))
+    assert [tensor.dtype for tensor in packed] == [torch.int32, torch.int32, torch.float16]
     qweight, qzeros, scales = (tensor.contiguous() for tensor in packed)
     library.pack_awq(
-        qweight.data_ptr(), qzeros.data_ptr(), scales.to(torch.float16).data_ptr(), inputs, outputs, group,
+        qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), inputs, outputs, group,
         data.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return _integer(INT4, inputs, outputs, group, data, zeros)

@@ -1,0 +1,261 @@
+"""config.json's values for the language model, each of its kind and within bounds, before anything is built from them.
+
+Only the values that are named here are read, by transformers too: what a config holds beside them changes nothing.
+Bounds come from the tensors where they can; the rest are limits of the arithmetic. Nothing here allocates.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.families import Family
+
+HINT = "Take the config.json of the original model."
+LAYER_TYPES = ("sliding_attention", "full_attention")
+ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
+ACTIVATIONS = (
+    "gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish", "relu", "relu2",
+    "mish", "tanh",
+)  # fmt: skip
+MAX_SIZE = 2**31 - 1
+MAX_LAYERS = 1024
+MAX_CONTEXT = 2**24  # positions are float32, which counts no further one by one
+_TEXT_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "gemma3": "gemma3_text"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """what: in words, after "it must be"; accepts: whether a JSON value is one; real: whether it is kept as a float."""
+
+    what: str
+    accepts: Callable[[Any], bool]
+    real: bool = False
+
+
+def whole(low: int, high: int) -> Kind:
+    # type(), not isinstance(): JSON's true is no number
+    return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
+
+
+def number(low: float, high: float) -> Kind:
+    return Kind(f"a number from {low:g} to {high:g}", lambda v: type(v) in (int, float) and low <= v <= high, real=True)
+
+
+def one_of(names: Iterable[str]) -> Kind:
+    names = tuple(names)
+    return Kind("one of " + ", ".join(names), lambda value: isinstance(value, str) and value in names)
+
+
+def optional(kind: Kind) -> Kind:
+    return Kind(f"{kind.what}, or null", lambda value: value is None or kind.accepts(value), kind.real)
+
+
+def list_of(kind: Kind) -> Kind:
+    return Kind(
+        f"a list, each entry {kind.what}",
+        lambda value: isinstance(value, list) and len(value) <= MAX_SIZE and all(map(kind.accepts, value)),
+    )
+
+
+BOOL = Kind("true or false", lambda value: isinstance(value, bool))
+OBJECT = Kind("an object", lambda value: isinstance(value, dict))
+SIZE = whole(1, MAX_SIZE)
+THETA = number(1, 1e15)
+SOFTCAP = optional(number(1e-3, 1e6))
+
+_EVERY_FAMILY: Mapping[str, Kind] = {
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": whole(1, MAX_LAYERS),
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": whole(2, MAX_SIZE),
+    "vocab_size": SIZE,
+    "max_position_embeddings": whole(1, MAX_CONTEXT),
+    "original_max_position_embeddings": whole(1, MAX_CONTEXT),
+    "rms_norm_eps": number(1e-30, 1),
+    "bos_token_id": optional(whole(0, MAX_SIZE)),
+    "attention_bias": BOOL,
+    "tie_word_embeddings": BOOL,
+    "use_bidirectional_attention": optional(BOOL),
+    "rope_theta": THETA,
+    "rope_scaling": optional(OBJECT),
+    "rope_parameters": optional(OBJECT),
+    "partial_rotary_factor": optional(number(1e-3, 1)),
+}
+_FROM_GEMMA2: Mapping[str, Kind] = {
+    "hidden_activation": one_of(ACTIVATIONS),
+    "query_pre_attn_scalar": SIZE,
+    "sliding_window": optional(SIZE),
+    "layer_types": optional(list_of(one_of(LAYER_TYPES))),
+    "final_logit_softcapping": SOFTCAP,
+    "attn_logit_softcapping": SOFTCAP,
+}
+KINDS: Mapping[str, Mapping[str, Kind]] = {
+    "gemma": {
+        **_EVERY_FAMILY,
+        "hidden_act": optional(one_of(ACTIVATIONS)),
+        "hidden_activation": optional(one_of(ACTIVATIONS)),
+    },
+    "gemma2": {**_EVERY_FAMILY, **_FROM_GEMMA2},
+    "gemma3_text": {
+        **_EVERY_FAMILY,
+        **_FROM_GEMMA2,
+        "rope_local_base_freq": THETA,
+        "sliding_window_pattern": whole(1, MAX_SIZE),
+    },
+}
+_FACTORS = list_of(number(1e-6, 1e6))
+_ROPE: Mapping[str, Kind] = {
+    "rope_type": one_of(ROPE_TYPES),
+    "type": one_of(ROPE_TYPES),  # as it was called once
+    "rope_theta": THETA,
+    "factor": number(1e-3, 1e6),
+    "partial_rotary_factor": number(1e-3, 1),
+    "original_max_position_embeddings": whole(1, MAX_CONTEXT),
+    "attention_factor": optional(number(1e-3, 1e3)),
+    "beta_fast": optional(number(1e-3, 1e6)),
+    "beta_slow": optional(number(1e-3, 1e6)),
+    "mscale": optional(number(1e-3, 1e3)),
+    "mscale_all_dim": optional(number(1e-3, 1e3)),
+    "truncate": BOOL,
+    "short_factor": _FACTORS,
+    "long_factor": _FACTORS,
+    "low_freq_factor": number(1e-3, 1e6),
+    "high_freq_factor": number(1e-3, 1e6),
+}
+_VISION = {
+    "model_type": one_of(["siglip_vision_model"]),
+    "num_hidden_layers": whole(1, MAX_LAYERS),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_channels"), SIZE),
+}
+_UNREAD = {"num_labels": whole(0, 100_000)}  # by us: transformers makes a list of so many
+
+
+def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: int) -> dict[str, Any]:
+    """The language model's values of a config.json under its own names, `model_type` among them; all are sound.
+
+    where: the file, for errors; layers: how many decoder layers the tensors have.
+    """
+    model_type = _TEXT_TYPES[family.model_type]
+    section: Any = config
+    prefix = ""
+    if family.model_type == "gemma3":
+        section, prefix = config.get("text_config"), "text_config."
+        section = {} if section is None else section
+        _require(where, "text_config", section, OBJECT)
+        _require_vision(where, config.get("vision_config"))
+        own = section.get("model_type", model_type)
+        _require(where, "text_config.model_type", own, one_of([model_type]))
+    _require_known_forward(where, prefix, section)
+    _checked(where, "", config, _UNREAD)
+    _checked(where, prefix, section, _UNREAD)
+    values = _checked(where, prefix, section, KINDS[model_type])
+    for name in ("rope_scaling", "rope_parameters"):
+        if values.get(name) is not None:
+            values[name] = _rope(where, f"{prefix}{name}", values[name], by_layer_type=model_type == "gemma3_text")
+    if model_type == "gemma":
+        _settle_activation(where, prefix, values)
+    if values.get("num_hidden_layers", layers) != layers:
+        raise GemmaAwqError(
+            f"{where} says {prefix}num_hidden_layers {values['num_hidden_layers']}; the tensors have {layers} layers.",
+            "Take config.json and the weights from the same checkpoint.",
+        )
+    types = values.get("layer_types")
+    if types is not None and len(types) != layers:
+        raise GemmaAwqError(f"{where}: {prefix}layer_types has {len(types)} entries for {layers} layers.", HINT)
+    return {"model_type": model_type, **values}
+
+
+def require_sound(facts: Any, where: Path) -> None:
+    """What several values must be together, whoever filled in those that config.json leaves out."""
+
+    def require(sound: bool, said: str) -> None:
+        if not sound:
+            raise GemmaAwqError(f"{where}: {said}.", HINT)
+
+    heads, kv_heads = facts.num_attention_heads, facts.num_key_value_heads
+    require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+    require(facts.head_dim % 2 == 0, f"head_dim {facts.head_dim} is odd, and the rotary embedding turns pairs")
+    if facts.bos_token_id is not None:
+        bos, entries = facts.bos_token_id, facts.vocab_size
+        require(bos < entries, f"bos_token_id {bos} lies outside vocab_size {entries}")
+    if "sliding_attention" in (getattr(facts, "layer_types", None) or ()):
+        require(facts.sliding_window is not None, "layer_types has sliding layers, but sliding_window is null")
+
+
+def _checked(where: Path, prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
+    """The values of `section` that `kinds` names."""
+    values = {}
+    for name, kind in kinds.items():
+        if name in section:
+            value = section[name]
+            _require(where, prefix + name, value, kind)
+            values[name] = float(value) if kind.real and value is not None else value
+    return values
+
+
+def _require(where: Path, name: str, value: Any, kind: Kind) -> None:
+    if not kind.accepts(value):
+        raise GemmaAwqError(f"{where}: {name} is {_shown(value)}; it must be {kind.what}.", HINT)
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict | list):
+        return "an object" if isinstance(value, dict) else f"a list of {len(value)}"
+    if type(value) is int and abs(value) >= 10**20:
+        return f"an integer of {int(math.log10(abs(value))) + 1} digits"
+    return json.dumps(value[:80] if isinstance(value, str) else value)
+
+
+def _require_vision(where: Path, section: Any) -> None:
+    """The tower is copied, never built; readers of the artifact build it from these."""
+    if section is not None:
+        _require(where, "vision_config", section, OBJECT)
+        _checked(where, "vision_config.", section, {**_VISION, **_UNREAD})
+
+
+def _require_known_forward(where: Path, prefix: str, section: Mapping[str, Any]) -> None:
+    """What transformers would compute differently for, and no Gemma of these families has."""
+    if section.get("per_layer_config") is not None:
+        raise GemmaAwqError(f"{where}: {prefix}per_layer_config is not supported: layers would differ.", HINT)
+    if section.get("is_causal", True) is not True:
+        raise GemmaAwqError(f"{where}: {prefix}is_causal must be true: text is generated from left to right.", HINT)
+
+
+def _settle_activation(where: Path, prefix: str, values: dict[str, Any]) -> None:
+    """One name of Gemma 1's activation, `hidden_act`: transformers 4 read `hidden_activation`, 5 reads the other.
+
+    The first releases say "gelu" and mean the tanh approximation.
+    """
+    found = {values.pop(name, None) for name in ("hidden_act", "hidden_activation")} - {None}
+    found = {"gelu_pytorch_tanh" if name == "gelu" else name for name in found}
+    if len(found) > 1:
+        raise GemmaAwqError(f"{where}: {prefix}hidden_act and hidden_activation differ.", HINT)
+    if found:
+        values["hidden_act"] = found.pop()
+
+
+def _rope(where: Path, name: str, given: Mapping[str, Any], by_layer_type: bool) -> dict[str, Any]:
+    """Rotary parameters, or one set of them per layer type, which Gemma 3 has under `rope_parameters`."""
+    if by_layer_type and name.endswith("rope_parameters"):
+        if given.keys() & _ROPE.keys():
+            raise GemmaAwqError(f"{where}: {name} must hold one object per layer type: {', '.join(LAYER_TYPES)}.", HINT)
+        kinds = dict.fromkeys(LAYER_TYPES, optional(OBJECT))
+        types = _checked(where, f"{name}.", given, kinds)
+        return {kind: None if one is None else _rope_set(where, f"{name}.{kind}", one) for kind, one in types.items()}
+    if nested := [kind for kind in LAYER_TYPES if kind in given]:
+        raise GemmaAwqError(f"{where}: {name} is one set for all layers; it must not hold {nested[0]}.", HINT)
+    return _rope_set(where, name, given)
+
+
+def _rope_set(where: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    values = _checked(where, f"{name}.", given, _ROPE)
+    low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
+    if low is not None and high is not None and low >= high:
+        raise GemmaAwqError(f"{where}: {name}.high_freq_factor must be more than low_freq_factor.", HINT)
+    return values

@@ -1,0 +1,126 @@
+"""The tensors that a checkpoint's language model must have: names, shapes and dtypes, 16-bit or packed.
+
+The one check of them for whatever opens a checkpoint; it reads the files' headers alone, and what has passed it may be
+read without a look at sizes or dtypes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from gemma_awq_cli.awq.pack import PACK
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.architecture import TextShape
+from gemma_awq_cli.models.files import CONFIG, REDOWNLOAD
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.models.weight_files import TensorInfo
+
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+FINAL_NORM = "model.norm.weight"
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # a weight that is not packed
+INTEGERS = (torch.int32,)  # eight 4-bit integers in each
+SCALES = (torch.float16, torch.bfloat16, torch.float32)  # float16 is the format's; other writers store the others
+OTHER_SOURCE = f"Take {CONFIG} and the weights from the same checkpoint."
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a tensor must be."""
+
+    shape: tuple[int, ...]
+    dtypes: tuple[torch.dtype, ...] = FLOATS
+
+
+def linear_shapes(shape: TextShape) -> dict[str, tuple[int, int]]:
+    """[out, in] of every linear of a layer."""
+    return {
+        "self_attn.q_proj": (shape.query_size, shape.hidden),
+        "self_attn.k_proj": (shape.kv_size, shape.hidden),
+        "self_attn.v_proj": (shape.kv_size, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, shape.query_size),
+        "mlp.gate_proj": (shape.intermediate, shape.hidden),
+        "mlp.up_proj": (shape.intermediate, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.intermediate),
+    }
+
+
+def norm_names(shape: TextShape) -> dict[str, str]:
+    """A layer's norms by the decode paths' names -> by the checkpoint's. Gemma 1 has two, the others four."""
+    names = {"input_norm": "input_layernorm"}
+    if shape.post_norms:
+        names |= {
+            "attention_norm": "post_attention_layernorm",
+            "mlp_norm": "pre_feedforward_layernorm",
+            "post_mlp_norm": "post_feedforward_layernorm",
+        }
+    else:
+        names["mlp_norm"] = "post_attention_layernorm"
+    if shape.query_norms:
+        names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    return names
+
+
+def packed_tensors(name: str, in_features: int, out_features: int, group_size: int) -> dict[str, Expected]:
+    """What one packed linear consists of; an error if its sizes do not fit the layout."""
+    if in_features % group_size or out_features % PACK:
+        raise GemmaAwqError(
+            f"{name} has {in_features} inputs and {out_features} outputs, which the AutoAWQ layout cannot hold in "
+            f"groups of {group_size} and words of {PACK}.",
+            OTHER_SOURCE,
+        )
+    return {
+        f"{name}.qweight": Expected((in_features, out_features // PACK), INTEGERS),
+        f"{name}.qzeros": Expected((in_features // group_size, out_features // PACK), INTEGERS),
+        f"{name}.scales": Expected((in_features // group_size, out_features), SCALES),
+    }
+
+
+def text_tensors(shape: TextShape, tied_head: bool, group_size: int | None) -> dict[str, Expected]:
+    """Every tensor of a language model by its name in transformers' causal model. group_size: None for 16-bit linears.
+
+    A tied head is the embedding and has no tensor of its own.
+    """
+    expected = {EMBEDDING: Expected((shape.vocabulary, shape.hidden)), FINAL_NORM: Expected((shape.hidden,))}
+    if not tied_head:
+        expected[HEAD] = expected[EMBEDDING]
+    for index in range(shape.layers):
+        prefix = f"model.layers.{index}."
+        for kind, name in norm_names(shape).items():
+            size = shape.head_dim if kind in ("q_norm", "k_norm") else shape.hidden
+            expected[f"{prefix}{name}.weight"] = Expected((size,))
+        for name, (outputs, inputs) in linear_shapes(shape).items():
+            if group_size is None:
+                expected[f"{prefix}{name}.weight"] = Expected((outputs, inputs))
+            else:
+                expected |= packed_tensors(prefix + name, inputs, outputs, group_size)
+            if shape.attention_bias and name.startswith("self_attn."):
+                expected[f"{prefix}{name}.bias"] = Expected((outputs,))
+    return expected
+
+
+def require_tensors(tensors: Mapping[str, "TensorInfo"], expected: Mapping[str, Expected], where: object) -> None:
+    """An error unless every expected tensor is there, of its shape and of a dtype that is read.
+
+    expected: by the names in the files; where: the checkpoint, for errors.
+    """
+    if missing := [name for name in expected if name not in tensors]:
+        said = f"the tensor {missing[0]}" if len(missing) == 1 else f"{len(missing)} tensors: {', '.join(missing[:3])}"
+        more = " and so on" if len(missing) > 3 else ""
+        raise GemmaAwqError(f"{where} lacks {said}{more}, which {CONFIG} asks for.", REDOWNLOAD)
+    for name, one in expected.items():
+        info = tensors[name]
+        if info.shape != one.shape:
+            raise GemmaAwqError(
+                f"{info.file.name}: {name} has shape {list(info.shape)}, but {CONFIG} asks for {list(one.shape)}.",
+                OTHER_SOURCE,
+            )
+        if info.dtype not in one.dtypes:
+            names = " or ".join(str(dtype).removeprefix("torch.") for dtype in one.dtypes)
+            raise GemmaAwqError(
+                f"{info.file.name}: {name} is stored as {str(info.dtype).removeprefix('torch.')}; it must be {names}.",
+                "Convert it, or take the original checkpoint.",
+            )
