@@ -171,6 +171,15 @@ class Checkpoint:
         return int(self.facts.num_hidden_layers)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        name = self.key("model.embed_tokens.weight")
+        shape = self.tensors[name].shape
+        if len(shape) != 2:
+            raise GemmaAwqError(f"{name} has shape {list(shape)}, and an embedding has two dimensions.", REDOWNLOAD)
+        return shape[0]
+
+    @property
     def tied_head(self) -> bool:
         return bool(getattr(self.facts, "tie_word_embeddings", True))
 
