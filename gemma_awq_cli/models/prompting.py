@@ -44,8 +44,9 @@ class Prompter:
         vocabulary = Checkpoint(self.folder).vocabulary
         if self.bos >= vocabulary:
             raise GemmaAwqError(
-                f"The tokenizer of {self.folder} has the BOS token {self.tokenizer.special['bos_token']!r} of id "
-                f"{self.bos}, and the model embeds {vocabulary} tokens.",
+                f"The tokenizer of {self.folder} is another model's: its BOS token "
+                f"{self.tokenizer.special['bos_token']!r} has the id {self.bos}, and this model has embeddings of "
+                f"{vocabulary} tokens.",
                 COPY,
             )
         return vocabulary
@@ -62,17 +63,22 @@ class Prompter:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of plain text, without BOS."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise PromptError("The text holds half of a surrogate pair.", "Write it in UTF-8.") from None
         ids = self.tokenizer.encode(text)
         if self.vocabulary is not None and ids and (largest := max(ids)) >= self.vocabulary:
             raise self._beyond(largest, self.vocabulary)
         return ids
 
     def _beyond(self, index: int, vocabulary: int) -> GemmaAwqError:
-        what = f"the token {self.tokenizer.token_of(index)!r} of id {index}, and the model embeds {vocabulary} tokens."
+        token = f"the token {self.tokenizer.token_of(index)!r} with the id {index}"
+        why = f"this model has embeddings of {vocabulary} tokens"
         if self.tokenizer.is_added(index):
             hint = "Leave it out of the text. If the chat template writes it, take the original model's template."
-            return PromptError(f"The text holds {what}", hint)
-        return GemmaAwqError(f"The tokenizer of {self.folder} is another model's: it gives {what}", COPY)
+            return PromptError(f"The text holds {token}, and {why}.", hint)
+        return GemmaAwqError(f"The tokenizer of {self.folder} is another model's: it gives {token}, and {why}.", COPY)
 
     def prompt_ids(self, text: str) -> list[int]:
         """BOS and the ids of `text`. A BOS that the text spells out already is not doubled."""
