@@ -98,7 +98,7 @@ def _number(declared: Mapping[str, Any], name: str) -> float | None:
         sort = "an integer" if kind is int else "a number"
         raise GemmaAwqError(
             f"The model's generation_config.json has the {name} {repr(value)[:80]}, which is not {sort} from {least:g} "
-            f"to {most:g}.",
+            f"to {most:.0f}.",
             CORRECT,
         )
     return value

@@ -36,10 +36,12 @@ class Tokenizer:
         self.backend = backend
         self.special = dict(special)
         self.chat_template = chat_template
-        # what a file may ask for beside a text's own ids: transformers does not heed these either
+        # what a file may ask for beside a text's own ids, the same each time
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None
+        if getattr(backend.model, "dropout", None):
+            backend.model.dropout = None
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         if missing := [AddedToken(token, special=True) for token in self.special.values() if token not in known]:
             backend.add_tokens(missing)

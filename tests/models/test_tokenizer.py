@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.chat_template import render
+from gemma_awq_cli.models.template_worker import TemplateWorker
 from gemma_awq_cli.models.tokenizer import load_tokenizer
 from gemma_awq_cli.text_stream import TextStream
 from tests.tiny import CHAT_TEMPLATE, TEXT, make_tokenizer
@@ -92,9 +93,61 @@ GEMMA3_TEMPLATE = """{{ bos_token }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}
 """
+# Later Gemmas' turns, system role and thinking, with macros as their templates have them.
+GEMMA4_TEMPLATE = """
+{%- macro plain(text) -%}
+    {%- set ns = namespace(result='') -%}
+    {%- for part in text.split('<channel|>') -%}
+        {%- if '<|channel>' in part -%}
+            {%- set ns.result = ns.result + part.split('<|channel>')[0] -%}
+        {%- else -%}
+            {%- set ns.result = ns.result + part -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- ns.result | trim -}}
+{%- endmacro -%}
+{%- macro described(value, depth=0) -%}
+    {%- if value is mapping -%}{
+        {%- for key, item in value | dictsort -%}
+            {{ key }}:{{ described(item, depth + 1) }}{{ ',' if not loop.last }}
+        {%- endfor -%} }
+    {%- elif value is string -%}<|"|>{{ value }}<|"|>
+    {%- elif value is boolean -%}{{ 'true' if value else 'false' }}
+    {%- else -%}{{ value }}{%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(prev_message_type=None, turns=0) -%}
+{%- set loop_messages = messages -%}
+{{- bos_token -}}
+{%- if (enable_thinking is defined and enable_thinking) or tools or messages[0]['role'] in ['system', 'developer'] -%}
+    {{- '<|turn>system\n' -}}
+    {%- if enable_thinking is defined and enable_thinking -%}{{- '<|think|>\n' -}}{%- endif -%}
+    {%- if messages[0]['role'] in ['system', 'developer'] -%}
+        {{- messages[0]['content'] | trim -}}
+        {%- set loop_messages = messages[1:] -%}
+    {%- endif -%}
+    {%- if tools -%}{%- for tool in tools -%}{{ described(tool) }}{%- endfor -%}{%- endif -%}
+    {{- '<turn|>\n' -}}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {%- set ns.turns = ns.turns + 1 -%}
+    {{- '<|turn>' + role + '\n' -}}
+    {%- if message.get('tool_calls') -%}{{ described(message['tool_calls']) }}{%- endif -%}
+    {%- if message['content'] is string -%}
+        {{- plain(message['content']) if role == 'model' else message['content'] | trim -}}
+    {%- elif message['content'] is sequence -%}
+        {%- for item in message['content'] -%}{{ item['text'] | trim if item['type'] == 'text' }}{%- endfor -%}
+    {%- endif -%}
+    {{- '<turn|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn>model\n' -}}{%- endif -%}
+{#- the state that this one keeps -#}
+{{- described({'turns': ns.turns, 'b': {'flag': true, 'text': 'x'}}) if false -}}
+"""
 TEMPLATES = {
     "tiny": CHAT_TEMPLATE,
     "gemma3": GEMMA3_TEMPLATE,
+    "gemma4": GEMMA4_TEMPLATE,
     # blocks that trim, loop controls, a marked answer, scoped names, the filters and globals of transformers
     "features": """{% set seen = namespace(n=0, last='') %}
     {% for m in messages %}
@@ -111,6 +164,7 @@ CONVERSATIONS = [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe, 東京"}],
     [{"role": role, "content": f"{i}\n\n{role} {{{{ x }}}}"} for i, role in enumerate(["user", "assistant", "user"])],
     [{"role": role, "content": role} for role in ("user", "skip", "assistant", "stop", "user")],
+    [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " a<|channel>thought<channel|> b "}],
 ]
 
 
@@ -119,6 +173,8 @@ def test_chat_templates_are_rendered_as_transformers_renders_them(template: str,
     make_tokenizer(tmp_path, chat=True)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[template], encoding="utf-8")
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.chat_template is not None
+    worker = TemplateWorker(ours.chat_template, ours.special)
     refused = 0
     for messages, answer_next in itertools.product(CONVERSATIONS, (False, True)):
         try:
@@ -127,9 +183,12 @@ def test_chat_templates_are_rendered_as_transformers_renders_them(template: str,
             refused += 1
             with pytest.raises(type(error), match=re.escape(str(error))):
                 render(TEMPLATES[template], messages, answer_next, ours.special)
+            with pytest.raises(GemmaAwqError, match=re.escape(str(error).rstrip("."))):
+                worker.render(messages, answer_next)
         else:
             assert render(TEMPLATES[template], messages, answer_next, ours.special) == expected
-    assert refused == {"tiny": 2, "gemma3": 2, "features": 0}[template]
+            assert worker.render(messages, answer_next) == expected
+    assert refused == {"tiny": 2, "gemma3": 2, "gemma4": 0, "features": 0}[template]
 
 
 @pytest.mark.parametrize(
@@ -221,15 +280,20 @@ def test_a_decoder_that_is_no_use_token_by_token_is_an_error(tmp_path: Path) -> 
 
 
 def test_a_text_has_the_same_ids_whatever_the_file_adds(tmp_path: Path) -> None:
-    """A post-processor that drops the text, and pieces that are left out by chance."""
+    """A post-processor that drops the text, and merges that are left out by chance."""
     make_tokenizer(tmp_path)
     path = tmp_path / "tokenizer.json"
     stored = json.loads(path.read_text(encoding="utf-8"))
-    ids = load_tokenizer(tmp_path).encode(TEXT)
+    stored["model"]["vocab"] |= {"he": 262, "ll": 263, "hell": 264}
+    stored["model"]["merges"] = [["h", "e"], ["l", "l"], ["he", "ll"]]
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    ids = load_tokenizer(tmp_path).encode("hello " * 20)
+    assert ids.count(264) == 20
     single = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}]
     stored["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    stored["model"]["dropout"] = 0.5
     path.write_text(json.dumps(stored), encoding="utf-8")
-    assert load_tokenizer(tmp_path).encode(TEXT) == ids
+    assert load_tokenizer(tmp_path).encode("hello " * 20) == ids
 
 
 @pytest.mark.parametrize("content", ["", "x" * 257, 5, True, [], {}, {"content": None}, {"content": ""}, ["<bos>"]])
