@@ -161,7 +161,7 @@ def _answer(template: str, tokens: Mapping[str, str], request: Mapping[str, Any]
     except TooLongError:
         answer = {"exhausted": f"writes more than {limit} characters"}
     except MemoryError:
-        answer = {"exhausted": f"takes more than {MEMORY_BYTES >> 20} MB of memory"}
+        answer = {"exhausted": f"needs more than {MEMORY_BYTES >> 20} MB of memory"}
     except jinja2.exceptions.TemplateSyntaxError as error:
         answer = {failing: _said(error), "line": error.lineno}
     except Exception as error:  # noqa: BLE001 (whatever a stranger's program raises is an answer, and no bug of ours)

@@ -5,7 +5,7 @@ What comes out of here fits the model: no id is beyond its embedding.
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -112,7 +112,8 @@ def begin_loading(folder: Path) -> Future[Prompter]:
 
     def load() -> Prompter:
         prompter = Prompter(folder)
-        prompter.prepare()
+        with suppress(GemmaAwqError):  # whoever needs it is told
+            prompter.prepare()
         return prompter
 
     loader = ThreadPoolExecutor(1)

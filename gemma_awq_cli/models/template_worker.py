@@ -12,14 +12,17 @@ import threading
 import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.template_files import COPY, ChatTemplate
 from gemma_awq_cli.reading import system_errors
 
+PROGRAM = Path(__file__).with_name("chat_template.py")
 SECONDS = 5  # that one rendering may take; a real template takes a thousandth of one
 STARTING_SECONDS = 120  # that the process may take to begin, on a machine or a file system under load
+CHECK = "Check that Python and jinja2 work: python -c 'import jinja2'."
 TURNS = "Gemma's messages are user and assistant by turns, after at most one system message."
 
 
@@ -63,7 +66,7 @@ class TemplateWorker:
         if "refused" in answer:
             raise PromptError(f"The model's chat template refuses the messages: {answer['refused']}.", TURNS)
         if "exhausted" in answer:
-            raise GemmaAwqError(f"The chat template ({where}) {answer['exhausted']} for one conversation.", COPY)
+            raise GemmaAwqError(f"The chat template ({where}) {answer['exhausted']} to render one conversation.", COPY)
         place = f"{where}, line {answer['line']}" if answer.get("line") else where
         if "damaged" in answer:
             raise GemmaAwqError(f"The chat template ({place}) cannot be read: {answer['damaged']}.", COPY)
@@ -75,36 +78,39 @@ class _Process:
 
     def __init__(self, template: ChatTemplate, tokens: Mapping[str, str]) -> None:
         self._template = f"The chat template ({template.where})"
-        self._late = f"{self._template} takes more than {SECONDS} s for one conversation."
         self._ready = False
-        read, write = os.pipe()
-        self._answers: IO[bytes] = os.fdopen(read, "rb")
-        try:
-            with system_errors("The process that renders chat templates", "Close other programs.", "started"):
+        with system_errors("The process that renders chat templates", "Close other programs.", "started"):
+            read, write = os.pipe()
+            self._answers: IO[bytes] = os.fdopen(read, "rb")
+            try:
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "gemma_awq_cli.models.chat_template"],
+                    [sys.executable, "-P", str(PROGRAM)],
                     stdin=subprocess.PIPE,
                     stdout=write,
                     stderr=subprocess.DEVNULL,
                     start_new_session=True,  # the terminal's Ctrl-C is for this process alone
                 )
-        except BaseException:
-            self._answers.close()
-            raise
-        finally:
-            os.close(write)
+            except BaseException:
+                self._answers.close()
+                raise
+            finally:
+                os.close(write)
         self.end = weakref.finalize(self, _end, self._process, self._answers)
         self._first = {"template": template.text, "tokens": dict(tokens), "seconds": SECONDS}
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and wait for the answer, for a bounded time."""
+        requests = [request]
         if not self._ready:
-            self._exchange([], STARTING_SECONDS, "The process that renders chat templates does not start.")
+            self._exchange([], STARTING_SECONDS, "The process that renders chat templates", "start", CHECK)
             self._ready = True
-            return self._exchange([self._first, request], SECONDS, self._late)
-        return self._exchange([request], SECONDS, self._late)
+            requests = [self._first, request]
+        return self._exchange(requests, SECONDS, self._template, "render one conversation", COPY)
 
-    def _exchange(self, requests: Sequence[Mapping[str, Any]], seconds: float, late: str) -> dict[str, Any]:
+    def _exchange(
+        self, requests: Sequence[Mapping[str, Any]], seconds: float, what: str, doing: str, hint: str
+    ) -> dict[str, Any]:
+        """Send requests and read one answer. what, doing, hint: for the error if none comes."""
         expired = threading.Event()
 
         def expire() -> None:
@@ -122,9 +128,9 @@ class _Process:
                 watch.cancel()
         watch.join()
         if expired.is_set():
-            raise GemmaAwqError(late, COPY)
+            raise GemmaAwqError(f"{what} takes more than {seconds} s to {doing}.", hint)
         if not line.endswith(b"\n"):
-            raise GemmaAwqError(f"{self._template} ended the process that renders it ({self._ending()}).", COPY)
+            raise GemmaAwqError(f"{what} does not {doing}: the process ended with {self._ending()}.", hint)
         return dict(json.loads(line))
 
     def _exchange_bytes(self, data: bytes) -> bytes:
@@ -134,7 +140,11 @@ class _Process:
         return self._answers.readline()
 
     def _ending(self) -> str:
-        code = self._process.wait()
+        try:
+            code = self._process.wait(1)
+        except subprocess.TimeoutExpired:  # it has closed its end, and goes on
+            self._process.kill()
+            code = self._process.wait()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 

@@ -1,5 +1,6 @@
 """A chat template is a stranger's program: whatever it does ends in text or in an error that names it."""
 
+import errno
 import gc
 import os
 import signal
@@ -71,7 +72,7 @@ def test_time_is_bounded(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_worker, "SECONDS", 1)
     started = time.monotonic()
     message = refused(ENDLESS[case])
-    assert message == "The chat template (chat.jinja) takes more than 1 s for one conversation."
+    assert message == "The chat template (chat.jinja) takes more than 1 s to render one conversation."
     assert time.monotonic() - started < 20
 
 
@@ -79,7 +80,8 @@ def test_time_is_bounded(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", LARGE)
 def test_memory_is_bounded(case: str) -> None:
     assert (
-        refused(LARGE[case]) == "The chat template (chat.jinja) takes more than 512 MB of memory for one conversation."
+        refused(LARGE[case])
+        == "The chat template (chat.jinja) needs more than 512 MB of memory to render one conversation."
     )
 
 
@@ -156,7 +158,7 @@ def test_it_goes_on_after_an_error_and_after_its_end(monkeypatch: pytest.MonkeyP
         assert rendering.render(MESSAGES, True) == "fine"
     assert rendering._process is not None
     os.kill(rendering._process._process.pid, signal.SIGKILL)
-    with pytest.raises(GemmaAwqError, match=r"chat.jinja\) ended the process that renders it \(signal 9\)"):
+    with pytest.raises(GemmaAwqError, match=r"chat.jinja\) does not render one conversation: .* signal 9\."):
         rendering.render(MESSAGES, True)
     assert rendering.render(MESSAGES, True) == "fine"
 
@@ -227,6 +229,20 @@ def _gone(reached: Callable[[], bool]) -> bool:
     return False
 
 
+def test_a_process_that_does_not_start_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(template_worker, "PROGRAM", Path("/no/such/program.py"))
+    message = refused("x")
+    assert message == "The process that renders chat templates does not start: the process ended with exit code 2."
+
+
 def test_a_machine_that_starts_no_process_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "executable", "/no/such/python")
     assert "No such file or directory" in refused("x")
+
+
+def test_a_process_without_file_descriptors_left_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_left() -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(os, "pipe", none_left)
+    assert refused("x") == "The process that renders chat templates cannot be started: Too many open files."
