@@ -170,8 +170,8 @@ def _answer(template: str, tokens: Mapping[str, str], request: Mapping[str, Any]
 
 
 def _said(error: Exception) -> str:
-    lines = str(error)[:500].strip().rstrip(".").splitlines()
-    return " ".join(lines) or "no reason given"
+    text = "".join(character if character.isprintable() else " " for character in str(error)[:500])
+    return text.strip().rstrip(".") or "no reason given"
 
 
 def _line(error: Exception) -> int | None:

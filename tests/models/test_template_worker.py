@@ -62,7 +62,7 @@ LARGE = {
 }
 LONG = {
     "loop": "{% for a in range(99999) %}{{ 'x' * 1000 }}{% endfor %}",
-    "once": "{{ 'x' * 10 ** 8 }}",
+    "once": "{{ 'x' * 10 ** 7 }}",
     "of the messages": "{% for a in range(99999) %}{{ messages }}{% endfor %}",
 }
 
@@ -138,16 +138,18 @@ def test_what_is_no_template_is_an_error_of_its_own(text: str, place: str, why: 
     assert why in message
 
 
-@pytest.mark.parametrize("said", ["'no system role'", "[1]", "none", "'two\\nlines'", "''", "'x' * 10 ** 6"])
+@pytest.mark.parametrize(
+    "said", ["'no system role'", "[1]", "none", "'two\\nlines'", "''", "'\\x1b[31mred\\x07'", "'x' * 10 ** 6"]
+)
 def test_a_refusal_of_the_templates_own_is_told_shortly(said: str) -> None:
     message = refused("{{ raise_exception(" + said + ") }}", PromptError)
     assert message.startswith("The model's chat template refuses the messages: ")
-    assert "\n" not in message
+    assert message.isprintable()
     assert len(message) < 600
 
 
 def test_it_goes_on_after_an_error_and_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template_worker, "SECONDS", 1)
+    monkeypatch.setattr(template_worker, "SECONDS", 2)
     rendering = worker(
         "{% if messages | length == 1 %}fine{% elif messages | length == 2 %}{{ 1 / 0 }}{% else %}"
         "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}{% endif %}"
