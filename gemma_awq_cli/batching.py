@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
-from gemma_awq_cli.models.prompting import Message
+from gemma_awq_cli.models.prompting import Message, Prompter, located
 
 Prompt = str | list[Message]
 
@@ -161,7 +161,7 @@ def complete_batch(
 
     Rows end in any order; when all are there the file is in the order of the prompts.
     """
-    rows = [prompt_ids(engine.prompter, prompt, batch.system, batch.raw) for prompt in batch.prompts]
+    rows = token_rows(engine.prompter, batch)
     for index, ids in enumerate(rows):
         require_room(len(ids), engine.context, f"Prompt {index + 1}")
     left = [index for index in range(len(rows)) if index not in finished]
@@ -182,6 +182,15 @@ def complete_batch(
         with _writing(path):
             _sort(path)
     return len(order) == len(rows)
+
+
+def token_rows(prompter: Prompter, batch: Batch) -> list[list[int]]:
+    """Each prompt's token ids; an error that names the prompt if the model cannot be given it."""
+    rows = []
+    for number, prompt in enumerate(batch.prompts, 1):
+        with located(f"Prompt {number}"):
+            rows.append(prompt_ids(prompter, prompt, batch.system, batch.raw))
+    return rows
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import read_json
 from gemma_awq_cli.models.prompting import Message, Prompter
-from gemma_awq_cli.sampling import Sampling
+from gemma_awq_cli.sampling import CORRECT, Sampling
 from gemma_awq_cli.text_stream import TextStream
 
 GENERATION_CONFIG = "generation_config.json"
@@ -173,7 +173,7 @@ def require_room(length: int, context: int, what: str = "The prompt") -> None:
 def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """What the model's makers say of its generation; empty if they say nothing."""
     path = checkpoint.folder / GENERATION_CONFIG
-    return read_json(path) if path.is_file() else {}
+    return read_json(path, CORRECT) if path.is_file() else {}
 
 
 def context_of(checkpoint: Checkpoint) -> int:
@@ -183,8 +183,17 @@ def context_of(checkpoint: Checkpoint) -> int:
 def end_tokens(checkpoint: Checkpoint, prompter: Prompter) -> set[int]:
     """The model's end tokens: the generation config's, the tokenizer's, and the end of a chat turn."""
     declared = generation_config(checkpoint).get("eos_token_id")
-    ends = set(declared if isinstance(declared, list) else [] if declared is None else [declared])
+    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
+    shown = repr(declared)[:80]
+    for token in ends:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < checkpoint.vocabulary:
+            raise GemmaAwqError(
+                f"The model's {GENERATION_CONFIG} has the eos_token_id {shown}, and its tokens are "
+                f"numbered from 0 to {checkpoint.vocabulary - 1}.",
+                CORRECT,
+            )
     own = [prompter.tokenizer.special_id("eos_token")]
     if prompter.is_chat:
         own.append(prompter.tokenizer.id_of("<end_of_turn>"))
-    return ends | {token for token in own if token is not None}
+    # a token that the model has no embedding of is never generated
+    return {*ends, *(token for token in own if token is not None and token < checkpoint.vocabulary)}

@@ -15,6 +15,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generation import Settings, context_of
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel
+from gemma_awq_cli.reading import library_errors
 from gemma_awq_cli.sampling import Sampling
 from gemma_awq_cli.scoring import Continuation, score
 
@@ -118,12 +119,21 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
 def _settings(arguments: Mapping[str, Any]) -> Settings:
     """The harness's generation settings as this tool's; greedy unless the task samples."""
-    given = normalize_gen_kwargs(dict(arguments), ANSWER_TOKENS)
+    with library_errors("A task asks for generation settings that cannot be read", "Leave the task out."):
+        given = normalize_gen_kwargs(dict(arguments), ANSWER_TOKENS)
     unknown = sorted(set(given) - KNOWN)
     if unknown:
         raise GemmaAwqError(f"A task asks for {', '.join(unknown)} in generation, which is not known here.", "")
     stop = [text for text in handle_stop_sequences(given.get("until"), eos=None) if text]
+    limit = int(_number(given, "max_gen_toks", least=1))
     if not given.get("do_sample"):
-        return Settings(int(given["max_gen_toks"]), Sampling(), stop)
-    chosen = {name: given[name] for name in SAMPLING if given.get(name) is not None}
-    return Settings(int(given["max_gen_toks"]), Sampling(**{"temperature": 1.0, **chosen}, seed=0), stop)
+        return Settings(limit, Sampling(), stop)
+    chosen = {name: _number(given, name) for name in SAMPLING if given.get(name) is not None}
+    return Settings(limit, Sampling(**{"temperature": 1.0, **chosen}, seed=0), stop)
+
+
+def _number(given: Mapping[str, Any], name: str, least: int = 0) -> Any:
+    value = given[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
+        raise GemmaAwqError(f"A task asks for the {name} {str(value)[:80]!r} in generation.", "Leave the task out.")
+    return value

@@ -5,6 +5,7 @@ they are written anew because transformers sorts all 262144 logits of a Gemma fo
 """
 
 import hashlib
+import math
 import secrets
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,8 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 
+CORRECT = "Correct it, or take the original model's file."
+COLDEST = 1e-30  # below it a temperature makes infinities of float32 logits
 FIRST_CANDIDATES = 1024  # a nucleus lies within so many tokens nearly always; if not, all are sorted
 
 
@@ -54,17 +57,20 @@ def resolve(asked: Sampling, declared: Mapping[str, Any]) -> Sampling:
     `declared` decides whether to sample if the user gives no temperature, top_k or top_p, and fills in what was left
     open. A sampling without a seed gets one, so that it can be said and repeated.
     """
-    penalty = _number(declared, "repetition_penalty")
-    if penalty == 1:
-        penalty = None
-    if asked.temperature == 0 or (asked.greedy and not declared.get("do_sample")):
+    for option, value in (("--temperature", asked.temperature), ("--top-p", asked.top_p)):
+        if value is not None and not math.isfinite(value):
+            raise UsageError(f"{option} {value} is not a finite number.")
+    said = {name: _number(declared, name) for name in _DECLARED}
+    samples = _samples(declared)
+    penalty = None if said["repetition_penalty"] == 1 else said["repetition_penalty"]
+    if asked.temperature == 0 or (asked.greedy and not samples):
         return Sampling(temperature=0.0, repetition_penalty=penalty)
-    top_k = asked.top_k if asked.top_k is not None else _number(declared, "top_k")
+    top_k = _first(asked.top_k, said["top_k"])
     given = Sampling(
-        temperature=_first(asked.temperature, _number(declared, "temperature"), 1.0),
+        temperature=_first(asked.temperature, said["temperature"], 1.0),
         top_k=int(top_k) if top_k else None,  # 0 switches it off
-        top_p=_first(asked.top_p, _number(declared, "top_p")),
-        min_p=_number(declared, "min_p") or None,
+        top_p=_first(asked.top_p, said["top_p"]),
+        min_p=said["min_p"] or None,
         repetition_penalty=penalty,
         seed=asked.seed if asked.seed is not None else secrets.randbelow(2**32),
     )
@@ -75,16 +81,37 @@ def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
+# What a generation_config may say: the type and the bounds, the last of them included. 0 is `off` for some.
+_DECLARED: dict[str, tuple[type, float, float]] = {
+    "temperature": (float, 0, 1e6), "top_k": (int, 0, 2**31), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
+    "repetition_penalty": (float, 1e-6, 1e6),
+}  # fmt: skip
+
+
 def _number(declared: Mapping[str, Any], name: str) -> float | None:
     value = declared.get(name)
     if value is None:
         return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < float("inf"):
+    kind, least, most = _DECLARED[name]
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not least <= value <= most or (kind is int and value != int(value)):
+        sort = "an integer" if kind is int else "a number"
         raise GemmaAwqError(
-            f"The model's generation_config.json has {name} {value!r}, which is no such number.",
-            "Correct it, or take the original model's file.",
+            f"The model's generation_config.json has the {name} {repr(value)[:80]}, which is not {sort} from {least:g} "
+            f"to {most:.0f}.",
+            CORRECT,
         )
     return value
+
+
+def _samples(declared: Mapping[str, Any]) -> bool:
+    value = declared.get("do_sample")
+    if value is not None and not isinstance(value, bool):
+        raise GemmaAwqError(
+            f"The model's generation_config.json has the do_sample {repr(value)[:80]}, not true or false.",
+            CORRECT,
+        )
+    return bool(value)
 
 
 def row_seed(seed: int, row: int) -> int:
@@ -131,7 +158,8 @@ def penalized(logits: Tensor, previous: Collection[int], penalty: float) -> Tens
 
 def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
     """Logits [V] -> weights [C] (they need not sum to 1) and the tokens [C] they are of; None: all in order."""
-    scores = logits / (sampling.temperature or 1.0)
+    temperature = sampling.temperature or 1.0
+    scores = logits / temperature if temperature >= COLDEST else (logits - logits.max()) / COLDEST
     top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
     if sampling.top_k:
         scores, tokens = scores.topk(min(sampling.top_k, len(scores)))

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from tokenizers.decoders import DecodeStream
 
-from gemma_awq_cli.models.tokenizer import Tokenizer
+from gemma_awq_cli.models.tokenizer import Tokenizer, tokenizer_errors
 
 
 class TextStream:
@@ -20,7 +20,8 @@ class TextStream:
 
     def add(self, token: int) -> bool:
         """Take one token. True if a stop string was completed."""
-        self._text += self._stream.step(self._backend, token) or ""
+        with tokenizer_errors("The tokenizer cannot write tokens as text one by one"):
+            self._text += self._stream.step(self._backend, token) or ""
         places = [place for string in self._stop if (place := self._text.find(string)) >= 0]
         if places:
             self._text = self._text[: min(places)]

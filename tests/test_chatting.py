@@ -17,7 +17,7 @@ from gemma_awq_cli.generation import Settings
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.prompting import Prompter, PromptError
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.sampling import Sampling
 from tests.tiny import edit_weights, make_checkpoint
@@ -129,6 +129,17 @@ def test_an_interruption_before_the_first_token_leaves_nothing(
     assert len(chat.messages) == 2
 
 
+def test_a_message_that_cannot_be_given_leaves_the_conversation_as_it_was(model: OpenModel) -> None:
+    chat, ask = talk(model)
+    ask("Hi")
+    before = list(chat.messages)
+    for text in ("\ud800", "a\udc00"):
+        with pytest.raises(PromptError):
+            ask(text)
+        assert chat.messages == before
+    assert ask("Again").completion.tokens
+
+
 def test_a_full_context_forgets_the_oldest_turns(model: OpenModel) -> None:
     """The context holds 256 tokens, and a turn here takes some 80."""
     chat, ask = talk(model, system="Be brief.")
@@ -192,5 +203,8 @@ def test_a_saved_chat_is_a_calibration_text(raw: bool, model: OpenModel, tmp_pat
     assert len(build_rows(find_recipe(str(path)), model.prompter, 2, 16, seed=0, heldout_samples=1).ids) == 2
     with pytest.raises(GemmaAwqError, match="exists"):
         chat.save(path)
-    with pytest.raises(GemmaAwqError, match="cannot be written"):
-        chat.save(tmp_path / "absent" / "chat.jsonl")
+    for name in (tmp_path / "absent" / "chat.jsonl", tmp_path, tmp_path / ("x" * 300), Path("~nobody-at-all/x")):
+        with pytest.raises(GemmaAwqError, match="cannot be written"):
+            chat.save(name)
+    with pytest.raises(GemmaAwqError, match="NUL"):
+        chat.save(tmp_path / "a\0b")

@@ -1,5 +1,6 @@
 """Completions: greedy is transformers' own generate, seeds repeat, stop strings never leak, Ctrl-C keeps the text."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -7,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Sampling, prompt_ids
+from gemma_awq_cli.generation import Completion, Sampling, end_tokens, prompt_ids
 from gemma_awq_cli.local_engine import complete
+from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.prompting import Prompter
 from tests.conftest import FAMILIES
@@ -132,3 +135,38 @@ def test_nan_stops_with_an_error(artifacts: Callable[[str], Path], tmp_path: Pat
     edit_weights(folder, overflow)
     with pytest.raises(GemmaAwqError, match="NaN"):
         complete(open_model(folder, CPU), [2, 40], 3, Sampling(), (), lambda _: None)
+
+
+@pytest.mark.parametrize(
+    "eos", [[[1]], "1", ["1"], 1.0, [1.5], True, [None], {}, {"a": 1}, -1, [1, -1], 264, [1, 10**12], [[[]]]],
+    ids=lambda value: repr(value),
+)  # fmt: skip
+def test_odd_end_tokens_are_an_error(eos: object, tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
+    folder = Path(shutil.copytree(checkpoints("gemma2"), tmp_path / "model"))
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(GemmaAwqError, match=r"generation_config.json has the eos_token_id .*from 0 to 263") as caught:
+        end_tokens(Checkpoint(folder), Prompter(folder))
+    assert len(caught.value.message) < 250
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "null", "[" * 100_000, '{"top_k": NaN}', '{"top_k": 1' + "0" * 5000 + "}"]
+)
+def test_a_damaged_generation_config_is_an_error(
+    text: str, tmp_path: Path, checkpoints: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Path(shutil.copytree(checkpoints("gemma2"), tmp_path / "model"))
+    (folder / "generation_config.json").write_text(text)
+    assert main(["run", "-m", str(folder), "Hi"]) == 1
+    assert "generation_config.json" in capsys.readouterr().err
+
+
+def test_end_tokens_that_the_model_never_gives_are_left_out(tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
+    folder = Path(shutil.copytree(checkpoints("gemma2"), tmp_path / "model"))
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 4]}')
+    path = folder / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token": "<named nowhere else>"}))
+    prompter = Prompter(folder)
+    prompter.tokenizer.backend.add_tokens(["<a>", "<b>", "<c>"])
+    prompter.tokenizer.special["eos_token"] = "<c>"
+    assert end_tokens(Checkpoint(folder), prompter) == {1, 4}

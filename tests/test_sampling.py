@@ -11,7 +11,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.sampling import Chooser, Sampling, distribution, penalized, resolve
 
 GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
@@ -90,5 +90,46 @@ def test_the_models_generation_config_decides_unless_asked() -> None:
     drawn = resolve(Sampling(), GEMMA3_IT)
     assert drawn.seed is not None  # said, so that the run can be repeated
     assert drawn.seed != resolve(Sampling(), GEMMA3_IT).seed
-    with pytest.raises(GemmaAwqError, match="top_p 'high'"):
-        resolve(Sampling(), {"do_sample": True, "top_p": "high"})
+
+
+ODD = ["high", "", [], [1], {}, True, False, -1, -0.5, float("nan"), float("inf"), 10**30, 1e300]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty") for value in ODD),
+        ("top_k", 3.7), ("top_p", 1.5), ("min_p", 2), ("repetition_penalty", 0), ("do_sample", "yes"), ("do_sample", 1),
+        ("do_sample", []),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("asked", [Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.5)])
+def test_an_odd_generation_config_is_an_error_that_names_it(name: str, value: object, asked: Sampling) -> None:
+    with pytest.raises(GemmaAwqError, match=f"generation_config.json has the {name} ") as caught:
+        resolve(asked, {"do_sample": True} | {name: value})
+    assert len(caught.value.message) < 250
+    assert caught.value.hint
+
+
+def test_what_a_generation_config_leaves_open_is_no_error() -> None:
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "do_sample")
+    assert resolve(Sampling(), dict.fromkeys(names)).greedy
+    assert resolve(Sampling(seed=1), {"do_sample": True, "top_k": 0, "min_p": 0, "top_p": 1}) == Sampling(
+        1.0, None, 1, seed=1
+    )
+    assert resolve(Sampling(seed=1), {"do_sample": True, "top_k": 50.0}).top_k == 50
+
+
+@pytest.mark.parametrize("asked", [Sampling(temperature=float("nan")), Sampling(temperature=float("inf"))])
+def test_a_temperature_that_is_no_number_is_a_usage_error(asked: Sampling) -> None:
+    with pytest.raises(UsageError, match="--temperature"):
+        resolve(asked, {})
+    with pytest.raises(UsageError, match="--top-p"):
+        resolve(Sampling(top_p=float("nan")), {})
+
+
+@pytest.mark.parametrize("temperature", [1e-29, 1e-38, 1e-45, 1e-320])
+def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
+    logits = torch.tensor([-30.0, 29.9, 30.0, -1.0])
+    for extra in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
+        assert Chooser(Sampling(temperature=temperature, seed=1, **extra), 0, ()).choose(logits) == 2

@@ -4,6 +4,7 @@ Norm gains are 0, tiny, negative and large; q is wider than the hidden size; kv 
 are longer than the sliding window. What passes here is not passed by luck.
 """
 
+import json
 from pathlib import Path
 
 import torch
@@ -91,6 +92,19 @@ def make_tokenizer(folder: Path, chat: bool = False) -> None:
     if chat:
         fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
+
+
+def add_tokens(folder: Path, *contents: str) -> None:
+    """Name the two ids that nothing maps to, and further tokens from the end of the embedding on."""
+    path = folder / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    first = VOCAB - 2
+    stored["added_tokens"] += [
+        {"id": first + index, "content": content, "special": True, **flags}
+        for index, content in enumerate(["<unused0>", "<unused1>", *contents])
+    ]
+    path.write_text(json.dumps(stored), encoding="utf-8")
 
 
 def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = False, chat: bool = False) -> Path:

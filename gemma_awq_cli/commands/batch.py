@@ -18,9 +18,10 @@ from gemma_awq_cli.batching import (
     require_folder,
     require_free,
     sole_writer,
+    token_rows,
 )
 from gemma_awq_cli.commands.engines import read_model, start_engine
-from gemma_awq_cli.generation import Completion, Settings, prompt_ids
+from gemma_awq_cli.generation import Completion, Settings
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.output import Output
 
@@ -77,8 +78,7 @@ def _run(
     if len(finished) < len(prompts):
 
         def longest(prompter: Prompter) -> int:
-            rows = (prompt_ids(prompter, prompt, work.system, work.raw) for prompt in prompts)
-            return max(map(len, rows)) + settings.max_new_tokens
+            return max(map(len, token_rows(prompter, batch))) + settings.max_new_tokens
 
         engine = start_engine(out, checkpoint, loading, how, work.batch_size, longest)
         started = time.perf_counter()

@@ -8,6 +8,7 @@ import typer
 from gemma_awq_cli.chatting import Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Engine, Settings
+from gemma_awq_cli.models.prompting import PromptError
 from gemma_awq_cli.output import Output
 
 PROMPT, MORE = ">>> ", "... "
@@ -54,7 +55,7 @@ def _do(out: Output, chat: Chat, said: str) -> None:
             _command(out, chat, said)
         elif said.strip():
             _answer(out, chat, said)
-    except (MessageTooLongError, UsageError) as error:
+    except (MessageTooLongError, PromptError, UsageError) as error:  # the conversation goes on without it
         out.error(error)
 
 

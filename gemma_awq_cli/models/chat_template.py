@@ -1,16 +1,35 @@
 """Chat templates, rendered as transformers renders them: Jinja in a sandbox, with the same filters and globals.
 
-transformers' own renderer costs the second that importing transformers takes. Imports nothing heavy.
+A template is a program that a stranger wrote. As a program of its own this module renders one template again and again
+and bounds what that takes; `template_worker` is the other end. It imports nothing else of this package, nor anything
+heavy: transformers' own renderer costs the second that importing transformers takes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+import signal
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import lru_cache
 from typing import Any
 
 import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+MEMORY_BYTES = 512 * 1024 * 1024  # of the whole process
+# Characters that a template may write: what it is given many times over, and a megabyte of its own.
+OUTPUT_FACTOR, OUTPUT_OWN = 10, 1_000_000
+
+
+class Refusal(jinja2.exceptions.TemplateError):
+    """What a template itself says of messages that it cannot take."""
+
+
+class TooLongError(jinja2.exceptions.TemplateError):
+    """A template writes without end."""
 
 
 class _Generation(Extension):
@@ -54,27 +73,48 @@ def _require_plain(name: Any) -> None:
         raise jinja2.exceptions.SecurityError(f"a chat template may not store {name!r} in a namespace")
 
 
-def render(template: str, messages: Sequence[Mapping[str, str]], answer_next: bool, tokens: Mapping[str, str]) -> str:
-    """The messages as text. tokens: `bos_token` and the like, which templates write out.
+def render(
+    template: str,
+    messages: Sequence[Mapping[str, str]],
+    answer_next: bool,
+    tokens: Mapping[str, str],
+    limit: int | None = None,
+) -> str:
+    """The messages as text, of at most `limit` characters. tokens: `bos_token` and the like, which templates write out.
 
-    Raises jinja2.exceptions.TemplateError for a template that is damaged or refuses the messages.
+    Raises whatever the template does: `Refusal` where it refuses the messages, jinja2.exceptions.TemplateSyntaxError
+    where it is no template.
     """
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals.update(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
-    return environment.from_string(template).render(
+    pieces = _compiled(template).generate(
         messages=[dict(message) for message in messages],
         tools=None,
         documents=None,
         add_generation_prompt=answer_next,
         **tokens,
     )
+    return "".join(pieces if limit is None else _bounded(pieces, limit))
 
 
-def _refuse(message: str) -> None:
-    raise jinja2.exceptions.TemplateError(message)
+@lru_cache(maxsize=1)
+def _compiled(template: str) -> jinja2.Template:
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.globals.update(raise_exception=_refuse, strftime_now=_now, dict=_Dict(), namespace=_Namespace)
+    return environment.from_string(template)
+
+
+def _bounded(pieces: Iterator[str], limit: int) -> Iterator[str]:
+    for piece in pieces:
+        limit -= len(piece)
+        if limit < 0:
+            raise TooLongError("it writes too much text")
+        yield piece
+
+
+def _refuse(message: Any) -> None:
+    raise Refusal(message)
 
 
 def _now(form: str) -> str:
@@ -85,3 +125,84 @@ def _to_json(
     value: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
 ) -> str:
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def serve() -> None:
+    """Render until the requests end: JSON lines on file 0, answers on file 1.
+
+    The first line is {template, tokens, seconds}, every other {messages, answer_next}. An answer is one of {text},
+    {refused: why}, {damaged: why, line}, {failed: why, line} and {exhausted: why}; the very first says {ready}.
+    seconds: after twice as many this process ends by itself, if whoever asked has not ended it.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
+    with open(0, "rb", closefd=False) as requests, open(1, "wb", closefd=False) as answers:
+        answers.write(b'{"ready": true}\n')
+        answers.flush()
+        given = json.loads(requests.readline() or "null")
+        _bound_memory()
+        while line := requests.readline():
+            request = json.loads(line)
+            with _time_bound(2 * given["seconds"]):
+                answer = _answer(given["template"], given["tokens"], request, len(line))
+            answers.write(answer)
+            answers.flush()
+
+
+def _answer(template: str, tokens: Mapping[str, str], request: Mapping[str, Any], length: int) -> bytes:
+    limit = OUTPUT_OWN + OUTPUT_FACTOR * length
+    failing = "damaged"
+    try:
+        _compiled(template)
+        failing = "failed"
+        text = render(template, request["messages"], request["answer_next"], tokens, limit)
+        return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
+    except Refusal as error:
+        answer: dict[str, Any] = {"refused": _said(error)}
+    except TooLongError:
+        answer = {"exhausted": f"writes more than {limit} characters"}
+    except MemoryError:
+        answer = {"exhausted": f"needs more than {MEMORY_BYTES >> 20} MB of memory"}
+    except jinja2.exceptions.TemplateSyntaxError as error:
+        answer = {failing: _said(error), "line": error.lineno}
+    except Exception as error:  # noqa: BLE001 (whatever a stranger's program raises is an answer, and no bug of ours)
+        answer = {failing: f"{type(error).__name__}: {_said(error)}", "line": _line(error)}
+    return json.dumps(answer).encode() + b"\n"
+
+
+def _said(error: Exception) -> str:
+    text = "".join(character if character.isprintable() else " " for character in str(error)[:500])
+    return text.strip().rstrip(".") or "no reason given"
+
+
+def _line(error: Exception) -> int | None:
+    """The template's line that raised it, which jinja2 puts into the traceback."""
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
+    return lines[-1] if lines else None
+
+
+def _bound_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    for name, bound in (("RLIMIT_CORE", 0), ("RLIMIT_DATA", MEMORY_BYTES), ("RLIMIT_AS", MEMORY_BYTES)):
+        with suppress(AttributeError, OSError, ValueError):  # not every system has or heeds each
+            resource.setrlimit(getattr(resource, name), (bound, bound))
+
+
+@contextmanager
+def _time_bound(seconds: int) -> Iterator[None]:
+    """This process ends if what is done inside takes longer."""
+    alarm = getattr(signal, "alarm", None)
+    if alarm is None:
+        yield
+        return
+    alarm(seconds)
+    yield
+    alarm(0)
+
+
+if __name__ == "__main__":
+    with suppress(BrokenPipeError):  # nobody waits for the answer
+        serve()
+    os._exit(0)

@@ -116,6 +116,11 @@ class Checkpoint:
         return int(self.facts.num_hidden_layers)
 
     @property
+    def vocabulary(self) -> int:
+        """How many tokens have an embedding."""
+        return int(self.facts.vocab_size)
+
+    @property
     def declared_dtype(self) -> torch.dtype:
         """The dtype that the config declares at its top level, as transformers takes it, else the weights'."""
         dtype = getattr(torch, str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")), None)

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.chat_template import render
+from gemma_awq_cli.models.template_worker import TemplateWorker
 from gemma_awq_cli.models.tokenizer import load_tokenizer
 from gemma_awq_cli.text_stream import TextStream
 from tests.tiny import CHAT_TEMPLATE, TEXT, make_tokenizer
@@ -50,7 +51,8 @@ def require_same(folder: Path) -> None:
 def test_it_is_transformers(chat: bool, tmp_path: Path) -> None:
     make_tokenizer(tmp_path, chat)
     require_same(tmp_path)
-    assert load_tokenizer(tmp_path).chat_template == (CHAT_TEMPLATE if chat else None)
+    template = load_tokenizer(tmp_path).chat_template
+    assert (template and template.text) == (CHAT_TEMPLATE if chat else None)
 
 
 def test_special_tokens_that_the_file_does_not_mark_and_limits_that_it_sets(tmp_path: Path) -> None:
@@ -91,9 +93,61 @@ GEMMA3_TEMPLATE = """{{ bos_token }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}
 """
+# Later Gemmas' turns, system role and thinking, with macros as their templates have them.
+GEMMA4_TEMPLATE = """
+{%- macro plain(text) -%}
+    {%- set ns = namespace(result='') -%}
+    {%- for part in text.split('<channel|>') -%}
+        {%- if '<|channel>' in part -%}
+            {%- set ns.result = ns.result + part.split('<|channel>')[0] -%}
+        {%- else -%}
+            {%- set ns.result = ns.result + part -%}
+        {%- endif -%}
+    {%- endfor -%}
+    {{- ns.result | trim -}}
+{%- endmacro -%}
+{%- macro described(value, depth=0) -%}
+    {%- if value is mapping -%}{
+        {%- for key, item in value | dictsort -%}
+            {{ key }}:{{ described(item, depth + 1) }}{{ ',' if not loop.last }}
+        {%- endfor -%} }
+    {%- elif value is string -%}<|"|>{{ value }}<|"|>
+    {%- elif value is boolean -%}{{ 'true' if value else 'false' }}
+    {%- else -%}{{ value }}{%- endif -%}
+{%- endmacro -%}
+{%- set ns = namespace(prev_message_type=None, turns=0) -%}
+{%- set loop_messages = messages -%}
+{{- bos_token -}}
+{%- if (enable_thinking is defined and enable_thinking) or tools or messages[0]['role'] in ['system', 'developer'] -%}
+    {{- '<|turn>system\n' -}}
+    {%- if enable_thinking is defined and enable_thinking -%}{{- '<|think|>\n' -}}{%- endif -%}
+    {%- if messages[0]['role'] in ['system', 'developer'] -%}
+        {{- messages[0]['content'] | trim -}}
+        {%- set loop_messages = messages[1:] -%}
+    {%- endif -%}
+    {%- if tools -%}{%- for tool in tools -%}{{ described(tool) }}{%- endfor -%}{%- endif -%}
+    {{- '<turn|>\n' -}}
+{%- endif -%}
+{%- for message in loop_messages -%}
+    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
+    {%- set ns.turns = ns.turns + 1 -%}
+    {{- '<|turn>' + role + '\n' -}}
+    {%- if message.get('tool_calls') -%}{{ described(message['tool_calls']) }}{%- endif -%}
+    {%- if message['content'] is string -%}
+        {{- plain(message['content']) if role == 'model' else message['content'] | trim -}}
+    {%- elif message['content'] is sequence -%}
+        {%- for item in message['content'] -%}{{ item['text'] | trim if item['type'] == 'text' }}{%- endfor -%}
+    {%- endif -%}
+    {{- '<turn|>\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|turn>model\n' -}}{%- endif -%}
+{#- the state that this one keeps -#}
+{{- described({'turns': ns.turns, 'b': {'flag': true, 'text': 'x'}}) if false -}}
+"""
 TEMPLATES = {
     "tiny": CHAT_TEMPLATE,
     "gemma3": GEMMA3_TEMPLATE,
+    "gemma4": GEMMA4_TEMPLATE,
     # blocks that trim, loop controls, a marked answer, scoped names, the filters and globals of transformers
     "features": """{% set seen = namespace(n=0, last='') %}
     {% for m in messages %}
@@ -110,6 +164,7 @@ CONVERSATIONS = [
     [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Größe, 東京"}],
     [{"role": role, "content": f"{i}\n\n{role} {{{{ x }}}}"} for i, role in enumerate(["user", "assistant", "user"])],
     [{"role": role, "content": role} for role in ("user", "skip", "assistant", "stop", "user")],
+    [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": " a<|channel>thought<channel|> b "}],
 ]
 
 
@@ -118,6 +173,8 @@ def test_chat_templates_are_rendered_as_transformers_renders_them(template: str,
     make_tokenizer(tmp_path, chat=True)
     (tmp_path / "chat_template.jinja").write_text(TEMPLATES[template], encoding="utf-8")
     ours, theirs = load_tokenizer(tmp_path), AutoTokenizer.from_pretrained(tmp_path)
+    assert ours.chat_template is not None
+    worker = TemplateWorker(ours.chat_template, ours.special)
     refused = 0
     for messages, answer_next in itertools.product(CONVERSATIONS, (False, True)):
         try:
@@ -125,10 +182,13 @@ def test_chat_templates_are_rendered_as_transformers_renders_them(template: str,
         except jinja2.exceptions.TemplateError as error:
             refused += 1
             with pytest.raises(type(error), match=re.escape(str(error))):
-                render(ours.chat_template or "", messages, answer_next, ours.special)
+                render(TEMPLATES[template], messages, answer_next, ours.special)
+            with pytest.raises(GemmaAwqError, match=re.escape(str(error).rstrip("."))):
+                worker.render(messages, answer_next)
         else:
-            assert render(ours.chat_template or "", messages, answer_next, ours.special) == expected
-    assert refused == {"tiny": 2, "gemma3": 2, "features": 0}[template]
+            assert render(TEMPLATES[template], messages, answer_next, ours.special) == expected
+            assert worker.render(messages, answer_next) == expected
+    assert refused == {"tiny": 2, "gemma3": 2, "gemma4": 0, "features": 0}[template]
 
 
 @pytest.mark.parametrize(
@@ -148,8 +208,164 @@ def test_templates_stay_in_their_sandbox(escape: str) -> None:
         assert render(escape, CONVERSATIONS[0], True, {}) == ""
 
 
-def test_a_damaged_file_is_said(tmp_path: Path) -> None:
+def damaged(folder: Path) -> str:
+    """The error that loading or using the folder's tokenizer ends in."""
+
+    def use() -> None:
+        tokenizer = load_tokenizer(folder)
+        tokenizer.decode(tokenizer.encode("a" * 40 + "b Hello"))
+
+    with pytest.raises(GemmaAwqError) as caught:
+        use()
+    assert caught.value.hint
+    return caught.value.message
+
+
+@pytest.mark.parametrize(
+    "data", [b"", b"{", b'{"version": "1.0",', b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"model": 5}']
+)
+def test_a_file_that_is_no_tokenizer_is_an_error(data: bytes, tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"version": "1.0",')
-    with pytest.raises(GemmaAwqError, match="tokenizer"):
-        load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_bytes(data)
+    assert damaged(tmp_path).startswith(f"{tmp_path / 'tokenizer.json'} cannot be read: ")
+
+
+def replace(content: str, pattern: object = None) -> dict[str, object]:
+    return {"type": "Replace", "pattern": pattern or {"String": "a"}, "content": content}
+
+
+# Each of these makes the tokenizers library raise Exception, or panic, as it is read or used.
+DAMAGES: dict[str, dict[str, object]] = {
+    "charsmap": {"normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAA"}},
+    "regex": {"pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(("}, "behavior": "Isolated", "invert": False}},
+    "backtracking": {
+        "pre_tokenizer": {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated", "invert": False}
+    },
+    "backtracking normalizer": {"normalizer": replace("b", {"Regex": "(a|aa)+$"})},
+    "empty pattern": {"normalizer": replace("b", {"String": ""})},
+    "empty prefix": {"normalizer": {"type": "Prepend", "prepend": ""}},
+    "empty pieces": {"pre_tokenizer": {"type": "FixedLength", "length": 0}},
+    "strip": {"decoder": {"type": "Strip", "content": "a", "start": 100, "stop": 100}},
+    "token id": {"added_tokens": [{"id": -1, "content": "<x>"}]},
+    "growing": {"normalizer": replace("b" * 1_000_000)},
+    "growing step by step": {"normalizer": {"type": "Sequence", "normalizers": [replace("a" * 10)] * 8}},
+    "growing decoder": {"decoder": replace("b" * 1_000_000)},
+    "nested": {"normalizer": None},
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_tokenizer_is_an_error(damage: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8")) | DAMAGES[damage]
+    if damage == "nested":
+        for _ in range(100):
+            stored["normalizer"] = {"type": "Sequence", "normalizers": [stored["normalizer"] or {"type": "NFC"}]}
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert "tokenizer" in damaged(tmp_path)
+
+
+def test_a_decoder_that_is_no_use_token_by_token_is_an_error(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    steps = [stored["decoder"], {"type": "Fuse"}, replace("", {"Regex": "lo"})]
+    path.write_text(json.dumps(stored | {"decoder": {"type": "Sequence", "decoders": steps}}), encoding="utf-8")
+    tokenizer = load_tokenizer(tmp_path)
+    stream = TextStream(tokenizer, (), lambda piece: None)
+    ids = tokenizer.encode("Hello  world")
+    with pytest.raises(GemmaAwqError, match="one by one"):
+        [stream.add(token) for token in ids]
+
+
+def test_a_text_has_the_same_ids_whatever_the_file_adds(tmp_path: Path) -> None:
+    """A post-processor that drops the text, and merges that are left out by chance."""
+    make_tokenizer(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored["model"]["vocab"] |= {"he": 262, "ll": 263, "hell": 264}
+    stored["model"]["merges"] = [["h", "e"], ["l", "l"], ["he", "ll"]]
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    ids = load_tokenizer(tmp_path).encode("hello " * 20)
+    assert ids.count(264) == 20
+    single = [{"SpecialToken": {"id": "<bos>", "type_id": 0}}]
+    stored["post_processor"] = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    stored["model"]["dropout"] = 0.5
+    path.write_text(json.dumps(stored), encoding="utf-8")
+    assert load_tokenizer(tmp_path).encode("hello " * 20) == ids
+
+
+@pytest.mark.parametrize("content", ["", "x" * 257, 5, True, [], {}, {"content": None}, {"content": ""}, ["<bos>"]])
+@pytest.mark.parametrize("name", ["bos_token", "pad_token"])
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "special_tokens_map.json"])
+def test_special_tokens_are_texts(content: object, name: str, file: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    config.pop("added_tokens_decoder", None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path / file).write_text(json.dumps((config if file == "tokenizer_config.json" else {}) | {name: content}))
+    message = damaged(tmp_path)
+    assert file in message
+    assert name in message
+
+
+def test_an_older_map_of_special_tokens_is_read_as_transformers_reads_it(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for name in ("added_tokens_decoder", "bos_token", "eos_token"):
+        config.pop(name, None)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    tokens = {"bos_token": {"content": "<bos>", "lstrip": False}, "eos_token": "<end_of_turn>"}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(tokens))
+    assert load_tokenizer(tmp_path).special_id("eos_token") == 5
+    require_same(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, '{"bos_token": 1' + "0" * 5000 + "}"])
+def test_a_damaged_config_is_an_error(name: str, text: str, tmp_path: Path) -> None:
+    make_tokenizer(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / name).write_text(text)
+    assert name in damaged(tmp_path)
+
+
+def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
+    """transformers makes an empty tokenizer of it, whose every text is nothing."""
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "<bos>"}')
+    assert "has no tokenizer: neither tokenizer.json nor tokenizer.model" in damaged(tmp_path)
+
+
+def test_a_sentencepiece_model_needs_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_awq_cli.models.tokenizer.find_spec", lambda module: None)
+        with pytest.raises(GemmaAwqError, match="sentencepiece and protobuf must be installed") as caught:
+            load_tokenizer(tmp_path)
+        assert "pip install sentencepiece protobuf" in caught.value.hint
+
+
+def test_a_sentencepiece_model_is_read_where_its_reader_is(tmp_path: Path) -> None:
+    trainer = pytest.importorskip("sentencepiece")
+    pytest.importorskip("google.protobuf")
+    text = tmp_path / "text.txt"
+    text.write_text("".join(f"{i}. {TEXT}" for i in range(200)), encoding="utf-8")
+    trainer.SentencePieceTrainer.train(
+        input=str(text), model_prefix=str(tmp_path / "tokenizer"), vocab_size=380, model_type="bpe",
+        byte_fallback=True, pad_id=0, eos_id=1, bos_id=2, unk_id=3, pad_piece="<pad>", eos_piece="<eos>",
+        bos_piece="<bos>", unk_piece="<unk>", user_defined_symbols=["<start_of_turn>"], add_dummy_prefix=False,
+        remove_extra_whitespaces=False, normalization_rule_name="identity", minloglevel=2,
+    )  # fmt: skip
+    (tmp_path / "config.json").write_text('{"model_type": "gemma2"}')
+    tokenizer = load_tokenizer(tmp_path)
+    own = trainer.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    for one in ("The quick  brown fox", "Größe, 東京 <start_of_turn>user"):
+        assert tokenizer.encode(one) == own.encode(one)
+        assert tokenizer.decode(tokenizer.encode(one)) == one
+    assert tokenizer.special_id("bos_token") == 2
+    whole = (tmp_path / "tokenizer.model").read_bytes()
+    for data in (b"", whole[:1000], b"{}", whole[:-3] + b"\xff\xff\xff"):
+        (tmp_path / "tokenizer.model").write_bytes(data)
+        assert "tokenizer.model is " in damaged(tmp_path)

@@ -1,0 +1,158 @@
+"""The parent's end of `chat_template`: a process that renders one chat template within bounds of time and memory.
+
+A process, because nothing inside one's own bounds what a template does: `{{ 9**9**9 }}` gives Python's lock back when
+it is done. Imports nothing heavy, jinja2 included.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.template_files import COPY, ChatTemplate
+from gemma_awq_cli.reading import system_errors
+
+PROGRAM = Path(__file__).with_name("chat_template.py")
+SECONDS = 5  # that one rendering may take; a real template takes a thousandth of one
+STARTING_SECONDS = 120  # that the process may take to begin, on a machine or a file system under load
+CHECK = "Check that Python and jinja2 work: python -c 'import jinja2'."
+TURNS = "Gemma's messages are user and assistant by turns, after at most one system message."
+
+
+class PromptError(GemmaAwqError):
+    """A text or a conversation that this model cannot be given; another one may be."""
+
+
+class TemplateWorker:
+    """Renders `template`. tokens: `bos_token` and the like, which templates write out.
+
+    The process starts with `start` or with the first rendering and ends with this object; if it was ended, by its
+    bounds or an interruption, the next rendering starts another.
+    """
+
+    def __init__(self, template: ChatTemplate, tokens: Mapping[str, str]) -> None:
+        self._template = template
+        self._tokens = dict(tokens)
+        self._process: _Process | None = None
+
+    def start(self) -> None:
+        """Start the process, and do not wait for it."""
+        if self._process is None:
+            self._process = _Process(self._template, self._tokens)
+
+    def render(self, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
+        """The messages as text. `PromptError` if it is due to the messages, another error if the template is unfit."""
+        self.start()
+        assert self._process is not None
+        try:
+            answer = self._process.ask({"messages": list(messages), "answer_next": answer_next})
+        except BaseException:  # it may be half-way through an answer
+            self._process.end()
+            self._process = None
+            raise
+        return self._read(answer)
+
+    def _read(self, answer: Mapping[str, Any]) -> str:
+        if isinstance(text := answer.get("text"), str):
+            return text
+        where = self._template.where
+        if "refused" in answer:
+            raise PromptError(f"The model's chat template refuses the messages: {answer['refused']}.", TURNS)
+        if "exhausted" in answer:
+            raise GemmaAwqError(f"The chat template ({where}) {answer['exhausted']} to render one conversation.", COPY)
+        place = f"{where}, line {answer['line']}" if answer.get("line") else where
+        if "damaged" in answer:
+            raise GemmaAwqError(f"The chat template ({place}) cannot be read: {answer['damaged']}.", COPY)
+        raise PromptError(f"The chat template ({place}) fails with these messages: {answer['failed']}.", COPY)
+
+
+class _Process:
+    """A process of `chat_template`."""
+
+    def __init__(self, template: ChatTemplate, tokens: Mapping[str, str]) -> None:
+        self._template = f"The chat template ({template.where})"
+        self._ready = False
+        with system_errors("The process that renders chat templates", "Close other programs.", "started"):
+            read, write = os.pipe()
+            self._answers: IO[bytes] = os.fdopen(read, "rb")
+            try:
+                self._process = subprocess.Popen(
+                    [sys.executable, "-P", str(PROGRAM)],
+                    stdin=subprocess.PIPE,
+                    stdout=write,
+                    stderr=subprocess.DEVNULL,
+                    start_new_session=True,  # the terminal's Ctrl-C is for this process alone
+                )
+            except BaseException:
+                self._answers.close()
+                raise
+            finally:
+                os.close(write)
+        self.end = weakref.finalize(self, _end, self._process, self._answers)
+        self._first = {"template": template.text, "tokens": dict(tokens), "seconds": SECONDS}
+
+    def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
+        """Send a request and wait for the answer, for a bounded time."""
+        requests = [request]
+        if not self._ready:
+            self._exchange([], STARTING_SECONDS, "The process that renders chat templates", "start", CHECK)
+            self._ready = True
+            requests = [self._first, request]
+        return self._exchange(requests, SECONDS, self._template, "render one conversation", COPY)
+
+    def _exchange(
+        self, requests: Sequence[Mapping[str, Any]], seconds: float, what: str, doing: str, hint: str
+    ) -> dict[str, Any]:
+        """Send requests and read one answer. what, doing, hint: for the error if none comes."""
+        expired = threading.Event()
+
+        def expire() -> None:
+            expired.set()
+            self._process.kill()
+
+        watch = threading.Timer(seconds, expire)
+        watch.daemon = True
+        watch.start()
+        line = b""
+        with suppress(BrokenPipeError):
+            try:
+                line = self._exchange_bytes(b"".join(json.dumps(request).encode() + b"\n" for request in requests))
+            finally:
+                watch.cancel()
+        watch.join()
+        if expired.is_set():
+            raise GemmaAwqError(f"{what} takes more than {seconds} s to {doing}.", hint)
+        if not line.endswith(b"\n"):
+            raise GemmaAwqError(f"{what} does not {doing}: the process ended with {self._ending()}.", hint)
+        return dict(json.loads(line))
+
+    def _exchange_bytes(self, data: bytes) -> bytes:
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+        return self._answers.readline()
+
+    def _ending(self) -> str:
+        try:
+            code = self._process.wait(1)
+        except subprocess.TimeoutExpired:  # it has closed its end, and goes on
+            self._process.kill()
+            code = self._process.wait()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _end(process: "subprocess.Popen[bytes]", answers: IO[bytes]) -> None:
+    """End the process, whatever it does, and leave nothing of it."""
+    process.kill()
+    process.wait()
+    if process.stdin is not None:
+        with suppress(OSError):  # of a request that it never read
+            process.stdin.close()
+    answers.close()
