@@ -131,9 +131,10 @@ class Checkpoint:
         if not isinstance(model_type, str):
             raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", "Give a Hugging Face checkpoint folder.")
         self.family: Family = family_of(model_type)
-        self.facts: Any = plain_text_config(self.raw_config) or self.text_config
         self.tensors = read_headers(folder)
         self.layout = self._find_layout()
+        # after the headers: what the config asks for can be held against what is there before anything is built from it
+        self.facts: Any = plain_text_config(self.raw_config) or self.text_config
 
     @cached_property
     def config(self) -> Any:
