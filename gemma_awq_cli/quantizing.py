@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
+from gemma_awq_cli.artifact import artifact_config, make_report
 from gemma_awq_cli.awq.fidelity import Fidelity, compare
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import Rows
@@ -43,6 +43,8 @@ from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
+from gemma_awq_cli.side_files import copy_side_files, side_files
+from gemma_awq_cli.source_metadata import source_card
 
 HELDOUT_SAMPLES = 6
 HELDOUT_SAMPLES_FAST = 2  # they run through every layer twice
@@ -112,6 +114,7 @@ def quantize(
     An interrupted run keeps its finished layers; `resume` goes on after them, or returns the artifact if it is whole.
     """
     started = time.perf_counter()
+    beside, card = side_files(checkpoint.folder), source_card(checkpoint.folder)  # what is wrong there is said now
     fingerprint = make_fingerprint(checkpoint, stack, plan, rows, arguments)
     staged = require_free(target, force, resume)
     if resume and (found := _found(target, fingerprint, force)) is not None:
@@ -158,7 +161,7 @@ def quantize(
             fidelity = _measure(stack, hidden, rows)
         _write_unquantized(checkpoint, stack, plan, writer)
         writer.finish()
-        copy_side_files(checkpoint, staged.folder)
+        copy_side_files(beside, staged.folder)
         write_json(staged.folder / CONFIG, artifact_config(checkpoint, plan))
         verified = verify_artifact(staged.folder)
         run = {
@@ -166,7 +169,9 @@ def quantize(
             "seconds_a_layer": [record["seconds"] for record in journal.records],
         }
         layers = [record["groups"] for record in journal.records]
-        report = make_report(source, checkpoint, plan, rows, arguments, layers, fidelity, verified, fingerprint, run)
+        report = make_report(
+            source, checkpoint, plan, rows, arguments, layers, fidelity, verified, fingerprint, run, card
+        )
         write_json(staged.folder / REPORT, report)
     return Quantized(target, report)
 

@@ -103,10 +103,10 @@ def test_the_published_report_names_no_folder_of_this_machine() -> None:
             "fingerprint": {"calibration": calibration},
         }
 
-    private = published_report(report("/home/ann/secret/gemma-ft", None, "/home/ann/mails.jsonl")).decode()
+    private = json.dumps(published_report(report("/home/ann/secret/gemma-ft", None, "/home/ann/mails.jsonl")))
     assert "ann" not in private
     assert '"gemma-ft"' in private
     assert private.count('"mails.jsonl"') == 2
-    public = published_report(report("google/gemma-3-1b-it", "abc", "Salesforce/wikitext")).decode()
+    public = json.dumps(published_report(report("google/gemma-3-1b-it", "abc", "Salesforce/wikitext")))
     assert '"google/gemma-3-1b-it"' in public
     assert '"Salesforce/wikitext"' in public

@@ -84,6 +84,7 @@ def command(
     from gemma_awq_cli import thresholds
     from gemma_awq_cli.bench_entries import Settings
     from gemma_awq_cli.benchmarking import Bench
+    from gemma_awq_cli.stored_documents import read_bench_document
 
     limits = {
         thresholds.KL: max_kl, thresholds.PERPLEXITY_RATIO: max_ppl_ratio, thresholds.DECODE: min_decode_tps,
@@ -99,7 +100,7 @@ def command(
     for figure in bounds:
         if not getattr(settings, figure.part):
             raise UsageError(f"A bound of {figure.title} needs --{figure.part}.")
-    earlier = thresholds.read_baseline(baseline) if baseline is not None else None
+    earlier = read_bench_document(baseline) if baseline is not None else None
     if report is not None:
         from gemma_awq_cli.bench_report import require_plotting
 
