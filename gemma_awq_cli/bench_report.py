@@ -97,9 +97,9 @@ def _shown(value: Any) -> Any:
 
 
 def _label_of(name: str) -> str:
-    """A name as a plot can show it: matplotlib leaves out what begins with an underscore."""
+    """A name as a plot can show it: matplotlib leaves out what is empty or begins with an underscore."""
     label = one_line(name, LABEL)
-    return f" {label}" if label.startswith("_") else label
+    return f" {label}" if not label or label.startswith("_") else label
 
 
 def _tiles(model: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, str]]:

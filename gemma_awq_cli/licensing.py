@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.markup import one_line
 from gemma_awq_cli.reading import read_bytes
 from gemma_awq_cli.source_metadata import UNREADABLE
 
@@ -92,7 +93,7 @@ class Licence:
         """The card's licence fields."""
         if self.own is None:
             return {"license": self.terms.id}
-        return {"license": "other", "license_name": self.own.id, "license_link": LICENCE_FILE}
+        return {"license": "other", "license_name": one_line(self.own.id), "license_link": LICENCE_FILE}
 
 
 def read_own(licence: str | None, file: Path | None) -> Own | None:

@@ -245,7 +245,7 @@ def _calibration(report: Mapping[str, Any]) -> str:
 def _source(report: Mapping[str, Any]) -> Markdown:
     source = report["source"]
     model, revision = escape(source["model"]), source["revision"]
-    if revision:
+    if revision and REPO_ID.fullmatch(source["model"]):
         return Markdown(f"[{model}]({HUB}/{model}/tree/{revision}) at commit {code(revision)}")
     return Markdown(f"{escape(source_name(report))} (config SHA-256 {code(source['config_sha256'])})")
 
