@@ -10,9 +10,9 @@ from typing import Any
 _BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they reorder what is shown
 _UNSEEN = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff{_BIDI}]+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-# What is markup anywhere in a line, and an underscore that is not inside a word, where it is no emphasis. Our own texts
-# begin every line, so what is markup at its beginning alone cannot get there.
+# What is markup anywhere in a line, and an underscore that is not inside a word, where it is no emphasis
 _ACTIVE = re.compile(r"[\\`*\[\]<>|&$~]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
+_LEADING = re.compile(r"\A(?:#(?=#{0,5}(?:\s|\Z))|[-+](?=\s)|(?P<number>\d{1,9})(?P<dot>[.)])(?=\s|\Z))")
 # GitHub's and the hub's readers make links and mentions of bare text
 _LINKED = re.compile(r":(?=//)|(?<=\bwww)\.|@", re.IGNORECASE)
 
@@ -33,7 +33,9 @@ def escape(text: object) -> Markdown:
     """Anything as text of one line of Markdown."""
     if isinstance(text, Markdown):
         return text
-    return Markdown(_LINKED.sub(r"\\\g<0>", _ACTIVE.sub(r"\\\g<0>", one_line(str(text)))))
+    line = _ACTIVE.sub(r"\\\g<0>", one_line(str(text)))
+    line = _LEADING.sub(lambda m: f"{m['number']}\\{m['dot']}" if m["number"] else f"\\{m[0]}", line)
+    return Markdown(_LINKED.sub(r"\\\g<0>", line))
 
 
 def code(text: object) -> Markdown:
