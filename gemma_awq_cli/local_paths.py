@@ -6,7 +6,6 @@ Tokens and templates are apart: `/home` is a word of many vocabularies, and `~/`
 import json
 import re
 from collections.abc import Iterator
-from pathlib import PurePosixPath, PureWindowsPath
 from typing import Any
 
 from gemma_awq_cli.models.hub import REPO_ID
@@ -59,8 +58,8 @@ def mentioned_path(text: str) -> str | None:
 
 def base_name(text: str) -> str:
     """A path's last part, whatever system it is of."""
-    kind = PureWindowsPath if re.match(r"[A-Za-z]:[\\/]|\\\\", text) else PurePosixPath
-    return kind(text.removeprefix("file:")).name or "model"
+    parts = [part for part in re.split(r"[/\\]+", re.sub(r"(?i)\Afile:", "", text)) if part not in ("", "~", ".", "..")]
+    return parts[-1] if parts else "model"
 
 
 def without_local_paths(value: Any) -> tuple[Any, list[str]]:

@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 MAIN = "main"
 # What a reader may load as this model: older ones must not stay beside the new ones.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_ENDPOINT = "Check HF_ENDPOINT, and any proxy or firewall."
 _BY_HAND = "Move it away, push, and edit the card on the hub: a card that is edited there is kept."
 FOREIGN_WEIGHTS = (*WEIGHTS, "*.bin", "*.gguf", "*.pt", "*.pth")
 
@@ -248,11 +249,24 @@ def look(api: "HfApi", repo: str, revision: str) -> Remote:
 def _listed(api: "HfApi", repo: str, revision: str) -> dict[str, RemoteFile]:
     from huggingface_hub.hf_api import RepoFile
 
-    return {
-        entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None)
-        for entry in api.list_repo_tree(repo, revision=revision, recursive=True)
-        if isinstance(entry, RepoFile)
-    }
+    try:
+        listed = {
+            entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None)
+            for entry in api.list_repo_tree(repo, revision=revision, recursive=True)
+            if isinstance(entry, RepoFile)
+        }
+    except (LookupError, TypeError, AttributeError):  # the client takes an answer's fields as they come
+        raise GemmaAwqError(f"What answered for {repo} is not a hub.", _ENDPOINT) from None
+    for path in listed:
+        if not isinstance(path, str) or _is_odd(path):
+            raise GemmaAwqError(f"The hub lists a file of {repo} under a name that no file has: {path!r}.", _ENDPOINT)
+    return listed
+
+
+def _is_odd(path: str) -> bool:
+    """Whether a path leads elsewhere, or is none."""
+    parts = path.split("/")
+    return not path.isprintable() or any(part in ("", ".", "..", ".git") for part in parts) or "\\" in path
 
 
 def compare(prepared: Prepared, remote: Remote, card_edited: bool, replace_card: bool, private: bool) -> Step:

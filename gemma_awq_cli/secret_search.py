@@ -39,10 +39,11 @@ _NAMED = (
     r"shared[_.-]?access[_.-]?key|private[_.-]?key|signing[_.-]?key|encryption[_.-]?key|client[_.-]?secret|credentials?|"
     r"(?:api|auth|access|refresh|bearer|session|hub|hf|bot|id|deploy|personal)[_.-]?token"
 )
-_ASSIGNED = re.compile(
-    rf"(?<![A-Za-z])(?:[\w.-]*[_.-])?(?:{_NAMED}|key|token)[\"']?\s*(?:[:=]|=>|:=)\s*[\"']?(?P<value>[^\s\"'<>,;)}}]{{6,}})",
-    re.IGNORECASE,
-)
+_VALUE = r"[\"']?\s*(?:[:=]|=>|:=)\s*[\"']?(?P<value>[^\s\"'<>,;)}]{6,})"
+_ASSIGNED = re.compile(rf"(?<![A-Za-z])(?:[\w.-]*[_.-])?(?:{_NAMED}){_VALUE}", re.IGNORECASE)
+# Of every kind of key, and of bos_token and its like
+_KEYED = re.compile(rf"(?<![A-Za-z])(?:[\w.-]*[_.-])?(?:key|token){_VALUE}", re.IGNORECASE)
+_HEXADECIMAL = re.compile(r"[0-9a-f]{32,}|[0-9A-F]{32,}")
 _KEY = re.compile(
     rf"(?:.*[_.\-])?(?:{_NAMED})(?:[_.\-]?(?:id|value|hash|key))?|auth|token|key|.*(?:password|secret)", re.IGNORECASE
 )
@@ -55,6 +56,7 @@ _BOTS = re.compile(
     r"(?<![0-9A-Za-z])(?:[0-9]{8,10}:AA[\w-]{32,34}(?![\w-])|[MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,38}(?![\w-]))",
     re.ASCII,
 )
+_PRIVATE = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----")  # the one form with blanks in it
 _LONG_WORD = re.compile(r"[^\s\"]{20,}")
 _PLACEHOLDER = re.compile(
     r"[*xX.\-_]+|your[\w -]*|<.*>|\{.*\}|\$.*|none|null|true|false|changeme|example\w*", re.IGNORECASE
@@ -78,8 +80,8 @@ def find_secret(data: bytes, is_json: bool = False, vocabulary: bool = False) ->
     # what keys are made of is ASCII: the zero bytes are all that UTF-16 and UTF-32 add to it
     text = (data.replace(b"\0", b"") if b"\0" in data else data).decode("latin-1")
     if vocabulary:  # 33 MB of words, of which few are as long as a key
-        private = "PRIVATE KEY-----\n" if "PRIVATE KEY-----" in text else ""
-        text = private + "\n".join(_LONG_WORD.findall(text))
+        private = _PRIVATE.findall(text) if "-----BEGIN " in text else []
+        text = "\n".join(private + _LONG_WORD.findall(text))
     plain = _plain(text)
     for reading in (text, plain) if plain != text else (text,):
         for start, what in _keys(reading):
@@ -104,6 +106,9 @@ def _find_named(text: str) -> Found | None:
         for match in pattern.finditer(text):
             if _is_random(match["value"]) or ("passw" in match[0].lower() and _is_password(match["value"])):
                 return Found(what, _line(text, match.start()))
+    for match in _KEYED.finditer(text):
+        if _HEXADECIMAL.fullmatch(match["value"]) or any(map(looks_random, _RUN.findall(match["value"]))):
+            return Found("a key", _line(text, match.start()))
     return None
 
 
@@ -193,13 +198,14 @@ def _is_random(text: str) -> bool:
 def looks_random(word: str) -> bool:
     """Whether a word of letters and digits is none of a language, of code, or a hash in hexadecimal digits.
 
-    In what chance writes, two characters of three differ in kind (upper case, lower case, digit) from the one before.
+    In what chance writes, six characters of ten differ in kind (upper case, lower case, digit) from the one before; in
+    the longest names of classes it is three.
     """
     if entropy(word) < 3.8 or sum(c.isdigit() for c in word) < 2:
         return False
     kinds = ["d" if c.isdigit() else "u" if c.isupper() else "l" if c.islower() else "s" for c in word]
     changes = sum(a != b for a, b in pairwise(kinds))
-    return {"d", "u", "l"} <= set(kinds) and changes >= 0.42 * len(word)
+    return {"d", "u", "l"} <= set(kinds) and changes >= 0.36 * len(word)
 
 
 def entropy(text: str) -> float:

@@ -89,19 +89,19 @@ def test_every_text_of_a_report_on_the_card() -> None:
     base["calibration"]["text"] = "text.txt"
     before, words = structure(card(base, full_bench())), command_of(card(base, full_bench()))
     planted_in = set()
-    for place in strings(base):
-        for attack in ATTACKS:
-            report = planted(base, place, attack)
-            if not is_accepted(report, "report-schema.json"):
-                continue
-            planted_in.add(place)
-            text = card(report, full_bench())
-            assert structure(text) == before, (place, attack)
-            assert len(command_of(text)) == len(words), (place, attack)
-            assert not [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"], (place, attack)
-            if "evil.example" in attack:
-                prose = re.sub("```.*?```", "", text.split("---\n", 2)[2], flags=re.DOTALL)
-                assert not re.search(r"\w://evil", prose), place
+    for attack in ATTACKS:
+        report = base
+        for place in strings(base):
+            if is_accepted(planted(base, place, attack), "report-schema.json"):
+                report = planted(report, place, attack)
+                planted_in.add(place)
+        text = card(report, full_bench())
+        assert structure(text) == before, attack
+        assert len(command_of(text)) == len(words), attack
+        assert not [c for c in text if unicodedata.category(c) in ("Cc", "Cs") and c != "\n"], attack
+        if "evil.example" in attack:
+            prose = re.sub("```.*?```", "", text.split("---\n", 2)[2], flags=re.DOTALL)
+            assert not re.search(r"\w://evil", prose)
     # the texts that have no form of their own
     assert {
         ("run", "machine"),
