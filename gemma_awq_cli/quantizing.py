@@ -45,6 +45,7 @@ from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bflo
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 from gemma_awq_cli.side_files import copy_side_files, side_files
 from gemma_awq_cli.source_metadata import source_card
+from gemma_awq_cli.stored_documents import read_quantization_report
 
 HELDOUT_SAMPLES = 6
 HELDOUT_SAMPLES_FAST = 2  # they run through every layer twice
@@ -212,10 +213,10 @@ def _found(target: Path, fingerprint: Fingerprint, force: bool) -> Quantized | N
     """What a resumed run finds finished."""
     if not (target / REPORT).is_file():
         return None
-    report = read_json(target / REPORT)
-    return (
-        Quantized(target, report, found=True) if _same(report.get("fingerprint"), fingerprint, target, force) else None
-    )
+    then = read_json(target / REPORT).get("fingerprint")
+    if not _same(then if isinstance(then, dict) else None, fingerprint, target, force):
+        return None
+    return Quantized(target, read_quantization_report(target), found=True)
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:

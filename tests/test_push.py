@@ -434,7 +434,7 @@ def test_what_a_system_left_there_is_named_and_not_sent(hub: WritingHub, artifac
         (artifact / name).write_text("x")
     assert push(artifact) == 0
     said = capsys.readouterr().err
-    assert "Not sent, because the system left it there: ._model.safetensors, .DS_Store, Thumbs.db, desktop.ini" in said
+    assert "Not sent, because the system left it there: .DS_Store, ._model.safetensors, Thumbs.db, desktop.ini" in said
     assert not {".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors"} & set(hub.tree(REPO))
 
 

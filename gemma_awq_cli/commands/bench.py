@@ -107,7 +107,7 @@ def command(
         require_plotting(report)
     bench = Bench(settings, out.note, out.warning)
     try:
-        _measure(out, bench, names, must=fidelity)
+        _measure(out, bench, names, must=fidelity, reports=save or report is not None)
     except (KeyboardInterrupt, Terminated):
         if bench.entries:
             out.warning("interrupted: what was measured until then is below, and is not complete")
@@ -125,9 +125,13 @@ def command(
         raise typer.Exit(3)
 
 
-def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
-    """must: fidelity was asked for by name, so that it is an error if it cannot be measured."""
+def _measure(out: Output, bench: "Bench", names: list[str], must: bool, reports: bool) -> None:
+    """must: fidelity was asked for by name, so that it is an error if it cannot be measured. reports: the artifacts'
+    own will be needed, so that a damaged one is an error now.
+    """
     bench.add(names)
+    if reports:
+        _ = [entry.report for entry in bench.entries]
     if bench.settings.speed:
         with out.progress("Speed", bench.speed_steps()) as progress:
             bench.measure_speed(progress.step)
