@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from gemma_awq_cli.artifact import artifact_config, copy_side_files
+from gemma_awq_cli.artifact import artifact_config
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.pack import pack_weight
 from gemma_awq_cli.calibration import Rows
@@ -18,6 +18,7 @@ from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import StagedFolder
 from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
+from gemma_awq_cli.side_files import copy_side_files, side_files
 
 
 def main() -> None:
@@ -46,7 +47,7 @@ def main() -> None:
             for kind, tensor in pack_weight(quantize(weight.float(), grid), grid)._asdict().items():
                 writer.write(f"{base}.{kind}", tensor)
         writer.finish()
-        copy_side_files(checkpoint, folder)
+        copy_side_files(side_files(checkpoint.folder), folder)
         write_json(folder / CONFIG, artifact_config(checkpoint, plan))
     print(args.output)
 

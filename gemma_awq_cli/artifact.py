@@ -1,9 +1,9 @@
-"""Everything in an artifact beside its tensors: config, tokenizer and licence files, and the report."""
+"""What an artifact says of itself: its config and its report."""
 
 import hashlib
 import platform
-import shutil
 import sys
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,27 +13,16 @@ import torch
 from gemma_awq_cli import __version__
 from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.local_paths import without_local_paths
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import CONFIG
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.tying import with_tie
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
+from gemma_awq_cli.side_files import not_copied
+from gemma_awq_cli.source_metadata import UNREADABLE
 
 REPORT_SCHEMA = 2
-
-# Files of the source that belong to the model's text side and its licence; weights and configs are written anew.
-COPIED = (
-    "tokenizer*", "special_tokens_map.json", "added_tokens.json", "chat_template*", "generation_config.json",
-    "processor_config.json", "preprocessor_config.json", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*", "USE_POLICY*",
-)  # fmt: skip
-
-
-def copy_side_files(checkpoint: Checkpoint, folder: Path) -> None:
-    """Copy tokenizer, chat template, generation config, processor and licence files into an artifact."""
-    for pattern in COPIED:
-        for path in checkpoint.folder.glob(pattern):
-            if path.is_file():
-                shutil.copyfile(path, folder / path.name)
 
 
 def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
@@ -52,21 +41,19 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
         "zero_point": True,
         "modules_to_not_convert": list(checkpoint.family.not_converted),
     }
-    return with_tie(config, checkpoint.tied_head)
+    stated: dict[str, Any] = without_local_paths(with_tie(config, checkpoint.tied_head))[0]
+    return stated
 
 
-def source_card(folder: Path) -> dict[str, Any] | None:
-    """What the source's own model card declares of its licence and its base; None if it has no readable metadata."""
-    import yaml
-    from huggingface_hub import metadata_load
-
-    try:
-        declared = metadata_load(folder / "README.md")
-    except (OSError, ValueError, yaml.YAMLError):
-        return None
-    if not isinstance(declared, dict):
-        return None
-    return {key: declared[key] for key in ("license", "license_name", "license_link", "base_model") if key in declared}
+def source_notes(folder: Path, card: Mapping[str, Any] | None) -> list[str]:
+    """What a user should know of the source's files before they are quantized. card: as `source_card` gives it."""
+    notes = []
+    if left := not_copied(folder):
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        notes.append(f"Not copied into the artifact, because they are no known part of a model: {shown}")
+    if card is not None and UNREADABLE in card:
+        notes.append(f"The source's licence is not known: {card[UNREADABLE]} `push` will ask for it.")
+    return notes
 
 
 def make_report(
@@ -80,8 +67,11 @@ def make_report(
     verified: dict[str, Any],
     fingerprint: dict[str, Any],
     run: dict[str, Any],
+    card: dict[str, Any] | None,
 ) -> dict[str, Any]:
-    """The report that lies in the artifact. fingerprint: all that its bytes depend on; run: what this run took."""
+    """The report that lies in the artifact. fingerprint: all that its bytes depend on; run: what this run took; card:
+    what the source's own card declares.
+    """
     import safetensors
     import transformers
 
@@ -93,7 +83,7 @@ def make_report(
             "model_type": checkpoint.family.model_type,
             "config_sha256": hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest(),
             "bytes": plan.source_bytes,
-            "card": source_card(checkpoint.folder),
+            "card": card,
         },
         "artifact": {
             "bytes": plan.artifact_bytes,

@@ -7,8 +7,8 @@ from typing import Any
 
 from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import read_json
 from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.stored_documents import read_quantization_report
 
 # Competitors that are made of the 16-bit original: how it is opened, and the package and the extra that this needs.
 ORIGINALS: Mapping[str, tuple[str, str | None]] = {
@@ -72,5 +72,5 @@ class Entry:
         """The quantization report of an artifact that this entry itself is."""
         if self.kind in (GGUF, VLLM):  # `checkpoint` is the first model's
             return None
-        path = self.checkpoint.folder / REPORT
-        return read_json(path) if path.is_file() else None
+        folder = self.checkpoint.folder
+        return read_quantization_report(folder) if (folder / REPORT).is_file() else None

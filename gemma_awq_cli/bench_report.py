@@ -1,16 +1,20 @@
 """The page of a bench: one HTML file that loads nothing, written from the document and the artifacts' reports.
 
-Plots are matplotlib's, as SVG inside the page, with their text as text.
+Plots are matplotlib's, as SVG inside the page, with their text as text. Names of models, groups and tasks are a
+stranger's: the template escapes them, matplotlib is kept from reading formulas in them and writes them as XML's text,
+and the attributes that are added to its SVG are added to the tree and not to the text.
 """
 
 import io
-import re
+import warnings
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path, PurePath
 from typing import Any
+from xml.etree import ElementTree
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.markup import one_line
 from gemma_awq_cli.models.staging import write_errors
 from gemma_awq_cli.thresholds import task_key, tasks_of
 
@@ -18,11 +22,13 @@ TEMPLATE = Path(__file__).parent / "templates" / "bench_report.html"
 # Okabe and Ito's palette, which colour-blind readers tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6675")
 STYLE = {
-    "svg.fonttype": "none", "svg.hashsalt": "gemma-awq", "font.family": "sans-serif", "font.size": 10,
+    "svg.fonttype": "none", "text.parse_math": False, "text.usetex": False, "svg.hashsalt": "gemma-awq",
+    "font.family": "sans-serif", "font.size": 10,
     "axes.spines.top": False, "axes.spines.right": False, "axes.edgecolor": "#9aa4b1", "axes.labelcolor": "#5b6675",
     "xtick.color": "#5b6675", "ytick.color": "#5b6675", "axes.grid": True, "grid.color": "#e3e7ec",
     "axes.axisbelow": True, "legend.frameon": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
+LABEL = 60  # characters of a name in a plot
 GROUPS = {"qkv": "q, k, v", "o": "o", "gate_up": "gate, up", "down": "down"}
 
 
@@ -38,7 +44,7 @@ def require_plotting(target: Path) -> None:
 
 def labels(document: Mapping[str, Any]) -> list[str]:
     """The models' names without their folders, where these still differ."""
-    names = [model["name"] for model in document["models"]]
+    names = [one_line(model["name"]) for model in document["models"]]
     short = [PurePath(name).name or name for name in names]
     return short if len(set(short)) == len(short) else names
 
@@ -59,9 +65,14 @@ def render(document: Mapping[str, Any], rows: Sequence[tuple[str, ...]], reports
     import matplotlib
 
     names, settings = labels(document), document["settings"]
-    with matplotlib.rc_context(STYLE):
+    with matplotlib.rc_context(STYLE), warnings.catch_warnings():
+        # matplotlib's own font is used for measuring alone: the page shows what its font has not
+        warnings.filterwarnings("ignore", "Glyph .* missing", UserWarning)
+        warnings.filterwarnings("ignore", "constrained_layout not applied", UserWarning)
         plots = [plot for plot in _plots(document, names, reports) if plot is not None]
-    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True)
+    environment = jinja2.Environment(
+        undefined=jinja2.StrictUndefined, autoescape=True, trim_blocks=True, finalize=_shown
+    )
     return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
         title=names[0] if names else "gemma-awq bench",
         subtitle=f"Measured by gemma-awq bench on {document['started'][:10]}"
@@ -78,6 +89,17 @@ def render(document: Mapping[str, Any], rows: Sequence[tuple[str, ...]], reports
         facts=_facts(document),
         version=document["environment"]["gemma_awq"],
     )
+
+
+def _shown(value: Any) -> Any:
+    """What the template puts in: text is made one line, and escaped after this unless it is `Markup`, as plots are."""
+    return one_line(value) if type(value) is str else value
+
+
+def _label_of(name: str) -> str:
+    """A name as a plot can show it: matplotlib leaves out what is empty or begins with an underscore."""
+    label = one_line(name, LABEL)
+    return f" {label}" if not label or label.startswith("_") else label
 
 
 def _tiles(model: Mapping[str, Any], settings: Mapping[str, Any]) -> list[dict[str, str]]:
@@ -127,8 +149,8 @@ def _facts(document: Mapping[str, Any]) -> list[tuple[str, str]]:
     return [(name, str(value)) for name, value in facts if value is not None]
 
 
-def _plots(document: Mapping[str, Any], names: Sequence[str], reports: Sequence[Any]) -> list[dict[str, str] | None]:
-    models = document["models"]
+def _plots(document: Mapping[str, Any], names: Sequence[str], reports: Sequence[Any]) -> list[dict[str, Any] | None]:
+    models, names = document["models"], list(map(_label_of, names))
     return [
         _speed_bars(models, names, document["settings"], "decode_tokens_per_second"),
         _speed_bars(models, names, document["settings"], "prompt_tokens_per_second"),
@@ -141,7 +163,7 @@ def _plots(document: Mapping[str, Any], names: Sequence[str], reports: Sequence[
 
 def _speed_bars(
     models: Sequence[Mapping[str, Any]], names: Sequence[str], settings: Mapping[str, Any], rate: str
-) -> dict[str, str] | None:
+) -> dict[str, Any] | None:
     bars = [
         (name, run["batch"], run[rate], COLOURS[index % len(COLOURS)])
         for index, (model, name) in enumerate(zip(models, names, strict=True))
@@ -176,7 +198,7 @@ def _speed_bars(
     return _plot(figure, title, "Median of the repetitions; the line spans the slowest and the fastest.")
 
 
-def _kl_along(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
+def _kl_along(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
     figure = _figure(2.9)
     axes = figure.subplots()
     for index, model, name in _measured(models, names):
@@ -190,7 +212,7 @@ def _kl_along(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict
     return _plot(figure, "KL divergence along the text", "Mean over the windows: does the loss grow with the context?")
 
 
-def _kl_histogram(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
+def _kl_histogram(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
     figure = _figure(2.9)
     axes = figure.subplots()
     for index, model, name in _measured(models, names):
@@ -217,7 +239,7 @@ def _label(axes: Any, x: str, y: str) -> None:
     _legend(axes)
 
 
-def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, str] | None:
+def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Any] | None:
     """The scores that are shares of something, a group of bars a task."""
     tasks = {task_key(task): task for model in models for task in tasks_of(model) if 0 <= task["value"] <= 1}
     measured = [(i, model, name) for i, (model, name) in enumerate(zip(models, names, strict=True)) if tasks_of(model)]
@@ -234,7 +256,7 @@ def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
             xerr=[100 * (task["stderr"] or 0) for _, task in at], color=COLOURS[index % len(COLOURS)],
             error_kw={"ecolor": "#1c2430", "elinewidth": 1},
         )  # fmt: skip
-    axes.set_yticks(range(len(tasks)), [task["title"] or task["name"] for task in tasks.values()])
+    axes.set_yticks(range(len(tasks)), [_label_of(task["title"] or task["name"]) for task in tasks.values()])
     axes.invert_yaxis()
     axes.grid(visible=False, axis="y")
     axes.set_xlabel("score, %")
@@ -243,7 +265,7 @@ def _task_bars(models: Sequence[Mapping[str, Any]], names: Sequence[str]) -> dic
     return _plot(figure, "Tasks", "Of lm-evaluation-harness; the line is the standard error.")
 
 
-def _layer_errors(report: Any, name: str) -> dict[str, str] | None:
+def _layer_errors(report: Any, name: str) -> dict[str, Any] | None:
     """Each set of linears' calibration error next to rounding to nearest, layer by layer."""
     if not report or not report.get("layers"):
         return None
@@ -254,8 +276,9 @@ def _layer_errors(report: Any, name: str) -> dict[str, str] | None:
             next((g["error"] / g["rtn_error"] for g in layer if g["name"] == group and g["rtn_error"]), float("nan"))
             for layer in report["layers"]
         ]
+        label = GROUPS.get(group, _label_of(group))
         axes.plot(
-            range(1, len(ratios) + 1), ratios, marker="o", markersize=3.5, label=GROUPS.get(group, group),
+            range(1, len(ratios) + 1), ratios, marker="o", markersize=3.5, label=label,
             color=COLOURS[index % len(COLOURS)],
         )  # fmt: skip
     axes.axhline(1, color="#5b6675", linestyle="--", linewidth=1)
@@ -286,12 +309,25 @@ def _figure(height: float) -> Any:
     return Figure(figsize=(5.6, height))
 
 
-def _plot(figure: Any, title: str, note: str) -> dict[str, str]:
+def _plot(figure: Any, title: str, note: str) -> dict[str, Any]:
+    from markupsafe import Markup
+
     text = io.StringIO()
     figure.savefig(text, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    svg = text.getvalue()
-    svg = svg[svg.index("<svg") :]
-    # the page's own font, and a size that follows the page
-    svg = re.sub(r"font: ([^;\"]*?)px '[^\"]*?(?=[;\"])", r"font: \1px system-ui, sans-serif", svg)
-    svg = re.sub(r'<svg ([^>]*?)height="[^"]*"([^>]*?)width="[^"]*"', r"<svg \1\2", svg, count=1)
-    return {"title": title, "note": note, "svg": svg.replace("<svg ", f'<svg role="img" aria-label="{title}" ', 1)}
+    svg = ElementTree.fromstring(text.getvalue())
+    for element in svg.iter():
+        style = element.get("style", "")
+        if "font: " in style:  # the page's own font
+            element.set("style", "; ".join(map(_page_font, style.split("; "))))
+    # a size that follows the page, and a name for those who cannot see it
+    for name in ("width", "height"):
+        svg.attrib.pop(name, None)
+    svg.attrib |= {"role": "img", "aria-label": title}
+    for prefix, space in (("", "http://www.w3.org/2000/svg"), ("xlink", "http://www.w3.org/1999/xlink")):
+        ElementTree.register_namespace(prefix, space)
+    return {"title": title, "note": note, "svg": Markup(ElementTree.tostring(svg, encoding="unicode"))}
+
+
+def _page_font(declaration: str) -> str:
+    size, pixels, _ = declaration.partition("px ")
+    return f"{size}{pixels}system-ui, sans-serif" if declaration.startswith("font: ") else declaration

@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.markup import one_line
+from gemma_awq_cli.reading import read_bytes
+from gemma_awq_cli.source_metadata import UNREADABLE
 
 TEXTS = Path(__file__).parent / "licences"
 
@@ -64,6 +67,7 @@ TERMS: Mapping[str, Terms] = {
 }
 
 LICENCE_FILE = "LICENSE"
+LICENCE_BYTES = 10 * 1024 * 1024
 NOTICE = "Notice"
 
 
@@ -89,7 +93,7 @@ class Licence:
         """The card's licence fields."""
         if self.own is None:
             return {"license": self.terms.id}
-        return {"license": "other", "license_name": self.own.id, "license_link": LICENCE_FILE}
+        return {"license": "other", "license_name": one_line(self.own.id), "license_link": LICENCE_FILE}
 
 
 def read_own(licence: str | None, file: Path | None) -> Own | None:
@@ -98,12 +102,7 @@ def read_own(licence: str | None, file: Path | None) -> Own | None:
         return None
     if licence is None:
         raise UsageError("--license-file needs --license.", "Name the licence: --license ID --license-file FILE.")
-    try:
-        text = file.read_bytes()
-    except OSError as error:
-        raise GemmaAwqError(
-            f"{file} cannot be read: {error.strerror}.", "Check the path and its permissions."
-        ) from None
+    text = read_bytes(file, "Check the path and its permissions.", LICENCE_BYTES)
     if not text.strip():
         raise GemmaAwqError(f"{file} is empty.", "Give the licence's full text.")
     return Own(licence, text)
@@ -140,7 +139,13 @@ def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, presen
         f"--license {terms.id} if it is under {terms.title} alone, or --license ID --license-file FILE for a derived "
         "model's own licence"
     )
+    if declared is not None and UNREADABLE in declared:
+        raise GemmaAwqError(
+            f"The source's licence is not known: {declared[UNREADABLE]}", f"Read it, and give {options}."
+        )
     licence = (declared or {}).get("license")
+    if isinstance(licence, list) and len(licence) == 1:
+        licence = licence[0]
     if licence is None:
         raise GemmaAwqError(
             "The source checkpoint declares no licence (no `license` in a model card of its own).", f"Give {options}."

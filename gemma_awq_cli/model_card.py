@@ -1,5 +1,8 @@
 """The page of a pushed artifact: its card, written from the quantization report and the licence and nothing else.
 
+The report's texts are a stranger's: the template's environment escapes all that is not marked as Markdown here, words
+of the command are quoted for the shell, and YAML is written by its library, of texts without line breaks.
+
 The same artifact gives the same card, so that a second push finds it unchanged. Its last line holds a hash of all that
 is above it: a card that a person has edited is known by that, and is left to that person.
 """
@@ -16,9 +19,11 @@ from typing import Any
 
 from gemma_awq_cli.families import FAMILIES
 from gemma_awq_cli.licensing import Licence
+from gemma_awq_cli.markup import Markdown, code, escape, markdown_environment, one_line
+from gemma_awq_cli.models.hub import REPO_ID
 from gemma_awq_cli.outgoing import calibration_name, source_name
 
-HUB = "https://huggingface.co"
+HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _MARK = re.compile(r"\n<!-- gemma-awq card, sha256 of the above: ([0-9a-f]{64}) -->\n\Z")
 _DATASET = re.compile(r"\(hub dataset ([^,)]+)")  # as calibration rows are described
@@ -71,7 +76,8 @@ def changed_sentence(report: Mapping[str, Any], base_model: str, weights: list[s
 
 def quantize_command(report: Mapping[str, Any]) -> str:
     """The command that made the artifact, without the folders of the machine it ran on."""
-    words = ["gemma-awq", "quantize", source_name(report)]
+    model = source_name(report)
+    words = ["gemma-awq", "quantize", f"./{model}" if model.startswith("-") else model]
     if report["source"]["revision"]:
         words += ["--revision", report["source"]["revision"]]
     for name, value in report["arguments"].items():
@@ -79,7 +85,7 @@ def quantize_command(report: Mapping[str, Any]) -> str:
             shown = calibration_name(value) if name == "calibration" else str(value)
             words += [f"--{name.replace('_', '-')}", shown]
     lines, line = [], ""
-    for word in map(shlex.quote, words):
+    for word in (shlex.quote(one_line(word)) for word in words):
         if line and len(line) + len(word) > 88 and word.startswith("--"):
             lines.append(line)
             line = "    "
@@ -92,13 +98,13 @@ def _metadata(subject: Subject) -> str:
 
     report = subject.report
     fidelity = report["fidelity"]
-    dataset = _DATASET.search(report["calibration"]["text"])
+    dataset = _dataset(report)
     results = [
         EvalResult(
             task_type="text-generation",
             task_name="Text generation",
-            dataset_type=dataset[1] if dataset else "held-out-text",
-            dataset_name=f"{fidelity['heldout_tokens']} held-out tokens ({_heldout(report)})",
+            dataset_type=dataset or "held-out-text",
+            dataset_name=f"{fidelity['heldout_tokens']} held-out tokens ({one_line(_heldout(report))})",
             metric_type=kind,
             metric_name=name,
             metric_value=round(value, 5),
@@ -117,7 +123,7 @@ def _metadata(subject: Subject) -> str:
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["gemma", "awq", "4-bit", "int4", "gemma-awq"],
-        datasets=[dataset[1]] if dataset else None,
+        datasets=[dataset] if dataset else None,
         model_name=subject.repo.split("/")[1],
         eval_results=results,
         **subject.licence.metadata,
@@ -125,57 +131,63 @@ def _metadata(subject: Subject) -> str:
     return str(data.to_yaml()).strip()
 
 
-def _body(subject: Subject) -> str:
-    import jinja2
+def _dataset(report: Mapping[str, Any]) -> str | None:
+    """The hub's data set that was calibrated on, as its metadata names it."""
+    found = _DATASET.search(report["calibration"]["text"])
+    return found[1] if found is not None and REPO_ID.fullmatch(found[1]) else None
 
+
+def _body(subject: Subject) -> str:
     report, licence = subject.report, subject.licence
     fidelity, artifact, calibration = report["fidelity"], report["artifact"], report["calibration"]
     family = FAMILIES[report["source"]["model_type"]]
     multimodal = bool(family.companions)
     versions = report["versions"]
     named = ("gemma_awq", "torch", "transformers", "safetensors", "python")
-    environment = jinja2.Environment(
-        undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True
+    text: str = (
+        markdown_environment()
+        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .render(
+            hub=HUB,
+            repo_id=Markdown(subject.repo),  # inside code: it was compared with what a hub id may be
+            name=subject.repo.split("/")[1],
+            base_model=subject.base_model,
+            changed=subject.changed,
+            provenance=subject.provenance,
+            source_size=_size(report["source"]["bytes"]),
+            artifact_size=_size(artifact["bytes"]),
+            heldout_tokens=fidelity["heldout_tokens"],
+            heldout_text=_heldout(report),
+            perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
+            perplexity_4bit=f"{fidelity['perplexity_4bit']:.2f}",
+            kl=f"{fidelity['kl']:.4f}",
+            top1=f"{100 * fidelity['top1_agreement']:.1f} %",
+            reading=_reading(subject),
+            speed=_speed(subject.bench),
+            prompt_quoted=Markdown(json.dumps(PROMPTS[subject.chat])),
+            chat=subject.chat,
+            auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
+            dtype=artifact["dtype"],
+            float16=family.float16,
+            command=Markdown(quantize_command(report)),
+            source=_source(report),
+            group_size=artifact["group_size"],
+            linears=artifact["quantized_linears"],
+            left=_left(subject.tied, multimodal),
+            calibration_rows=calibration["rows"],
+            calibration_seq_len=calibration["seq_len"],
+            calibration_text=_calibration(report),
+            calibration_sha256=calibration["sha256"],
+            heldout_sha256=fidelity["heldout_sha256"],
+            versions=", ".join(f"{name.replace('_', '-')} {versions[name]}" for name in named),
+            made=f"{report['run']['finished'][:10]} on {report['run']['machine']}",
+            gained=_gained(report["layers"]),
+            restrictions=Markdown(licence.terms.restrictions),
+            licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
+            licence_text=_licence(licence),
+        )
     )
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-        hub=HUB,
-        repo=subject.repo,
-        name=subject.repo.split("/")[1],
-        base_model=subject.base_model,
-        changed=subject.changed,
-        provenance=subject.provenance,
-        source_size=_size(report["source"]["bytes"]),
-        artifact_size=_size(artifact["bytes"]),
-        heldout_tokens=fidelity["heldout_tokens"],
-        heldout_text=_heldout(report),
-        perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
-        perplexity_4bit=f"{fidelity['perplexity_4bit']:.2f}",
-        kl=f"{fidelity['kl']:.4f}",
-        top1=f"{100 * fidelity['top1_agreement']:.1f} %",
-        reading=_reading(subject),
-        speed=_speed(subject.bench),
-        prompt_quoted=json.dumps(PROMPTS[subject.chat]),
-        chat=subject.chat,
-        auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
-        dtype=artifact["dtype"],
-        float16=family.float16,
-        command=quantize_command(report),
-        source=_source(report),
-        group_size=artifact["group_size"],
-        linears=artifact["quantized_linears"],
-        left=_left(subject.tied, multimodal),
-        calibration_rows=calibration["rows"],
-        calibration_seq_len=calibration["seq_len"],
-        calibration_text=_calibration(report),
-        calibration_sha256=calibration["sha256"],
-        heldout_sha256=fidelity["heldout_sha256"],
-        versions=", ".join(f"{name.replace('_', '-')} {versions[name]}" for name in named),
-        made=f"{report['run']['finished'][:10]} on {report['run']['machine']}",
-        gained=_gained(report["layers"]),
-        restrictions=licence.terms.restrictions,
-        licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
-        licence_text=_licence(licence),
-    )
+    return text
 
 
 def _reading(subject: Subject) -> str:
@@ -230,13 +242,12 @@ def _calibration(report: Mapping[str, Any]) -> str:
     return str(text).replace("embedded", "the embedded text of gemma-awq")
 
 
-def _source(report: Mapping[str, Any]) -> str:
+def _source(report: Mapping[str, Any]) -> Markdown:
     source = report["source"]
-    if source["revision"]:
-        return (
-            f"[{source['model']}]({HUB}/{source['model']}/tree/{source['revision']}) at commit `{source['revision']}`"
-        )
-    return f"{source_name(report)} (config SHA-256 `{source['config_sha256']}`)"
+    model, revision = escape(source["model"]), source["revision"]
+    if revision and REPO_ID.fullmatch(source["model"]):
+        return Markdown(f"[{model}]({HUB}/{model}/tree/{revision}) at commit {code(revision)}")
+    return Markdown(f"{escape(source_name(report))} (config SHA-256 {code(source['config_sha256'])})")
 
 
 def _gained(layers: list[list[Mapping[str, Any]]]) -> str:
@@ -244,13 +255,14 @@ def _gained(layers: list[list[Mapping[str, Any]]]) -> str:
     return f"{100 * median(gains):.0f} %" if gains else "no"
 
 
-def _licence(licence: Licence) -> str:
-    copies = " and ".join(f"[`{name}`]({name})" for name in licence.copies)
+def _licence(licence: Licence) -> Markdown:
+    copies = " and ".join(f"[{code(name)}]({escape(name)})" for name in licence.copies)
     terms = f"[{licence.terms.title}]({licence.terms.url})"
     parts = []
     if licence.own is not None:
         parts.append(
-            f"The model that was quantized has a licence of its own, {licence.own.id}: see [`LICENSE`](LICENSE)."
+            f"The model that was quantized has a licence of its own, {escape(licence.own.id)}: see "
+            "[`LICENSE`](LICENSE)."
         )
     beside = ", which stay in force beside it" if licence.own is not None else ""
     if licence.terms.restrictions:
@@ -262,7 +274,7 @@ def _licence(licence: Licence) -> str:
         )
     else:
         parts.append(f"The weights are under the {terms}{beside}; {copies} is a copy of it.")
-    return "\n\n".join(parts)
+    return Markdown("\n\n".join(parts))
 
 
 def _size(count: float) -> str:

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.bench_document import BENCH, SCHEMA
+from gemma_awq_cli.bench_document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.licensing import Licence, Own, decide
+from gemma_awq_cli.local_paths import to_json
 from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import CONFIG, read_json
@@ -26,12 +27,18 @@ from gemma_awq_cli.models.verifying import require_complete
 from gemma_awq_cli.outgoing import (
     CARD,
     OutgoingFile,
+    leftovers,
     licence_files,
+    outgoing_file,
     published_bench,
     published_report,
+    require_nothing_private,
     require_publishable,
     require_weights_named,
+    some,
 )
+from gemma_awq_cli.reading import decode, read_bytes
+from gemma_awq_cli.stored_documents import read_bench_document, read_quantization_report
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -39,17 +46,9 @@ if TYPE_CHECKING:
 MAIN = "main"
 # What a reader may load as this model: older ones must not stay beside the new ones.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
+_ENDPOINT = "Check HF_ENDPOINT, and any proxy or firewall."
+_BY_HAND = "Move it away, push, and edit the card on the hub: a card that is edited there is kept."
 FOREIGN_WEIGHTS = (*WEIGHTS, "*.bin", "*.gguf", "*.pt", "*.pth")
-NEEDED = {
-    "source": ("model", "revision", "model_type", "config_sha256", "bytes"),
-    "artifact": ("bytes", "group_size", "dtype", "quantized_linears"),
-    "arguments": ("quality", "calibration", "num_samples", "seq_len", "seed"),
-    "calibration": ("text", "rows", "seq_len", "sha256"),
-    "fidelity": ("heldout_tokens", "heldout_sha256", "kl", "perplexity_16bit", "perplexity_4bit", "top1_agreement"),
-    "fingerprint": ("model",),
-    "versions": ("gemma_awq", "torch", "transformers", "safetensors", "python"),
-    "run": ("finished", "machine"),
-}
 
 
 @dataclass(frozen=True)
@@ -63,6 +62,7 @@ class Prepared:
     licence: Licence
     card: str
     files: tuple[OutgoingFile, ...]
+    notes: tuple[str, ...] = ()  # what of the folder goes otherwise than it is, or not at all
 
     @property
     def bytes(self) -> int:
@@ -135,20 +135,27 @@ def prepare(folder: Path, repo: str, base_model: str | None, licence: str | None
     changed = changed_sentence(report, base, weights)
     decided = decide(source["model_type"], declared, licence_files(files), changed, licence, own)
     bench = read_bench(folder, checkpoint)
+    shown, measured = published_report(report), published_bench(bench) if bench is not None else None
     card = render(
-        Subject(repo, base, report, decided, prompter.is_chat, checkpoint.tied_head, changed, provenance, bench)
+        Subject(repo, base, shown, decided, prompter.is_chat, checkpoint.tied_head, changed, provenance, measured)
     )
-    made = {**decided.files, REPORT: published_report(report), CARD: card.encode()}
-    if bench is not None:
-        made[BENCH] = published_bench(bench)
-    outgoing = {path.name: OutgoingFile(path.name, path) for path in files}
-    if CARD in outgoing and not is_unedited((folder / CARD).read_text(encoding="utf-8", errors="replace")):
-        raise GemmaAwqError(
-            f"{folder / CARD} was written by hand; the card is made from the report.",
-            "Move it away, push, and edit the card on the hub: a card that is edited there is kept.",
-        )
-    outgoing |= {name: OutgoingFile(name, content) for name, content in made.items()}
-    return Prepared(repo, folder, report, base, decided, card, tuple(outgoing[name] for name in sorted(outgoing)))
+    made = {**decided.files, REPORT: to_json(shown), CARD: card.encode()}
+    if measured is not None:
+        made[BENCH] = to_json(measured)
+    if (folder / CARD).is_file() and not is_unedited(decode(read_bytes(folder / CARD, _BY_HAND), CARD, _BY_HAND)):
+        raise GemmaAwqError(f"{folder / CARD} was written by hand; the card is made from the report.", _BY_HAND)
+    outgoing = {name: OutgoingFile(name, content) for name, content in made.items()}
+    notes = []
+    for path in files:
+        if path.name not in outgoing:
+            outgoing[path.name], fields = outgoing_file(path)
+            if fields:
+                notes.append(f"{path.name} is sent without the places of this machine that it names: {some(fields)}")
+    if ignored := leftovers(folder):
+        notes.append(f"Not sent, because the system left it there: {some(ignored)}")
+    prepared = tuple(outgoing[name] for name in sorted(outgoing))
+    require_nothing_private(prepared)
+    return Prepared(repo, folder, report, base, decided, card, prepared, tuple(notes))
 
 
 def read_report(folder: Path) -> dict[str, Any]:
@@ -160,17 +167,13 @@ def read_report(folder: Path) -> dict[str, Any]:
             f"{folder} is not an artifact of this tool (it has no {REPORT} or no {CONFIG}).",
             "Give the folder that `gemma-awq quantize` wrote.",
         )
-    report = read_json(folder / REPORT)
-    for part, names in NEEDED.items():
-        values = report.get(part)
-        if not isinstance(values, dict) or (missing := [name for name in names if name not in values]):
-            what = f"{part}.{missing[0]}" if isinstance(values, dict) else part
-            raise GemmaAwqError(f"{folder / REPORT} does not tell {what}.", "Quantize the model again.")
-    if not isinstance(report.get("layers"), list):
-        raise GemmaAwqError(f"{folder / REPORT} does not tell the layers.", "Quantize the model again.")
-    for part, name in (("source", "model_type"), ("artifact", "group_size")):
-        stored = read_json(folder / CONFIG)
-        now = stored.get("model_type") if part == "source" else stored.get("quantization_config", {}).get("group_size")
+    report = read_quantization_report(folder)
+    stored = read_json(folder / CONFIG)
+    quantization = stored.get("quantization_config")
+    for part, name, now in (
+        ("source", "model_type", stored.get("model_type")),
+        ("artifact", "group_size", quantization.get("group_size") if isinstance(quantization, dict) else None),
+    ):
         if now != report[part][name]:
             raise GemmaAwqError(
                 f"{REPORT} tells {name} {report[part][name]}, but {CONFIG} says {now}.",
@@ -183,10 +186,10 @@ def read_bench(folder: Path, checkpoint: Checkpoint) -> dict[str, Any] | None:
     """What `bench --save` kept beside the weights, if it did; an error if it was measured on other weights."""
     if not (folder / BENCH).is_file():
         return None
-    bench = read_json(folder / BENCH)
     again = f"Measure again with `gemma-awq bench --save`, or remove {BENCH}."
-    if bench.get("schema") != SCHEMA or not bench.get("complete"):
-        raise GemmaAwqError(f"{folder / BENCH} is no complete bench of schema {SCHEMA}.", again)
+    bench = read_bench_document(folder / BENCH, again)
+    if not bench["complete"]:
+        raise GemmaAwqError(f"{folder / BENCH} is not complete.", again)
     own = checkpoint.identity()
     if not any(model["role"] == "model" and model["identity"] == own for model in bench["models"]):
         raise GemmaAwqError(f"{folder / BENCH} was measured on other weights than these.", again)
@@ -202,7 +205,7 @@ def _origin(source: Mapping[str, Any], given: str | None) -> tuple[str, Mapping[
 
         return given or BASE_MODEL, DECLARED, PROVENANCE
     declared = source.get("card")
-    if given is not None or source["revision"]:
+    if given is not None or (source["revision"] and REPO_ID.fullmatch(source["model"])):
         return given or str(source["model"]), declared, ""
     hint = "Name it with --base-model OWNER/NAME"
     named = (declared or {}).get("base_model")
@@ -246,11 +249,24 @@ def look(api: "HfApi", repo: str, revision: str) -> Remote:
 def _listed(api: "HfApi", repo: str, revision: str) -> dict[str, RemoteFile]:
     from huggingface_hub.hf_api import RepoFile
 
-    return {
-        entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None)
-        for entry in api.list_repo_tree(repo, revision=revision, recursive=True)
-        if isinstance(entry, RepoFile)
-    }
+    try:
+        listed = {
+            entry.path: RemoteFile(entry.size, entry.blob_id, entry.lfs.sha256 if entry.lfs is not None else None)
+            for entry in api.list_repo_tree(repo, revision=revision, recursive=True)
+            if isinstance(entry, RepoFile)
+        }
+    except (LookupError, TypeError, AttributeError):  # the client takes an answer's fields as they come
+        raise GemmaAwqError(f"What answered for {repo} is not a hub.", _ENDPOINT) from None
+    for path in listed:
+        if not isinstance(path, str) or _is_odd(path):
+            raise GemmaAwqError(f"The hub lists a file of {repo} under a name that no file has: {path!r}.", _ENDPOINT)
+    return listed
+
+
+def _is_odd(path: str) -> bool:
+    """Whether a path leads elsewhere, or is none."""
+    parts = path.split("/")
+    return not path.isprintable() or any(part in ("", ".", "..", ".git") for part in parts) or "\\" in path
 
 
 def compare(prepared: Prepared, remote: Remote, card_edited: bool, replace_card: bool, private: bool) -> Step:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.artifact import artifact_config, copy_side_files, make_report
+from gemma_awq_cli.artifact import artifact_config, make_report
 from gemma_awq_cli.awq.fidelity import Fidelity, compare
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import Rows
@@ -47,6 +47,9 @@ from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
+from gemma_awq_cli.side_files import copy_side_files, side_files
+from gemma_awq_cli.source_metadata import source_card
+from gemma_awq_cli.stored_documents import read_quantization_report
 
 HELDOUT_SAMPLES = 6
 HELDOUT_SAMPLES_FAST = 2  # they run through every layer twice
@@ -116,6 +119,7 @@ def quantize(
     """
     started = time.perf_counter()
     require_loadable(artifact_config(checkpoint, plan), checkpoint.folder / CONFIG)
+    beside, card = side_files(checkpoint.folder), source_card(checkpoint.folder)  # what is wrong there is said now
     fingerprint = make_fingerprint(checkpoint, stack, plan, rows, arguments)
     staged = require_free(target, force, resume)
     if resume and (found := _found(target, fingerprint, force)) is not None:
@@ -162,7 +166,7 @@ def quantize(
             fidelity = _measure(stack, hidden, rows)
         _write_unquantized(checkpoint, stack, plan, writer)
         writer.finish()
-        copy_side_files(checkpoint, staged.folder)
+        copy_side_files(beside, staged.folder)
         write_json(staged.folder / CONFIG, artifact_config(checkpoint, plan))
         verified = verify_artifact(staged.folder)
         run = {
@@ -170,7 +174,9 @@ def quantize(
             "seconds_a_layer": [record["seconds"] for record in journal.records],
         }
         layers = [record["groups"] for record in journal.records]
-        report = make_report(source, checkpoint, plan, rows, arguments, layers, fidelity, verified, fingerprint, run)
+        report = make_report(
+            source, checkpoint, plan, rows, arguments, layers, fidelity, verified, fingerprint, run, card
+        )
         write_json(staged.folder / REPORT, report)
     return Quantized(target, report)
 
@@ -211,10 +217,10 @@ def _found(target: Path, fingerprint: Fingerprint, force: bool) -> Quantized | N
     """What a resumed run finds finished."""
     if not (target / REPORT).is_file():
         return None
-    report = read_json(target / REPORT)
-    return (
-        Quantized(target, report, found=True) if _same(report.get("fingerprint"), fingerprint, target, force) else None
-    )
+    then = read_json(target / REPORT).get("fingerprint")
+    if not _same(then if isinstance(then, dict) else None, fingerprint, target, force):
+        return None
+    return Quantized(target, read_quantization_report(target), found=True)
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:

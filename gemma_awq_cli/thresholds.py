@@ -2,12 +2,9 @@
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.bench_document import SCHEMA
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import read_json
 
 Model = Mapping[str, Any]
 
@@ -74,16 +71,6 @@ def violations(document: Mapping[str, Any], bounds: Mapping[Figure, float]) -> I
                 yield f"{model['name']}: {figure.title} was not measured; {limit}"
             elif _exceeds(figure, measured, bound):
                 yield f"{model['name']}: {figure.title} is {measured:.6g}; {limit}"
-
-
-def read_baseline(path: Path) -> dict[str, Any]:
-    """An earlier document; an error if it is none, or of another schema."""
-    document = read_json(path)
-    if document.get("schema") != SCHEMA or not isinstance(document.get("models"), list):
-        raise GemmaAwqError(
-            f"{path} is no document of `gemma-awq bench --json` with schema {SCHEMA}.", "Measure the baseline again."
-        )
-    return document
 
 
 def regressions(

@@ -324,7 +324,7 @@ def test_what_was_saved_is_on_the_card_and_only_of_these_weights(artifact: Path,
     assert "bench.json" in captured.err
     from gemma_awq_cli.outgoing import published_bench
 
-    assert str(artifact.parent) not in published_bench(saved).decode()
+    assert str(artifact.parent) not in json.dumps(published_bench(saved))
     edit_weights(artifact, lambda tensors: tensors["model.norm.weight"].add_(0.5))
     assert main(push) == 1
     assert "was measured on other weights" in capsys.readouterr().err

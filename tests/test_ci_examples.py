@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -63,7 +64,7 @@ def test_the_workflow_example(
     assert "pull_request" in workflow[True]  # YAML 1.1 reads `on` as true
     steps = [step for step in workflow["jobs"]["gate"]["steps"] if "run" in step]
     assert [step["name"] for step in steps] == ["Install", "Quantize", "Gate", "Summary"]
-    assert "pip install gemma-awq" in steps[0]["run"]
+    assert 'pip install "gemma-awq @ $GEMMA_AWQ"' in steps[0]["run"]
     variables = {
         **workflow["env"], "MODEL": str(checkpoints("gemma")), "GITHUB_STEP_SUMMARY": str(tmp_path / "summary.md"),
         "MAX_KL": "1000", "MAX_PPL_RATIO": "1000000",
@@ -74,3 +75,25 @@ def test_the_workflow_example(
         result = shell(script, **variables)
         assert result.returncode == 0, result.stderr
     assert '"kl"' in (tmp_path / "summary.md").read_text()
+
+
+def test_the_workflow_gives_nobody_more_than_they_need() -> None:
+    text = (DOCS / "gate.yml").read_text(encoding="utf-8")
+    workflow: dict[Any, Any] = yaml.safe_load(text)
+    assert workflow["permissions"] == {"contents": "read"}
+    assert set(workflow[True]) == {"pull_request", "workflow_dispatch"}
+    steps = workflow["jobs"]["gate"]["steps"]
+    used = [step["uses"] for step in steps if "uses" in step]
+    assert len(used) == 3
+    for action in used:
+        assert re.fullmatch(r"actions/[a-z-]+@[0-9a-f]{40}", action)
+        assert re.search(rf"{re.escape(action)} # v\d+\.\d+\.\d+\n", text)
+    assert steps[0]["with"] == {"persist-credentials": False}
+    # nothing of ours by its bare name, which anyone may hold on an index
+    for step in steps:
+        for line in step.get("run", "").splitlines():
+            assert not re.search(r"pip install (?!.*@ )[^#]*gemma", line), line
+        # expressions would be read as shell; what steps need comes by `env`
+        assert "${{" not in step.get("run", "")
+    assert "secrets." not in json.dumps(workflow["env"]) + json.dumps([step for step in steps if "env" in step])
+    assert text.count("secrets.HF_TOKEN") == 1

@@ -135,17 +135,3 @@ def test_a_card_of_ones_own_in_the_folder_is_not_thrown_away(artifacts: Callable
     (folder / "README.md").write_text("# Mine\n")
     with pytest.raises(GemmaAwqError, match="was written by hand"):
         prepare(folder, "me/x", "google/tiny", "gemma", None)
-
-
-def test_quantize_records_what_the_source_card_declares(tmp_path: Path) -> None:
-    from gemma_awq_cli.artifact import source_card
-
-    assert source_card(tmp_path) is None
-    readme = tmp_path / "README.md"
-    readme.write_text("# no metadata\n")
-    assert source_card(tmp_path) is None
-    readme.write_text("---\nlicense: gemma\nbase_model: google/gemma-3-1b-pt\ntags: [x]\n---\n# A\n")
-    assert source_card(tmp_path) == {"license": "gemma", "base_model": "google/gemma-3-1b-pt"}
-    for broken in ("---\nlicense: [\n---\n", "---\njust text\n---\n"):
-        readme.write_text(broken)
-        assert source_card(tmp_path) is None

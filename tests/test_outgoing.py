@@ -2,13 +2,24 @@
 
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from gemma_awq_cli import outgoing
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.outgoing import OutgoingFile, published_report, require_publishable, require_weights_named
+from gemma_awq_cli.outgoing import (
+    OutgoingFile,
+    leftovers,
+    outgoing_file,
+    published_bench,
+    published_report,
+    require_nothing_private,
+    require_publishable,
+    require_weights_named,
+)
+from tests.documents import full_bench, full_report, leaves, planted
 
 ARTIFACT = ["config.json", "model.safetensors", "quantization_report.json", "tokenizer.json", "tokenizer_config.json"]
 
@@ -42,6 +53,10 @@ def test_an_artifact_and_what_the_hubs_client_left_in_it(folder: Path) -> None:
         "server.pem",
         "my_credentials.json",
         "api-key.txt",
+        "tokenizer.env",
+        "LICENSE.pem",
+        "NOTICE.key",
+        "GEMMA_TERMS_password.txt",
     ],
 )
 def test_a_secret_stops_it(name: str, folder: Path) -> None:
@@ -50,22 +65,119 @@ def test_a_secret_stops_it(name: str, folder: Path) -> None:
         require_publishable(folder)
 
 
-@pytest.mark.parametrize("name", ["notes.txt", "optimizer.pt", "pytorch_model.bin", "runs/events", ".DS_Store"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "notes.txt", "optimizer.pt", "pytorch_model.bin", "runs/events", "tokenizer_backup.json", "LICENSE.extra",
+        "chat_template.py", "model-x-of-y.safetensors",
+        "model-00001-of-00002.safetensors.bak", "NOTICE/x", "MY_TERMS.doc",
+        "tokenizer.json/x", "Config.json",
+    ],
+)  # fmt: skip
 def test_what_is_no_part_of_an_artifact_stops_it(name: str, folder: Path) -> None:
-    (folder / name).parent.mkdir(exist_ok=True)
-    (folder / name).write_text("x")
+    path = folder / name
+    if path.parent.is_file():
+        path.parent.unlink()
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("x")
     with pytest.raises(GemmaAwqError, match=f"no part of an artifact: {name}"):
         require_publishable(folder)
 
 
+LEFTOVERS = (
+    ".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors", ".Spotlight-V100/store", "__MACOSX/._config.json",
+    "__MACOSX/.env", ".Trash-1000/x", "config.json:Zone.Identifier",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEFTOVERS)
+def test_what_a_system_left_there_is_passed_over(name: str, folder: Path) -> None:
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    assert [path.name for path in require_publishable(folder)] == ARTIFACT
+    assert any(left in name for left in leftovers(folder))
+
+
+def header(metadata: object) -> bytes:
+    text = json.dumps({"__metadata__": metadata, "x": {"dtype": "F16", "shape": [0], "data_offsets": [0, 0]}}).encode()
+    return len(text).to_bytes(8, "little") + text
+
+
+TOKEN = f"hf_{'a' * 34}"
+
+
 @pytest.mark.parametrize(
-    "text", [f"hf_{'a' * 34}", f"ghp_{'B' * 36}", "-----BEGIN RSA PRIVATE KEY-----", "AKIA" + "Z" * 16]
+    ("name", "content"),
+    [
+        ("tokenizer_config.json", json.dumps({"use_auth_token": TOKEN})),
+        ("tokenizer.json", json.dumps({"model": {"vocab": {TOKEN: 1}}})),
+        ("config.json", json.dumps({"a": [{TOKEN: 1}]})),
+        ("config.json", json.dumps({"a": TOKEN}).replace("hf_", "\\u0068\\u0066_")),
+        ("chat_template.jinja", f"{{# {TOKEN} #}}"),
+        ("chat_template.jinja", f"{{# {TOKEN} #}}".encode("utf-16")),
+        ("LICENSE", f"Licence\n{TOKEN}\n"),
+        ("LICENSE.md", f"Licence\n{TOKEN}\n".encode("utf-16-be")),
+        ("NOTICE.txt", "-----BEGIN RSA PRIVATE KEY-----"),
+        ("tokenizer.model", b"\n\x0e\x0a\x05" + TOKEN.encode() + b"\x15\0\0"),
+        ("model.safetensors", header({"format": "pt", "token": TOKEN})),
+        ("model.safetensors", header({"format": "pt", "password": "hunter2!"})),
+        ("README.md", TOKEN),
+    ],
 )
-def test_a_token_inside_a_file_stops_it(text: str, folder: Path) -> None:
-    (folder / "tokenizer_config.json").write_text(json.dumps({"use_auth_token": text}))
-    with pytest.raises(GemmaAwqError, match=r"tokenizer_config.json holds what looks like") as caught:
-        require_publishable(folder)
-    assert text not in caught.value.message + caught.value.hint
+def test_a_secret_inside_a_file_stops_it(name: str, content: str | bytes, tmp_path: Path) -> None:
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(GemmaAwqError, match=f"{name} holds what looks like") as caught:
+        require_nothing_private([OutgoingFile(name, path)])
+    for secret in (TOKEN, "hunter2"):
+        assert secret not in caught.value.message + caught.value.hint
+
+
+@pytest.mark.parametrize(
+    "place", ["/home/ann/models/x", "C:\\Users\\ann\\x", "\\\\server\\share\\x", "file:///home/ann", "~/x"]
+)
+@pytest.mark.parametrize(
+    ("name", "make"),
+    [
+        ("config.json", lambda place: json.dumps({"a": {"b": [place]}})),
+        ("special_tokens_map.json", lambda place: json.dumps({"comment": f"made from {place} today"})),
+        ("tokenizer.json", lambda place: json.dumps({"x": place, "model": {"vocab": {"/home": 1}}})),
+        ("model.safetensors", lambda place: header({"format": "pt", "from": place})),
+        ("chat_template.jinja", lambda place: f"{{# from {place} #}}"),
+    ],
+)
+def test_a_place_of_a_machine_stops_it(
+    name: str, make: Callable[[str], str | bytes], place: str, tmp_path: Path
+) -> None:
+    content = make(place)
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(GemmaAwqError, match=f"{name} names a place of a machine"):
+        require_nothing_private([OutgoingFile(name, path)])
+
+
+def test_json_is_sent_without_the_places_that_it_names(tmp_path: Path) -> None:
+    path = tmp_path / "tokenizer_config.json"
+    path.write_text(json.dumps({"name_or_path": "/home/ann/gemma", "vocab_file": "/home/ann/v", "bos_token": "<bos>"}))
+    file, fields = outgoing_file(path)
+    require_nothing_private([file])
+    assert isinstance(file.content, bytes)
+    assert json.loads(file.content) == {"name_or_path": "gemma", "bos_token": "<bos>"}
+    assert fields == ["name_or_path", "vocab_file"]
+    path.write_text('{"bos_token":   "<bos>"}')
+    assert outgoing_file(path)[0].content == path
+    path.write_text("{")
+    with pytest.raises(GemmaAwqError, match=r"tokenizer_config.json is not valid JSON"):
+        outgoing_file(path)
+
+
+def test_no_report_and_no_bench_names_a_place(tmp_path: Path) -> None:
+    """In whatever field one was."""
+    for make, published in ((full_report, published_report), (full_bench, published_bench)):
+        for place, value in leaves(make()):
+            if isinstance(value, str):
+                document = published(planted(make(), place, "/home/ann/secret/thing"))
+                assert "ann" not in json.dumps(document), place
 
 
 def test_links_and_files_too_large(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,10 +215,10 @@ def test_the_published_report_names_no_folder_of_this_machine() -> None:
             "fingerprint": {"calibration": calibration},
         }
 
-    private = published_report(report("/home/ann/secret/gemma-ft", None, "/home/ann/mails.jsonl")).decode()
+    private = json.dumps(published_report(report("/home/ann/secret/gemma-ft", None, "/home/ann/mails.jsonl")))
     assert "ann" not in private
     assert '"gemma-ft"' in private
     assert private.count('"mails.jsonl"') == 2
-    public = published_report(report("google/gemma-3-1b-it", "abc", "Salesforce/wikitext")).decode()
+    public = json.dumps(published_report(report("google/gemma-3-1b-it", "abc", "Salesforce/wikitext")))
     assert '"google/gemma-3-1b-it"' in public
     assert '"Salesforce/wikitext"' in public

@@ -33,6 +33,8 @@ def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> N
     templates = ("templates/model_card.md", "templates/bench_report.html")
     for name in ("licences/gemma-terms-of-use.md", "licences/apache-2.0.txt", *templates):
         assert (installed / "gemma_awq_cli" / name).read_bytes() == (ROOT / "gemma_awq_cli" / name).read_bytes()
+    for name in ("bench-schema.json", "report-schema.json"):
+        assert (installed / "gemma_awq_cli" / "schemas" / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"gemma_awq_cli"}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "gemma-awq = gemma_awq_cli.cli:entry" in entry_points.read_text()

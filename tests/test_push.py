@@ -427,3 +427,85 @@ def test_the_last_artifact_is_the_default(artifact: Path, capsys: Capture) -> No
     remember_artifact(artifact)
     assert main(["push", REPO, "--dry-run", *SAID]) == 0
     assert "(the last one)" in capsys.readouterr().err
+
+
+def test_what_a_system_left_there_is_named_and_not_sent(hub: WritingHub, artifact: Path, capsys: Capture) -> None:
+    for name in (".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors"):
+        (artifact / name).write_text("x")
+    assert push(artifact) == 0
+    said = capsys.readouterr().err
+    assert "Not sent, because the system left it there: .DS_Store, ._model.safetensors, Thumbs.db, desktop.ini" in said
+    assert not {".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors"} & set(hub.tree(REPO))
+
+
+def test_no_place_of_this_machine_gets_there(hub: WritingHub, artifact: Path, capsys: Capture) -> None:
+    """Of an artifact whose files were copied as they were, and whose report was made in a folder of this machine."""
+    config = json.loads((artifact / "tokenizer_config.json").read_text())
+    (artifact / "tokenizer_config.json").write_text(json.dumps({**config, "name_or_path": "/home/ann/private/gemma"}))
+    report = json.loads((artifact / "quantization_report.json").read_text())
+    report["arguments"]["text_column"] = report["fingerprint"]["x"] = "/home/ann/private"
+    report["run"]["machine"] = "made in /home/ann/private"
+    (artifact / "quantization_report.json").write_text(json.dumps(report))
+    assert push(artifact) == 0
+    assert "tokenizer_config.json is sent without the places of this machine that it names: name_or_path" in (
+        capsys.readouterr().err
+    )
+    for name in hub.tree(REPO):
+        content = hub.read(REPO, name)
+        assert b"/home/ann" not in content, name
+        assert str(artifact.parent).encode() not in content, name
+    assert json.loads(hub.read(REPO, "tokenizer_config.json"))["name_or_path"] == "gemma"
+
+
+def test_a_secret_in_any_file_stops_it_before_the_hub_is_asked(
+    hub: WritingHub, artifact: Path, capsys: Capture
+) -> None:
+    secret = f"hf_{'q' * 34}"
+    for name, content in (
+        ("LICENSE", f"MIT\n{secret}\n"),
+        ("chat_template.jinja", f"{{# {secret} #}}{{{{ messages }}}}"),
+        (
+            "quantization_report.json",
+            (artifact / "quantization_report.json").read_text().replace('"cpu"', f'"{secret}"'),
+        ),
+    ):
+        folder = Path(shutil.copytree(artifact, artifact.parent / name))
+        (folder / name).write_text(content)
+        assert push(folder) == 1
+        captured = capsys.readouterr()
+        assert "holds what looks like a Hugging Face token" in captured.err
+        assert secret not in captured.out + captured.err
+    assert hub.seen == []
+
+
+@pytest.mark.parametrize(
+    "path", ["../x.safetensors", "/etc/x.safetensors", "a/../../x.safetensors", "x\x1b[31m.safetensors", ""]
+)
+def test_a_hub_that_lists_names_that_lead_elsewhere(
+    path: str, hub: WritingHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def listed(*_: object, **__: object) -> list[RepoFile]:
+        return [RepoFile(path=path, size=1, oid="0" * 40)]
+
+    hub.create(REPO)
+    monkeypatch.setattr(HfApi, "list_repo_tree", listed)
+    assert push(artifact) == 1
+    assert "under a name that no file has" in capsys.readouterr().err
+
+
+def test_what_answers_is_no_hub(
+    hub: WritingHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    from huggingface_hub import HfApi
+    from huggingface_hub.hf_api import RepoFile
+
+    def listed(*_: object, **__: object) -> list[RepoFile]:
+        return [RepoFile(path="x")]
+
+    hub.create(REPO)
+    monkeypatch.setattr(HfApi, "list_repo_tree", listed)
+    assert push(artifact) == 1
+    assert "is not a hub" in capsys.readouterr().err

@@ -84,6 +84,7 @@ def command(
     from gemma_awq_cli import thresholds
     from gemma_awq_cli.bench_entries import Settings
     from gemma_awq_cli.benchmarking import Bench
+    from gemma_awq_cli.stored_documents import read_bench_document
 
     limits = {
         thresholds.KL: max_kl, thresholds.PERPLEXITY_RATIO: max_ppl_ratio, thresholds.DECODE: min_decode_tps,
@@ -99,14 +100,14 @@ def command(
     for figure in bounds:
         if not getattr(settings, figure.part):
             raise UsageError(f"A bound of {figure.title} needs --{figure.part}.")
-    earlier = thresholds.read_baseline(baseline) if baseline is not None else None
+    earlier = read_bench_document(baseline) if baseline is not None else None
     if report is not None:
         from gemma_awq_cli.bench_report import require_plotting
 
         require_plotting(report)
     bench = Bench(settings, out.note, out.warning)
     try:
-        _measure(out, bench, names, must=fidelity)
+        _measure(out, bench, names, must=fidelity, reports=save or report is not None)
     except (KeyboardInterrupt, Terminated):
         if bench.entries:
             out.warning("interrupted: what was measured until then is below, and is not complete")
@@ -124,9 +125,13 @@ def command(
         raise typer.Exit(3)
 
 
-def _measure(out: Output, bench: "Bench", names: list[str], must: bool) -> None:
-    """must: fidelity was asked for by name, so that it is an error if it cannot be measured."""
+def _measure(out: Output, bench: "Bench", names: list[str], must: bool, reports: bool) -> None:
+    """must: fidelity was asked for by name, so that it is an error if it cannot be measured. reports: the artifacts'
+    own will be needed, so that a damaged one is an error now.
+    """
     bench.add(names)
+    if reports:
+        _ = [entry.report for entry in bench.entries]
     if bench.settings.speed:
         with out.progress("Speed", bench.speed_steps()) as progress:
             bench.measure_speed(progress.step)

@@ -69,6 +69,8 @@ def command(
     own = read_own(licence, licence_file)
     out.note(f"Checking {chosen}.")
     prepared = publishing.prepare(chosen, repo_id, base_model, licence, own)
+    for line in prepared.notes:
+        out.note(line)
     if deep:
         _check_deeply(out, prepared, source, device.value)
     target = f"{repo_id}, {'a pull request to ' if create_pr else ''}{revision}"

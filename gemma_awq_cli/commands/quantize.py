@@ -83,6 +83,7 @@ def command(
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli import quantizing
+    from gemma_awq_cli.artifact import source_notes
     from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
     from gemma_awq_cli.models.cache import remember_artifact
     from gemma_awq_cli.models.checkpoint import Checkpoint
@@ -93,6 +94,7 @@ def command(
     from gemma_awq_cli.models.stack import TextStack
     from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
     from gemma_awq_cli.self_sampling import require_room, with_own_rows
+    from gemma_awq_cli.source_metadata import source_card
 
     chosen = pick_device(device.value)
     recipe = find_recipe(
@@ -111,6 +113,8 @@ def command(
     for line in checkpoint.notes:
         out.warning(line)
     quantizing.require_quantizable(checkpoint)
+    for line in source_notes(source.folder, source_card(source.folder)):
+        out.note(line)
     stack = TextStack(checkpoint, chosen)
     size = int(group_size.value)
     stored = stored_dtype(checkpoint, dtype and dtype.value)

@@ -1,0 +1,147 @@
+"""Reports and benches of strangers: what is not as their schemas say is an error that names the field, and what is,
+can be rendered whatever it says."""
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from gemma_awq_cli.bench_document import BENCH
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.families import FAMILIES
+from gemma_awq_cli.licensing import decide
+from gemma_awq_cli.model_card import Subject, render
+from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.outgoing import published_bench, published_report
+from gemma_awq_cli.schema_check import load_schema, require_schema
+from gemma_awq_cli.stored_documents import read_bench_document, read_quantization_report
+from gemma_awq_cli.thresholds import COMPARED, regressions, violations
+from tests.documents import Place, full_bench, full_report, places, planted
+
+WRONG = (
+    None, True, 0, -1, 1.5, math.inf, math.nan, 10**30, "", "x", "9" * 20_000, [], {}, [[]], [None],
+    {"x": None}, [0] * 3,
+)  # fmt: skip
+SCHEMAS = {"report": (full_report, "report-schema.json"), "bench": (full_bench, "bench-schema.json")}
+
+
+def card(report: dict[str, Any], bench: dict[str, Any] | None) -> str:
+    licence = decide("gemma", {"license": "gemma"}, {}, "changed", None, None)
+    measured = published_bench(bench) if bench is not None else None
+    return render(Subject("me/x", "google/x", published_report(report), licence, True, True, "changed", "", measured))
+
+
+def use_report(report: dict[str, Any]) -> None:
+    card(report, None)
+
+
+def use_bench(bench: dict[str, Any]) -> None:
+    card(full_report(), bench)
+    list(violations(bench, dict.fromkeys(COMPARED, 1.0)))
+    list(violations(full_bench(), dict.fromkeys(COMPARED, 1.0)))
+    with suppress(GemmaAwqError):  # of another text, or other settings
+        list(regressions(full_bench(), bench, 0.1, lambda _: None))
+
+
+def refusal(document: Any, schema: dict[str, Any]) -> str | None:
+    try:
+        require_schema(document, schema, "FILE", "A hint.")
+    except GemmaAwqError as error:
+        return error.message
+    return None
+
+
+def own_places(document: Any) -> list[Place]:
+    """Without those of a bench's second model, which has the same fields."""
+    return [place for place in places(document) if place[:2] != ("models", 1)]
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_the_schemas_are_schemas_and_ours_agree_with_the_libraries(name: str) -> None:
+    make, file = SCHEMAS[name]
+    schema = load_schema(file)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    require_schema(make(), schema, "x", "")
+    validator.validate(make())
+    for place in own_places(make()):
+        for value in WRONG:
+            document = planted(make(), place, value)
+            assert validator.is_valid(document) or refusal(document, schema) is not None  # ours may refuse more
+
+
+@pytest.mark.parametrize("name", SCHEMAS)
+def test_any_value_in_any_place_is_refused_by_name_or_does_no_harm(name: str) -> None:
+    make, file = SCHEMAS[name]
+    use: Callable[[dict[str, Any]], None] = {"report": use_report, "bench": use_bench}[name]
+    schema = load_schema(file)
+    refused = 0
+
+    def check(document: dict[str, Any], place: Place) -> None:
+        nonlocal refused
+        message = refusal(document, schema)
+        if message is None:
+            use(document)
+            return
+        refused += 1
+        known = next(part for part in reversed(place) if isinstance(part, str))
+        assert known in message, (place, message)
+        assert len(message) < 1000
+
+    for place in own_places(make()):
+        for value in WRONG:
+            check(planted(make(), place, value), place)
+        if isinstance(place[-1], str):
+            document = make()
+            below: Any = document
+            for key in place[:-1]:
+                below = below[key]
+            del below[place[-1]]
+            check(document, place)
+    assert refused > 500
+
+
+def test_numbers_that_json_can_write_and_a_float_cannot_hold(tmp_path: Path) -> None:
+    text = json.dumps(full_report()).replace('"kl": 0.01', '"kl": 1e999')
+    (tmp_path / REPORT).write_text(text)
+    with pytest.raises(GemmaAwqError, match=r"fidelity\.kl is not a finite number"):
+        read_quantization_report(tmp_path)
+    (tmp_path / REPORT).write_text(text.replace("1e999", "NaN"))
+    with pytest.raises(GemmaAwqError, match="NaN is not a JSON value"):
+        read_quantization_report(tmp_path)
+    (tmp_path / REPORT).write_text(text.replace("1e999", "1" * 5000))
+    with pytest.raises(GemmaAwqError, match="is not valid JSON"):
+        read_quantization_report(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "[]", "{}", "null", "{", "[" * 5000, '{"schema": 2}', '{"schema": [1]}', "\ufeff{}"]
+)
+def test_what_is_no_report_and_no_bench(text: str, tmp_path: Path) -> None:
+    for name, read in ((REPORT, lambda: read_quantization_report(tmp_path)), (BENCH, None)):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(GemmaAwqError, match=name) as caught:
+            read() if read is not None else read_bench_document(tmp_path / name)
+        assert caught.value.hint
+
+
+def test_the_schema_knows_every_family() -> None:
+    schema = load_schema("report-schema.json")
+    assert set(schema["properties"]["source"]["properties"]["model_type"]["enum"]) == set(FAMILIES)
+
+
+def test_what_was_read_is_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / REPORT).write_text(json.dumps(full_report()))
+    assert read_quantization_report(tmp_path) == full_report()
+    (tmp_path / BENCH).write_text(json.dumps(full_bench()))
+    assert read_bench_document(tmp_path / BENCH) == full_bench()
+    old = full_bench()
+    for model in old["models"]:
+        del model["tasks"], model["fidelity"]["arithmetic"]
+    (tmp_path / BENCH).write_text(json.dumps(old))
+    use_bench(read_bench_document(tmp_path / BENCH))
