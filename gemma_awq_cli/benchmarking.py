@@ -7,6 +7,7 @@ leaves the others. What was measured when a run is interrupted is in the documen
 complete.
 """
 
+import os
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -25,6 +26,7 @@ from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.saving import local_path
 from gemma_awq_cli.task_suites import LACKING
 from gemma_awq_cli.vllm_engine import INSTALL
 
@@ -68,8 +70,8 @@ class Bench:
                 raise GemmaAwqError("vLLM is not installed.", INSTALL)
             return Entry(name, "compare", VLLM, self.entries[0].checkpoint)
         if name.endswith(f".{GGUF}"):
-            file = Path(name).expanduser()
-            if not file.is_file():
+            file = local_path(Path(name), "give another file")
+            if not os.path.isfile(file):
                 raise GemmaAwqError(f"There is no file {name}.")
             require_llama_cpp()
             return Entry(name, "compare", GGUF, self.entries[0].checkpoint, file)

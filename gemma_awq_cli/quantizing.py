@@ -34,7 +34,7 @@ from gemma_awq_cli.layer_quantizing import (
 from gemma_awq_cli.models.checkpoint import Checkpoint, read_tensors, require_finite
 from gemma_awq_cli.models.files import CONFIG, read_json
 from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
+from gemma_awq_cli.models.journal import ANEW, JOURNAL, Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
@@ -83,15 +83,22 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
 
 
 def require_free(target: Path, force: bool, resume: bool) -> StagedFolder:
-    """The folder to build in; an error if `target` is taken, or holds work that neither flag speaks of."""
+    """The folder to build in; an error if `target` is taken, or holds work that neither flag speaks of. Only looks."""
     staged = StagedFolder(target, force, resume)
-    done = len(Journal(staged.state).records)
-    if done and not resume and not force:
+    if not force:
+        with write_errors(target):
+            _require_asked(staged, Journal(staged.state), resume)
+    return staged
+
+
+def _require_asked(staged: StagedFolder, journal: Journal, resume: bool) -> None:
+    if (done := len(journal.records)) and not resume:
+        if staged.is_being_written():
+            raise GemmaAwqError(f"Another process is writing {staged.target}.", f"Wait for it, or {staged.elsewhere}.")
         raise GemmaAwqError(
             f"An earlier run was interrupted after {done} layers; they are kept in {staged.path}.",
             "Go on with --resume, or begin anew with --force.",
         )
-    return staged
 
 
 @torch.inference_mode()
@@ -114,15 +121,16 @@ def quantize(
     started = time.perf_counter()
     fingerprint = make_fingerprint(checkpoint, stack, plan, rows, arguments)
     staged = require_free(target, force, resume)
-    if resume and (found := _found(target, fingerprint, force)) is not None:
-        staged.remove()
-        return found
-    earlier = Journal(staged.state)
-    staged.resume = resume and bool(earlier.records) and _same(earlier.fingerprint, fingerprint, staged.path, force)
-    require_space(target, plan.artifact_bytes + plan.state_bytes + 40_000_000 - staged.size())
+    staged.keeps_earlier = True  # until it is clear, under the lock, what is there
     with write_errors(target), staged:
-        journal = Journal(staged.state)
+        staged.keep = (staged.state / JOURNAL).exists()
+        if resume and (found := _found(target, fingerprint, force)) is not None:
+            staged.abandon()
+            return found
+        journal = _journal(staged, fingerprint, checkpoint.layers, force, resume)
         staged.keep = bool(journal.records)
+        kept = staged.size() if journal.records else 0
+        require_space(target, plan.artifact_bytes + plan.state_bytes + 40_000_000 - kept)
         writer = TensorWriter(staged.folder, plan.tensors, begun=bool(journal.records))
         hidden = HiddenStates(
             staged.state,
@@ -132,7 +140,9 @@ def quantize(
             int(stack.config.hidden_size),
             both=plan.effort.paths == 2,
         )
-        if not journal.records:
+        if journal.records:
+            hidden.require_begun(len(journal.records), checkpoint.layers)
+        else:
             ids = torch.cat([rows.ids, rows.heldout])
             hidden.start(ids, stack.embedder(ids))
             journal.begin(fingerprint)
@@ -171,6 +181,26 @@ def quantize(
     return Quantized(target, report)
 
 
+def _journal(staged: StagedFolder, fingerprint: Fingerprint, layers: int, force: bool, resume: bool) -> Journal:
+    """The journal of the layers that are gone on with; an empty one, and nothing else there, for a new beginning."""
+    if force and not resume:
+        staged.begin_anew()
+        return Journal(staged.state)
+    try:
+        journal = Journal(staged.state)
+        _require_asked(staged, journal, resume)
+        journal.require_at_most(layers)
+        goes_on = bool(journal.records) and _same(journal.fingerprint, fingerprint, staged.path, force)
+    except GemmaAwqError:
+        if not force:
+            raise
+        goes_on = False
+    if not goes_on:
+        staged.begin_anew()
+        journal = Journal(staged.state)
+    return journal
+
+
 def make_fingerprint(
     checkpoint: Checkpoint, stack: TextStack, plan: Plan, rows: Rows, arguments: dict[str, Any]
 ) -> Fingerprint:
@@ -205,12 +235,35 @@ def _same(then: Fingerprint | None, now: Fingerprint, where: Path, force: bool) 
 
 def _found(target: Path, fingerprint: Fingerprint, force: bool) -> Quantized | None:
     """What a resumed run finds finished."""
-    if not (target / REPORT).is_file():
+    path = target / REPORT
+    if not path.is_file():
         return None
-    report = read_json(target / REPORT)
-    return (
-        Quantized(target, report, found=True) if _same(report.get("fingerprint"), fingerprint, target, force) else None
-    )
+    try:
+        report = read_json(path, ANEW)
+        then = report.get("fingerprint")
+        if not isinstance(then, dict) or not _tells_result(report):
+            raise GemmaAwqError(f"{path} is damaged: it does not tell what was made and how.", ANEW)
+    except GemmaAwqError:
+        if not force:
+            raise
+        return None
+    return Quantized(target, report, found=True) if _same(then, fingerprint, target, force) else None
+
+
+def _tells_result(report: dict[str, Any]) -> bool:
+    """Whether a report holds the figures that are shown at the end of a run."""
+
+    def is_number(value: Any) -> bool:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+
+    parts = [report.get(name) for name in ("fidelity", "run", "source", "artifact")]
+    if not all(isinstance(part, dict) for part in parts):
+        return False
+    fidelity, run, source, artifact = (part for part in parts if part is not None)
+    names = ("heldout_tokens", "perplexity_16bit", "perplexity_4bit", "kl", "top1_agreement")
+    figures = [*(fidelity.get(name) for name in names), run.get("seconds"), source.get("bytes"), artifact.get("bytes")]
+    memory = run.get("peak_memory_bytes")
+    return all(map(is_number, figures)) and (memory is None or is_number(memory))
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:

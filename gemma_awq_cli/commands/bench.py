@@ -9,6 +9,7 @@ from gemma_awq_cli.commands.run import MODEL_VARIABLE, default_model
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.output import Output, bytes_of
+from gemma_awq_cli.saving import local_path
 
 if TYPE_CHECKING:
     from gemma_awq_cli.benchmarking import Bench
@@ -40,7 +41,7 @@ def command(
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions that count.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Repetitions before them that do not.", min=0)] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.  [default: torch's choice]",
-        min=1, show_default=False)] = None,
+        min=1, max=1024, show_default=False)] = None,
     text: Annotated[str, typer.Option(
         help="What fidelity is measured on: embedded, wikitext, another recipe, or a .txt, .jsonl or .parquet file.",
         metavar="TEXT")] = "embedded",
@@ -101,8 +102,9 @@ def command(
             raise UsageError(f"A bound of {figure.title} needs --{figure.part}.")
     earlier = thresholds.read_baseline(baseline) if baseline is not None else None
     if report is not None:
-        from gemma_awq_cli.bench_report import require_plotting
+        from gemma_awq_cli.bench_report import ELSEWHERE, require_plotting
 
+        report = local_path(report, ELSEWHERE)
         require_plotting(report)
     bench = Bench(settings, out.note, out.warning)
     try:

@@ -16,6 +16,7 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import DTYPES, raw_bytes
 from gemma_awq_cli.models.files import INDEX, SINGLE
+from gemma_awq_cli.saving import write_whole
 
 SHARD_BYTES = 4 * 10**9
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -133,5 +134,9 @@ def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[Planned
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A readable JSON file: two spaces, a newline at its end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """A readable JSON file, there whole or not at all: two spaces, a newline at its end."""
+    try:
+        content = f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as in a file name that is not UTF-8
+        content = f"{json.dumps(value, indent=2)}\n".encode()
+    write_whole(path, content)
