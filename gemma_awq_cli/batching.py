@@ -13,10 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
+from gemma_awq_cli.models.locking import Lock
 from gemma_awq_cli.models.prompting import Message
 from gemma_awq_cli.reading import parse_json, read_bytes
 from gemma_awq_cli.saving import require_file_place, write_errors, write_whole
@@ -140,14 +139,11 @@ def sole_writer(path: Path) -> Iterator[None]:
 
     The lock's own file stays: whoever took it away might take it from under one who has just opened it.
     """
-    lock = FileLock(f"{path}.lock", timeout=0)
+    lock = Lock(path.with_name(f"{path.name}.lock"))
     with writing(path):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise GemmaAwqError(
-                f"{path} is being written by another process.", "Wait for it, or give another --output."
-            ) from None
+        taken = lock.acquire()
+    if not taken:
+        raise GemmaAwqError(f"{path} is being written by another process.", "Wait for it, or give another --output.")
     try:
         yield
     finally:

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 from gemma_awq_cli import terminal
@@ -137,11 +137,15 @@ def _console(stream: Any) -> Any:
     """rich's console on a standard stream. It is given `Text` alone, so that no name is read as markup."""
     from rich.console import Console
 
-    seen, file = stream.isatty(), cast(TextIO, AsIs(stream))
-    return Console(
-        file=file, highlight=False, markup=False, emoji=False, force_terminal=None if seen else False,
-        width=None if seen else WIDE,
+    seen = stream.isatty()
+    console = Console(
+        file=cast(TextIO, AsIs(stream)), highlight=False, markup=False, emoji=False,
+        force_terminal=None if seen else False, width=None if seen else WIDE,
     )  # fmt: skip
+    if seen and console.is_dumb_terminal:  # rich takes it to have 80 columns
+        with suppress(OSError, ValueError):
+            console.size = os.get_terminal_size(stream.fileno())
+    return console
 
 
 def _quoted(text: str) -> str:

@@ -50,7 +50,7 @@ def _explained(error: OSError, place: Path, elsewhere: str) -> tuple[str, str]:
 
 
 @contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """What is refused of a file beside `path` is said of `path`."""
     try:
         yield
@@ -130,7 +130,7 @@ def _beside(path: Path, content: bytes) -> Iterator[Path]:
     # no longer than names may be, and no two processes' at once
     partial = path.with_name(f".{path.name[:32]}.{os.getpid()}.{os.urandom(4).hex()}.partial")
     try:
-        with _named(path):
+        with named(path):
             with partial.open("xb") as file:
                 file.write(content)
                 file.flush()

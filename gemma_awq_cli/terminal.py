@@ -4,9 +4,10 @@ Every character is looked at by itself, so a sequence that arrives in pieces is 
 whole. What is made visible looks as Python writes it: `\\x1b`, `\\u202e`.
 """
 
+import json
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 # Letters and marks that show nothing, beside Unicode's own format characters (Cf): fillers and variation selectors.
 _EMPTY = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | frozenset(
@@ -17,17 +18,34 @@ _MOVES = re.compile(r"(\r|\x1b\[A)")
 LONGEST_MESSAGE = 4000
 
 
+def escaped(character: str) -> str:
+    """A character as Python writes it; the byte that it stands for, if it came from a name that is no UTF-8."""
+    code = ord(character)
+    if character in "\n\r\t":
+        return repr(character)[1:-1]
+    if 0xDC80 <= code <= 0xDCFF:
+        return f"\\x{code - 0xDC00:02x}"
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
+
+
+def _escaped_in_json(character: str) -> str:
+    return json.dumps(character)[1:-1]
+
+
 class _Shown(dict[int, str]):
     """For `str.translate`: character by character what is shown, found out once. kept: shown as it is in any case."""
 
-    def __init__(self, categories: Iterable[str], empty: frozenset[str], kept: str) -> None:
+    def __init__(
+        self, categories: Iterable[str], empty: frozenset[str], kept: str, escape: Callable[[str], str] = escaped
+    ) -> None:
         super().__init__()
         self._categories, self._empty, self._kept = frozenset(categories), empty, kept
+        self._escape = escape
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
         obeyed = character in self._empty or unicodedata.category(character) in self._categories
-        self[code] = shown = escaped(character) if obeyed and character not in self._kept else character
+        self[code] = shown = self._escape(character) if obeyed and character not in self._kept else character
         return shown
 
 
@@ -36,6 +54,7 @@ class _Shown(dict[int, str]):
 _CONTENT = _Shown(("Cc", "Cs"), frozenset(), "\n\t")
 _MESSAGE = _Shown(("Cc", "Cs", "Cf", "Zl", "Zp"), _EMPTY, "\n\t")
 _LINE = _Shown(("Cc", "Cs", "Cf", "Zl", "Zp"), _EMPTY, "")
+_JSON = _Shown(("Cc", "Cs", "Cf", "Zl", "Zp"), _EMPTY, "\n\t", _escaped_in_json)
 
 
 def content(text: str) -> str:
@@ -66,18 +85,6 @@ def library(text: str) -> str:
     return "".join(part if _MOVES.fullmatch(part) else part.translate(_MESSAGE) for part in _MOVES.split(text))
 
 
-def escaped(character: str) -> str:
-    """A character as Python writes it; the byte that it stands for, if it came from a name that is no UTF-8."""
-    code = ord(character)
-    if 0xDC80 <= code <= 0xDCFF:
-        return f"\\x{code - 0xDC00:02x}"
-    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}" if code < 0x10000 else f"\\U{code:08x}"
-
-
-# of a JSON document: JSON's own escapes leave these as they are
-_OBEYED_IN_JSON = re.compile("[\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
-
-
 def json_escaped(document: str) -> str:
-    """A JSON text that means the same and holds nothing that a terminal obeys."""
-    return _OBEYED_IN_JSON.sub(lambda found: f"\\u{ord(found[0]):04x}", document)
+    """A JSON text that means the same, with JSON's escapes for all that a terminal would obey or not show."""
+    return document.translate(_JSON)

@@ -376,17 +376,27 @@ def test_a_changed_file_of_the_kept_work_is_noticed(
     assert main([*arguments, "--force"]) == 0
 
 
+def record(**changes: object) -> dict[str, object]:
+    group = {
+        "name": "qkv", "linears": ["self_attn.q_proj"], "method": "none", "exponents": [0.0, 0.5], "error": 0.1,
+        "rtn_error": 1, "gram_block": 64,
+    }  # fmt: skip
+    return {"groups": [group], "seconds": 0.1, **changes}
+
+
 def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin({"seed": 0})
-    journal.add({"groups": []})
+    journal.add(record())
     with journal.path.open("ab") as file:
         file.write(b'{"groups": [')
+    torn = journal.path.read_bytes()
     again = Journal(tmp_path)
     assert again.fingerprint == {"seed": 0}
-    assert again.records == [{"groups": []}]
-    again.add({"groups": [1]})
-    assert Journal(tmp_path).records == [{"groups": []}, {"groups": [1]}]
+    assert again.records == [record()]
+    assert journal.path.read_bytes() == torn  # to look is not to write: it may be a live one's
+    again.add(record(seconds=1))
+    assert Journal(tmp_path).records == [record(), record(seconds=1)]
 
 
 def test_differences_are_named() -> None:

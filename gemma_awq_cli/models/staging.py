@@ -5,6 +5,7 @@ complete. What was worth keeping of an interrupted run stays there for a later o
 anything there holds the lock; whoever does not only looks.
 """
 
+import errno
 import os
 import shutil
 import time
@@ -15,7 +16,7 @@ from typing import Self
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.interruption import finishing
 from gemma_awq_cli.models.locking import Lock
-from gemma_awq_cli.saving import ELSEWHERE, sync_folder, write_errors
+from gemma_awq_cli.saving import ELSEWHERE, named, sync_folder, write_errors
 
 __all__ = ["ELSEWHERE", "REPORT", "StagedFolder", "require_space", "write_errors"]
 
@@ -96,13 +97,14 @@ class StagedFolder:
         """An error if `target` cannot become a folder of ours, or holds what must not be replaced."""
         target, hint = self.target, "Choose another folder with -o."
         if target.name in ("", "..") or os.path.ismount(target):
-            named = target.name not in ("", "..")
-            what = "is where another file system is mounted" if named else "is no name of its own"
+            what = "does not name a new folder" if target.name in ("", "..") else "is a mount point"
             raise GemmaAwqError(
-                f"{target} {what}, so it cannot be replaced by a finished folder.",
+                f"{target} {what}: a finished folder cannot be put in its place.",
                 f"Give a folder in it: -o {target / 'NAME'}.",
             )
-        _is_there(self._replaced)  # the longest name that will be used: too long, or without permission?
+        with named(target):
+            _is_there(self._replaced)  # the longest name that will be used
+            _require_writable(target.absolute().parent)
         there = target if _is_there(target) or not _is_there(self._replaced) else self._replaced
         if not _is_there(there):
             return
@@ -174,6 +176,16 @@ class StagedFolder:
             if _is_there(path):
                 path.rename(gone)
                 _remove(gone)
+
+
+def _require_writable(folder: Path) -> None:
+    """OSError unless the nearest folder that is there can be written."""
+    while not _is_there(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def _is_there(path: Path) -> bool:

@@ -16,7 +16,6 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import DTYPES, raw_bytes
 from gemma_awq_cli.models.files import INDEX, SINGLE
-from gemma_awq_cli.saving import write_whole
 
 SHARD_BYTES = 4 * 10**9
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -134,9 +133,13 @@ def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[Planned
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A readable JSON file, there whole or not at all: two spaces, a newline at its end."""
+    """A readable JSON file, see `json_bytes`. In a folder that is being built; elsewhere there is `write_whole`."""
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A readable JSON text: two spaces, a newline at its end."""
     try:
-        content = f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+        return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
     except UnicodeEncodeError:  # half of a surrogate pair, as in a file name that is not UTF-8
-        content = f"{json.dumps(value, indent=2)}\n".encode()
-    write_whole(path, content)
+        return f"{json.dumps(value, indent=2)}\n".encode()
