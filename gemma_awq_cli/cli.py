@@ -64,20 +64,27 @@ def _main(argv: Sequence[str] | None) -> int:
         except ReaderLeft:
             return READER_LEFT
         except KeyboardInterrupt:
-            ended: int = signal.SIGINT
+            return _interrupted(signal.SIGINT)
         except Terminated as error:
-            ended = error.number
+            return _interrupted(error.number)
         except GemmaAwqError as error:
-            with interruption.finishing():
-                Output().error(error)
-            return error.exit_code
-        except (OSError, MemoryError) as error:  # the system's by their nature; whatever else was not foreseen is a bug
-            with interruption.finishing():
-                Output().error(unforeseen(error))
-            return 1
-        with interruption.finishing():
-            Output().note("interrupted" if ended == signal.SIGINT else "terminated")
-        return interruption.exit_code(ended)
+            return _failed(error)
+        except (OSError, MemoryError) as error:  # the system's by their nature; what else was not foreseen is a bug
+            return _failed(unforeseen(error))
+        finally:
+            interruption.end()
+
+
+def _interrupted(number: int) -> int:
+    interruption.end()
+    Output().note("interrupted" if number == signal.SIGINT else "terminated")
+    return interruption.exit_code(number)
+
+
+def _failed(error: GemmaAwqError) -> int:
+    interruption.end()
+    Output().error(error)
+    return error.exit_code
 
 
 def _run(argv: Sequence[str] | None) -> int:
@@ -101,6 +108,4 @@ def _run(argv: Sequence[str] | None) -> int:
 def entry() -> None:
     """The console script."""
     interruption.heed()
-    code = _main(None)
-    interruption.end()
-    sys.exit(code)
+    sys.exit(_main(None))

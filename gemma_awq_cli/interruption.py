@@ -34,10 +34,12 @@ def heed() -> dict[int, Any]:
 @contextmanager
 def heeded() -> Iterator[None]:
     """The signals are heeded inside, and treated as before after it."""
+    global _depth, _held
     before = heed()
     try:
         yield
     finally:
+        _depth, _held = 0, None
         for number, handler in before.items():
             if handler is not None:  # one that was not Python's cannot be set again
                 signal.signal(number, handler)
