@@ -21,7 +21,7 @@ from gemma_awq_cli.saving import ELSEWHERE, named, sync_folder, write_errors
 __all__ = ["ELSEWHERE", "REPORT", "StagedFolder", "require_space", "write_errors"]
 
 REPORT = "quantization_report.json"
-_BETWEEN = 10.0  # seconds that a process may take between its folder and its lock in it, before it is given up
+_BETWEEN = 1.0  # seconds in which a folder that others remove again and again is made again and again
 
 
 class StagedFolder:
@@ -105,33 +105,45 @@ class StagedFolder:
         with named(target):
             _is_there(self._replaced)  # the longest name that will be used
             _require_writable(target.absolute().parent)
-        there = target if _is_there(target) or not _is_there(self._replaced) else self._replaced
-        if not _is_there(there):
+        if not (names := self._names(hint)):
             return
-        if not there.is_dir():
-            kind = "is a link that leads nowhere" if target.is_symlink() else "exists and is not a folder"
-            raise GemmaAwqError(f"{target} {kind}.", hint)
-        if any(there.iterdir()):
-            if not self._may_be_there:
-                raise GemmaAwqError(
-                    f"{target} exists and is not empty.", "Choose another folder with -o, or replace it with --force."
-                )
-            if not (there / REPORT).is_file():
-                raise GemmaAwqError(
-                    f"{target} is not an artifact of this tool (it has no {REPORT}), so it is not replaced.",
-                    "Choose another folder with -o, or empty it yourself.",
-                )
+        if not self._may_be_there:
+            raise GemmaAwqError(
+                f"{target} exists and is not empty.", "Choose another folder with -o, or replace it with --force."
+            )
+        if REPORT not in names:
+            raise GemmaAwqError(
+                f"{target} is not an artifact of this tool (it has no {REPORT}), so it is not replaced.",
+                "Choose another folder with -o, or empty it yourself.",
+            )
+
+    def _names(self, hint: str) -> list[str]:
+        """What is in `target`, or in what was there until a process was killed while it replaced it."""
+        for _ in range(1000):
+            there = self._replaced if not _is_there(self.target) and _is_there(self._replaced) else self.target
+            if not _is_there(there):
+                return []
+            try:
+                return os.listdir(there)
+            except FileNotFoundError:
+                if self.target.is_symlink():
+                    raise GemmaAwqError(f"{self.target} is a link that leads nowhere.", hint) from None
+                time.sleep(0.001)  # a process is replacing it at this moment
+            except NotADirectoryError:
+                raise GemmaAwqError(f"{self.target} exists and is not a folder.", hint) from None
+        return []
 
     def _acquire(self) -> None:
         deadline = time.monotonic() + _BETWEEN
         while True:
-            self.path.mkdir(parents=True, exist_ok=True)
             try:
+                self.path.mkdir(parents=True, exist_ok=True)
                 taken = self._lock.acquire()
                 break
-            except FileNotFoundError:  # its last owner has just removed the folder
+            except (FileNotFoundError, FileExistsError):  # its last owner has just removed the folder, or never will
                 if time.monotonic() > deadline:
                     raise
+                time.sleep(0.001)
         if not taken:
             raise GemmaAwqError(
                 f"Another process is writing {self.target}.", f"Wait for it, stop it, or {self.elsewhere}."
