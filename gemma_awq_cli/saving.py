@@ -83,11 +83,15 @@ def require_file_place(path: Path, elsewhere: str) -> None:
     """
     with write_errors(path, elsewhere):
         try:
-            mode = path.stat().st_mode
+            there = path.stat()
         except FileNotFoundError:
             if path.is_symlink():
                 raise GemmaAwqError(f"{path} is a link that leads nowhere.", _upper(elsewhere)) from None
             mode = None
+        else:
+            mode = there.st_mode
+            if any(os.path.samestat(there, stream) for stream in _standard_streams()):
+                raise GemmaAwqError(f"{path} is where the command's own messages go.", _upper(elsewhere))
         folder = path.absolute().parent
         if mode is not None and not stat.S_ISREG(mode):
             kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "not a regular file")
@@ -96,6 +100,12 @@ def require_file_place(path: Path, elsewhere: str) -> None:
             raise GemmaAwqError(f"{folder} is not a folder.", f"Make it first, or {elsewhere}.")
         if not os.access(path if mode is not None else folder, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _standard_streams() -> Iterator[os.stat_result]:
+    for number in range(3):
+        with suppress(OSError):  # closed
+            yield os.fstat(number)
 
 
 def write_whole(path: Path, content: bytes) -> None:
