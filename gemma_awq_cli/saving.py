@@ -83,22 +83,21 @@ def require_file_place(path: Path, elsewhere: str) -> None:
     """
     with write_errors(path, elsewhere):
         try:
-            there = path.stat()
+            there: os.stat_result | None = path.stat()
         except FileNotFoundError:
             if path.is_symlink():
                 raise GemmaAwqError(f"{path} is a link that leads nowhere.", _upper(elsewhere)) from None
-            mode = None
-        else:
-            mode = there.st_mode
+            there = None
+        folder = path.absolute().parent
+        if there is not None:
+            if not stat.S_ISREG(there.st_mode):
+                kind = next((name for is_kind, name in _KINDS if is_kind(there.st_mode)), "no file")
+                raise GemmaAwqError(f"{path} is {kind}; a regular file is needed.", _upper(elsewhere))
             if any(os.path.samestat(there, stream) for stream in _standard_streams()):
                 raise GemmaAwqError(f"{path} is where the command's own messages go.", _upper(elsewhere))
-        folder = path.absolute().parent
-        if mode is not None and not stat.S_ISREG(mode):
-            kind = next((name for is_kind, name in _KINDS if is_kind(mode)), "not a regular file")
-            raise GemmaAwqError(f"{path} is {kind}; a regular file is needed.", _upper(elsewhere))
         if not folder.is_dir():
             raise GemmaAwqError(f"{folder} is not a folder.", f"Make it first, or {elsewhere}.")
-        if not os.access(path if mode is not None else folder, os.W_OK):
+        if not os.access(folder if there is None else path, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
 
