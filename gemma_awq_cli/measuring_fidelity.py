@@ -6,7 +6,6 @@ vocabulary at a time, so that a large original needs no more memory here than fo
 """
 
 import copy
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -29,6 +28,7 @@ from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
+from gemma_awq_cli.saving import scratch_folder
 
 WINDOW = 2048  # tokens, BOS included
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time
@@ -171,11 +171,11 @@ def measure(
     stack = TextStack(reference, device)
     other = OtherStack(artifact, stack)
     layers = reference.layers
-    with tempfile.TemporaryDirectory(prefix="gemma-awq-") as scratch, matmul_precision(precision):
+    with scratch_folder() as scratch, matmul_precision(precision):
         sides = []
-        with write_errors(Path(scratch), "set TMPDIR to another folder"):
+        with write_errors(scratch, "set TMPDIR to another folder"):
             for name, embed in (("reference", stack.embedder(rows)), ("other", other.embedder(rows))):
-                folder = Path(scratch) / name
+                folder = scratch / name
                 folder.mkdir()
                 hidden = HiddenStates(folder, len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
                 hidden.start(rows, embed)

@@ -4,7 +4,6 @@ An artifact's own fidelity is that of its stored weights (`measuring_fidelity`).
 read like that, so here the whole model runs, with its arithmetic, against the original in float32, layer by layer.
 """
 
-import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import write_errors
+from gemma_awq_cli.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time
 
@@ -51,9 +51,9 @@ def measure_running(
     stack = TextStack(reference, device)
     layers = reference.layers
     parts = []
-    with tempfile.TemporaryDirectory(prefix="gemma-awq-") as scratch, matmul_precision("highest"):
-        with write_errors(Path(scratch), "set TMPDIR to another folder"):
-            hidden = HiddenStates(Path(scratch), len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
+    with scratch_folder() as scratch, matmul_precision("highest"):
+        with write_errors(scratch, "set TMPDIR to another folder"):
+            hidden = HiddenStates(scratch, len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
             hidden.start(rows, stack.embedder(rows))
             through_layers(stack, [(hidden, stack.read_layer)], device, on_step)
         norm, head = stack.head()

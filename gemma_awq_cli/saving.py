@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -66,6 +67,15 @@ def _upper(text: str) -> str:
 def scratch_errors() -> AbstractContextManager[None]:
     """Refusals of the operating system in the folder for temporary files, as errors."""
     return system_errors("The folder for temporary files", "Set TMPDIR to a folder with space for them.", "used")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files, gone afterwards."""
+    with scratch_errors():
+        folder = tempfile.TemporaryDirectory(prefix="gemma-awq-", ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
 
 
 def local_path(path: Path, elsewhere: str) -> Path:

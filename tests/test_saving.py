@@ -16,7 +16,7 @@ from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.options import _require_filled
 from gemma_awq_cli.reading import unforeseen
-from gemma_awq_cli.saving import local_path, require_file_place, write_errors, write_new, write_whole
+from gemma_awq_cli.saving import local_path, require_file_place, scratch_folder, write_errors, write_new, write_whole
 
 Capture = pytest.CaptureFixture[str]
 posix = pytest.mark.skipif(os.name != "posix", reason="devices and links are POSIX's")
@@ -231,6 +231,16 @@ def test_home_folders(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert local_path(Path("~/x"), "give another") == tmp_path / "x"
     with pytest.raises(GemmaAwqError, match="no such user"):
         local_path(Path("~nobody-of-this-name/x"), "give another")
+
+
+def test_no_folder_for_temporary_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    import tempfile
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/dev/null/x"])
+    with pytest.raises(GemmaAwqError, match="folder for temporary files") as caught, scratch_folder():
+        pass
+    assert "TMPDIR" in caught.value.hint
 
 
 EMPTY = [

@@ -212,6 +212,21 @@ def test_names_and_errors_of_a_hostile_model(tmp_path: Path, capsys: Capture) ->
 
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
+def test_what_a_model_writes(artifacts: Callable[[str], Path]) -> None:
+    """A random model's bytes hold control characters: a terminal gets none, a pipe gets each."""
+    command = [
+        sys.executable, "-m", "gemma_awq_cli", "run", "Hello", "-m", str(artifacts("gemma2")), "--device", "cpu",
+        "--max-new-tokens", "180", "--temperature", "9", "--seed", "4", "--quiet",
+    ]  # fmt: skip
+    text = json.loads(subprocess.run([*command, "--json"], capture_output=True, check=True).stdout)["text"]
+    assert OBEYED & set(text)
+    assert subprocess.run(command, capture_output=True, check=True).stdout == f"{text}\n".encode()
+    shown = in_terminal(command, 80, "xterm")
+    assert not OBEYED & set(shown)
+    assert shown.rstrip("\n") == terminal.content(text).rstrip("\n")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb", None])
 @pytest.mark.parametrize("columns", [20, 80])
 def test_a_narrow_terminal(columns: int, term: str | None) -> None:
