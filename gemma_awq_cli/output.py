@@ -144,7 +144,9 @@ def _console(stream: Any) -> Any:
     )  # fmt: skip
     if seen and console.is_dumb_terminal:  # rich takes it to have 80 columns
         with suppress(OSError, ValueError):
-            console.size = os.get_terminal_size(stream.fileno())
+            size = os.get_terminal_size(stream.fileno())
+            if size.columns:  # some pseudo-terminals do not know theirs
+                console.size = size
     return console
 
 

@@ -106,7 +106,7 @@ def require_file_place(path: Path, elsewhere: str) -> None:
             if any(os.path.samestat(there, stream) for stream in _standard_streams()):
                 raise GemmaAwqError(f"{path} is where the command's own messages go.", _upper(elsewhere))
         if not folder.is_dir():
-            raise GemmaAwqError(f"{folder} is not a folder.", f"Make it first, or {elsewhere}.")
+            raise GemmaAwqError(f"The folder {folder} does not exist.", f"Make it first, or {elsewhere}.")
         if not os.access(folder if there is None else path, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 

@@ -101,7 +101,7 @@ def test_long_and_odd_names_can_be_written(name: str, tmp_path: Path) -> None:
         ("folder", "is a folder"),
         ("link", "is a pipe"),
         ("dangling", "leads nowhere"),
-        ("absent/file", "is not a folder"),
+        ("absent/file", "does not exist"),
         ("file/below", "Not a directory"),
         ("x" * 300, "too long"),
         ("nul\0", "NUL"),
@@ -273,6 +273,8 @@ EMPTY = [
     ["quantize", "x", "--seed", "-" + "9" * 30],
     ["run", "Hello", "--top-k", "9" * 30],
     ["bench", "x", "--threads", "1000000"],
+    ["bench", "x", "--pp", "1000000000000"],
+    ["bench", "x", "--batch", "1000000000"],
     ["quantize", "x", "--max-memory", "9" * 400],
     ["bench", "x", "--max-rss", "9" * 400 + "GB"],
 ]

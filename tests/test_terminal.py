@@ -228,7 +228,7 @@ def test_what_a_model_writes(artifacts: Callable[[str], Path]) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb", None])
-@pytest.mark.parametrize("columns", [20, 80])
+@pytest.mark.parametrize("columns", [0, 20, 80])
 def test_a_narrow_terminal(columns: int, term: str | None) -> None:
     """Tables and progress in a real pseudo-terminal: every figure stays whole and can be read."""
     code = (

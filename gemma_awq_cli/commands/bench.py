@@ -34,10 +34,10 @@ def command(
     compare: Annotated[list[str] | None, typer.Option(
         help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, vllm, a .gguf file "
         "(llama.cpp), or another MODEL. May be given several times.", metavar="WHAT")] = None,
-    prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1)] = 128,
+    prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1, max=1_000_000)] = 512,
+    new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1, max=1_000_000)] = 128,
     batch: Annotated[list[int] | None, typer.Option(
-        help="Prompts at once; may be given several times.  [default: 1]", min=1, show_default=False)] = None,
+        help="Prompts at once; may be given several times.  [default: 1]", min=1, max=4096, show_default=False)] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions that count.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Repetitions before them that do not.", min=0)] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.  [default: torch's choice]",
