@@ -133,6 +133,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 def write_new(path: Path, content: bytes) -> None:
     """As `write_whole`, where nothing is; FileExistsError if something is. Raises OSError."""
+    if os.path.lexists(path):  # and nothing is written beside it, in /dev say
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     with _beside(path, content) as partial:
         try:
             os.link(partial, path)  # unlike a rename, replaces nothing
