@@ -2,6 +2,15 @@
 
 import sys
 
-from gemma_awq_cli.cli import main
 
-sys.exit(main())
+def entry() -> None:
+    """The command. Ctrl-C while it is still being imported ends it as quietly as later."""
+    try:
+        from gemma_awq_cli import cli
+    except KeyboardInterrupt:
+        sys.exit(130)
+    cli.entry()
+
+
+if __name__ == "__main__":
+    entry()

@@ -8,18 +8,21 @@ import contextlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
+from gemma_awq_cli.models.locking import Lock
 from gemma_awq_cli.models.prompting import Message, Prompter, located
+from gemma_awq_cli.reading import parse_json, read_bytes
+from gemma_awq_cli.saving import require_file_place, write_errors, write_whole
 
 Prompt = str | list[Message]
+ANOTHER = "Give another --output."
+ROW_BEGINS = b'{"index": '
 
 
 @dataclass(frozen=True)
@@ -75,46 +78,58 @@ def _is_message(value: Any) -> bool:
 def recorded_seed(path: Path) -> int | None:
     """The seed that an earlier run of the command drew, if its output tells: a resumed run goes on with it."""
     try:
-        with path.open(encoding="utf-8") as file:
-            seed = json.loads(file.readline())["made_with"]["seed"]
-    except (OSError, ValueError, KeyError, TypeError):
+        with path.open("rb") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError, RecursionError):
         return None
-    return seed if isinstance(seed, int) else None
+    made_with = first.get("made_with") if isinstance(first, dict) else None
+    seed = made_with.get("seed") if isinstance(made_with, dict) else None
+    return seed if isinstance(seed, int) and not isinstance(seed, bool) and abs(seed) < 2**63 else None
 
 
 def read_finished(path: Path, batch: Batch) -> dict[int, dict[str, Any]]:
     """The rows that an earlier run of the same command finished, by number; cuts off a half-written last line.
 
-    Refuses, and names the difference, if they were made of other prompts or with anything else.
+    Refuses, and names the difference, if they were made of other prompts or with anything else, and touches nothing
+    that this command did not write.
     """
     if not path.exists():
         return {}
-    content = path.read_bytes()
+    content = read_bytes(path, ANOTHER)
     whole = content[: content.rfind(b"\n") + 1]
+    lines = whole.split(b"\n")[:-1]
     rows: dict[int, dict[str, Any]] = {}
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            row = json.loads(line)
-            index, prompt, made_with = row["index"], row["prompt"], row["made_with"]
-        except (ValueError, KeyError, TypeError):
-            raise GemmaAwqError(
-                f"{path}, line {number} was not written by this command.", "Give another --output."
-            ) from None
-        _require_same(path, batch, index, prompt, made_with)
-        rows[index] = row
-    if len(whole) < len(content):
-        os.truncate(path, len(whole))
+    for number, line in enumerate(lines, 1):
+        row = _read_row(f"{path}, line {number}", line)
+        _require_same(path, batch, row["index"], row["prompt"], row["made_with"])
+        rows[row["index"]] = row
+    if rest := content[len(whole) :]:
+        if not rest.startswith(ROW_BEGINS[: len(rest)]):
+            raise GemmaAwqError(f"{path}, line {len(lines) + 1} was not written by this command.", ANOTHER)
+        with writing(path):
+            os.truncate(path, len(whole))
     return rows
 
 
-def _require_same(path: Path, batch: Batch, index: Any, prompt: Any, made_with: Any) -> None:
+def _read_row(where: str, line: bytes) -> dict[str, Any]:
+    try:
+        row = parse_json(line.decode("utf-8"), where, ANOTHER)
+    except (UnicodeDecodeError, GemmaAwqError):
+        row = None
+    kinds: dict[str, Any] = {"index": int, "prompt": (str, list), "text": str, "made_with": dict}
+    if not isinstance(row, dict) or not all(isinstance(row.get(name), kind) for name, kind in kinds.items()):
+        raise GemmaAwqError(f"{where} was not written by this command.", ANOTHER)
+    return row
+
+
+def _require_same(path: Path, batch: Batch, index: int, prompt: Any, made_with: dict[str, Any]) -> None:
     hint = "Repeat the command that wrote it with --resume, or give another --output."
-    if not isinstance(index, int) or not 0 <= index < len(batch.prompts) or batch.prompts[index] != prompt:
+    if isinstance(index, bool) or not 0 <= index < len(batch.prompts) or batch.prompts[index] != prompt:
         raise GemmaAwqError(f"{path} holds other prompts than --input (row {index}).", hint)
-    if not isinstance(made_with, dict) or made_with != dict(batch.made_with):
-        there = made_with if isinstance(made_with, dict) else {}
-        names = [n for n in sorted({*there, *batch.made_with}) if there.get(n) != batch.made_with.get(n)]
-        different = "; ".join(f"{name} {there.get(name)!r}, now {batch.made_with.get(name)!r}" for name in names)
+    now = batch.made_with
+    if made_with != dict(now):
+        names = [name for name in sorted({*made_with, *now}) if made_with.get(name) != now.get(name)]
+        different = "; ".join(f"{name} {made_with.get(name)!r}, now {now.get(name)!r}" for name in names)
         raise GemmaAwqError(f"{path} was written with other settings: {different}.", hint)
 
 
@@ -124,14 +139,11 @@ def sole_writer(path: Path) -> Iterator[None]:
 
     The lock's own file stays: whoever took it away might take it from under one who has just opened it.
     """
-    lock = FileLock(f"{path}.lock", timeout=0)
-    with _writing(path):
-        try:
-            lock.acquire()
-        except Timeout:
-            raise GemmaAwqError(
-                f"{path} is being written by another process.", "Wait for it, or give another --output."
-            ) from None
+    lock = Lock(path.with_name(f"{path.name}.lock"))
+    with writing(path):
+        taken = lock.acquire()
+    if not taken:
+        raise GemmaAwqError(f"{path} is being written by another process.", "Wait for it, or give another --output.")
     try:
         yield
     finally:
@@ -139,15 +151,13 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 
 def require_free(path: Path, resume: bool) -> None:
-    """An error if the output is there already and `resume` does not allow it."""
+    """An error if nothing can be written to the output, or it is there already and `resume` does not allow it.
+
+    Only looks, so that it can be asked before anything is loaded.
+    """
+    require_file_place(path, "give another --output")
     if not resume and path.exists() and path.stat().st_size:
         raise GemmaAwqError(f"{path} exists and is not empty.", "Add --resume to go on with it, or give another name.")
-
-
-def require_folder(path: Path) -> None:
-    """An error if there is no folder for the output to be in."""
-    if not path.absolute().parent.is_dir():
-        raise GemmaAwqError(f"{path.parent} is no folder.", "Make it first, or give another --output.")
 
 
 def complete_batch(
@@ -166,11 +176,11 @@ def complete_batch(
         require_room(len(ids), engine.context, f"Prompt {index + 1}")
     left = [index for index in range(len(rows)) if index not in finished]
     order = list(finished)
-    with _writing(path), path.open("a", encoding="utf-8", newline="\n") as file:
+    with writing(path), path.open("a", encoding="utf-8", newline="\n") as file:
 
         def on_done(place: int, completion: Completion) -> None:
             index = left[place]
-            with _writing(path):
+            with writing(path):
                 file.write(json.dumps(_row(index, batch, completion), ensure_ascii=False) + "\n")
                 file.flush()
             order.append(index)
@@ -179,7 +189,7 @@ def complete_batch(
         with contextlib.suppress(KeyboardInterrupt):
             engine.complete([rows[index] for index in left], batch.settings, lambda _, piece: None, on_done, left)
     if order != sorted(order):
-        with _writing(path):
+        with writing(path):
             _sort(path)
     return len(order) == len(rows)
 
@@ -193,14 +203,9 @@ def token_rows(prompter: Prompter, batch: Batch) -> list[list[int]]:
     return rows
 
 
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise GemmaAwqError(
-            f"{path} cannot be written: {error.strerror}.", "Make room or choose another place; --resume goes on."
-        ) from None
+def writing(path: Path) -> AbstractContextManager[None]:
+    """Refusals of the operating system while the output is written, as errors."""
+    return write_errors(path, "give another --output; --resume goes on")
 
 
 def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
@@ -213,7 +218,5 @@ def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
 
 def _sort(path: Path) -> None:
     """Bring the lines into the order of the prompts; the file is replaced whole or not at all."""
-    lines = sorted(path.read_bytes().splitlines(), key=lambda line: int(json.loads(line)["index"]))
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(b"\n".join(lines) + b"\n")
-    partial.replace(path)
+    lines = sorted(path.read_bytes().split(b"\n")[:-1], key=lambda line: int(json.loads(line)["index"]))
+    write_whole(path, b"\n".join(lines) + b"\n")

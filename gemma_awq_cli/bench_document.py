@@ -14,7 +14,8 @@ from gemma_awq_cli.bench_entries import Entry, Settings
 from gemma_awq_cli.measuring_speed import OWN
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.staging import write_errors
-from gemma_awq_cli.models.writing import write_json
+from gemma_awq_cli.models.writing import json_bytes
+from gemma_awq_cli.saving import write_whole
 
 SCHEMA = 1
 BENCH = "bench.json"  # the document beside an artifact's weights
@@ -123,7 +124,7 @@ def save_beside(entry: Entry, document: Mapping[str, Any]) -> Path:
     models = [model for model in document["models"] if model["role"] == "compare" or model["identity"] == own]
     path = entry.checkpoint.folder / BENCH
     with write_errors(entry.checkpoint.folder, "measure without --save"):
-        write_json(path, {**document, "models": models})
+        write_whole(path, json_bytes({**document, "models": models}))
     return path
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.scratch import scratch_file
+from gemma_awq_cli.saving import scratch_file
 
 
 class WorkerEndedError(GemmaAwqError):
@@ -27,8 +27,8 @@ class Worker:
     def __init__(self, name: str, threads: int | None) -> None:
         self.name = name
         own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        read, write = os.pipe()
         self._chatter = scratch_file()
+        read, write = os.pipe()
         self._process = subprocess.Popen(
             [sys.executable, "-P", "-m", "gemma_awq_cli.bench_worker"],
             stdin=subprocess.PIPE,
@@ -48,12 +48,16 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps(request).encode() + b"\n")
             self._process.stdin.flush()
-            while (line := self._answers.readline()) and "done" in (answer := json.loads(line)):
+            while True:
+                line = self._answers.readline()
+                if not line.endswith("\n"):  # the end, or an answer that the process's end cut off
+                    raise self._died()
+                answer = json.loads(line)
+                if "done" not in answer:
+                    break
                 on_progress(answer["done"], answer["total"])
         except BrokenPipeError:
-            line = ""
-        if not line:
-            raise self._died()
+            raise self._died() from None
         if "error" in answer:
             raise GemmaAwqError(answer["error"], answer["hint"])
         return dict(answer)

@@ -15,9 +15,10 @@ from xml.etree import ElementTree
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.markup import one_line
-from gemma_awq_cli.models.staging import write_errors
+from gemma_awq_cli.saving import require_file_place, write_errors, write_whole
 from gemma_awq_cli.thresholds import task_key, tasks_of
 
+ELSEWHERE = "choose another --report"
 TEMPLATE = Path(__file__).parent / "templates" / "bench_report.html"
 # Okabe and Ito's palette, which colour-blind readers tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6675")
@@ -38,8 +39,7 @@ def require_plotting(target: Path) -> None:
         raise GemmaAwqError(
             "--report needs matplotlib, which is not installed.", 'Install it: pip install "gemma-awq[report]"'
         )
-    if not target.absolute().parent.is_dir():
-        raise GemmaAwqError(f"The folder of {target} does not exist.", "Make it first, or give another path.")
+    require_file_place(target, ELSEWHERE)
 
 
 def labels(document: Mapping[str, Any]) -> list[str]:
@@ -56,8 +56,9 @@ def write_report(
     in the order of the document's models.
     """
     page = render(document, rows, reports)
-    with write_errors(target.absolute().parent, "choose another --report"):
-        target.write_text(page, encoding="utf-8")
+    with write_errors(target, ELSEWHERE):
+        # a name that is not UTF-8 is in the page as its escape
+        write_whole(target, page.encode("utf-8", errors="backslashreplace"))
 
 
 def render(document: Mapping[str, Any], rows: Sequence[tuple[str, ...]], reports: Sequence[Any]) -> str:

@@ -17,12 +17,14 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import DENSE_HEAD
+from gemma_awq_cli.reading import unforeseen
 
 
 class _Server:
@@ -100,12 +102,19 @@ def serve() -> None:
             answers.flush()
 
         server = _Server(lambda done, total: send({"done": done, "total": total}))
-        for line in sys.stdin:
-            try:
-                answer = server.answer(json.loads(line))
-            except GemmaAwqError as error:
-                answer = {"error": error.message, "hint": error.hint}
-            send(answer)
+        # whoever asked may be gone: nobody wants the answer then
+        with suppress(BrokenPipeError):
+            for line in sys.stdin:
+                try:
+                    answer = server.answer(json.loads(line))
+                except GemmaAwqError as error:
+                    answer = {"error": error.message, "hint": error.hint}
+                except BrokenPipeError:
+                    raise
+                except (OSError, MemoryError) as error:
+                    refused = unforeseen(error)
+                    answer = {"error": refused.message, "hint": refused.hint}
+                send(answer)
 
 
 if __name__ == "__main__":

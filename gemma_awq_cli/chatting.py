@@ -13,7 +13,7 @@ from pathlib import Path
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Engine, Settings, require_room
 from gemma_awq_cli.models.prompting import Message
-from gemma_awq_cli.reading import system_errors
+from gemma_awq_cli.saving import local_path, write_errors, write_new
 
 
 class MessageTooLongError(GemmaAwqError):
@@ -128,11 +128,9 @@ class Chat:
         else:
             pairs = zip(self.messages[::2], self.messages[1::2], strict=True)
             lines = [{"prompt": said["content"], "response": answer["content"]} for said, answer in pairs]
-        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-        hint = "Give another name."
-        try:
-            target = path.expanduser()
-        except RuntimeError as error:  # the home of nobody
-            raise GemmaAwqError(f"{path} cannot be written: {error}", hint) from None
-        with system_errors(path, hint, "written"), target.open("x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
+        content = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        with write_errors(path, "give another name"):
+            try:
+                write_new(local_path(path, "give another name"), content)
+            except FileExistsError:
+                raise GemmaAwqError(f"{path} exists.", "Give another name.") from None

@@ -1,17 +1,24 @@
 """The `gemma-awq` command: the Typer app, and `main`, the one place where errors become messages and exit codes."""
 
+import io
 import signal
 import sys
-import threading
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from gemma_awq_cli import __version__
+from gemma_awq_cli import __version__, interruption
 from gemma_awq_cli.commands import bench, push, quantize, run
-from gemma_awq_cli.errors import GemmaAwqError, Terminated
+from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated
+from gemma_awq_cli.options import Command
 from gemma_awq_cli.output import Output, quiet_libraries
+from gemma_awq_cli.reading import unforeseen
+from gemma_awq_cli.streams import standard_streams
+
+READER_LEFT = interruption.exit_code(13)  # SIGPIPE, which Windows lacks
+# Typer's own exceptions for a wrong command line, by the one of them that every version of it exports
+_NOT_TAKEN: Any = typer.BadParameter.__mro__[2]
 
 app = typer.Typer(
     name="gemma-awq",
@@ -21,10 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("quantize")(quantize.command)
-app.command("run")(run.command)
-app.command("bench")(bench.command)
-app.command("push")(push.command)
+app.command("quantize", cls=Command)(quantize.command)
+app.command("run", cls=Command)(run.command)
+app.command("bench", cls=Command)(bench.command)
+app.command("push", cls=Command)(push.command)
 
 
 def _version(asked: bool) -> None:
@@ -43,35 +50,62 @@ def _global(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 usage, 3 bound not met, 130, 143 ended."""
+    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 usage, 3 bound not met, or of what ended it:
+    130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 the reader of standard output left.
+    """
+    with interruption.heeded():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
+    with standard_streams():
+        try:
+            return _run(argv)
+        except ReaderLeft:
+            return READER_LEFT
+        except KeyboardInterrupt:
+            return _interrupted(signal.SIGINT)
+        except Terminated as error:
+            return _interrupted(error.number)
+        except GemmaAwqError as error:
+            return _failed(error)
+        except (OSError, MemoryError) as error:  # the system's by their nature; what else was not foreseen is a bug
+            return _failed(unforeseen(error))
+        finally:
+            interruption.end()
+
+
+def _interrupted(number: int) -> int:
+    interruption.end()
+    Output().note("interrupted" if number == signal.SIGINT else "terminated")
+    return interruption.exit_code(number)
+
+
+def _failed(error: GemmaAwqError) -> int:
+    interruption.end()
+    Output().error(error)
+    return error.exit_code
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
-        _heed_termination()
-        app(args=list(argv) if argv is not None else None, prog_name="gemma-awq")
-    except GemmaAwqError as error:
-        Output().error(error)
-        return error.exit_code
-    except Terminated:
-        Output().note("terminated")
-        return 128 + signal.SIGTERM
-    except SystemExit as exit_:
-        code = exit_.code if isinstance(exit_.code, int) else 1 if exit_.code else 0
-        # Typer turns Ctrl-C into its own exit; a command that ends with 130 by itself has said so already
-        if isinstance(getattr(exit_.__context__, "__cause__", None), KeyboardInterrupt):
-            Output().note("interrupted")
-        return code
-    return 0
-
-
-def _heed_termination() -> None:
-    """Let SIGTERM unwind like Ctrl-C, so that what is done is kept and said."""
-
-    def terminate(*_: object) -> None:
-        raise Terminated
-
-    if threading.current_thread() is threading.main_thread():  # signals are the main thread's alone
-        signal.signal(signal.SIGTERM, terminate)
+        # not standalone: what Typer would print by itself passes the terminal's filter too
+        code = app(args=list(argv) if argv is not None else None, prog_name="gemma-awq", standalone_mode=False)
+    except _NOT_TAKEN as error:
+        said = io.StringIO()
+        error.show(said)
+        Output().usage(said.getvalue())
+        return int(error.exit_code)
+    except typer.Abort:
+        raise GemmaAwqError("Standard input ended.", "Give what it asks for as options.") from None
+    except SystemExit as ended:  # Typer turns a broken pipe, whosever it is, into an exit without a word
+        if isinstance(ended.__context__, OSError):
+            raise ended.__context__ from None
+        return ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
+    return code if isinstance(code, int) else 0
 
 
 def entry() -> None:
     """The console script."""
-    sys.exit(main())
+    interruption.heed()
+    sys.exit(_main(None))

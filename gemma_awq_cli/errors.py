@@ -16,7 +16,18 @@ class GemmaAwqError(Exception):
 
 
 class Terminated(BaseException):
-    """A scheduler asked the process to end (SIGTERM): like Ctrl-C, it stops the work and corrupts nothing."""
+    """A scheduler or a closed terminal asked the process to end (SIGTERM, SIGHUP), by the signal `number`.
+
+    Like Ctrl-C, it stops the work and corrupts nothing.
+    """
+
+    def __init__(self, number: int = 15) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+class ReaderLeft(BaseException):
+    """Whoever read standard output has left, as `head` does: nobody wants the rest."""
 
 
 class UsageError(GemmaAwqError):

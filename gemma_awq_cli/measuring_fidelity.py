@@ -24,11 +24,11 @@ from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
-from gemma_awq_cli.models.scratch import scratch_folder
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
 from gemma_awq_cli.reading import home_path
+from gemma_awq_cli.saving import scratch_folder
 
 WINDOW = 2048  # tokens, BOS included
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time

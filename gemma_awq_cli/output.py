@@ -1,6 +1,8 @@
 """The only file that prints. stdout carries a command's result and nothing else; everything else goes to stderr.
 
-Progress is drawn only on a terminal; `NO_COLOR` and pipes give plain text.
+Progress is drawn only on a terminal; `NO_COLOR` and pipes give plain text. Whatever a text quotes, a terminal shows it
+and obeys none of it (`terminal.py`): names, errors, what a model wrote. A result that does not go to a terminal is
+exactly what it is.
 """
 
 import json
@@ -8,10 +10,15 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO, cast
 
+from gemma_awq_cli import terminal
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.streams import AsIs, put
+
+WIDE = 200  # outside a terminal rich would assume 80 columns and break long paths
+NARROW = 60  # columns below which a progress bar is only its count
 
 
 class Output:
@@ -25,102 +32,158 @@ class Output:
     def console(self) -> Any:
         """rich's console on stderr, made when it is first needed."""
         if self._console is None:
-            from rich.console import Console
-
-            # outside a terminal rich would assume 80 columns and break long paths
-            width = None if sys.stderr.isatty() else 200
-            self._console = Console(
-                stderr=True, highlight=False, force_terminal=None if sys.stderr.isatty() else False, width=width
-            )
+            self._console = _console(sys.stderr)
         return self._console
 
     def result(self, text: str) -> None:
         """A result on stdout, with a newline."""
-        print(text, flush=True)
+        put(sys.stdout, f"{terminal.message(text) if sys.stdout.isatty() else text}\n")
+        sys.stdout.flush()
 
     def piece(self, text: str) -> None:
-        """A piece of streamed text on stdout, as it is."""
-        sys.stdout.write(text)
+        """A piece of a model's text, streamed to stdout."""
+        put(sys.stdout, terminal.content(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     def ask(self, prompt: str) -> str:
         """A line that the user types. The prompt is no result: it goes to stderr where stdout is not the screen."""
+        prompt = terminal.line(prompt)
         if sys.stdout.isatty():
             return input(prompt)
-        sys.stderr.write(prompt)
+        put(sys.stderr, prompt)
         sys.stderr.flush()
         return input()
 
     def document(self, value: Any) -> None:
         """Exactly one JSON document on stdout."""
-        print(json.dumps(value, indent=2, ensure_ascii=False), flush=True)
+        text = terminal.json_escaped(json.dumps(value, indent=2, ensure_ascii=False))
+        try:
+            text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+        except UnicodeEncodeError:
+            text = json.dumps(value, indent=2)
+        put(sys.stdout, f"{text}\n")
+        sys.stdout.flush()
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self.console.print(text, markup=False, soft_wrap=True)
+            self._say(terminal.message(text))
 
     def warning(self, text: str) -> None:
-        self.console.print(f"warning: {text}", markup=False, style="yellow", soft_wrap=True)
+        self._say(f"warning: {_quoted(text)}", "yellow")
 
     def confirm(self, question: str) -> bool:
         """Ask on stderr; only where a person can answer."""
-        self.console.print(f"{question} [y/N] ", markup=False, end="", soft_wrap=True)
-        return sys.stdin.readline().strip().lower() in ("y", "yes")
+        self._say(f"{terminal.line(question)} [y/N] ", end="")
+        try:
+            return sys.stdin.readline().strip().lower() in ("y", "yes")
+        except UnicodeDecodeError:
+            return False
 
     def error(self, error: GemmaAwqError) -> None:
-        from rich.text import Text
-
-        self.console.print(Text.assemble(("error: ", "bold red"), error.message), soft_wrap=True)
+        self._labelled("error: ", "bold red", error.message)
         if error.hint:
-            self.console.print(Text.assemble(("hint: ", "bold cyan"), error.hint), soft_wrap=True)
+            self._labelled("hint: ", "bold cyan", error.hint)
+
+    def usage(self, text: str) -> None:
+        """What Typer says of a command line that it does not take."""
+        self._say(terminal.shortened(terminal.message(text)).rstrip("\n"))
 
     def table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = ()) -> None:
         """A small table on stderr: the first column names, the others hold figures."""
         if not self.quiet:
-            self.console.print(self._table(title, rows, header))
+            _print_table(self.console, title, rows, header)
 
     def result_table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
         """A table that is the result, on stdout."""
-        from rich.console import Console
-
-        width = None if sys.stdout.isatty() else 200
-        terminal = None if sys.stdout.isatty() else False
-        Console(highlight=False, force_terminal=terminal, width=width).print(self._table(title, rows, header))
+        _print_table(_console(sys.stdout), title, rows, header)
         sys.stdout.flush()
 
     def violation(self, text: str) -> None:
         """A line for a bound that was not kept."""
-        self.console.print(f"not met: {text}", markup=False, style="bold red", soft_wrap=True)
+        self._say(f"not met: {_quoted(text)}", "bold red")
 
-    @staticmethod
-    def _table(title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> Any:
-        from rich import box
-        from rich.table import Table
+    def _say(self, text: str, style: str = "", end: str = "\n") -> None:
         from rich.text import Text
 
-        table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE, show_header=bool(header))
-        columns = header or ("",) * len(rows[0])
-        for index, name in enumerate(columns):
-            table.add_column(name, justify="left" if index == 0 else "right")
-        for row in rows:
-            table.add_row(*(Text(cell) for cell in row))
-        return table
+        self.console.print(Text(text, style), end=end, soft_wrap=True)
+
+    def _labelled(self, label: str, style: str, text: str) -> None:
+        from rich.text import Text
+
+        self.console.print(Text.assemble((label, style), _quoted(text)), soft_wrap=True)
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator["Progress"]:
         """A progress bar below the lines that are printed meanwhile; nothing is drawn outside a terminal."""
-        if self.quiet or not self.console.is_terminal:
+        if self.quiet or not self.console.is_interactive:
             yield Progress(None, None)
             return
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
         from rich.progress import Progress as Bar
 
-        columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(),
-        )  # fmt: skip
-        with Bar(*columns, console=self.console, transient=True, speed_estimate_period=600) as bar:
-            yield Progress(bar, bar.add_task(description, total=total))
+        columns: tuple[Any, ...] = (TextColumn("{task.description}", markup=False), MofNCompleteColumn())
+        if self.console.width >= NARROW:
+            left = TextColumn("left", markup=False)
+            columns = (columns[0], BarColumn(), columns[1], TimeElapsedColumn(), left, TimeRemainingColumn())
+        # rich would pass on what libraries print meanwhile, escape sequences included
+        with Bar(
+            *columns, console=self.console, transient=True, speed_estimate_period=600, redirect_stdout=False,
+            redirect_stderr=False,
+        ) as bar:  # fmt: skip
+            yield Progress(bar, bar.add_task(terminal.line(description), total=total))
+
+
+def _console(stream: Any) -> Any:
+    """rich's console on a standard stream. It is given `Text` alone, so that no name is read as markup."""
+    from rich.console import Console
+
+    seen = stream.isatty()
+    console = Console(
+        file=cast(TextIO, AsIs(stream)), highlight=False, markup=False, emoji=False,
+        force_terminal=None if seen else False, width=None if seen else WIDE,
+    )  # fmt: skip
+    if seen and console.is_dumb_terminal:  # rich takes it to have 80 columns
+        with suppress(OSError, ValueError):
+            size = os.get_terminal_size(stream.fileno())
+            if size.columns:  # some pseudo-terminals do not know theirs
+                console.size = size
+    return console
+
+
+def _quoted(text: str) -> str:
+    """What follows a label: of bounded length, and a further line of it is no new label."""
+    return terminal.shortened(terminal.message(text)).rstrip("\n").replace("\n", "\n  ")
+
+
+def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
+    """A table; where it is wider than the terminal, a line for each figure."""
+    from rich import box
+    from rich.measure import Measurement
+    from rich.table import Table
+    from rich.text import Text
+
+    def shown(cell: str) -> Text:
+        return Text(terminal.line(cell))
+
+    table = Table(
+        title=shown(title), title_justify="left", title_style="bold", box=box.SIMPLE, show_header=bool(header)
+    )
+    columns = header or ("",) * len(rows[0])
+    for index, name in enumerate(columns):
+        table.add_column(shown(name), justify="left" if index == 0 else "right")
+    for row in rows:
+        table.add_row(*map(shown, row))
+    if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:
+        console.print(table)
+        return
+    if title:
+        console.print(Text(terminal.line(title), "bold"), soft_wrap=True)
+    for name, *cells in rows:
+        named = [(label, cell) for label, cell in zip(columns[1:], cells, strict=True) if cell]
+        one = len(named) == 1 and not named[0][0]
+        console.print(shown(f"{name}: {named[0][1]}" if one else name), soft_wrap=True)
+        for label, cell in [] if one else named:
+            console.print(shown(f"  {label}: {cell}" if label else f"  {cell}"), soft_wrap=True)
 
 
 class Progress:
@@ -168,7 +231,8 @@ def bytes_of(text: str) -> int | None:
     if match is None:
         return None
     number, unit, binary = match.groups()
-    return int(float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " "))
+    size = float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " ")
+    return int(size) if size < 2**63 else None  # float() makes infinity of a few hundred digits
 
 
 def human_seconds(seconds: float) -> str:

@@ -35,7 +35,7 @@ from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.companions import require_companions
 from gemma_awq_cli.models.files import CONFIG, read_json
 from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.journal import Fingerprint, Journal, require_same
+from gemma_awq_cli.models.journal import ANEW, JOURNAL, Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal
 from gemma_awq_cli.models.quantization import ORIGINAL, describe
 from gemma_awq_cli.models.source import Source
@@ -89,15 +89,22 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
 
 
 def require_free(target: Path, force: bool, resume: bool) -> StagedFolder:
-    """The folder to build in; an error if `target` is taken, or holds work that neither flag speaks of."""
+    """The folder to build in; an error if `target` is taken, or holds work that neither flag speaks of. Only looks."""
     staged = StagedFolder(target, force, resume)
-    done = len(Journal(staged.state).records)
-    if done and not resume and not force:
+    if not force:
+        with write_errors(target):
+            _require_asked(staged, Journal(staged.state), resume)
+    return staged
+
+
+def _require_asked(staged: StagedFolder, journal: Journal, resume: bool) -> None:
+    if (done := len(journal.records)) and not resume:
+        if staged.is_being_written():
+            raise GemmaAwqError(f"Another process is writing {staged.target}.", f"Wait for it, or {staged.elsewhere}.")
         raise GemmaAwqError(
             f"An earlier run was interrupted after {done} layers; they are kept in {staged.path}.",
             "Go on with --resume, or begin anew with --force.",
         )
-    return staged
 
 
 @torch.inference_mode()
@@ -122,15 +129,16 @@ def quantize(
     beside, card = side_files(checkpoint.folder), source_card(checkpoint.folder)  # what is wrong there is said now
     fingerprint = make_fingerprint(checkpoint, stack, plan, rows, arguments)
     staged = require_free(target, force, resume)
-    if resume and (found := _found(target, fingerprint, force)) is not None:
-        staged.remove()
-        return found
-    earlier = Journal(staged.state)
-    staged.resume = resume and bool(earlier.records) and _same(earlier.fingerprint, fingerprint, staged.path, force)
-    require_space(target, plan.artifact_bytes + plan.state_bytes + 40_000_000 - staged.size())
+    staged.keeps_earlier = True  # until it is clear, under the lock, what is there
     with write_errors(target), staged:
-        journal = Journal(staged.state)
+        staged.keep = (staged.state / JOURNAL).exists()
+        if resume and (found := _found(target, fingerprint, force)) is not None:
+            staged.abandon()
+            return found
+        journal = _journal(staged, fingerprint, checkpoint.layers, force, resume)
         staged.keep = bool(journal.records)
+        kept = staged.size() if journal.records else 0
+        require_space(target, plan.artifact_bytes + plan.state_bytes + 40_000_000 - kept)
         writer = TensorWriter(staged.folder, plan.tensors, begun=bool(journal.records))
         hidden = HiddenStates(
             staged.state,
@@ -140,7 +148,9 @@ def quantize(
             int(stack.config.hidden_size),
             both=plan.effort.paths == 2,
         )
-        if not journal.records:
+        if journal.records:
+            hidden.require_begun(len(journal.records), checkpoint.layers)
+        else:
             ids = torch.cat([rows.ids, rows.heldout])
             hidden.start(ids, stack.embedder(ids))
             journal.begin(fingerprint)
@@ -181,6 +191,26 @@ def quantize(
     return Quantized(target, report)
 
 
+def _journal(staged: StagedFolder, fingerprint: Fingerprint, layers: int, force: bool, resume: bool) -> Journal:
+    """The journal of the layers that are gone on with; an empty one, and nothing else there, for a new beginning."""
+    if force and not resume:
+        staged.begin_anew()
+        return Journal(staged.state)
+    try:
+        journal = Journal(staged.state)
+        _require_asked(staged, journal, resume)
+        journal.require_at_most(layers)
+        goes_on = bool(journal.records) and _same(journal.fingerprint, fingerprint, staged.path, force)
+    except GemmaAwqError:
+        if not force:
+            raise
+        goes_on = False
+    if not goes_on:
+        staged.begin_anew()
+        journal = Journal(staged.state)
+    return journal
+
+
 def make_fingerprint(
     checkpoint: Checkpoint, stack: TextStack, plan: Plan, rows: Rows, arguments: dict[str, Any]
 ) -> Fingerprint:
@@ -215,12 +245,18 @@ def _same(then: Fingerprint | None, now: Fingerprint, where: Path, force: bool) 
 
 def _found(target: Path, fingerprint: Fingerprint, force: bool) -> Quantized | None:
     """What a resumed run finds finished."""
-    if not (target / REPORT).is_file():
+    path = target / REPORT
+    if not path.is_file():
         return None
-    then = read_json(target / REPORT).get("fingerprint")
-    if not _same(then if isinstance(then, dict) else None, fingerprint, target, force):
+    try:
+        then = read_json(path, ANEW).get("fingerprint")
+        report = read_quantization_report(target, ANEW)
+    except GemmaAwqError:
+        if not force:
+            raise
         return None
-    return Quantized(target, read_quantization_report(target), found=True)
+    same = _same(then if isinstance(then, dict) else None, fingerprint, target, force)
+    return Quantized(target, report, found=True) if same else None
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:

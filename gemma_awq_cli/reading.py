@@ -179,3 +179,27 @@ def _require_sound(value: Any, where: str | Path, hint: str, depth: int, surroga
             return
         level = below
     raise GemmaAwqError(f"{where} is nested too deeply.", hint)
+
+
+def unforeseen(error: OSError | MemoryError) -> GemmaAwqError:
+    """The error for what the system refused in a place that foresaw no refusal: its words, and the file if it has one.
+
+    For the outermost boundaries alone: whoever knows what was being done says more.
+    """
+    if isinstance(error, MemoryError):
+        return GemmaAwqError("Out of memory.", "Close other programs, or take a smaller model or a larger machine.")
+    named = [str(name) for name in (error.filename, error.filename2) if name is not None]
+    message = f"{' -> '.join(named)}: {reason_of(error)}." if named else f"{reason_of(error)}."
+    hints = {
+        errno.EFBIG: "Raise the limit on the size of files (ulimit -f).",
+        errno.EMFILE: "Raise the limit on open files (ulimit -n).",
+        errno.ENAMETOOLONG: "Give a shorter path.",
+        errno.EAGAIN: "Raise the limit on processes (ulimit -u), or end some.",
+    }
+    if disk_is_full(error):
+        hint = "Free some space."
+    elif is_refused(error):
+        hint = "Change its permissions, or work as a user who may."
+    else:
+        hint = hints.get(error.errno or 0, "Check the path, the disk and the network that it is on.")
+    return GemmaAwqError(message, hint)

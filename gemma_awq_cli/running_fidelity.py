@@ -19,10 +19,10 @@ from gemma_awq_cli.measuring_fidelity import Text, require_finite, through_layer
 from gemma_awq_cli.measuring_speed import GGUF, open_kind
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.scratch import scratch_folder
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import write_errors
+from gemma_awq_cli.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time
 

@@ -16,13 +16,13 @@ REQUANTIZE = "Quantize the model again."
 REMEASURE = "Measure again with `gemma-awq bench --json`."
 
 
-def read_quantization_report(folder: Path) -> dict[str, Any]:
+def read_quantization_report(folder: Path, hint: str = REQUANTIZE) -> dict[str, Any]:
     """The report that lies in an artifact."""
     path = folder / REPORT
-    report = read_json(path, REQUANTIZE)
+    report = read_json(path, hint)
     if (schema := report.get("schema")) != 2:
-        raise GemmaAwqError(f"{path} is of schema {schema!r}, not 2.", REQUANTIZE)
-    require_schema(report, load_schema("report-schema.json"), path, REQUANTIZE)
+        raise GemmaAwqError(f"{path} is of schema {schema!r}, not 2.", hint)
+    require_schema(report, load_schema("report-schema.json"), path, hint)
     return report
 
 

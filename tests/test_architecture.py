@@ -13,7 +13,19 @@ import gemma_awq_cli
 
 PACKAGE = Path(gemma_awq_cli.__file__).parent
 # A room may import from itself and from the rooms before it.
-ORDER = ["errors", "reading", "families", "awq", "kernels", "models", "verbs", "commands", "cli"]
+ORDER = [
+    "errors",
+    "reading",
+    "interruption",
+    "saving",
+    "families",
+    "awq",
+    "kernels",
+    "models",
+    "verbs",
+    "commands",
+    "cli",
+]
 VERBS = {
     "artifact",
     "batching",
@@ -59,7 +71,7 @@ VERBS = {
     "thresholds",
 }
 ANYWHERE = {"__init__", "errors"}
-COMMAND_SIDE = {"output", "options"}  # for commands and cli only
+COMMAND_SIDE = {"output", "options", "streams", "terminal"}  # for commands and cli only
 
 
 def room_of(module: str) -> str:
@@ -98,7 +110,8 @@ def test_imports_run_one_way() -> None:
             assert importing in ("commands", "cli", *COMMAND_SIDE), f"{importer} imports {imported}"
             continue
         if importing in COMMAND_SIDE:
-            raise AssertionError(f"{importer} imports {imported}")
+            assert used == "reading", f"{importer} imports {imported}"
+            continue
         assert ORDER.index(used) < ORDER.index(importing), f"{importer} imports {imported}"
 
 
@@ -111,7 +124,7 @@ def test_the_maths_chooses_no_device_and_opens_no_file() -> None:
 
 def test_only_output_prints() -> None:
     for path in PACKAGE.rglob("*.py"):
-        if path.name == "output.py":
+        if path.name in ("output.py", "streams.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):

@@ -289,6 +289,16 @@ def test_a_process_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     worker.end()
 
 
+def test_an_answer_that_is_cut_off_is_no_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    script = "import sys; print('{\"bytes_per_sec', end='', flush=True); print('killed', file=sys.stderr)"
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", script], **options))
+    worker = Worker("x", 1)
+    with pytest.raises(GemmaAwqError, match="The process that measured x ended: killed"):
+        worker.ask(do="bandwidth")
+    worker.end()
+
+
 def test_percentiles_are_nearest_ranks() -> None:
     assert _percentiles([float(n) for n in range(1, 101)]) == {"mean": 50.5, "p50": 50, "p90": 90, "p99": 99}
     assert _percentiles([7.0])["p99"] == 7

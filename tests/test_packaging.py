@@ -37,7 +37,7 @@ def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> N
         assert (installed / "gemma_awq_cli" / "schemas" / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"gemma_awq_cli"}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
-    assert "gemma-awq = gemma_awq_cli.cli:entry" in entry_points.read_text()
+    assert "gemma-awq = gemma_awq_cli.__main__:entry" in entry_points.read_text()
 
 
 def test_the_wheel_finds_its_recipes_outside_the_clone(installed: Path, tmp_path: Path) -> None:

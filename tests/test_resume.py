@@ -4,6 +4,7 @@ The kills are real SIGKILLs of a real process, at chosen file operations (betwee
 journal entry included) and at random moments. A process that has imported everything once is forked for every run.
 """
 
+import errno
 import hashlib
 import json
 import os
@@ -15,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -376,21 +378,78 @@ def test_a_changed_file_of_the_kept_work_is_noticed(
     assert main([*arguments, "--force"]) == 0
 
 
+def record(**changes: object) -> dict[str, object]:
+    group = {
+        "name": "qkv", "linears": ["self_attn.q_proj"], "method": "none", "exponents": [0.0, 0.5], "error": 0.1,
+        "rtn_error": 1, "gram_block": 64,
+    }  # fmt: skip
+    return {"groups": [group], "seconds": 0.1, **changes}
+
+
 def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin({"seed": 0})
-    journal.add({"groups": []})
+    journal.add(record())
     with journal.path.open("ab") as file:
         file.write(b'{"groups": [')
+    torn = journal.path.read_bytes()
     again = Journal(tmp_path)
     assert again.fingerprint == {"seed": 0}
-    assert again.records == [{"groups": []}]
-    again.add({"groups": [1]})
-    assert Journal(tmp_path).records == [{"groups": []}, {"groups": [1]}]
+    assert again.records == [record()]
+    assert journal.path.read_bytes() == torn  # to look is not to write: it may be a live one's
+    again.add(record(seconds=1))
+    assert Journal(tmp_path).records == [record(), record(seconds=1)]
 
 
 def test_differences_are_named() -> None:
     assert differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": None}) == ["b: 2 then, 3 now"]
+
+
+REFUSING: dict[str, Any] = {"below": None}
+WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+
+
+def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
+    """The n-th file operation below a folder fails, while `REFUSING` names one."""
+    below = REFUSING["below"]
+    if below is not None and event in WATCHED and below in str(arguments[0]):
+        REFUSING["left"] -= 1
+        if REFUSING["left"] == 0:
+            raise OSError(REFUSING["code"], os.strerror(REFUSING["code"]), arguments[0])
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.ESTALE])
+def test_any_file_operation_may_be_refused(
+    code: int, tmp_path: Path, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], text_file: Path,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    """Whichever it is: an error with a hint, no half-written artifact, and the work can be gone on with."""
+    out = tmp_path / "work" / "out"
+    out.parent.mkdir()
+    arguments = quantize_arguments(checkpoints("gemma"), out, text_file)
+    expected = identity(artifacts("gemma"))
+    sys.addaudithook(_refuse)  # it stays for good, and does nothing then
+    rng = random.Random(code)
+    for at in sorted(rng.sample(range(1, 90), 4)):
+        REFUSING.update(below=str(out.parent), left=at, code=code)
+        try:
+            ended = main(arguments)
+        finally:
+            REFUSING["below"] = None
+        said = capsys.readouterr().err
+        if ended == 0:  # of a removal, say, that nothing depends on
+            assert identity(out) == expected
+        else:
+            assert ended == 1
+            assert "error: " in said
+            assert "hint: " in said
+            assert not out.exists() or identity(out) == expected
+        assert main([*arguments, "--resume"]) == 0, (at, capsys.readouterr().err)
+        assert identity(out) == expected
+        capsys.readouterr()
+        shutil.rmtree(out)
+        assert list(out.parent.iterdir()) == []
 
 
 def test_a_disk_that_fills_up_in_the_middle_of_a_layer(
@@ -401,8 +460,6 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_layer(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    import errno
-
     from gemma_awq_cli.models.writing import TensorWriter
 
     real = TensorWriter.write

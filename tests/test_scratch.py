@@ -7,7 +7,7 @@ import pytest
 
 from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.scratch import scratch_file, scratch_folder
+from gemma_awq_cli.saving import scratch_file, scratch_folder
 
 
 def test_a_folder_is_gone_afterwards() -> None:
@@ -32,6 +32,6 @@ def test_without_a_place_there_is_a_hint(gone: str, tmp_path: Path, monkeypatch:
             raise AssertionError
 
     for ask in (in_folder, scratch_file, lambda: Worker("x", None)):
-        with pytest.raises(GemmaAwqError, match="temporary file cannot be created") as error:
+        with pytest.raises(GemmaAwqError, match="folder for temporary files cannot be used") as error:
             ask()
         assert "TMPDIR" in error.value.hint

@@ -15,7 +15,6 @@ from gemma_awq_cli.batching import (
     read_finished,
     read_prompts,
     recorded_seed,
-    require_folder,
     require_free,
     sole_writer,
     token_rows,
@@ -47,7 +46,6 @@ def run(
 ) -> None:
     """Complete the prompts of a file; the answers' file is printed on stdout."""
     prompts = read_prompts(work.source)
-    require_folder(work.target)
     with sole_writer(work.target):
         _run(out, folder, loading, how, work, asked, prompts, as_json)
 

@@ -9,6 +9,7 @@ from gemma_awq_cli.commands.run import MODEL_VARIABLE, default_model
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.output import Output, bytes_of
+from gemma_awq_cli.saving import local_path
 
 if TYPE_CHECKING:
     from gemma_awq_cli.benchmarking import Bench
@@ -33,14 +34,14 @@ def command(
     compare: Annotated[list[str] | None, typer.Option(
         help="A competitor: bf16, fp16, int8 or nf4 of the first model's 16-bit original, vllm, a .gguf file "
         "(llama.cpp), or another MODEL. May be given several times.", metavar="WHAT")] = None,
-    prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1)] = 512,
-    new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1)] = 128,
+    prompt_tokens: Annotated[int, typer.Option("--pp", help="Tokens of a prompt.", min=1, max=1_000_000)] = 512,
+    new_tokens: Annotated[int, typer.Option("--tg", help="Tokens decoded after it.", min=1, max=1_000_000)] = 128,
     batch: Annotated[list[int] | None, typer.Option(
-        help="Prompts at once; may be given several times.  [default: 1]", min=1, show_default=False)] = None,
+        help="Prompts at once; may be given several times.  [default: 1]", min=1, max=4096, show_default=False)] = None,
     repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="Repetitions that count.", min=1)] = 3,
     warmup: Annotated[int, typer.Option(help="Repetitions before them that do not.", min=0)] = 1,
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.  [default: torch's choice]",
-        min=1, show_default=False)] = None,
+        min=1, max=1024, show_default=False)] = None,
     text: Annotated[str, typer.Option(
         help="What fidelity is measured on: embedded, wikitext, another recipe, or a .txt, .jsonl or .parquet file.",
         metavar="TEXT")] = "embedded",
@@ -102,8 +103,9 @@ def command(
             raise UsageError(f"A bound of {figure.title} needs --{figure.part}.")
     earlier = read_bench_document(baseline) if baseline is not None else None
     if report is not None:
-        from gemma_awq_cli.bench_report import require_plotting
+        from gemma_awq_cli.bench_report import ELSEWHERE, require_plotting
 
+        report = local_path(report, ELSEWHERE)
         require_plotting(report)
     bench = Bench(settings, out.note, out.warning)
     try:

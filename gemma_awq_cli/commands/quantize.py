@@ -18,6 +18,7 @@ from gemma_awq_cli.options import (
     StoredDtype,
 )
 from gemma_awq_cli.output import Output, bytes_of, human_bytes, human_seconds
+from gemma_awq_cli.saving import local_path
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -103,6 +104,8 @@ def command(
     memory = max_memory and bytes_of(max_memory)
     if max_memory is not None and not memory:
         raise UsageError(f"--max-memory {max_memory!r} is no size.", "Write 6GB, 900MB or 4GiB.")
+    if output is not None:
+        output = local_path(output, "choose another folder with -o")
     if output is not None and not dry_run:
         quantizing.require_free(output, force, resume)  # refuse a taken folder before anything is fetched
     source = find_source(model, revision, out.note)

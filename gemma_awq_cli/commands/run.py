@@ -23,12 +23,15 @@ from gemma_awq_cli.options import (
     RevisionOption,
 )
 from gemma_awq_cli.output import Output
+from gemma_awq_cli.reading import system_errors
+from gemma_awq_cli.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
     from gemma_awq_cli.generation import Completion, Engine, Settings
     from gemma_awq_cli.models.prompting import Prompter
 
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
+ANOTHER_OUTPUT = "give another --output"
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 NEW_TOKENS = 256
 NEW_TOKENS_CHAT = 1024
@@ -114,6 +117,9 @@ def command(
     require_consistent(prompt, input_file, output_file, resume, as_json)
     how = How(device, dtype, quantization, attn, head, engine, tensor_parallel, pipeline_parallel, verbose)
     how.require_consistent()
+    if output_file is not None:
+        output_file = local_path(output_file, ANOTHER_OUTPUT)
+        require_file_place(output_file, ANOTHER_OUTPUT)
     chatting = input_file is None and prompt is None and sys.stdin.isatty()
     if chatting and as_json:
         raise UsageError("--json has no meaning in a chat.", "Give a prompt.")
@@ -231,7 +237,9 @@ def read_prompt(argument: str | None) -> str:
         text = argument
     else:
         try:
-            text = sys.stdin.buffer.read().decode("utf-8")
+            with system_errors("Standard input", 'Give the prompt: gemma-awq run "PROMPT".'):
+                data = sys.stdin.buffer.read()
+            text = data.decode("utf-8")
         except UnicodeDecodeError as error:
             raise GemmaAwqError(
                 f"The prompt on standard input is not UTF-8: {error}.", "Convert it to UTF-8."
@@ -248,7 +256,10 @@ def read_prompt(argument: str | None) -> str:
 
 def default_model(out: Output) -> str:
     """`GEMMA_AWQ_MODEL`, else the last artifact that quantize wrote; says which."""
-    if configured := os.environ.get(MODEL_VARIABLE):
+    configured = os.environ.get(MODEL_VARIABLE)
+    if configured == "":
+        raise UsageError(f"{MODEL_VARIABLE} is set, and empty.", "Unset it, or give it a model.")
+    if configured:
         out.note(f"Model: {configured} (from {MODEL_VARIABLE})")
         return configured
     from gemma_awq_cli.models.cache import last_artifact

@@ -7,8 +7,10 @@ from pathlib import Path
 import platformdirs
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.reading import home_path
+from gemma_awq_cli.reading import read_bytes, reason_of
+from gemma_awq_cli.saving import local_path, write_whole
 
+_REMEMBERED_BYTES = 100_000
 ENVIRONMENT = "GEMMA_AWQ_CACHE"
 
 
@@ -17,10 +19,7 @@ def cache_folder() -> Path:
     configured = os.environ.get(ENVIRONMENT)
     if not configured:
         return Path(platformdirs.user_cache_dir("gemma-awq", False))
-    folder = home_path(configured)
-    if folder.parts[:1] and folder.parts[0].startswith("~"):
-        raise GemmaAwqError(f"{ENVIRONMENT} is {configured}, and there is no such user.", f"Set {ENVIRONMENT} again.")
-    return folder
+    return local_path(Path(configured), f"set {ENVIRONMENT} to another folder")
 
 
 def _last_artifact_file() -> Path:
@@ -30,19 +29,23 @@ def _last_artifact_file() -> Path:
 def remember_artifact(folder: Path) -> str | None:
     """Make `folder` what `run` takes when none is named. Returns why that failed, if it did: the artifact is whole."""
     path = _last_artifact_file()
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps({"artifact": str(folder.resolve())}), encoding="utf-8")
-        partial.replace(path)
+        # escaped: a name that is no UTF-8 is kept too
+        write_whole(path, json.dumps({"artifact": str(folder.resolve())}).encode("ascii"))
     except OSError as error:
-        return f"{path} cannot be written ({error.strerror})"
+        return f"{path} cannot be written ({reason_of(error)})"
     return None
 
 
 def last_artifact() -> Path | None:
-    """The last artifact written, if it is remembered (it may have been moved since)."""
+    """The last artifact written, if it is remembered (it may have been moved since). What is damaged is forgotten."""
     try:
-        return Path(json.loads(_last_artifact_file().read_text(encoding="utf-8"))["artifact"])
-    except (OSError, json.JSONDecodeError, KeyError, TypeError):
+        kept = json.loads(read_bytes(_last_artifact_file(), "", _REMEMBERED_BYTES))
+        name = kept.get("artifact") if isinstance(kept, dict) else None
+        if not isinstance(name, str) or not os.path.isabs(name):
+            return None
+        Path(name).exists()  # raises for what can be no name
+    except (GemmaAwqError, OSError, ValueError, RecursionError):
         return None
+    return None if "\0" in name else Path(name)

@@ -11,7 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.journal import ANEW
 from gemma_awq_cli.models.weight_files import raw_bytes
+from gemma_awq_cli.reading import require_regular
 
 
 class HiddenStates:
@@ -48,8 +51,18 @@ class HiddenStates:
         with self._files[layer % 2].open("rb") as file:
             file.seek(rows.start * result[:1].nbytes)
             if file.readinto(raw_bytes(result)) != result.nbytes:
-                raise ValueError(f"{file.name} is shorter than its rows")
+                raise GemmaAwqError(f"{file.name} is shorter than its rows: it was changed meanwhile.", ANEW)
         return result
+
+    def require_begun(self, layer: int, layers: int) -> None:
+        """An error unless an earlier run left what layer `layer` of `layers` reads, and where it writes."""
+        row = self._row[0] * self._row[1] * 4
+        # nobody reads the calibration rows after the last layer
+        rows = self.disturbed.stop if layer < layers else self.quantized.stop
+        for path, least in ((self._files[layer % 2], rows * row), (self._files[1 - layer % 2], 0)):
+            require_regular(path, ANEW)
+            if path.stat().st_size < least:
+                raise GemmaAwqError(f"{path} is shorter than its rows: it was changed since.", ANEW)
 
     def advance(
         self, layer: int, rows: slice, batch: int, run: Callable[[Tensor], Tensor], beside: slice | None = None

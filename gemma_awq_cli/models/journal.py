@@ -10,33 +10,44 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.reading import parse_json, read_bytes
 
 JOURNAL = "journal.jsonl"
+ANEW = "Begin anew with --force."
 Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by a name that a user understands
+
+# What a record of a layer holds, and what each of its groups does; the artifact's report is made of them.
+_RECORD = {"groups": list, "seconds": (int, float)}
+_GROUP = {
+    "name": str, "linears": list, "method": str, "exponents": list, "error": (int, float), "rtn_error": (int, float),
+    "gram_block": int,
+}  # fmt: skip
 
 
 class Journal:
-    """The first line holds the fingerprint, every further line a record of one finished layer."""
+    """The first line holds the fingerprint, every further line a record of one finished layer.
+
+    To read it writes nothing, so that a process may look while another one works. Whoever adds to it holds the lock of
+    its folder.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL
         self.fingerprint: Fingerprint | None = None
         self.records: list[dict[str, Any]] = []
-        try:
-            content = self.path.read_bytes()
-        except FileNotFoundError:
+        self._whole = 0  # bytes that are lines
+        if not os.path.lexists(self.path):
             return
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
-        lines = [json.loads(line) for line in whole.splitlines()]
+        content = read_bytes(self.path, ANEW)
+        self._whole = content.rfind(b"\n") + 1
+        lines = [self._read(number, line) for number, line in enumerate(content[: self._whole].splitlines(), 1)]
         if lines:
             self.fingerprint, self.records = lines[0], lines[1:]
 
     def begin(self, fingerprint: Fingerprint) -> None:
         """Start anew."""
         self.path.unlink(missing_ok=True)
-        self.fingerprint, self.records = fingerprint, []
+        self.fingerprint, self.records, self._whole = fingerprint, [], 0
         self._append(fingerprint)
 
     def add(self, record: dict[str, Any]) -> None:
@@ -44,11 +55,49 @@ class Journal:
         self._append(record)
         self.records.append(record)
 
+    def require_at_most(self, layers: int) -> None:
+        """An error if it speaks of more layers than there are."""
+        if len(self.records) > layers:
+            raise GemmaAwqError(f"{self.path} speaks of {len(self.records)} layers; the model has {layers}.", ANEW)
+
     def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("ab") as file:
+        # a line that a kill cut off is overwritten
+        with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
+            file.truncate(self._whole)
+            file.seek(self._whole)
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
+            self._whole = file.tell()
+
+    def _read(self, number: int, line: bytes) -> dict[str, Any]:
+        where = f"{self.path}, line {number}"
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            raise GemmaAwqError(f"{where} is damaged: it is not UTF-8.", ANEW) from None
+        value = parse_json(text, where, ANEW)
+        is_sound = isinstance(value, dict) if number == 1 else _is_record(value)
+        if not is_sound:
+            raise GemmaAwqError(f"{where} is damaged: it is no record of a layer.", ANEW)
+        return dict(value)
+
+
+def _is_record(value: Any) -> bool:
+    return _holds(value, _RECORD) and all(
+        _holds(group, _GROUP)
+        and all(isinstance(linear, str) for linear in group["linears"])
+        and all(_is(number, (int, float)) for number in group["exponents"])
+        for group in value["groups"]
+    )
+
+
+def _holds(value: Any, kinds: dict[str, Any]) -> bool:
+    return isinstance(value, dict) and all(name in value and _is(value[name], kind) for name, kind in kinds.items())
+
+
+def _is(value: Any, kind: Any) -> bool:
+    return isinstance(value, kind) and not isinstance(value, bool)
 
 
 def differences(then: Fingerprint, now: Fingerprint) -> list[str]:

@@ -1,42 +1,27 @@
 """Building a model folder so that nothing half-written ever looks whole, and nothing a user had is lost.
 
 A folder is built beside its final place, under a name that no reader takes for a model, and renamed when it is
-complete. What was worth keeping of an interrupted run stays there for a later one.
+complete. What was worth keeping of an interrupted run stays there for a later one. Whoever makes, renames or removes
+anything there holds the lock; whoever does not only looks.
 """
 
 import errno
+import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
-from filelock import FileLock, Timeout
-
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.interruption import finishing
+from gemma_awq_cli.models.locking import Lock
+from gemma_awq_cli.saving import ELSEWHERE, named, sync_folder, write_errors
+
+__all__ = ["ELSEWHERE", "REPORT", "StagedFolder", "require_space", "write_errors"]
 
 REPORT = "quantization_report.json"
-ELSEWHERE = "choose another folder with -o"
-
-
-@contextmanager
-def write_errors(folder: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
-    """Turn the operating system's refusals while writing below `folder` into clear errors.
-
-    elsewhere: what the user can do to have it written somewhere else.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            message, hint = f"The disk of {folder} is full.", f"Free some space, or {elsewhere}."
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-            message, hint = f"{folder} cannot be written: {error.strerror}.", f"Change its permissions, or {elsewhere}."
-        elif error.errno in (errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            message, hint = f"{folder} cannot be a folder: {error.strerror}.", f"Check the path, or {elsewhere}."
-        else:
-            raise
-        raise GemmaAwqError(message, hint) from error
+_BETWEEN = 1.0  # seconds in which a folder that others remove again and again is made again and again
 
 
 class StagedFolder:
@@ -44,88 +29,201 @@ class StagedFolder:
 
     While it is entered, `folder` is what becomes `target`, and `state` beside it is what its maker notes for itself.
     An existing non-empty `target` is refused unless `force`, and then only replaced if it holds a model that this tool
-    wrote; it stays in place until its successor is complete. What an earlier maker left is thrown away unless `resume`.
-    On an exception everything goes, unless the maker has set `keep`.
+    wrote; it stays in place until its successor is complete. What an earlier maker left is thrown away unless `resume`
+    or `keeps_earlier`. On an exception everything goes, unless the maker has set `keep`. To make one writes nothing.
     """
 
     def __init__(self, target: Path, force: bool = False, resume: bool = False, elsewhere: str = ELSEWHERE) -> None:
         self.target = target
         self.elsewhere = elsewhere
-        self.resume = resume
+        self.keeps_earlier = resume
         self.keep = False
         self.path = target.parent / f".{target.name}.partial"
         self.folder, self.state = self.path / "model", self.path / "state"
         self._replaced = target.parent / f".{target.name}.replaced"
-        self._lock = FileLock(self.path / "lock", timeout=0)
-        if self._replaced.is_dir() and not target.exists():
-            self._replaced.rename(target)  # killed between the two renames of a replacement
-        if target.exists() and not target.is_dir():
-            raise GemmaAwqError(f"{target} exists and is not a folder.", "Choose another folder with -o.")
-        if target.is_dir() and any(target.iterdir()):
-            if not force and not resume:
-                raise GemmaAwqError(
-                    f"{target} exists and is not empty.", "Choose another folder with -o, or replace it with --force."
-                )
-            if not (target / REPORT).is_file():
-                raise GemmaAwqError(
-                    f"{target} is not an artifact of this tool (it has no {REPORT}), so it is not replaced.",
-                    "Choose another folder with -o, or empty it yourself.",
-                )
+        self._may_be_there = force or resume
+        self._lock = Lock(self.path / "lock")
+        self._abandoned = False
+        with write_errors(self.target, self.elsewhere):
+            self._require_place()
 
     def __enter__(self) -> Self:
         with write_errors(self.target, self.elsewhere):
-            self.path.mkdir(parents=True, exist_ok=True)
+            self._acquire()
             try:
-                self._lock.acquire()
-            except Timeout:
-                raise GemmaAwqError(
-                    f"Another process is writing {self.target}.", f"Wait for it, stop it, or {self.elsewhere}."
-                ) from None
-            if not self.resume:
-                self._discard()
-            for folder in (self.folder, self.state):
-                folder.mkdir(parents=True, exist_ok=True)
+                if _is_there(self._replaced) and not _is_there(self.target):
+                    self._replaced.rename(self.target)  # killed between the two renames of a replacement
+                self._require_place()  # another process may have finished since
+                if not self.keeps_earlier:
+                    self._discard()
+                self._make()
+            except BaseException:
+                begun = _is_there(self.state) or _is_there(self.folder)
+                self._let_go(remove=not begun or not self.keeps_earlier)
+                raise
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            with write_errors(self.target, self.elsewhere):
-                if self.target.exists():
-                    shutil.rmtree(self._replaced, ignore_errors=True)
-                    self.target.rename(self._replaced)
-                self.folder.rename(self.target)
-        self._lock.release()
-        if kind is None or not self.keep:
-            self.remove()
+        # a half-done removal or replacement is worse than a second of waiting
+        with finishing():
+            published = False
+            try:
+                if kind is None and not self._abandoned:
+                    with write_errors(self.target, self.elsewhere):
+                        self._publish()
+                published = kind is None
+            finally:
+                self._let_go(remove=published or not self.keep)
+
+    def begin_anew(self) -> None:
+        """Throw away what an earlier maker left."""
+        with finishing():
+            self._discard()
+            self._make()
+
+    def abandon(self) -> None:
+        """Nothing is to become `target`: it is whole already. What is beside it goes."""
+        self._abandoned = True
+
+    def is_being_written(self) -> bool:
+        """Whether another process holds the lock now."""
+        return self._lock.is_held()
 
     def size(self) -> int:
-        """Bytes on the disk that an earlier maker left here."""
-        if not self.resume or not self.path.is_dir():
-            return 0
+        """Bytes on the disk that an earlier maker left here, and that are gone on with."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
-    def remove(self) -> None:
-        """Take away everything but `target`."""
-        self._discard()
-        for path in (self.path, self._replaced):
-            shutil.rmtree(path, ignore_errors=True)
+    def _require_place(self) -> None:
+        """An error if `target` cannot become a folder of ours, or holds what must not be replaced."""
+        target, hint = self.target, "Choose another folder with -o."
+        if target.name in ("", "..") or os.path.ismount(target):
+            what = "does not name a new folder" if target.name in ("", "..") else "is a mount point"
+            raise GemmaAwqError(
+                f"{target} {what}: a finished folder cannot be put in its place.",
+                f"Give a folder in it: -o {target / 'NAME'}.",
+            )
+        with named(target):
+            _is_there(self._replaced)  # the longest name that will be used
+            _require_writable(target.absolute().parent)
+        if not (names := self._names(hint)):
+            return
+        if not self._may_be_there:
+            raise GemmaAwqError(
+                f"{target} exists and is not empty.", "Choose another folder with -o, or replace it with --force."
+            )
+        if REPORT not in names:
+            raise GemmaAwqError(
+                f"{target} is not an artifact of this tool (it has no {REPORT}), so it is not replaced.",
+                "Choose another folder with -o, or empty it yourself.",
+            )
+
+    def _names(self, hint: str) -> list[str]:
+        """What is in `target`, or in what was there until a process was killed while it replaced it."""
+        for _ in range(1000):
+            there = self._replaced if not _is_there(self.target) and _is_there(self._replaced) else self.target
+            if not _is_there(there):
+                return []
+            try:
+                return os.listdir(there)
+            except FileNotFoundError:
+                if self.target.is_symlink():
+                    raise GemmaAwqError(f"{self.target} is a link that leads nowhere.", hint) from None
+                time.sleep(0.001)  # a process is replacing it at this moment
+            except NotADirectoryError:
+                raise GemmaAwqError(f"{self.target} exists and is not a folder.", hint) from None
+        return []
+
+    def _acquire(self) -> None:
+        deadline = time.monotonic() + _BETWEEN
+        while True:
+            try:
+                self.path.mkdir(parents=True, exist_ok=True)
+                taken = self._lock.acquire()
+                break
+            except (FileNotFoundError, FileExistsError):  # its last owner has just removed the folder, or never will
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+        if not taken:
+            raise GemmaAwqError(
+                f"Another process is writing {self.target}.", f"Wait for it, stop it, or {self.elsewhere}."
+            )
+
+    def _make(self) -> None:
+        for folder in (self.folder, self.state):
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _publish(self) -> None:
+        for path in self.folder.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        if _is_there(self.target):
+            _remove(self._replaced)
+            self.target.rename(self._replaced)
+        try:
+            self.folder.rename(self.target)
+        except BaseException:
+            if _is_there(self._replaced) and not _is_there(self.target):
+                self._replaced.rename(self.target)
+            raise
+        sync_folder(self.target.parent)
+
+    def _let_go(self, remove: bool) -> None:
+        """Release the lock. It goes last of all that is removed, and while it is held: then nobody else has it."""
+        if remove:
+            with suppress(OSError):  # what cannot be removed is in nobody's way
+                self._discard()
+                if _is_there(self.target):
+                    _remove(self._replaced)
+        self._lock.release(remove)
+        if remove:
+            with suppress(OSError):  # another process may have begun between the two
+                self.path.rmdir()
 
     def _discard(self) -> None:
         # the notes first: they must never speak of files that are gone
         for path in (self.state, self.folder):
-            if path.exists():
-                gone = path.with_suffix(".gone")
-                shutil.rmtree(gone, ignore_errors=True)
+            gone = path.with_suffix(".gone")
+            _remove(gone)
+            if _is_there(path):
                 path.rename(gone)
-                shutil.rmtree(gone, ignore_errors=True)
+                _remove(gone)
+
+
+def _require_writable(folder: Path) -> None:
+    """OSError unless the nearest folder that is there can be written."""
+    while not _is_there(folder):
+        folder = folder.parent
+    if not folder.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+
+def _is_there(path: Path) -> bool:
+    """Whether anything has this name, a link that leads nowhere included. Raises OSError for an impossible name."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    """A folder with all that is in it, or a link to one, as far as that is possible."""
+    if path.is_symlink():
+        path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def require_space(folder: Path, needed: int, elsewhere: str = ELSEWHERE) -> None:
     """An error before anything is computed if `needed` bytes do not fit on the disk that will hold `folder`."""
-    existing = folder
-    while not existing.exists():
-        existing = existing.parent
-    free = shutil.disk_usage(existing).free
+    with write_errors(folder, elsewhere):
+        existing = folder.absolute()
+        while not existing.exists():
+            existing = existing.parent
+        free = shutil.disk_usage(existing).free
     if needed > free:
         raise GemmaAwqError(
             f"{folder} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free.",

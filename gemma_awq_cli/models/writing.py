@@ -133,5 +133,13 @@ def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[Planned
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A readable JSON file: two spaces, a newline at its end."""
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    """A readable JSON file, see `json_bytes`. In a folder that is being built; elsewhere there is `write_whole`."""
+    path.write_bytes(json_bytes(value))
+
+
+def json_bytes(value: Any) -> bytes:
+    """A readable JSON text: two spaces, a newline at its end."""
+    try:
+        return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
+    except UnicodeEncodeError:  # half of a surrogate pair, as in a file name that is not UTF-8
+        return f"{json.dumps(value, indent=2)}\n".encode()

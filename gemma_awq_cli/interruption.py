@@ -1,0 +1,87 @@
+"""Ctrl-C, SIGTERM and SIGHUP: what the program does about them, and what must not be left half-done by them.
+
+The first unwinds the program, so that what is done is kept and said. One that comes while something is being finished
+(`finishing`) waits for it; one more ends the process at once. What was ignored when the process began, as under nohup
+or in the background of a script, stays ignored.
+"""
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+from gemma_awq_cli.errors import Terminated
+
+_HEEDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+_depth = 0  # of `finishing`
+_held: int | None = None  # a signal that waits
+
+
+def heed() -> dict[int, Any]:
+    """Let the signals unwind the program. Returns the handlers that were there."""
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+        return {}
+    before = {number: signal.getsignal(number) for number in _HEEDED}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, _on_signal)
+    return before
+
+
+@contextmanager
+def heeded() -> Iterator[None]:
+    """The signals are heeded inside, and treated as before after it."""
+    global _depth, _held
+    before = heed()
+    try:
+        yield
+    finally:
+        _depth, _held = 0, None
+        for number, handler in before.items():
+            if handler is not None:  # one that was not Python's cannot be set again
+                signal.signal(number, handler)
+
+
+@contextmanager
+def finishing() -> Iterator[None]:
+    """What is inside is done to its end: a signal waits until then, a second one ends the process."""
+    global _depth, _held
+    _depth += 1
+    try:
+        yield
+    except BaseException:
+        _depth -= 1
+        if not _depth:
+            _held = None  # it unwinds already
+        raise
+    _depth -= 1
+    if not _depth and _held is not None:
+        number, _held = _held, None
+        raise _exception(number)
+
+
+def end() -> None:
+    """Nothing but the process's end is left: signals wait from here on, a second one ends it."""
+    global _depth
+    _depth += 1
+
+
+def exit_code(number: int) -> int:
+    """What a shell gives a process that a signal ended."""
+    return 128 + number
+
+
+def _on_signal(number: int, frame: FrameType | None) -> None:
+    global _held
+    if not _depth:
+        raise _exception(number)
+    if _held is not None:
+        os._exit(exit_code(number))
+    _held = number
+
+
+def _exception(number: int) -> BaseException:
+    return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)

@@ -1,0 +1,179 @@
+"""Files that the user names for a result: checked before anything is computed, then written whole or not at all."""
+
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.interruption import finishing
+from gemma_awq_cli.reading import disk_is_full, is_refused, reason_of, system_errors
+
+ELSEWHERE = "choose another folder with -o"
+_KINDS = (
+    (stat.S_ISDIR, "a folder"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+)  # fmt: skip
+
+
+@contextmanager
+def write_errors(place: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
+    """Turn whatever the operating system refuses while writing `place`, or below it, into a clear error.
+
+    elsewhere: what the user can do to have it written somewhere else.
+    """
+    try:
+        yield
+    except OSError as error:
+        message, hint = _explained(error, place, elsewhere)
+        raise GemmaAwqError(message, hint) from error
+    except ValueError as error:
+        if "null" not in str(error):
+            raise
+        raise GemmaAwqError(f"{str(place)!r} is not a path: it holds a NUL character.", _upper(elsewhere)) from error
+
+
+def _explained(error: OSError, place: Path, elsewhere: str) -> tuple[str, str]:
+    if disk_is_full(error):
+        return f"The disk of {place} is full.", f"Free some space, or {elsewhere}."
+    # what is refused may be another file than the one that was to be written
+    named = error.filename if isinstance(error.filename, str) else str(place)
+    hints = {
+        errno.EFBIG: "Raise the limit (ulimit -f)",
+        errno.EMFILE: "Raise the limit (ulimit -n)",
+        errno.ENAMETOOLONG: "Give a shorter name",
+    } | dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP), "Check the path")
+    hint = "Change its permissions" if is_refused(error) else hints.get(error.errno or 0, "Check the disk")
+    return f"{named} cannot be written: {reason_of(error)}.", f"{hint}, or {elsewhere}."
+
+
+@contextmanager
+def named(path: Path) -> Iterator[None]:
+    """What is refused of a file beside `path` is said of `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename, error.filename2 = str(path), None
+        raise
+
+
+def _upper(text: str) -> str:
+    return f"{text[:1].upper()}{text[1:]}."
+
+
+def scratch_errors() -> AbstractContextManager[None]:
+    """Refusals of the operating system in the folder for temporary files, as errors."""
+    return system_errors("The folder for temporary files", "Set TMPDIR to a folder with space for them.", "used")
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder for temporary files, gone afterwards."""
+    with scratch_errors():
+        folder = tempfile.TemporaryDirectory(prefix="gemma-awq-", ignore_cleanup_errors=True)
+    with folder as name:
+        yield Path(name)
+
+
+def scratch_file() -> IO[bytes]:
+    """An open file for temporary data without a name, gone when it is closed."""
+    with scratch_errors():
+        return tempfile.TemporaryFile()
+
+
+def local_path(path: Path, elsewhere: str) -> Path:
+    """A path as the user means it: `~` is a home folder."""
+    try:
+        return path.expanduser()
+    except RuntimeError:
+        raise GemmaAwqError(f"{path}: there is no such user, or no home folder.", _upper(elsewhere)) from None
+
+
+def require_file_place(path: Path, elsewhere: str) -> None:
+    """An error unless a file can be written at `path`: in a folder that is there, over nothing or a regular file.
+
+    A device, a pipe or a socket need not end, and cannot be replaced. Opens nothing.
+    """
+    with write_errors(path, elsewhere):
+        try:
+            there: os.stat_result | None = path.stat()
+        except FileNotFoundError:
+            if path.is_symlink():
+                raise GemmaAwqError(f"{path} is a link that leads nowhere.", _upper(elsewhere)) from None
+            there = None
+        folder = path.absolute().parent
+        if there is not None:
+            if not stat.S_ISREG(there.st_mode):
+                kind = next((name for is_kind, name in _KINDS if is_kind(there.st_mode)), "no file")
+                raise GemmaAwqError(f"{path} is {kind}; a regular file is needed.", _upper(elsewhere))
+            if any(os.path.samestat(there, stream) for stream in _standard_streams()):
+                raise GemmaAwqError(f"{path} is where the command's own messages go.", _upper(elsewhere))
+        if not folder.is_dir():
+            raise GemmaAwqError(f"The folder {folder} does not exist.", f"Make it first, or {elsewhere}.")
+        if not os.access(folder if there is None else path, os.W_OK):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+
+def _standard_streams() -> Iterator[os.stat_result]:
+    for number in range(3):
+        with suppress(OSError):  # closed
+            yield os.fstat(number)
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write a file that is there whole or not at all: what was there stays until its successor is on the disk.
+
+    A link keeps leading where it leads, and a file keeps its mode. Raises OSError.
+    """
+    path = Path(os.path.realpath(path))
+    with _beside(path, content) as partial:
+        with suppress(FileNotFoundError):
+            partial.chmod(stat.S_IMODE(path.stat().st_mode))
+        with finishing():
+            partial.replace(path)
+            sync_folder(path.parent)
+
+
+def write_new(path: Path, content: bytes) -> None:
+    """As `write_whole`, where nothing is; FileExistsError if something is. Raises OSError."""
+    if os.path.lexists(path):  # and nothing is written beside it, in /dev say
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    with _beside(path, content) as partial:
+        try:
+            os.link(partial, path)  # unlike a rename, replaces nothing
+        except FileExistsError:
+            raise
+        except OSError:  # a file system without hard links
+            path.open("xb").close()
+            partial.replace(path)
+
+
+@contextmanager
+def _beside(path: Path, content: bytes) -> Iterator[Path]:
+    """A file with `content` in the same folder, on the disk, under a free name; it is gone afterwards."""
+    # no longer than names may be, and no two processes' at once
+    partial = path.with_name(f".{path.name[:32]}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+    try:
+        with named(path):
+            with partial.open("xb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            yield partial
+    finally:
+        with suppress(OSError):
+            partial.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Make sure that a rename in `folder` is on the disk, where the system can."""
+    with suppress(OSError):  # Windows opens no folders, and some file systems sync none
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,214 @@
+"""Signals at bad moments: during imports, during clean-up, twice, three times; never a traceback, never a half."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from gemma_awq_cli import interruption
+from gemma_awq_cli.errors import Terminated
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
+SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
+
+# A command in the place of all others: says where it is, and is slow where it is told to be.
+SLOW = """
+import sys, time
+from pathlib import Path
+from gemma_awq_cli import cli
+from gemma_awq_cli.models import staging
+from gemma_awq_cli.models.staging import StagedFolder
+from gemma_awq_cli.output import Output
+
+def slowly(where, real):
+    def do(*given, **more):
+        if where == at:
+            print(where, flush=True)
+            end = time.monotonic() + seconds
+            while time.monotonic() < end:
+                time.sleep(0.01)
+        return real(*given, **more)
+    return do
+
+at, target, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+staging._remove = slowly("removing", staging._remove)
+StagedFolder._publish = slowly("publishing", StagedFolder._publish)
+Output.note = slowly("saying", Output.note)
+
+def command(argv):
+    with StagedFolder(target) as staged:
+        (staged.folder / "weights").write_bytes(b"x" * 1000)
+        if at != "publishing":
+            print("working", flush=True)
+            while True:
+                time.sleep(0.01)
+    return 0
+
+cli._run = command
+sys.argv = ["gemma-awq"]
+cli.entry()
+"""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """Starts SLOW, and waits for a word of it."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(at: str, seconds: float = 1, code: str = SLOW) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            [sys.executable, "-c", code, at, str(tmp_path / "out"), str(seconds)], stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def heard(process: "subprocess.Popen[str]", word: str) -> None:
+    assert process.stdout is not None
+    while line := process.stdout.readline():
+        if line.strip() == word:
+            return
+    raise AssertionError(f"{word} never came: {process.communicate()[1]}")
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_the_first_unwinds(
+    number: signal.Signals, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    process = start("nowhere")
+    heard(process, "working")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert stderr == ("interrupted\n" if number == signal.SIGINT else "terminated\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("at", ["removing", "saying"])
+def test_a_second_one_waits_for_the_clean_up(
+    at: str,
+    first: signal.Signals,
+    second: signal.Signals,
+    start: Callable[..., "subprocess.Popen[str]"],
+    tmp_path: Path,
+) -> None:
+    process = start(at)
+    heard(process, "working")
+    process.send_signal(first)
+    heard(process, at)
+    process.send_signal(second)
+    _, stderr = process.communicate(timeout=60)
+    assert "Traceback" not in stderr
+    assert process.returncode in (128 + first, 128 + second)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_third_one_ends_the_process_at_once(start: Callable[..., "subprocess.Popen[str]"]) -> None:
+    process = start("removing", 60)
+    heard(process, "working")
+    process.send_signal(signal.SIGINT)
+    heard(process, "removing")
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.3)
+    assert process.poll() is None
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 10
+    assert process.returncode == 128 + signal.SIGTERM
+    assert stderr == ""
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_an_artifact_is_put_in_its_place_before_the_process_ends(
+    number: signal.Signals, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
+) -> None:
+    process = start("publishing")
+    heard(process, "publishing")
+    process.send_signal(number)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (tmp_path / "out" / "weights").read_bytes() == b"x" * 1000
+
+
+@pytest.mark.parametrize("module", ["typer", "gemma_awq_cli.output"])
+def test_ctrl_c_while_the_command_is_imported(module: str) -> None:
+    code = (
+        "import builtins, os, signal, sys, time\n"
+        "real = builtins.__import__\n"
+        "def slow(name, *more):\n"
+        f"    if name == {module!r} and not done:\n"
+        "        done.append(1); os.kill(os.getpid(), signal.SIGINT); time.sleep(5)\n"
+        "    return real(name, *more)\n"
+        "done = []\n"
+        "builtins.__import__ = slow\n"
+        "from gemma_awq_cli.__main__ import entry\n"
+        "entry()\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert ended.returncode == 130
+    assert b"Traceback" not in ended.stderr
+
+
+@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0, 3.0, 4.5])
+def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[str], Path]) -> None:
+    """While torch is imported, while the tokenizer is loaded by its thread, while the first token is made."""
+    code = (
+        "import os, signal, sys, threading, time\n"
+        "from gemma_awq_cli import cli\n"
+        "import gemma_awq_cli.interruption\n"
+        f"threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
+        "sys.argv = sys.argv[1:]\n"
+        "cli.entry()\n"
+    )
+    arguments = ["gemma-awq", "run", "Hello", "-m", str(artifacts("gemma")), "--device", "cpu"]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, timeout=120, check=False)
+    assert ended.returncode in (0, 130)
+    assert b"Traceback" not in ended.stderr
+    assert b"Exception ignored" not in ended.stderr
+
+
+def test_what_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys\n"
+        "from gemma_awq_cli import interruption\n"
+        "with interruption.heeded():\n"
+        "    os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    command = f"trap '' HUP INT; exec {sys.executable} -c \"$1\""
+    assert subprocess.run(["bash", "-c", command, "bash", script], check=False).returncode == 0
+
+
+def held(done: list[bool]) -> None:
+    with interruption.finishing():
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(True)
+
+
+def test_handlers_are_as_before_after_it() -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    with interruption.heeded():
+        assert signal.getsignal(signal.SIGTERM) not in before
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+        done: list[bool] = []
+        with pytest.raises(KeyboardInterrupt):
+            held(done)
+        assert done
+    assert [signal.getsignal(number) for number in SIGNALS] == before
