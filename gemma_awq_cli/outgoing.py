@@ -14,10 +14,10 @@ from typing import Any
 
 from gemma_awq_cli.artifact import COPIED
 from gemma_awq_cli.bench_document import BENCH
-from gemma_awq_cli.calibration import FILE_KINDS
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json
 from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.recipes import public_name
 
 CARD = "README.md"
 KNOWN = (CONFIG, INDEX, SINGLE, "model-*-of-*.safetensors", REPORT, CARD, BENCH, *COPIED)
@@ -171,7 +171,7 @@ def source_name(report: Mapping[str, Any]) -> str:
 
 def calibration_name(asked: str) -> str:
     """What was asked to calibrate on: a recipe or data set as it is, a local file without its folder."""
-    return PurePath(asked).name if asked.endswith((*FILE_KINDS, ".json")) else asked
+    return public_name(asked)
 
 
 def _known(name: str) -> bool:

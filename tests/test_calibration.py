@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.calibration import build_rows, data_folder, find_recipe, recipe_names
+from gemma_awq_cli.calibration import build_rows
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.recipes import data_folder, find_recipe, recipe_names
 from tests.tiny import make_tokenizer
 
 BOS = 2
@@ -83,7 +84,7 @@ def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
 
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["some words " * 20] * 4}), path)
-    with pytest.raises(GemmaAwqError, match="neither text, nor prompt") as error:
+    with pytest.raises(GemmaAwqError, match="no text in a form that is read; it has body") as error:
         rows_of(prompter, path)
     assert "--text-column" in error.value.hint
     recipe = find_recipe(str(path), text_column="body")
@@ -93,11 +94,16 @@ def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
 def test_a_dataset_through_the_datasets_library(
     tmp_path: Path, prompter: Prompter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A dataset id `owner/name`, read by the real library (from a local folder of that name: no network here)."""
-    folder = tmp_path / "owner" / "name"
-    folder.mkdir(parents=True)
+    """A dataset id `owner/name`, read by the real library (from a local folder: no network here)."""
+    import datasets
+
+    folder = tmp_path / "data"
+    folder.mkdir()
     write_jsonl(folder / "train.jsonl", *({"body": f"document {i} " * 9} for i in range(40)))
-    monkeypatch.chdir(tmp_path)
+    load = datasets.load_dataset
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda name, *a, **k: load(str(folder) if name == "owner/name" else name, *a, **k)
+    )
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     recipe = find_recipe("owner/name", split="train", text_column="body")
     rows = build_rows(recipe, prompter, 12, 32, 0, 2)
@@ -123,7 +129,7 @@ def test_bad_files_are_named(tmp_path: Path, prompter: Prompter) -> None:
     with pytest.raises(GemmaAwqError, match="not UTF-8"):
         rows_of(prompter, tmp_path / "latin.txt")
     (tmp_path / "t.jsonl").write_text('{"text": "fine"}\n{"text": \n')
-    with pytest.raises(GemmaAwqError, match="line 2 is not JSON"):
+    with pytest.raises(GemmaAwqError, match="line 2 is not valid JSON"):
         rows_of(prompter, tmp_path / "t.jsonl")
     with pytest.raises(GemmaAwqError, match="does not exist"):
         find_recipe(str(tmp_path / "absent.txt"))
