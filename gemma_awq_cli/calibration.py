@@ -7,7 +7,8 @@ source that holds far more than is needed, the seed draws the part that is read 
 
 import hashlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -132,7 +133,8 @@ def _source(documents: Sequence[Document], prompter: Prompter, seq_len: int, wan
     used = 0
     for document in documents:
         try:
-            ids = prompter.ids(rendered(document, prompter))
+            with errors_of(document):
+                ids = prompter.ids(rendered(document, prompter))
         except GemmaAwqError as error:  # the chat template refuses the messages
             wanted.bad.add(error)
         else:
@@ -151,17 +153,20 @@ def _source(documents: Sequence[Document], prompter: Prompter, seq_len: int, wan
 
 
 def rendered(document: Document, prompter: Prompter) -> str:
-    """A document as the model reads it: a conversation through the chat template, if the model has one.
-
-    An error names the document that the template refuses.
-    """
+    """A document as the model reads it: a conversation through the chat template, if the model has one."""
     content = document.content
     if isinstance(content, str):
         return content
     if not prompter.is_chat:
         return "\n\n".join(message["content"] for message in content)
+    return prompter.chat(content, answer_next=False)
+
+
+@contextmanager
+def errors_of(document: Document) -> Iterator[None]:
+    """Put the file and line of a document before what is wrong with it."""
     try:
-        return prompter.chat(content, answer_next=False)
+        yield
     except GemmaAwqError as error:
         raise GemmaAwqError(f"{document.where}: {error.message}", error.hint) from error
 

@@ -44,7 +44,10 @@ _DELIMITERS = ",;\t|"
 _UNDECODED = re.compile("[\udc80-\udcff]")  # how surrogateescape keeps a byte that is no UTF-8
 _BATCH = 256  # parquet rows at a time
 _PARQUET_BUFFER = 1 << 20
-UNPACKED = 1 << 30  # bytes of a gzipped file
+# A gzipped file is read up to this many bytes; beyond the first of them, as long as it unpacks to no more than RATIO
+# times its size: text unpacks to some ten times, a bomb to a thousand.
+UNPACKED_FREELY, UNPACKED = 1 << 24, 1 << 30
+RATIO = 200
 
 Row = tuple[object, Any]  # where it is, and what it is: a JSON value, or a GemmaAwqError that says why it is none
 
@@ -82,11 +85,15 @@ class _Unpacked(gzip.GzipFile):
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
         super().__init__(fileobj=file, mode="rb")
-        self._path = path
+        self._file, self._path = file, path
 
     def read(self, size: int | None = -1) -> bytes:
-        if self.tell() > UNPACKED:
-            raise GemmaAwqError(f"{self._path} has too little text in the first {UNPACKED} bytes of it.", "Unpack it.")
+        at = self.tell()
+        if at > UNPACKED_FREELY and (at > UNPACKED or at > RATIO * self._file.tell()):
+            raise GemmaAwqError(
+                f"{self._path} unpacks to {at} bytes and more with too little text in them.",
+                "Unpack it yourself, and give the text that is meant.",
+            )
         return super().read(size)
 
 

@@ -20,7 +20,7 @@ from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.calibration import hash_rows, rendered
+from gemma_awq_cli.calibration import errors_of, hash_rows, rendered
 from gemma_awq_cli.document_forms import Document
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
@@ -100,7 +100,8 @@ def read_asked(original: Checkpoint, asked: str, window: int | None, windows: in
 
 
 def _plain(document: Document, prompter: Prompter) -> str:
-    text = rendered(document, prompter)
+    with errors_of(document):
+        text = rendered(document, prompter)
     is_rendered = prompter.is_chat and not isinstance(document.content, str)
     return text.removeprefix(prompter.tokenizer.special["bos_token"]) if is_rendered else text
 

@@ -223,6 +223,10 @@ def json_items(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYT
         if following != ",":
             found = repr(following) if following else "the end of the file"
             raise GemmaAwqError(f"{where} is not valid JSON: {found} after item {number}.", hint)
+    if not number:
+        items.take()
+    if following := items.take():
+        raise GemmaAwqError(f"{where} is not valid JSON: {following!r} after the array.", hint)
 
 
 class _ArrayText:

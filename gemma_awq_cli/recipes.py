@@ -136,7 +136,7 @@ def spelled(asked: str) -> str:
 def public_name(asked: str) -> str:
     """What a report says was calibrated on, for strangers: a recipe or hub dataset as it is, a path's last part."""
     is_file = asked.lower().endswith((*FILE_KINDS, *(f"{kind}.gz" for kind in FILE_KINDS)))
-    if _HUB_ID.fullmatch(asked) and not is_file:
+    if (_HUB_ID.fullmatch(asked) and not is_file) or " (hub dataset " in asked:
         return asked
     return re.split(r"[/\\\\]", asked.rstrip("/\\"))[-1]
 
