@@ -46,7 +46,7 @@ _BATCH = 256  # parquet rows at a time
 _PARQUET_BUFFER = 1 << 20
 # A gzipped file is read up to this many bytes; beyond the first of them, as long as it unpacks to no more than RATIO
 # times its size: text unpacks to some ten times, a bomb to a thousand.
-UNPACKED_FREELY, UNPACKED = 1 << 24, 1 << 30
+UNPACKED_FREELY, UNPACKED = 1 << 22, 1 << 30
 RATIO = 200
 
 Row = tuple[object, Any]  # where it is, and what it is: a JSON value, or a GemmaAwqError that says why it is none

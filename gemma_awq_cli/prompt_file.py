@@ -80,7 +80,7 @@ def _plain_prompts(path: Path, lines: list[tuple[int, str]]) -> list[Prompt]:
     if len(rows) < len(lines):
         other = next(number for number, line in lines if not _is_row(line))
         raise GemmaAwqError(
-            f"{path}, line {rows[0]} is a JSON object with a prompt, and line {other} is none.",
+            f"{path}, line {other} is no JSON object with a prompt, and line {rows[0]} is one.",
             "Name the file .jsonl and make every line such an object.",
         )
     return [_prompt(line_of_json(line.encode(), ""), f"{path}, line {number}") for number, line in lines]

@@ -159,7 +159,7 @@ def lines_of(text: str) -> list[tuple[int, str]]:
 
 
 def byte_lines(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
-    """All lines of a stream as `lines_of` has them, blank ones too, one at a time: their numbers and bytes.
+    """The lines of a stream as `lines_of` has them, but blank ones too, one at a time: their numbers and bytes.
 
     A line of more than `limit` bytes is an error. Raises what reading the stream raises.
     """
@@ -168,6 +168,10 @@ def byte_lines(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYT
     mark = "\ufeff".encode()
     number, begun = 0, b""
     while block:
+        if block.isspace() and not begun:  # pages of blank lines are nobody's text
+            number += block.count(end)
+            block = stream.read(_BLOCK)
+            continue
         *whole, begun = (begun + block).split(end) if end in block else (begun + block,)
         for line in whole:
             number += 1
