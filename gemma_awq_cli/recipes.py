@@ -152,7 +152,8 @@ def _is_recipe(path: Path) -> bool:
         return False  # JSON lines perhaps; reading it says what is wrong
     if not isinstance(value, dict):
         return False
-    rows = any(isinstance(items, list) and any(isinstance(i, dict | list) for i in items) for items in value.values())
+    lists = [items for items in value.values() if isinstance(items, list) and items]
+    rows = any(all(isinstance(item, dict | list) for item in items) for items in lists)
     return not rows and not any(isinstance(value.get(key), str) for key in KEYS)
 
 

@@ -178,3 +178,110 @@ def test_a_wheel_would_carry_the_data() -> None:
     folder = data_folder()
     assert (folder / "recipes" / "embedded.json").is_file()
     assert (folder / "text" / "heldout.txt").is_file()
+
+
+# SHA-256 of the calibration rows and of the held-out ones, without and with a chat template: artifacts that were made
+# of the embedded text are resumed, and measured again, by them.
+EMBEDDED = {
+    (8, 32, 0, 4): ("1dc6abc0fe677c96", "4487d90bbb9f9848", "b89ab912571f0df8"),
+    (24, 40, 3, 16): ("e7c307c503079e8f", "37926f770e583ea8", "f1bb8dd857cb642d"),
+    (128, 512, 0, 16): ("3eb5da6741f27733", "94d5d5c083c40f93", "6a457a55aab4fef7"),
+    (1000, 64, 7, 8): ("60689b536fa842d6", "0c9ad7b1c8502010", "ce5be6fb3a1c1c40"),
+}
+
+
+@pytest.mark.parametrize("asked", sorted(EMBEDDED))
+def test_the_embedded_rows_stay_what_they_are(
+    asked: tuple[int, int, int, int], prompter: Prompter, chat_prompter: Prompter
+) -> None:
+    plain, chat, heldout = EMBEDDED[asked]
+    for used, expected in ((prompter, plain), (chat_prompter, chat)):
+        rows = build_rows(find_recipe("embedded"), used, *asked)
+        assert (rows.text_sha256[:16], rows.heldout_sha256[:16]) == (expected, heldout)
+        assert (rows.description, rows.notes, rows.skipped) == ("embedded", (), "")
+
+
+FILES = {
+    "a.txt": ("8ba38b9db344cb63", "e55f90cfad5d2227"),
+    "b.jsonl": ("9271a46ee17ea0bf", "b896f8cc84455095"),
+}
+
+
+def test_rows_of_files_stay_what_they_are(tmp_path: Path, chat_prompter: Prompter) -> None:
+    (tmp_path / "a.txt").write_bytes(b"".join(b"%d. some words\r\nand an old\r mac\n" % i for i in range(300)))
+    write_jsonl(tmp_path / "b.jsonl", *({"prompt": f"ask {i}", "response": "an answer " * i} for i in range(60)))
+    found = {
+        name: build_rows(find_recipe(str(tmp_path / name)), chat_prompter, 24, 40, 3, 16)
+        for name in ("a.txt", "b.jsonl")
+    }
+    assert {name: (rows.text_sha256[:16], rows.heldout_sha256[:16]) for name, rows in found.items()} == FILES
+
+
+def conversations(*turns: list[tuple[str, str]]) -> list[dict[str, object]]:
+    return [{"messages": [{"role": role, "content": content} for role, content in one]} for one in turns]
+
+
+def test_what_the_template_refuses_is_named_by_file_and_line(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path / "chat", chat=True)
+    template = tmp_path / "chat" / "chat_template.jinja"
+    odd = "{% if messages|length == 3 %}{{ raise_exception('odd turns') }}{% endif %}"
+    template.write_text(odd + template.read_text())
+    chat_prompter = Prompter(tmp_path / "chat")
+    good = [("user", "hello there, how are you today"), ("assistant", "good day, and how are you")]
+    refused = [("user", "x"), ("user", "y"), ("user", "z")]
+    path = write_jsonl(tmp_path / "t.jsonl", *conversations(*[good] * 20), *conversations(refused))
+    recipe = find_recipe(str(path))
+    rows = build_rows(recipe, chat_prompter, 8, 16, 0, 2)
+    assert rows.skipped.startswith(f"1 of 21 rows were skipped: {path}, line 21: ")
+    assert "odd turns" in rows.skipped
+    with pytest.raises(GemmaAwqError, match=r"t.jsonl, line 21: .*odd turns"):
+        build_rows(recipe, chat_prompter, 8, 16, 0, 2, strict=True)
+    write_jsonl(path, *conversations(refused, refused))
+    with pytest.raises(GemmaAwqError, match=r"no row that can be used: .*line 1: .*line 2: "):
+        build_rows(recipe, chat_prompter, 8, 16, 0, 2)
+
+
+def test_a_bad_row_is_left_out_said_and_an_error_if_strict(tmp_path: Path, prompter: Prompter) -> None:
+    good = {"text": "words of mine " * 20}
+    path = write_jsonl(tmp_path / "t.jsonl", good, {"body": "x"}, good, 3)
+    rows = build_rows(find_recipe(str(path)), prompter, 8, 16, 0, 2)
+    assert rows.skipped.startswith("2 of 4 rows were skipped: ")
+    assert "line 2 has no text in a form that is read; it has body." in rows.skipped
+    without = write_jsonl(tmp_path / "u.jsonl", good, good)
+    assert rows.text_sha256 == build_rows(find_recipe(str(without)), prompter, 8, 16, 0, 2).text_sha256
+    with pytest.raises(GemmaAwqError, match="line 2 "):
+        build_rows(find_recipe(str(path)), prompter, 8, 16, 0, 2, strict=True)
+
+
+def test_of_a_long_text_no_more_is_tokenized_than_is_needed(
+    tmp_path: Path, prompter: Prompter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "t.txt"
+    path.write_text("".join(f"{i:09d} some words of a long text\n" for i in range(100_000)))  # 3.9 MB
+    read = 0
+    ids = prompter.ids
+
+    def counting(text: str) -> list[int]:
+        nonlocal read
+        read += len(text)
+        return ids(text)
+
+    monkeypatch.setattr(prompter, "ids", counting)
+    rows = [build_rows(find_recipe(str(path)), prompter, 8, 64, seed, 6) for seed in (0, 0, 1)]
+    assert read < 3 * 600_000
+    assert rows[0].ids.shape == (8, 64)
+    assert rows[0].text_sha256 == rows[1].text_sha256 != rows[2].text_sha256
+    # a text that gives few tokens for its size is read on
+    monkeypatch.setattr(prompter, "ids", lambda text: ids(text[: len(text) // 100]))
+    assert build_rows(find_recipe(str(path)), prompter, 200, 64, 0, 6).ids.shape == (200, 64)
+
+
+def test_a_folder_and_what_is_left_out_of_it(tmp_path: Path, prompter: Prompter) -> None:
+    (tmp_path / "texts").mkdir()
+    for number in range(40):
+        (tmp_path / "texts" / f"{number}.txt").write_text("short")  # no file alone fills a row
+    (tmp_path / "texts" / "x.pdf").write_text("x")
+    rows = build_rows(find_recipe(str(tmp_path / "texts")), prompter, 8, 32, 0, 2)
+    assert rows.description == "texts (folder of 40 files)"
+    assert rows.notes == (f"Not read in {tmp_path / 'texts'}: x.pdf.",)
+    assert rows.ids.shape == (8, 32)
