@@ -94,10 +94,13 @@ def build_rows(
             if not source.documents:
                 source.wanted.bad.refuse_all(recipe.name)
         tokens = sum(len(own) for own in windows) * (seq_len - 1)
+        bad = _bad(sources)
+        most_are_bad = bad.count > sum(source.documents for source in sources)
+        hint = bad.first[0].hint if most_are_bad else "Give a longer text, or a smaller --seq-len."
         raise GemmaAwqError(
             f"The calibration text {recipe.name!r} is too short: {tokens} tokens in whole windows, and at least two "
             f"of {seq_len} are needed (one to calibrate, one to measure).{f' {skipped}' if skipped else ''}",
-            "Give a longer text, or a smaller --seq-len.",
+            hint,
         )
     chosen = chosen[:num_samples]
     ids, heldout_ids = torch.tensor(chosen), torch.tensor(heldout)
@@ -171,11 +174,16 @@ def errors_of(document: Document) -> Iterator[None]:
         raise GemmaAwqError(f"{document.where}: {error.message}", error.hint) from error
 
 
-def _skipped(sources: Sequence[_Source]) -> str:
-    """What a person should hear of the rows that could not be used."""
+def _bad(sources: Sequence[_Source]) -> BadRows:
     bad = BadRows()
     for source in sources:
         bad.join(source.wanted.bad)
+    return bad
+
+
+def _skipped(sources: Sequence[_Source]) -> str:
+    """What a person should hear of the rows that could not be used."""
+    bad = _bad(sources)
     return bad.described(sum(source.documents for source in sources)) if bad.count else ""
 
 

@@ -104,6 +104,12 @@ def _find(asked: str) -> Recipe:
     if path is not None and os.path.exists(path):
         raise GemmaAwqError(f"{asked} is neither a file nor a folder.", "Write the text to a file first.")
     if _HUB_ID.fullmatch(asked) and kind_of(PurePath(asked)) is None:
+        owner = asked.split("/")[0]
+        if os.path.isdir(owner):  # a path with a slip is likelier than an owner that is called as a folder here
+            raise GemmaAwqError(
+                f"{asked} does not exist in the folder {owner} here.",
+                "Check the path; for a hub dataset of that name, run the command from another folder.",
+            )
         return Recipe(asked, dataset=Dataset(asked))
     if kind_of(PurePath(asked)) is not None or "/" in asked or os.sep in asked or asked.startswith("~"):
         raise GemmaAwqError(f"{asked} does not exist.", "Check the path.")

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.calibration import build_rows
+from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.recipes import data_folder, find_recipe, recipe_names
@@ -251,6 +252,10 @@ def test_a_bad_row_is_left_out_said_and_an_error_if_strict(tmp_path: Path, promp
     assert rows.text_sha256 == build_rows(find_recipe(str(without)), prompter, 8, 16, 0, 2).text_sha256
     with pytest.raises(GemmaAwqError, match="line 2 "):
         build_rows(find_recipe(str(path)), prompter, 8, 16, 0, 2, strict=True)
+    write_jsonl(path, {"text": "x"}, {"body": "x"}, {"body": "x"})
+    with pytest.raises(GemmaAwqError, match=r"too short: .* 2 of 3 rows were skipped") as error:
+        build_rows(find_recipe(str(path)), prompter, 8, 16, 0, 2)
+    assert "--text-column" in error.value.hint  # what helps: most rows are of another form
 
 
 def test_of_a_long_text_no_more_is_tokenized_than_is_needed(
@@ -285,3 +290,18 @@ def test_a_folder_and_what_is_left_out_of_it(tmp_path: Path, prompter: Prompter)
     assert rows.description == "texts (folder of 40 files)"
     assert rows.notes == (f"Not read in {tmp_path / 'texts'}: x.pdf.",)
     assert rows.ids.shape == (8, 32)
+
+
+def test_the_command_says_what_it_skips_and_refuses_rows_beyond_the_context(
+    tmp_path: Path, checkpoints: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_jsonl(tmp_path / "t.jsonl", *({"text": "words of mine " * 20} for _ in range(9)), {"body": "x"})
+    command = ["quantize", str(checkpoints("gemma")), "--calibration", str(path), "--device", "cpu", "--dry-run"]
+    command += ["--group-size", "32", "-o", str(tmp_path / "out")]
+    assert main([*command, "--seq-len", "40"]) == 0
+    assert "warning: 1 of 10 rows were skipped: " in capsys.readouterr().err
+    assert main([*command, "--seq-len", "40", "--strict"]) == 1
+    assert "line 10 has no text in a form that is read; it has body" in capsys.readouterr().err
+    assert main([*command, "--seq-len", "256"]) == 0
+    assert main([*command, "--seq-len", "257"]) == 2
+    assert "--seq-len 257 is more than this model's context of 256 tokens" in capsys.readouterr().err

@@ -77,12 +77,12 @@ def test_this_folder_has_a_name(here: Path) -> None:
 @pytest.mark.parametrize(
     "asked",
     [
-        "", " ", ".x/y", "a/b/c", "a\0b", "x" * 5000, "x/" * 3000, "~nobody-at-all/x", "/no/where", "../no", "no.CSV",
+        "", " ", "owner/nme", ".x/y",
+        "a/b/c", "a\0b", "x" * 5000, "x/" * 3000, "~nobody-at-all/x", "/no/where", "../no", "no.CSV",
         "a/no.jsonl.gz", "owner/..x/", "https://huggingface.co/datasets/a/b", "a b/c", "-x/y", "../recipes/embedded",
     ],
 )  # fmt: skip
-def test_what_is_nothing_is_said_so(asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_what_is_nothing_is_said_so(asked: str, here: Path) -> None:
     with pytest.raises(GemmaAwqError, match=r"does not exist|No calibration recipe") as error:
         find_recipe(asked)
     assert error.value.hint
