@@ -39,7 +39,7 @@ from gemma_awq_cli.reading import (
 
 WHOLE = 2 << 20  # bytes of a text that is read as a whole, however little is wanted of it
 BLOCK = 1 << 15  # bytes that are drawn together
-SCANNED = 16  # times WHOLE: characters from a file's beginning that rows are drawn from, where blocks cannot be
+SCANNED = 4  # times WHOLE: characters from a file's beginning that rows are drawn from, where blocks cannot be
 HOPELESS = 1000  # bad rows of a file before the first good one
 _SHOWN = 3
 

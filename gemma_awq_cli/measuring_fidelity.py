@@ -22,6 +22,7 @@ from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import errors_of, hash_rows, rendered
 from gemma_awq_cli.document_forms import Document
+from gemma_awq_cli.document_reading import WHOLE
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
@@ -79,7 +80,7 @@ def read_text(recipe: Recipe, prompter: Prompter, context: int, window: int | No
         count = len(ids) // max(length - 1, 1)
         if text.complete or characters is None or windows is None or count >= windows:
             break
-        characters *= 4  # a text of unusually long tokens
+        characters = 4 * max(characters, WHOLE)  # a text of unusually long tokens
     where = text.description
     if count == 0:
         raise GemmaAwqError(
