@@ -1,4 +1,4 @@
-"""Many prompts through one model: read from a file, completed in batches, written one JSON line each.
+"""Many prompts through one model: completed in batches, written one JSON line each.
 
 A line is appended as soon as its row ends, so whatever ends the run keeps every row that was finished. Each line says
 what it was made with; that is what a resumed run compares itself with.
@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
 from gemma_awq_cli.models.locking import Lock
-from gemma_awq_cli.models.prompting import Message, Prompter, located
+from gemma_awq_cli.models.prompting import Prompter, located
+from gemma_awq_cli.prompt_file import Prompt
 from gemma_awq_cli.reading import parse_json, read_bytes
 from gemma_awq_cli.saving import require_file_place, write_errors, write_whole
 
-Prompt = str | list[Message]
 ANOTHER = "Give another --output."
 ROW_BEGINS = b'{"index": '
 
@@ -34,45 +34,6 @@ class Batch:
     raw: bool
     settings: Settings
     made_with: Mapping[str, Any]
-
-
-def read_prompts(path: Path) -> list[Prompt]:
-    """`.jsonl`: an object with `prompt` or `messages` a line. Any other name: a prompt a line, empty lines left out."""
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except OSError as error:
-        raise GemmaAwqError(f"{path} cannot be read: {error.strerror}.", "Check --input.") from None
-    except UnicodeDecodeError as error:
-        raise GemmaAwqError(f"{path} is not UTF-8: {error}.", "Convert it to UTF-8.") from None
-    lines = [(number, line.removesuffix("\r")) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    if not lines:
-        raise UsageError(f"{path} holds no prompt.", "Write one prompt a line, or JSON lines with `prompt`.")
-    if path.suffix != ".jsonl":
-        return [line for _, line in lines]
-    return [_read_line(f"{path}, line {number}", line) for number, line in lines]
-
-
-def _read_line(place: str, line: str) -> Prompt:
-    hint = 'Write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} on each line.'
-    try:
-        value = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise GemmaAwqError(f"{place} is not JSON: {error}.", hint) from None
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        raise GemmaAwqError(f"{place} holds half of a surrogate pair.", "Write the text in UTF-8.") from None
-    if isinstance(value, dict) and ("prompt" in value) != ("messages" in value):
-        prompt, messages = value.get("prompt"), value.get("messages")
-        if isinstance(prompt, str) and prompt:
-            return prompt
-        if isinstance(messages, list) and messages and all(_is_message(message) for message in messages):
-            return [{"role": message["role"], "content": message["content"]} for message in messages]
-    raise GemmaAwqError(f"{place} has neither a `prompt` text nor `messages`.", hint)
-
-
-def _is_message(value: Any) -> bool:
-    return isinstance(value, dict) and isinstance(value.get("role"), str) and isinstance(value.get("content"), str)
 
 
 def recorded_seed(path: Path) -> int | None:

@@ -18,7 +18,9 @@ from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.calibration import Document, Recipe, evaluation_documents, find_recipe, hash_rows
+from gemma_awq_cli.calibration import errors_of, hash_rows, rendered
+from gemma_awq_cli.document_forms import Document
+from gemma_awq_cli.document_reading import WHOLE
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
@@ -28,9 +30,11 @@ from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
 from gemma_awq_cli.reading import home_path
+from gemma_awq_cli.recipes import Recipe, evaluation_documents, find_recipe
 from gemma_awq_cli.saving import scratch_folder
 
 WINDOW = 2048  # tokens, BOS included
+CHARACTERS_PER_TOKEN = 8  # that are read for a window; prose has four
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time
 CURVE_STEPS = 24  # bins of the mean KL along a window, of equal ratio
 HISTOGRAM = (-6, 2, 32)  # log10 of the smallest and the largest KL, bins; what lies outside counts at the ends
@@ -67,12 +71,17 @@ def read_text(recipe: Recipe, prompter: Prompter, context: int, window: int | No
         raise GemmaAwqError(
             f"A window of {window} tokens does not fit this model's context of {context}.", "Give a smaller --window."
         )
-    characters = None if windows is None else windows * (window or WINDOW) * 8
-    documents, where = evaluation_documents(recipe, characters)
-    plain = "\n\n".join(_plain(document, prompter) for document in documents)
-    ids = prompter.ids(plain)
-    length = window or min(WINDOW, context, len(ids) + 1)
-    count = len(ids) // max(length - 1, 1)
+    characters = None if windows is None else windows * (window or WINDOW) * CHARACTERS_PER_TOKEN
+    while True:
+        text = evaluation_documents(recipe, characters)
+        plain = "\n\n".join(_plain(document, prompter) for document in text.documents)
+        ids = prompter.ids(plain)
+        length = window or min(WINDOW, context, len(ids) + 1)
+        count = len(ids) // max(length - 1, 1)
+        if text.complete or characters is None or windows is None or count >= windows:
+            break
+        characters = 4 * max(characters, WHOLE)  # a text of unusually long tokens
+    where = text.description
     if count == 0:
         raise GemmaAwqError(
             f"The text {where} has {len(ids)} tokens, and a window has {length - 1} and BOS."
@@ -92,11 +101,10 @@ def read_asked(original: Checkpoint, asked: str, window: int | None, windows: in
 
 
 def _plain(document: Document, prompter: Prompter) -> str:
-    if isinstance(document, str):
-        return document
-    if prompter.is_chat:
-        return prompter.chat(document, answer_next=False).removeprefix(prompter.tokenizer.special["bos_token"])
-    return "\n\n".join(message["content"] for message in document)
+    with errors_of(document):
+        text = rendered(document, prompter)
+    is_rendered = prompter.is_chat and not isinstance(document.content, str)
+    return text.removeprefix(prompter.tokenizer.special["bos_token"]) if is_rendered else text
 
 
 def local_original(report: Mapping[str, Any]) -> str | None:

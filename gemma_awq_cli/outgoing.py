@@ -14,11 +14,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma_awq_cli.bench_document import BENCH
-from gemma_awq_cli.calibration import FILE_KINDS
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.local_paths import (
     base_name,
-    is_local_path,
     local_paths,
     mentioned_path,
     to_json,
@@ -28,6 +26,7 @@ from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json
 from gemma_awq_cli.models.hub import REPO_ID
 from gemma_awq_cli.models.staging import REPORT
 from gemma_awq_cli.reading import decode, parse_json, read_bytes, system_errors
+from gemma_awq_cli.recipes import public_name
 from gemma_awq_cli.secret_search import find_secret
 from gemma_awq_cli.side_files import SIDE_FILES, VOCABULARIES, WEIGHT_FILE, is_leftover, is_licence_file
 
@@ -252,9 +251,8 @@ def source_name(report: Mapping[str, Any]) -> str:
 
 
 def calibration_name(asked: str) -> str:
-    """What was asked to calibrate on: a recipe or data set as it is, a local file or folder without what it lies in."""
-    is_file = asked.endswith((*FILE_KINDS, ".json")) or is_local_path(asked) or asked.startswith((".", "~"))
-    return base_name(asked) if is_file else asked
+    """What was asked to calibrate on: a recipe or data set as it is, a local file without its folder."""
+    return public_name(asked)
 
 
 def _known(name: str) -> bool:

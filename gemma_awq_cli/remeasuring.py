@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.fidelity import Fidelity
-from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
+from gemma_awq_cli.calibration import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.measuring_fidelity import measure
@@ -22,6 +22,7 @@ from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 from gemma_awq_cli.reading import home_path
+from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.sampling import Sampling
 
 # Relative: another processor, thread count or torch build rounds otherwise.

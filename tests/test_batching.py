@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_awq_cli.batching import Batch, complete_batch, read_finished, read_prompts, recorded_seed
+from gemma_awq_cli.batching import Batch, complete_batch, read_finished, recorded_seed
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Settings
@@ -19,6 +19,7 @@ from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
 from gemma_awq_cli.models.session import Session
+from gemma_awq_cli.prompt_file import read_prompts
 from gemma_awq_cli.sampling import Sampling
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3ForConditionalGeneration
 
-from gemma_awq_cli.calibration import find_recipe
 from gemma_awq_cli.measuring_fidelity import measure, read_text, require_same_base
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.recipes import find_recipe
 from tests.conftest import FAMILIES
 from tests.tiny import make_tokenizer
 
@@ -109,3 +109,19 @@ def test_the_embedded_text_is_the_held_out_one(tmp_path: Path) -> None:
     recipe = find_recipe("embedded")
     assert recipe.heldout is not None
     assert recipe.heldout.read_text(encoding="utf-8") == text.plain
+
+
+def test_of_a_long_text_only_the_beginning_is_read_for_a_few_windows(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = "".join(f"{i:09d} some words\n" for i in range(150_000))  # 3 MB
+    (tmp_path / "long.txt").write_text("\ufeff" + lines.replace("\n", "\r\n"))
+    (tmp_path / "short.txt").write_text(lines[:20_000])
+    prompter = Prompter(checkpoints("gemma"))
+    texts = [read_text(find_recipe(str(tmp_path / name)), prompter, 256, 64, 3) for name in ("long.txt", "short.txt")]
+    assert torch.equal(texts[0].rows, texts[1].rows)
+    assert len(texts[0].plain) < 2_200_000
+    # where a window takes more characters than was thought, more is read
+    ids = prompter.ids
+    monkeypatch.setattr(prompter, "ids", lambda text: ids(text[: len(text) // 20_000]))
+    assert len(read_text(find_recipe(str(tmp_path / "long.txt")), prompter, 256, 41, 3).rows) == 3

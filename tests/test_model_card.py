@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
-from gemma_awq_cli.calibration import Recipe, _describe, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.model_card import is_unedited, quantize_command
 from gemma_awq_cli.models.staging import REPORT
 from gemma_awq_cli.publishing import Prepared, prepare
+from gemma_awq_cli.recipes import Recipe, find_recipe
 from tests.conftest import FAMILIES
 
 
@@ -88,7 +88,7 @@ def test_a_hub_model_calibrated_on_a_hub_dataset(artifacts: Callable[[str], Path
 
     def change(report: dict) -> None:  # type: ignore[type-arg]
         report["source"] |= {"model": "google/gemma-2b", "revision": "0" * 40, "card": {"license": "gemma"}}
-        report["calibration"]["text"] = _describe(recipe)
+        report["calibration"]["text"] = recipe.described()
         report["arguments"]["calibration"] = "wikitext"
 
     made = prepare(with_report(artifacts("gemma"), tmp_path / "a", change), "me/x", None, None, None)

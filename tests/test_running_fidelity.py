@@ -9,7 +9,6 @@ import torch
 
 from gemma_awq_cli import benchmarking, llama_cpp_model, running_fidelity
 from gemma_awq_cli.bench_entries import Entry
-from gemma_awq_cli.calibration import find_recipe
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.measuring_fidelity import measure, read_text
 from gemma_awq_cli.models.architecture import architecture_of
@@ -17,6 +16,7 @@ from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.torch_text import read_torch_text
+from gemma_awq_cli.recipes import find_recipe
 from gemma_awq_cli.running_fidelity import measure_running, steps
 from tests.test_bench import InProcess, documented
 

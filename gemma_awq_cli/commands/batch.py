@@ -10,10 +10,8 @@ import typer
 
 from gemma_awq_cli.batching import (
     Batch,
-    Prompt,
     complete_batch,
     read_finished,
-    read_prompts,
     recorded_seed,
     require_free,
     sole_writer,
@@ -23,6 +21,7 @@ from gemma_awq_cli.commands.engines import read_model, start_engine
 from gemma_awq_cli.generation import Completion, Settings
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.output import Output
+from gemma_awq_cli.prompt_file import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from gemma_awq_cli.commands.run import How

@@ -43,7 +43,7 @@ def command(
     threads: Annotated[int | None, typer.Option(help="Threads to compute with.  [default: torch's choice]",
         min=1, max=1024, show_default=False)] = None,
     text: Annotated[str, typer.Option(
-        help="What fidelity is measured on: embedded, wikitext, another recipe, or a .txt, .jsonl or .parquet file.",
+        help="What fidelity is measured on: embedded, wikitext, another recipe, or a file or folder of texts.",
         metavar="TEXT")] = "embedded",
     window: Annotated[int | None, typer.Option(
         help="Tokens of a window of it, BOS included.  [default: 2048, or what text and model allow]",
@@ -85,6 +85,7 @@ def command(
     from gemma_awq_cli import thresholds
     from gemma_awq_cli.bench_entries import Settings
     from gemma_awq_cli.benchmarking import Bench
+    from gemma_awq_cli.recipes import spelled
     from gemma_awq_cli.stored_documents import read_bench_document
 
     limits = {
@@ -96,7 +97,7 @@ def command(
         speed=speed or both, fidelity=fidelity or both, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         batches=tuple(batch or [1]), repetitions=repetitions, warmup=warmup, threads=threads, device=device.value,
         tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,
-        text=text, window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
+        text=spelled(text), window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
     )  # fmt: skip
     for figure in bounds:
         if not getattr(settings, figure.part):

@@ -47,7 +47,8 @@ def command(
     calibration: Annotated[
         str,
         typer.Option(
-            help="Recipe name, recipe file, .txt/.jsonl/.parquet file, hub dataset id, or `self`.", metavar="TEXT"
+            help="Recipe, file or folder of texts (.txt, .jsonl, .json, .csv, .parquet), hub dataset id, or `self`.",
+            metavar="TEXT",
         ),
     ] = "embedded",
     dataset_config: Annotated[str | None, typer.Option(help="Config of a hub dataset.", metavar="NAME")] = None,
@@ -61,6 +62,9 @@ def command(
     num_samples: Annotated[int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1)] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
     seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with an error at the first unusable row of the calibration text.")
+    ] = False,
     device: DeviceOption = Device.auto,
     dtype: Annotated[
         StoredDtype | None, typer.Option(help="Of what stays 16-bit.  [default: what the source declares]")
@@ -85,7 +89,7 @@ def command(
         out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli import quantizing
     from gemma_awq_cli.artifact import source_notes
-    from gemma_awq_cli.calibration import DEFAULT_RECIPE, SELF, build_rows, find_recipe
+    from gemma_awq_cli.calibration import build_rows
     from gemma_awq_cli.models.cache import remember_artifact
     from gemma_awq_cli.models.checkpoint import Checkpoint
     from gemma_awq_cli.models.memory import available_memory
@@ -94,6 +98,7 @@ def command(
     from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
     from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
+    from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled
     from gemma_awq_cli.self_sampling import require_room, with_own_rows
     from gemma_awq_cli.source_metadata import source_card
 
@@ -118,12 +123,17 @@ def command(
     quantizing.require_quantizable(checkpoint)
     for line in source_notes(source.folder, source_card(source.folder)):
         out.note(line)
+    require_in_context(seq_len, checkpoint)
     stack = TextStack(checkpoint, chosen)
     size = int(group_size.value)
     stored = stored_dtype(checkpoint, dtype and dtype.value)
     require_layout(checkpoint, stack, size)
     heldout = quantizing.HELDOUT_SAMPLES_FAST if quality is QualityName.fast else quantizing.HELDOUT_SAMPLES
-    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, heldout)
+    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, heldout, strict)
+    for note in rows.notes:
+        out.note(note)
+    if rows.skipped:
+        out.warning(rows.skipped)
     own = num_samples if calibration == SELF else BEST_OWN_ROWS if quality is QualityName.best else 0
     if own:
         require_room(checkpoint, own, seq_len, memory or available_memory())
@@ -138,7 +148,7 @@ def command(
         _finish_dry_run(out, plan, target, as_json)
         return
     arguments = {
-        "quality": quality.value, "group_size": size, "calibration": calibration, "num_samples": num_samples,
+        "quality": quality.value, "group_size": size, "calibration": spelled(calibration), "num_samples": num_samples,
         "seq_len": seq_len, "seed": seed,
         "dataset_config": dataset_config, "dataset_split": dataset_split, "text_column": text_column,
         "device": chosen.type, "dtype": dtype and dtype.value, "max_memory": memory,
@@ -173,6 +183,15 @@ def command(
     else:
         out.result(str(target))
     out.note('Next: gemma-awq run "The capital of France is"')
+
+
+def require_in_context(seq_len: int, checkpoint: "Checkpoint") -> None:
+    """A usage error for rows that are longer than the model's context."""
+    context = int(checkpoint.text_config.max_position_embeddings)
+    if seq_len > context:
+        raise UsageError(
+            f"--seq-len {seq_len} is more than this model's context of {context} tokens.", f"Give at most {context}."
+        )
 
 
 def _sample(

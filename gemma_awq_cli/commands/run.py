@@ -23,7 +23,7 @@ from gemma_awq_cli.options import (
     RevisionOption,
 )
 from gemma_awq_cli.output import Output
-from gemma_awq_cli.reading import system_errors
+from gemma_awq_cli.reading import decode, plain_lines, require_text, system_errors
 from gemma_awq_cli.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
 ANOTHER_OUTPUT = "give another --output"
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+STDIN_BYTES = 8 << 20  # the largest Gemma's context has 131072 tokens; few tokens have more than 64 bytes
 NEW_TOKENS = 256
 NEW_TOKENS_CHAT = 1024
 
@@ -76,7 +77,11 @@ def command(
     ] = False,
     input_file: Annotated[
         Path | None,
-        typer.Option("--input", help="Many prompts: .txt, one a line, or .jsonl with `prompt` or `messages`."),
+        typer.Option(
+            "--input",
+            help="Many prompts: .txt, one per line, or .jsonl, .json or .csv with `prompt` or `messages`.",
+            metavar="FILE",
+        ),
     ] = None,
     output_file: Annotated[
         Path | None, typer.Option("--output", help="Where the answers to --input go: JSON lines, in the same order.")
@@ -233,18 +238,7 @@ def _complete(
 
 def read_prompt(argument: str | None) -> str:
     """The prompt: the argument, or standard input for `-` and pipes."""
-    if argument is not None and argument != "-":
-        text = argument
-    else:
-        try:
-            with system_errors("Standard input", 'Give the prompt: gemma-awq run "PROMPT".'):
-                data = sys.stdin.buffer.read()
-            text = data.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise GemmaAwqError(
-                f"The prompt on standard input is not UTF-8: {error}.", "Convert it to UTF-8."
-            ) from None
-        text = text.removesuffix("\n").removesuffix("\r")
+    text = argument if argument is not None and argument != "-" else _read_stdin()
     if not text:
         raise UsageError("The prompt is empty.", 'Give one: gemma-awq run "PROMPT", or pipe it in.')
     try:
@@ -252,6 +246,21 @@ def read_prompt(argument: str | None) -> str:
     except UnicodeEncodeError:  # an argument with bytes that are no UTF-8 arrives as lone surrogates
         raise GemmaAwqError("The prompt is not UTF-8.", "Convert it to UTF-8.") from None
     return text
+
+
+def _read_stdin() -> str:
+    """Standard input as text, with \\n for line ends and without the last; no more of it than a context can hold."""
+    where = "The prompt on standard input"
+    if sys.stdin is None:
+        raise UsageError("Standard input is closed, and there is no prompt.", 'Give one: gemma-awq run "PROMPT".')
+    with system_errors("Standard input", "Pipe the prompt in, or give it as an argument."):
+        data = sys.stdin.buffer.read(STDIN_BYTES + 1)
+    if len(data) > STDIN_BYTES:
+        raise GemmaAwqError(
+            f"{where} has more than {STDIN_BYTES} bytes, which no Gemma's context holds.",
+            "Shorten it, or give many prompts with --input.",
+        )
+    return plain_lines(require_text(decode(data, where), where)).removesuffix("\n")
 
 
 def default_model(out: Output) -> str:

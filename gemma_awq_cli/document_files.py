@@ -1,0 +1,282 @@
+"""One file of texts, row by row: JSON lines, a JSON array, CSV, parquet, plain or gzipped; never held as a whole.
+
+A row is what `document_forms` reads, or the error that one row is; an error of the whole file is raised.
+"""
+
+import csv
+import gzip
+import random
+import re
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path, PurePath
+from typing import Any, BinaryIO, cast
+
+from gemma_awq_cli.document_forms import KEYS
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.reading import (
+    JSON_BYTES,
+    LINE_BYTES,
+    VALIDATION_ERRORS,
+    byte_lines,
+    decode,
+    first_line,
+    json_items,
+    open_regular,
+    parse_json,
+    reason_of,
+    require_regular,
+    require_utf8_mark,
+)
+
+TEXT, LINES, JSON, TABLES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv"), (".parquet",)
+GZIP = ".gz"
+FILE_KINDS = (*TEXT, *LINES, *JSON, *TABLES, *PARQUET)
+KINDS_NAMED = f"{', '.join(FILE_KINDS)}; all but .parquet also as .gz"
+HINT = "Check the path and its permissions."
+_LINES_HINT = "Write one JSON object a line."
+_JSON_HINT = "Write a JSON array of objects, or one object a line."
+_TABLE_HINT = "The first line names the columns; a field with line ends or quotes is quoted."
+_DELIMITERS = ",;\t|"
+_UNDECODED = re.compile("[\udc80-\udcff]")  # how surrogateescape keeps a byte that is no UTF-8
+_BATCH = 256  # parquet rows at a time
+_PARQUET_BUFFER = 1 << 20
+# A gzipped file is read up to this many bytes; beyond the first of them, as long as it unpacks to no more than RATIO
+# times its size: text unpacks to some ten times, a bomb to a thousand.
+UNPACKED_FREELY, UNPACKED = 1 << 22, 1 << 30
+RATIO = 200
+
+Row = tuple[object, Any]  # where it is, and what it is: a JSON value, or a GemmaAwqError that says why it is none
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a file's name says of it. suffix: one of FILE_KINDS; packed: whether it is gzipped."""
+
+    suffix: str
+    packed: bool
+
+
+def kind_of(path: PurePath) -> Kind | None:
+    """The kind of a file by its name, in whatever case; None if it is none that is read."""
+    name = path.name.lower()
+    packed = name.endswith(GZIP)
+    suffix = PurePath(name.removesuffix(GZIP) if packed else name).suffix
+    return Kind(suffix, packed) if suffix in FILE_KINDS and not (packed and suffix in PARQUET) else None
+
+
+@contextmanager
+def unpacked(path: Path, kind: Kind) -> Iterator[BinaryIO]:
+    """The file's bytes, unpacked if it is gzipped; what goes wrong in reading them inside is an error of the file."""
+    with open_regular(path, HINT) as file:
+        try:
+            yield cast(BinaryIO, _Unpacked(file, path)) if kind.packed else file
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise GemmaAwqError(f"{path} is not a sound gzip file: {first_line(error)}.", "Pack it again.") from None
+        except OSError as error:
+            raise GemmaAwqError(f"{path} cannot be read: {reason_of(error)}.", HINT) from error
+
+
+class _Unpacked(gzip.GzipFile):
+    """A gzip file that ends in an error where it unpacks to so much that nobody can have meant it."""
+
+    def __init__(self, file: BinaryIO, path: Path) -> None:
+        super().__init__(fileobj=file, mode="rb")
+        self._file, self._path = file, path
+
+    def read(self, size: int | None = -1) -> bytes:
+        at = self.tell()
+        if at > UNPACKED_FREELY and (at > UNPACKED or at > RATIO * self._file.tell()):
+            raise GemmaAwqError(
+                f"{self._path} unpacks to {at} bytes and more with too little text in them.",
+                "Unpack it yourself, and give the text that is meant.",
+            )
+        return super().read(size)
+
+
+def rows_of(path: Path, kind: Kind, column: str | None = None, rng: random.Random | None = None) -> Iterator[Row]:
+    """All rows of a file that is no plain text. column: of a parquet file, the only one that is wanted.
+
+    rng: takes the row groups of a parquet file in an order of its own.
+    """
+    if kind.suffix in PARQUET:
+        yield from _parquet_rows(path, column, rng)
+        return
+    with unpacked(path, kind) as stream:
+        if kind.suffix in LINES:
+            yield from line_rows(stream, path)
+        elif kind.suffix in JSON:
+            yield from _json_rows(stream, path)
+        else:
+            yield from _table_rows(stream, path, "\t" if kind.suffix == ".tsv" else None)
+
+
+def line_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
+    """The rows of JSON lines."""
+    for number, line in byte_lines(stream, path, _LINES_HINT):
+        if number == 1:
+            require_utf8_mark(line, path)
+        if line.strip():
+            where = f"{path}, line {number}"
+            yield where, line_of_json(line, where)
+
+
+def line_of_json(line: bytes, where: object) -> Any:
+    """One line's JSON value, or the error that it is."""
+    try:
+        return parse_json(decode(line, where), where, _LINES_HINT)
+    except GemmaAwqError as error:
+        return error
+
+
+class _Rest:
+    """A stream of which the beginning was read already."""
+
+    def __init__(self, begun: bytes, stream: BinaryIO) -> None:
+        self._begun, self._stream = begun, stream
+
+    def read(self, size: int) -> bytes:
+        if not self._begun:
+            return self._stream.read(size)
+        given, self._begun = self._begun[:size], self._begun[size:]
+        return given
+
+
+def _json_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
+    """The items of an array, or of the one list that an object holds; or JSON lines, which many call .json."""
+    begun = b""
+    while (line := stream.readline(LINE_BYTES)) and not begun.strip(b"\xef\xbb\xbf \t\r\n"):
+        begun += line
+        if len(begun) > LINE_BYTES:
+            raise GemmaAwqError(f"{path} begins with more than {LINE_BYTES} bytes of nothing.", _JSON_HINT)
+    require_utf8_mark(begun, path)
+    first = begun.removeprefix(b"\xef\xbb\xbf").strip()
+    rest = cast(BinaryIO, _Rest(begun + line, stream))
+    if first.startswith(b"["):
+        for number, text in json_items(rest, path, _JSON_HINT):
+            where = f"{path}, item {number}"
+            try:
+                yield where, parse_json(text, where, _JSON_HINT)
+            except GemmaAwqError as error:
+                yield where, error
+    elif line.strip() and isinstance(line_of_json(first, path), dict):
+        yield from line_rows(rest, path)
+    else:
+        data = rest.read(len(begun + line)) + stream.read(JSON_BYTES)
+        if len(data) > JSON_BYTES:
+            raise GemmaAwqError(f"{path} is one JSON value of more than {JSON_BYTES} bytes.", _JSON_HINT)
+        yield from _value_rows(parse_json(decode(data, path), path, _JSON_HINT), path)
+
+
+def _value_rows(value: Any, path: Path) -> Iterator[Row]:
+    lists = [
+        name
+        for name, items in (value.items() if isinstance(value, dict) else ())
+        if isinstance(items, list) and items and isinstance(items[0], dict)
+    ]
+    if len(lists) == 1 and lists[0] not in KEYS:
+        for number, item in enumerate(value[lists[0]], 1):
+            yield f"{path}, {lists[0]} {number}", item
+    else:
+        yield path, value
+
+
+def _table_rows(stream: BinaryIO, path: Path, delimiter: str | None) -> Iterator[Row]:
+    """The rows of a table with a header, as objects of texts."""
+    csv.field_size_limit(LINE_BYTES)
+    read = 0  # bytes since the last row
+
+    def lines() -> Iterator[str]:
+        nonlocal read
+        for number, line in byte_lines(stream, path, _TABLE_HINT):
+            if number == 1:
+                require_utf8_mark(line, path)
+            read += len(line)
+            if read > LINE_BYTES:
+                raise GemmaAwqError(f"{path}, line {number} is in a row of more than {LINE_BYTES} bytes.", _TABLE_HINT)
+            # bytes that are no UTF-8 become surrogates, which make this one row an error
+            yield line.decode("utf-8", "surrogateescape") + "\n"
+
+    text = lines()
+    blank, header = 0, ""
+    for header in text:
+        if header.strip():
+            break
+        blank += 1
+    found = delimiter or max(_DELIMITERS, key=header.count)
+    table = csv.reader(chain([header], text), delimiter=found, strict=True)
+    columns: list[str] | None = None
+    while True:
+        where = f"{path}, line {blank + table.line_num + 1}"
+        read = 0
+        try:
+            fields = next(table)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            if columns is None:
+                raise GemmaAwqError(f"{path} has no header that can be read: {error}.", _TABLE_HINT) from None
+            yield where, GemmaAwqError(f"{where} is not a row of a table: {error}.", _TABLE_HINT)
+            continue
+        if columns is None:
+            columns = [name.strip() for name in fields]
+        elif any(fields):
+            yield where, _table_row(columns, fields, where)
+
+
+def _table_row(columns: Sequence[str], fields: Sequence[str], where: str) -> Any:
+    if len(fields) > len(columns):
+        return GemmaAwqError(f"{where} has {len(fields)} fields, and the header has {len(columns)}.", _TABLE_HINT)
+    row = dict(zip(columns, fields, strict=False))
+    if any(_UNDECODED.search(field) for field in fields):
+        return GemmaAwqError(f"{where} is not UTF-8.", "Convert the file to UTF-8.")
+    return row
+
+
+@contextmanager
+def _parquet_errors(path: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except (*VALIDATION_ERRORS, pyarrow.lib.ArrowException) as error:
+        raise GemmaAwqError(
+            f"{path} is not a readable parquet file: {first_line(error)}.", "Write it again."
+        ) from error
+
+
+def _parquet_rows(path: Path, column: str | None, rng: random.Random | None) -> Iterator[Row]:
+    """The rows of a parquet file: the columns that say something, a few rows in memory at a time."""
+    require_regular(path, HINT)
+    with _parquet_errors(path):
+        import pyarrow.parquet
+
+        file = pyarrow.parquet.ParquetFile(path, buffer_size=_PARQUET_BUFFER, pre_buffer=False)
+        names = [str(name) for name in file.schema_arrow.names]
+        counts = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+    if column is not None and column not in names:
+        raise GemmaAwqError(f"{path} has no text column {column!r}.", f"It has: {', '.join(names[:20])}.")
+    wanted = [column] if column is not None else [name for name in names if name in KEYS]
+    if not wanted:  # the error that every row would be
+        yield path, dict.fromkeys(names)
+        return
+    order = list(range(len(counts)))
+    if rng is not None:
+        rng.shuffle(order)
+    with file:
+        for group in order:
+            number = sum(counts[:group])
+            with _parquet_errors(path):
+                batches = file.iter_batches(_BATCH, row_groups=[group], columns=wanted, use_threads=False)
+            while True:
+                with _parquet_errors(path):
+                    batch = next(batches, None)
+                    rows = [] if batch is None else batch.to_pylist()
+                if batch is None:
+                    break
+                for row in rows:
+                    number += 1
+                    yield f"{path}, row {number}", row
