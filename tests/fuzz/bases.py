@@ -12,14 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from tests.fuzz.hostile import CANARY
 
+ONE = "gemma-one"  # of a single layer, for what must quantize to be seen
 FAMILIES = ("gemma", "gemma-mqa", "gemma2", "gemma3_text", "gemma3")
 CHAT = ("gemma-mqa", "gemma3_text", "gemma3")
 SHARDED = ("gemma2",)
 ARTIFACTS = tuple(f"{family}-awq" for family in FAMILIES)
 STAGED = ("gemma-staged", "gemma3_text-staged")
-BASES = (*FAMILIES, *ARTIFACTS, *STAGED)
+BASES = (*FAMILIES, ONE, *ARTIFACTS, *STAGED)
 RUN = ["run", "-m", "model", "--max-new-tokens", "4", "--device", "cpu"]
 PROMPT = "The quick"
 BATCH = ["run", "-m", "model", "--input", "prompts.jsonl", "--output", "answers.jsonl", "--max-new-tokens", "2",
@@ -64,19 +67,22 @@ def make_bases(root: Path) -> None:
         _artifact(root / f"{family}-awq", root / family)
         if f"{family}-staged" in STAGED:
             _staged(root / f"{family}-staged", root / family)
+    _checkpoint(root / ONE, "gemma", layers=1)
     done.touch()
 
 
-def _checkpoint(folder: Path, family: str) -> None:
-    from tests.tiny import TEXT, make_checkpoint
+def _checkpoint(folder: Path, family: str, layers: int = 3) -> None:
+    from tests import tiny
 
-    model = make_checkpoint(folder / "model", family, sharded=family in SHARDED, chat=family in CHAT)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(tiny._SIZES, "num_hidden_layers", layers)
+        model = tiny.make_checkpoint(folder / "model", family, sharded=family in SHARDED, chat=family in CHAT)
     (model / "README.md").write_text(CARD, encoding="utf-8")
     (model / "LICENSE").write_text("Licence of a test.\n", encoding="utf-8")
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": {"content": "<unk>"}}
     (model / "special_tokens_map.json").write_text(json.dumps(tokens), encoding="utf-8")
     (model / "added_tokens.json").write_text(json.dumps({"<start_of_turn>": 4, "<end_of_turn>": 5}), encoding="utf-8")
-    _texts(folder, [f"{number}. {TEXT}" for number in range(14)], family in CHAT)
+    _texts(folder, [f"{number}. {tiny.TEXT}" for number in range(14)], family in CHAT)
     _answers(folder)
 
 

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.fuzz.cases import Case, Result, read_case
-from tests.fuzz.kinds import KINDS, make_case
+from tests.fuzz.kinds import KINDS, make_case, shares
 
 HERE = Path(__file__).parent
 PROJECT = HERE.parent.parent
@@ -240,11 +240,7 @@ def _around(text: str, place: int) -> str:
 
 def cases_of(harness: Harness, kinds: Sequence[str], count: int, first: int) -> list[Case]:
     """`count` cases, shared out among the kinds, numbered from `first` on."""
-    return [
-        harness.make(kind, first + number)
-        for index, kind in enumerate(kinds)
-        for number in range(count // len(kinds) + (index < count % len(kinds)))
-    ]
+    return [harness.make(kind, first + n) for kind, own in shares(kinds, count).items() for n in range(own)]
 
 
 def kept_cases() -> list[Case]:

@@ -50,10 +50,11 @@ def _prepare(root: Path) -> None:
     import torch
 
     from tests.fuzz.bases import make_bases
-    from tests.fuzz.patching import do_not_wait_for_the_disk
+    from tests.fuzz.patching import build_the_command_once, do_not_wait_for_the_disk
 
     torch.set_num_threads(1)  # no threads exist that a fork would lose
     do_not_wait_for_the_disk()
+    build_the_command_once()
     faulthandler.enable()
     make_bases(root)
     # what a first use imports
@@ -175,14 +176,21 @@ def _look_around(work: Path, case: Case, before: set[str], result: Result) -> li
     if "out" in made and result.code != 0 and not result.died:
         notes.append("a failed command left its output folder")
     for path in [*(work / "out").rglob("*"), work / "page.html", work / "answers.jsonl"]:
-        if path.is_file() and CANARY.encode() in path.read_bytes():
+        if _holds(path, CANARY):
             notes.append(f"what lies outside the model is in {path.relative_to(work)}")
     if CANARY in result.stdout + result.stderr:
         notes.append("what lies outside the model was printed")
-    page = work / "page.html"
-    if page.is_file() and b"<script>alert" in page.read_bytes():
+    if _holds(work / "page.html", "<script>alert"):
         notes.append("a script of the model's is in the page")
     return notes
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Whether a regular file holds a text near its beginning."""
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        return text.encode() in file.read(2_000_000)
 
 
 class _Streams:

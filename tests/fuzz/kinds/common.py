@@ -57,8 +57,8 @@ def operation(rng: random.Random, base: str) -> list[str]:
            "1.0"], ["--dtype", "float32"] if base in FAMILIES else ["--head", "16bit"]]), PROMPT]  # fmt: skip
     if base in FAMILIES:
         reference = [*FIDELITY, "--reference", "model"]
-        return rng.choices([run, PLAN, QUANTIZE, reference, SPEED], [50, 30, 10, 5, 5])[0]
-    return rng.choices([run, FIDELITY, PUSH, DEEP, SPEED, PLAN], [50, 10, 25, 5, 5, 5])[0]
+        return rng.choices([run, PLAN, QUANTIZE, reference, SPEED], [52, 35, 5, 5, 3])[0]
+    return rng.choices([run, FIDELITY, PUSH, DEEP, SPEED, PLAN], [52, 8, 27, 5, 3, 5])[0]
 
 
 def load(root: Path, base: str, file: str) -> Any:

@@ -56,7 +56,7 @@ def calibration(rng: random.Random, root: Path) -> Draft:
                        ["--dataset-split", "train"]])  # fmt: skip
     if rng.random() < 0.15:
         return Draft(base, steps, [*FIDELITY, "--reference", "model", "--text", asked])
-    return Draft(base, steps, [*rng.choices([PLAN, QUANTIZE], [85, 15])[0], "--calibration", asked, *more])
+    return Draft(base, steps, [*rng.choices([PLAN, QUANTIZE], [95, 5])[0], "--calibration", asked, *more])
 
 
 def prompts(rng: random.Random, root: Path) -> Draft:

@@ -29,7 +29,7 @@ def report(rng: random.Random, root: Path) -> Draft:
         },
     )  # fmt: skip
     steps = json_steps(rng, REPORT, load(root, base, REPORT), extra)
-    return Draft(base, steps, rng.choices([PUSH, DEEP, PAGE, FIDELITY, [*PUSH, "--json"]], [50, 15, 15, 10, 10])[0])
+    return Draft(base, steps, rng.choices([PUSH, DEEP, PAGE, FIDELITY, [*PUSH, "--json"]], [60, 8, 10, 8, 14])[0])
 
 
 def bench(rng: random.Random, root: Path) -> Draft:
