@@ -102,7 +102,7 @@ class Counts:
 class Harness:
     """The process that runs cases, and the folder of the bases that it makes."""
 
-    def __init__(self, root: Path, environment: Mapping[str, str] | None = None) -> None:
+    def __init__(self, root: Path, environment: Mapping[str, str] | None = None, sanitized: Path | None = None) -> None:
         self.root = root
         root.mkdir(parents=True, exist_ok=True)
         (root / "home").mkdir(exist_ok=True)
@@ -116,9 +116,10 @@ class Harness:
         foreign = ("GEMMA_AWQ_", "HF_", "PYTEST_")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(foreign)}
         self._log = (root / "worker.log").open("wb")
+        command = [sys.executable, "-m", "tests.fuzz.worker", str(root), *([str(sanitized)] if sanitized else [])]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.fuzz.worker", str(root)], cwd=PROJECT, env={**kept, **own}, text=True,
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._log,
+            command, cwd=PROJECT, env={**kept, **own}, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+            stderr=self._log,
         )  # fmt: skip
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -178,7 +179,7 @@ def run_and_count(harness: Harness, cases: Sequence[Case], counts: Counts) -> No
 
 def judge(case: Case, result: Result) -> list[Finding]:
     """What a user must never meet."""
-    found: list[tuple[str, str]] = [(note, "") for note in result.notes]
+    found = [tuple(note.split(": ", 1)) if ": " in note else (note, "") for note in result.notes]
     if result.died:
         found.append((f"died of {result.died}", _last_line(result.stderr)))
     elif result.error:

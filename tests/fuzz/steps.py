@@ -63,8 +63,8 @@ def double_node(folder: Path, file: str, path: list[Key], value: Any = None) -> 
 
     _edit(target, path, change)
     if target.is_file() and path and isinstance(path[-1], str):
-        text = target.read_text(encoding="utf-8", errors="surrogatepass")
-        target.write_bytes(text.replace('"\\u0001twice"', json.dumps(path[-1])).encode("utf-8", "surrogatepass"))
+        data = target.read_bytes()
+        target.write_bytes(data.replace(b'"\\u0001twice"', json.dumps(path[-1]).encode()))
 
 
 def _edit(target: Path, path: list[Key], change: Callable[[Any, Key], None]) -> None:
@@ -73,10 +73,10 @@ def _edit(target: Path, path: list[Key], change: Callable[[Any, Key], None]) -> 
         line, *path = path
     if not target.is_file():
         return
-    text = target.read_text(encoding="utf-8", errors="surrogatepass")
-    lines = text.split("\n") if line is not None else [text]
     where = int(line) if line is not None else 0
     try:
+        text = target.read_text(encoding="utf-8", errors="surrogatepass")
+        lines = text.split("\n") if line is not None else [text]
         document = json.loads(lines[where])
         if not path:
             holder: Any = [document]

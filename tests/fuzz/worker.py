@@ -29,20 +29,26 @@ CPU_SECONDS = 10
 WALL_SECONDS = 30.0  # a machine may be busy with other things
 GROWTH = 1_000_000_000  # bytes of resident memory
 ADDRESSES = 6_000_000_000  # bytes of address space beyond what is there: enough to see a growth that is too large
+COMPARED = ("config", "weights", "packed", "index", "files")  # whose answers are compared with transformers'
+HARNESS_FAILED = 70
 TEXT_LIMIT = 20_000  # characters of output that are passed on
 
 
-def serve(root: Path) -> None:
-    """Make the bases below `root`, then run what standard input asks for."""
+def serve(root: Path, sanitized: Path | None) -> None:
+    """Make the bases below `root`, then run what standard input asks for. sanitized: a library to run models with."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # what the command prints while the bases are made is no answer
+    if sanitized is not None:
+        from tests.fuzz.sanitizers import use
+
+        use(sanitized)
     _prepare(root)
     print(json.dumps({"ready": True}), file=answers, flush=True)
     for line in sys.stdin:
         cases = [Case(**fields) for fields in json.loads(line)["cases"]]
         done = 0
         while done < len(cases):
-            done += _run_some(root, cases[done:], answers)
+            done += _run_some(root, cases[done:], answers, None if sanitized else ADDRESSES)
         print(file=answers, flush=True)
 
 
@@ -77,17 +83,22 @@ def _prepare(root: Path) -> None:
     gc.freeze()
 
 
-def _run_some(root: Path, cases: list[Case], answers: Any) -> int:
-    """Run cases in one fork until it ends: how many of them have an answer now."""
+def _run_some(root: Path, cases: list[Case], answers: Any, addresses: int | None) -> int:
+    """Run cases in one fork until it ends: how many of them have an answer now.
+
+    addresses: bytes of address space that it may take; None: all, as a sanitizer must.
+    """
     reading, writing = os.pipe()
     pid = os.fork()
     if pid == 0:
         os.close(reading)
         try:
             os.setsid()
-            _child(root, cases, writing)
-        finally:
-            os._exit(0)
+            _child(root, cases, writing, addresses)
+        except BaseException:  # noqa: BLE001 (an error of the harness itself)
+            traceback.print_exc()
+            os._exit(HARNESS_FAILED)
+        os._exit(0)
     os.close(writing)
     done = 0
     buffer = b""
@@ -122,8 +133,9 @@ def _run_some(root: Path, cases: list[Case], answers: Any) -> int:
     return done
 
 
-def _child(root: Path, cases: list[Case], writing: int) -> None:
-    resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + ADDRESSES,) * 2)
+def _child(root: Path, cases: list[Case], writing: int, addresses: int | None) -> None:
+    if addresses is not None:
+        resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + addresses,) * 2)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for case in cases:
         result = run_case(root, case)
@@ -182,6 +194,11 @@ def _look_around(work: Path, case: Case, before: set[str], result: Result) -> li
         notes.append("what lies outside the model was printed")
     if _holds(work / "page.html", "<script>alert"):
         notes.append("a script of the model's is in the page")
+    if result.code == 0 and case.kind in COMPARED and case.arguments[0] == "run":
+        from tests.fuzz.compare import disagreement
+
+        wrong = disagreement(work / "model", work / "scratch")
+        notes += [f"a wrong answer: {wrong}"] if wrong else []
     return notes
 
 
@@ -268,4 +285,4 @@ def _status(name: str) -> int:
 
 
 if __name__ == "__main__":
-    serve(Path(sys.argv[1]))
+    serve(Path(sys.argv[1]), Path(sys.argv[2]) if len(sys.argv) > 2 else None)
