@@ -45,7 +45,8 @@ def main() -> int:
 def _repeat(harness: Harness, names: list[str], line: str | None) -> int:
     from tests.fuzz.cases import read_case
 
-    cases = [harness.make(name.split(":")[0], int(name.split(":")[1])) for name in names]
+    kept = {case.name: case for case in kept_cases()}
+    cases = [kept.get(name) or harness.make(name.split(":")[0], int(name.split(":")[1])) for name in names]
     cases += [read_case(line)] if line else []
     wrong: list[Finding] = []
     for case in cases:

@@ -9,6 +9,7 @@ import shutil
 import socket
 import struct
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ WIDTHS = {"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4, "F16": 2, 
 def apply(folder: Path, steps: list[Step]) -> None:
     """All steps, in order."""
     for name, *arguments in steps:
-        STEPS[name](folder, *arguments)
+        with suppress(FileNotFoundError, NotADirectoryError, IsADirectoryError):  # what an earlier one took away
+            STEPS[name](folder, *arguments)
 
 
 # Nodes of JSON files
@@ -62,7 +64,7 @@ def double_node(folder: Path, file: str, path: list[Key], value: Any = None) -> 
             holder["\x01twice"] = value
 
     _edit(target, path, change)
-    if target.is_file() and path and isinstance(path[-1], str):
+    if _is_small(target) and path and isinstance(path[-1], str):
         data = target.read_bytes()
         target.write_bytes(data.replace(b'"\\u0001twice"', json.dumps(path[-1]).encode()))
 
@@ -71,7 +73,7 @@ def _edit(target: Path, path: list[Key], change: Callable[[Any, Key], None]) -> 
     line = None
     if target.suffix == ".jsonl" and path and isinstance(path[0], int):
         line, *path = path
-    if not target.is_file():
+    if not _is_small(target):
         return
     where = int(line) if line is not None else 0
     try:
@@ -141,7 +143,7 @@ def recode(folder: Path, file: str, codec: str) -> None:
 
 
 def _rewrite(target: Path, change: Callable[[bytes], bytes]) -> None:
-    if target.is_file():
+    if _is_small(target):
         target.write_bytes(change(target.read_bytes()))
 
 
@@ -224,7 +226,7 @@ def drop_tensor(folder: Path, file: str, name: str, renamed: str | None = None) 
 
 
 def _tensors_of(target: Path) -> tuple[dict[str, Any], bytes] | None:
-    if not target.is_file():
+    if not _is_small(target):
         return None
     raw = target.read_bytes()
     try:
@@ -252,7 +254,7 @@ def remove(folder: Path, file: str) -> None:
 
 
 def copy(folder: Path, file: str, name: str) -> None:
-    if (folder / file).is_file():
+    if _is_small(folder / file) and file != name:
         _clear(folder / name)
         shutil.copyfile(folder / file, folder / name)
 
@@ -300,6 +302,11 @@ def sparse(folder: Path, file: str, size: int) -> None:
     """A file that says it is large, and holds zeros."""
     if (folder / file).is_file():
         os.truncate(folder / file, size)
+
+
+def _is_small(target: Path) -> bool:
+    """Whether a file is there to be changed; neither a pipe or a device, nor one that only says that it is large."""
+    return target.is_file() and target.stat().st_size < 2**24
 
 
 def _clear(target: Path) -> None:

@@ -187,7 +187,8 @@ def _look_around(work: Path, case: Case, before: set[str], result: Result) -> li
     made = set(os.listdir(work)) - before
     if "out" in made and result.code != 0 and not result.died:
         notes.append("a failed command left its output folder")
-    for path in [*(work / "out").rglob("*"), work / "page.html", work / "answers.jsonl"]:
+    written = (work / "out").rglob("*") if not (work / "out").is_symlink() else ()
+    for path in [*written, work / "page.html", work / "answers.jsonl"]:
         if _holds(path, CANARY):
             notes.append(f"what lies outside the model is in {path.relative_to(work)}")
     if CANARY in result.stdout + result.stderr:
