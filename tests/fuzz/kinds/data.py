@@ -71,7 +71,7 @@ def prompts(rng: random.Random, root: Path) -> Draft:
             steps.append(["set", name, [rng.randrange(4)], rng.choice(rows)])
         elif rng.random() < 0.3:
             file = rng.choice([name, "answers.jsonl"])
-            steps.append(rng.choice([["directory", file], ["pipe", file], ["link", file, "/dev/zero"], ["link", file, "/dev/full"],
+            steps.append(rng.choice([["directory", file], ["pipe", "answers.jsonl"], ["link", file, "/dev/zero"], ["link", file, "/dev/full"],
                                      ["link", file, "nowhere"], ["link", file, name], ["write", file, ""], ["mode", file, 0]]))  # fmt: skip
         else:
             steps += text_steps(rng, name, size)
