@@ -95,8 +95,8 @@ def test_damage_to_what_is_not_there_does_nothing(tmp_path: Path) -> None:
     arguments = {
         "set": [["a"], 1], "delete": [["a"]], "rename": [["a"], "b"], "double": [["a"]], "truncate": [3],
         "flip": [1, 1], "splice": [0, 1, "x"], "replace": ["a", "b"], "prepend": ["x"], "append": ["x"],
-        "recode": ["utf-16"], "header": [["a"], 1], "header_length": [3], "tensor": ["a", "F32", [1], "00"], "drop_tensor": ["a"],
-        "remove": [], "copy": ["y"], "move": ["y"], "mode": [0], "sparse": [9],
+        "recode": ["utf-16"], "header": [["a"], 1], "header_length": [3], "tensor": ["a", "F32", [1], "00"],
+        "drop_tensor": ["a"], "remove": [], "copy": ["y"], "move": ["y"], "mode": [0], "sparse": [9],
     }  # fmt: skip
     for name in STEPS:
         if name in arguments:
