@@ -1,27 +1,14 @@
 """A few hundred damaged models, texts and options, and everything that once failed, in every run of the tests."""
 
 import os
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.kernels.native import library as native_library
 from tests.fuzz.cases import Case, Result, read_case
 from tests.fuzz.harness import ALL_KINDS, Counts, Harness, cases_of, judge, kept_cases, run_and_count
 
 pytestmark = pytest.mark.skipif(os.name != "posix" or not Path("/proc/self/status").is_file(), reason="needs Linux")
-
-
-@pytest.fixture(scope="module")
-def harness(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Iterator[Harness]:
-    root = tmp_path_factory.mktemp("fuzz")
-    native_library.load(native_folder)  # the tests compile it once
-    (root / "cache").mkdir()
-    shutil.copytree(native_folder, root / "cache" / "native")
-    with Harness(root) as made:
-        yield made
 
 
 def require_nothing_found(harness: Harness, cases: list[Case]) -> Counts:
