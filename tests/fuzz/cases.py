@@ -28,7 +28,7 @@ class Case:
 
     def line(self) -> str:
         """As one line of JSON, without what is at its default."""
-        fields = {name: value for name, value in asdict(self).items() if value not in ("", False)}
+        fields = {name: value for name, value in asdict(self).items() if value is not False and value != ""}
         return json.dumps(fields)
 
     @property
