@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint check clean
+.PHONY: demo test lint check fuzz sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/gemma-awq quantize --force
@@ -19,6 +19,16 @@ lint: $(INSTALLED)
 
 check: $(INSTALLED)
 	$(BIN)/python -m pytest
+
+# CASES=20000 SEED=1 make fuzz
+CASES ?= 2000
+SEED ?= 1
+
+fuzz: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz --cases $(CASES) --seed $(SEED)
+
+sanitize: $(INSTALLED)
+	$(BIN)/python -m tests.fuzz.sanitizers --cases $(CASES) --seed $(SEED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

@@ -20,6 +20,10 @@ os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums rep
 FAMILIES = sorted(CONFIGS)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--fuzz-cases", type=int, default=500, help="how many cases tests/fuzz makes (default: 500)")
+
+
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
     """A test may compute with another number of threads; the next one does not."""
