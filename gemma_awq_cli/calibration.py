@@ -7,8 +7,7 @@ source that holds far more than is needed, the seed draws the part that is read 
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +17,7 @@ from gemma_awq_cli.document_forms import Document
 from gemma_awq_cli.document_reading import BadRows, Wanted, read_documents
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.hub_dataset import read_dataset
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.prompting import Prompter, PromptError, located
 from gemma_awq_cli.recipes import Recipe
 
 # Characters that are drawn of a long source for each token that is wanted. A token of prose has four: so the windows
@@ -136,9 +135,9 @@ def _source(documents: Sequence[Document], prompter: Prompter, seq_len: int, wan
     used = 0
     for document in documents:
         try:
-            with errors_of(document):
+            with located(document.where):
                 ids = prompter.ids(rendered(document, prompter))
-        except GemmaAwqError as error:  # the chat template refuses the messages
+        except PromptError as error:  # this one cannot be given to the model; the next may be
             wanted.bad.add(error)
         else:
             tokens += ids + separator
@@ -163,15 +162,6 @@ def rendered(document: Document, prompter: Prompter) -> str:
     if not prompter.is_chat:
         return "\n\n".join(message["content"] for message in content)
     return prompter.chat(content, answer_next=False)
-
-
-@contextmanager
-def errors_of(document: Document) -> Iterator[None]:
-    """Put the file and line of a document before what is wrong with it."""
-    try:
-        yield
-    except GemmaAwqError as error:
-        raise GemmaAwqError(f"{document.where}: {error.message}", error.hint) from error
 
 
 def _bad(sources: Sequence[_Source]) -> BadRows:

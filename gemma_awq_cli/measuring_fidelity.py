@@ -18,14 +18,14 @@ from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.pack import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.calibration import errors_of, hash_rows, rendered
+from gemma_awq_cli.calibration import hash_rows, rendered
 from gemma_awq_cli.document_forms import Document
 from gemma_awq_cli.document_reading import WHOLE
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.packed_reading import read_packed, require_awq
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.prompting import Prompter, located
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
@@ -101,7 +101,7 @@ def read_asked(original: Checkpoint, asked: str, window: int | None, windows: in
 
 
 def _plain(document: Document, prompter: Prompter) -> str:
-    with errors_of(document):
+    with located(document.where):
         text = rendered(document, prompter)
     is_rendered = prompter.is_chat and not isinstance(document.content, str)
     return text.removeprefix(prompter.tokenizer.special["bos_token"]) if is_rendered else text
