@@ -99,7 +99,7 @@ class Prompter:
 
 
 @contextmanager
-def located(place: str) -> Iterator[None]:
+def located(place: object) -> Iterator[None]:
     """Put the place in front of a `PromptError` that is raised inside: `prompts.jsonl, line 7: The text holds ...`."""
     try:
         yield
