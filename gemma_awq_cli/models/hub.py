@@ -67,11 +67,13 @@ def _malformed(repo: str) -> Iterator[None]:
 
 
 def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> GemmaAwqError:
-    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+    from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
         error = error.__cause__  # nothing in the cache to fall back on: what kept the client from the hub is the reason
+    if isinstance(error, RemoteEntryNotFoundError):
+        return GemmaAwqError(f"The hub lists a file of {repo} that it does not have (HTTP 404).", _ELSEWHERE)
     if (refusal := _refusal(error, repo, revision)) is not None:
         return refusal
     if isinstance(error, OfflineModeIsEnabled):
@@ -174,8 +176,6 @@ def _refusal(error: BaseException, repo: str, revision: str | None) -> GemmaAwqE
             return GemmaAwqError(f"The hub has no repository {repo}.", f"Check the name. If it is private: {LOGIN}")
         if status in (401, 403):
             return GemmaAwqError(f"The hub refused access to {repo} (HTTP {status}).", f"Check the token. {LOGIN}")
-        if status == 404:
-            return GemmaAwqError(f"The hub lists a file of {repo} that it does not have (HTTP 404).", _ELSEWHERE)
         return GemmaAwqError(f"The hub answered HTTP {status} for {repo}.", "Try again later.")
     if isinstance(error, (FileMetadataError, json.JSONDecodeError)):
         return GemmaAwqError(f"What answered for {repo} is not a hub.", "Check HF_ENDPOINT, and any proxy or firewall.")
