@@ -39,6 +39,21 @@ GEMMA3_270M = {
     "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False, "use_cache": True,
     "vocab_size": 262144,
 }  # fmt: skip
+GEMMA_2B = {**GEMMA_7B, "hidden_act": "gelu", "hidden_activation": None, "num_key_value_heads": 1}
+GEMMA3_4B_IT = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+    "vision_config": {
+        "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+    },
+}  # fmt: skip
 
 
 def theirs(raw: dict[str, Any], folder: Path) -> Any:
@@ -116,6 +131,24 @@ def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: P
     assert agreed > 20
     assert filled > agreed
     assert refused > 20
+
+
+@pytest.mark.parametrize("raw", [GEMMA_7B, GEMMA_2B, GEMMA3_270M, GEMMA3_4B_IT])
+def test_released_configs_are_read_as_transformers_reads_them(raw: dict[str, Any], tmp_path: Path) -> None:
+    family = family_of(raw["model_type"])
+    ours, config = transformers_text_config(values_of(raw), tmp_path), theirs(raw, tmp_path)
+    unread = {
+        "dtype",
+        "transformers_version",
+        "architectures",
+        "eos_token_id",
+        "pad_token_id",
+        "use_cache",
+        "_name_or_path",
+    }
+    read = {name: value for name, value in ours.to_dict().items() if name not in unread}
+    assert {name: config.to_dict()[name] for name in read if name in config.to_dict()} | {} == read
+    assert same(architecture_of(ours, family), architecture_of(config, family))
 
 
 def test_a_checkpoints_dtype_is_transformers(checkpoints: Callable[[str], Path]) -> None:
