@@ -128,7 +128,7 @@ def require_rope(config: Any, shape: TextShape, where: Path) -> None:
                 HINT,
             )
         for name in ("short_factor", "long_factor"):  # transformers takes one or the other by the text's length
-            if len(own.get(name) or [0] * (shape.head_dim // 2)) != shape.head_dim // 2:
+            if name in own and len(own[name]) != shape.head_dim // 2:
                 raise GemmaAwqError(
                     f"{where}: {name} has {len(own[name])} entries, not one for each pair of head_dim "
                     f"{shape.head_dim}.",

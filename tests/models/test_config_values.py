@@ -145,6 +145,7 @@ def test_a_size_is_what_the_tensors_are(kind: str, name: str, value: int, change
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear", "factor": 1e999}}, "factor is Infinity"),
         ("gemma3_text", {"rope_scaling": {"rope_type": "linear"}}, "rope"),
         ("gemma", {"rope_parameters": {"rope_type": "longrope", "short_factor": HALF, "long_factor": [1]}}, "has 1"),
+        ("gemma2", {"rope_scaling": {"rope_type": "longrope", "short_factor": HALF, "long_factor": []}}, "has 0"),
         ("gemma", {"rope_parameters": {"rope_type": "linear", "factor": 2, "partial_rotary_factor": 0.5}}, "whole"),
     ],
 )  # fmt: skip

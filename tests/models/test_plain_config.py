@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import family_of
 from gemma_awq_cli.models.architecture import Architecture, architecture_of, refusal
-from gemma_awq_cli.models.config_values import text_values
+from gemma_awq_cli.models.config_values import KINDS, text_values
 from gemma_awq_cli.models.plain_config import plain_text_config
 from gemma_awq_cli.models.text_config import transformers_text_config
 from tests.conftest import FAMILIES
@@ -38,6 +38,21 @@ GEMMA3_270M = {
     "rope_scaling": None, "rope_theta": 1000000.0, "sliding_window": 512, "torch_dtype": "bfloat16",
     "transformers_version": "4.55.0.dev0", "use_bidirectional_attention": False, "use_cache": True,
     "vocab_size": 262144,
+}  # fmt: skip
+GEMMA_2B = {**GEMMA_7B, "hidden_act": "gelu", "hidden_activation": None, "num_key_value_heads": 1}
+GEMMA3_4B_IT = {
+    "architectures": ["Gemma3ForConditionalGeneration"], "boi_token_index": 255999, "eoi_token_index": 256000,
+    "eos_token_id": [1, 106], "image_token_index": 262144, "initializer_range": 0.02, "mm_tokens_per_image": 256,
+    "model_type": "gemma3",
+    "text_config": {
+        "hidden_size": 2560, "intermediate_size": 10240, "model_type": "gemma3_text", "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"}, "sliding_window": 1024,
+    },
+    "torch_dtype": "bfloat16", "transformers_version": "4.50.0.dev0",
+    "vision_config": {
+        "hidden_size": 1152, "image_size": 896, "intermediate_size": 4304, "model_type": "siglip_vision_model",
+        "num_attention_heads": 16, "num_hidden_layers": 27, "patch_size": 14, "vision_use_head": False,
+    },
 }  # fmt: skip
 
 
@@ -116,6 +131,17 @@ def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: P
     assert agreed > 20
     assert filled > agreed
     assert refused > 20
+
+
+@pytest.mark.parametrize("raw", [GEMMA_7B, GEMMA_2B, GEMMA3_270M, GEMMA3_4B_IT])
+def test_released_configs_are_read_as_transformers_reads_them(raw: dict[str, Any], tmp_path: Path) -> None:
+    family = family_of(raw["model_type"])
+    ours, config = transformers_text_config(values_of(raw), tmp_path), theirs(raw, tmp_path)
+    read = KINDS[ours.model_type].keys() & ours.to_dict().keys()
+    assert len(read) >= 15
+    for name in read:
+        assert getattr(ours, name) == getattr(config, name), name
+    assert same(architecture_of(ours, family), architecture_of(config, family))
 
 
 def test_a_checkpoints_dtype_is_transformers(checkpoints: Callable[[str], Path]) -> None:

@@ -126,17 +126,20 @@ def _load_new(folder: Path, key: str, command: list[str]) -> Library | str:
     with tempfile.TemporaryDirectory(dir=folder) as building:
         made = Path(building) / "native.so"
         arguments = [*command, str(SOURCES / "engine.cpp"), "-o", str(made)]
+        failed = None
         try:
-            done = subprocess.run(
-                arguments, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                env={**os.environ, "TMPDIR": building}, timeout=COMPILE_SECONDS, check=False,
+            subprocess.check_output(
+                arguments, stdin=subprocess.DEVNULL, stderr=subprocess.STDOUT,
+                env={**os.environ, "TMPDIR": building}, timeout=COMPILE_SECONDS,
             )  # fmt: skip
         except subprocess.TimeoutExpired:
             return f"{command[0]} did not compile them within {COMPILE_SECONDS} seconds"
-        if done.returncode or not made.is_file():
+        except subprocess.CalledProcessError as error:
             # a compiler speaks the encoding of its own locale
-            lines = done.stdout.decode("utf-8", "replace").strip().splitlines() or [f"exit code {done.returncode}"]
-            return f"{command[0]} cannot compile them ({lines[0][:300]})"
+            lines = error.output.decode("utf-8", "replace").strip().splitlines()
+            failed = lines[0][:300] if lines else f"exit code {error.returncode}"
+        if failed or not made.is_file():
+            return f"{command[0]} cannot compile them ({failed or 'it made no file'})"
         made.chmod(0o700)
         path = folder / f"native-{key}-{hashlib.sha256(made.read_bytes()).hexdigest()}.so"
         made.replace(path)  # whole or not at all
