@@ -1,28 +1,21 @@
-"""Whether a JSON value is what its schema promises: the part of JSON Schema that this project's two schemas use.
+"""Whether a JSON value is what its schema promises: jsonschema says so, and bounds hold where a schema has none.
 
-Written by hand because a schema alone does not bound what it says nothing of: here every text, list and number is
-bounded, and every number finite, also where the schema has no word for it.
+A schema says nothing of how long a text or how large a number may be; here every text and list is bounded, every
+integer fits 64 bits, and every number is finite.
 """
 
 import json
 import math
-import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 
-MISSING = "is missing"
 LONGEST_TEXT = 10_000
 LONGEST_LIST = 200_000
-LARGEST = 10**18  # of a number, either way
-
-_TYPES: Mapping[str, tuple[type, ...]] = {
-    "object": (dict,), "array": (list,), "string": (str,), "integer": (int,), "number": (int, float),
-    "boolean": (bool,), "null": (type(None),),
-}  # fmt: skip
+MAX_INTEGER = 2**63 - 1
 
 
 @cache
@@ -37,99 +30,68 @@ def load_schema(name: str) -> dict[str, Any]:
 
 def require_schema(value: Any, schema: Mapping[str, Any], where: str | Path, hint: str) -> None:
     """An error that names the field of `value` that is not as `schema` says. where: what `value` was read from."""
-    if (problem := _problem(value, schema, schema, "")) is not None:
-        field, said = problem[0].removeprefix(".") or "the document", problem[1]
-        raise GemmaAwqError(f"{where} does not tell {field}." if said == MISSING else f"{where}: {field} {said}.", hint)
+    if (unbounded := next(_unbounded(value, ""), None)) is not None:
+        raise GemmaAwqError(f"{where}: {unbounded}.", hint)
+    error = next(_validator(json.dumps(schema)).iter_errors(value), None)
+    if error is None:
+        return
+    while error.context:  # of several choices, the one that got furthest into the value is what its writer meant
+        error = max(error.context, key=lambda choice: (len(choice.absolute_path), choice.validator != "type"))
+    field = error.json_path.removeprefix("$").removeprefix(".")[:200]
+    if error.validator == "required":
+        missing = next(name for name in error.validator_value if name not in error.instance)
+        raise GemmaAwqError(f"{where} does not tell {f'{field}.{missing}'.removeprefix('.')}.", hint)
+    raise GemmaAwqError(f"{where}: {field or 'the document'} {_said(error)}.", hint)
 
 
-def _problem(value: Any, schema: Mapping[str, Any], root: Mapping[str, Any], field: str) -> tuple[str, str] | None:
-    """The first field that is wrong, and what is wrong with it."""
-    if (reference := schema.get("$ref")) is not None:
-        return _problem(value, root["$defs"][reference.removeprefix("#/$defs/")], root, field)
-    if (choices := schema.get("anyOf")) is not None:
-        failed = [problem for choice in choices if (problem := _problem(value, choice, root, field)) is not None]
-        # of several, the one that got furthest into the value is what its writer meant
-        return max(failed, key=lambda problem: len(problem[0])) if len(failed) == len(choices) else None
-    said = _said(value, schema)
-    if said is not None:
-        return field, said
-    if isinstance(value, dict):
-        return _problem_in_object(value, schema, root, field)
-    if isinstance(value, list):
-        items = schema.get("items", {})
-        problems = (_problem(item, items, root, f"{field}[{index}]") for index, item in enumerate(value))
-        return next((problem for problem in problems if problem is not None), None)
-    return None
+@cache
+def _validator(schema: str) -> Any:
+    from jsonschema import Draft202012Validator
+    from jsonschema.validators import extend
+
+    # 2.0 is an integer to JSON Schema, and to nobody who counts with it
+    types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
+    return extend(Draft202012Validator, type_checker=types)(json.loads(schema))
 
 
-def _problem_in_object(
-    value: dict[str, Any], schema: Mapping[str, Any], root: Mapping[str, Any], field: str
-) -> tuple[str, str] | None:
-    known, further = schema.get("properties", {}), schema.get("additionalProperties", True)
-    for name in schema.get("required", ()):
-        if name not in value:
-            return f"{field}.{name}", MISSING
-    names = schema.get("propertyNames", {})
-    for name, item in value.items():
-        shown = f"{field}.{name if len(name) < 80 else name[:80] + '...'}"
-        if _said(name, names) is not None:
-            return shown, "has a name that no such field has"
-        if name not in known and further is False:
-            return shown, "is not a field of this schema"
-        below = known.get(name, further if isinstance(further, dict) else {})
-        if (problem := _problem(item, below, root, shown)) is not None:
-            return problem
-    return None
+def _said(error: Any) -> str:
+    """What a schema asks for, in a few words: jsonschema's own message quotes the value, however long it is."""
+    asked = error.validator_value
+    match error.validator:
+        case "type":
+            return f"must be of type {asked if isinstance(asked, str) else ' or '.join(asked)}"
+        case "const":
+            return f"must be {json.dumps(asked)}"
+        case "enum":
+            return f"must be one of {', '.join(map(str, asked))}"
+        case "minimum" | "maximum" | "exclusiveMinimum":
+            words = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "more than"}
+            return f"must be {words[error.validator]} {asked}"
+        case "pattern":
+            return f"is not of the form {asked}"
+        case "additionalProperties" | "propertyNames":
+            return "has a field that is not in its schema"
+        case rule:
+            return f"breaks the rule {rule} of its schema"
 
 
-def _said(value: Any, schema: Mapping[str, Any]) -> str | None:
-    """What is wrong with a value itself, apart from what lies in it; None if nothing is."""
-    kinds = schema.get("type")
-    kinds = [kinds] if isinstance(kinds, str) else kinds
-    if kinds is not None and not any(_is(value, kind) for kind in kinds):
-        return f"must be of type {' or '.join(kinds)}"
-    if "const" in schema and (value != schema["const"] or isinstance(value, bool) != isinstance(schema["const"], bool)):
-        return f"must be {json.dumps(schema['const'])}"
-    if "enum" in schema and value not in schema["enum"]:
-        return f"must be one of {', '.join(map(str, schema['enum']))}"
+def _unbounded(value: Any, field: str) -> Iterator[str]:
+    """What no reader should have to hold, or to count with."""
+    place = field.removeprefix(".") or "the document"
     if isinstance(value, str):
-        return _said_of_text(value, schema)
-    if isinstance(value, list):
-        if len(value) > schema.get("maxItems", LONGEST_LIST):
-            return "is too long a list"
-        return "is too short a list" if len(value) < schema.get("minItems", 0) else None
-    if isinstance(value, dict):
-        return "has too many fields" if len(value) > schema.get("maxProperties", LONGEST_LIST) else None
-    return _said_of_number(value, schema) if isinstance(value, int | float) else None
-
-
-def _said_of_text(value: str, schema: Mapping[str, Any]) -> str | None:
-    longest = schema.get("maxLength", LONGEST_TEXT)
-    if len(value) > longest:
-        return f"has {len(value)} characters, more than {longest}"
-    if len(value) < schema.get("minLength", 0):
-        return "is empty"
-    pattern = schema.get("pattern")
-    # `$` is the very end in JSON Schema, while Python's may be before a last line break
-    if pattern is not None and re.search(re.sub(r"\$\Z", r"\\Z", pattern), value) is None:
-        return f"is not of the form {pattern}"
-    return None
-
-
-def _said_of_number(value: float, schema: Mapping[str, Any]) -> str | None:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "is not a finite number"
-    least, most = schema.get("minimum", -LARGEST), schema.get("maximum", LARGEST)
-    if value < least:
-        return f"is less than {least}"
-    if value > most:
-        return f"is more than {most}"
-    above = schema.get("exclusiveMinimum")
-    return f"must be more than {above}" if above is not None and value <= above else None
-
-
-def _is(value: Any, kind: str) -> bool:
-    """JSON's types: a boolean is no number, and 2.0 is no integer that a file of ours would hold."""
-    if isinstance(value, bool):
-        return kind == "boolean"
-    return isinstance(value, _TYPES[kind])
+        if len(value) > LONGEST_TEXT:
+            yield f"{place} has {len(value)} characters, more than {LONGEST_TEXT}"
+    elif isinstance(value, list):
+        if len(value) > LONGEST_LIST:
+            yield f"{place} has {len(value)} entries, more than {LONGEST_LIST}"
+        for index, item in enumerate(value):
+            yield from _unbounded(item, f"{field}[{index}]")
+    elif isinstance(value, dict):
+        if len(value) > LONGEST_LIST or any(len(name) > LONGEST_TEXT for name in value):
+            yield f"{place} has too many or too long names"
+        for name, item in value.items():
+            yield from _unbounded(item, f"{field}.{name[:80]}")
+    elif isinstance(value, float) and not math.isfinite(value):
+        yield f"{place} is not a finite number"
+    elif isinstance(value, int) and not -MAX_INTEGER <= value <= MAX_INTEGER:
+        yield f"{place} is a number of {len(str(abs(value)))} digits"

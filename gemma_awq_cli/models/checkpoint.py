@@ -19,7 +19,7 @@ from gemma_awq_cli.models.config_values import require_sound, text_values
 from gemma_awq_cli.models.expected_tensors import Expected, require_tensors, text_tensors
 from gemma_awq_cli.models.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.foreign import A_CHECKPOINT
-from gemma_awq_cli.models.layouts import EMBEDDING, find_layout, layers_of, unread
+from gemma_awq_cli.models.layouts import BUFFERS, EMBEDDING, find_layout, layers_of
 from gemma_awq_cli.models.plain_config import plain_text_config
 from gemma_awq_cli.models.quantization import SECTION, awq_group_size, is_awq, names_awq, quantization_of
 from gemma_awq_cli.models.text_config import transformers_text_config
@@ -107,8 +107,11 @@ class Checkpoint:
             )
 
     def _unread(self) -> list[str]:
-        """A note on tensors that nobody reads."""
-        names = unread(self.family, self.layout, self.tensors, self.quantization is not None)
+        """A note on the tensors that nobody reads, here or in transformers; known buffers apart."""
+        if self.quantization is not None and not is_awq(self.quantization):
+            return []
+        known = {*self.text_tensors(), *self.companions(), self.layout.head}
+        names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
         return [f"Tensors that this model does not have, and that are not read: {some(names)}."] if names else []
 
     @property

@@ -14,6 +14,7 @@ from gemma_awq_cli.reading import parse_json, read_bytes
 
 JOURNAL = "journal.jsonl"
 ANEW = "Begin anew with --force."
+JOURNAL_BYTES = 64 * 1024 * 1024  # a layer takes some kilobytes
 Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by a name that a user understands
 
 # What a record of a layer holds, and what each of its groups does; the artifact's report is made of them.
@@ -38,7 +39,7 @@ class Journal:
         self._whole = 0  # bytes that are lines
         if not os.path.lexists(self.path):
             return
-        content = read_bytes(self.path, ANEW)
+        content = read_bytes(self.path, ANEW, JOURNAL_BYTES)
         self._whole = content.rfind(b"\n") + 1
         lines = [self._read(number, line) for number, line in enumerate(content[: self._whole].splitlines(), 1)]
         if lines:

@@ -5,7 +5,7 @@ nobody reads.
 """
 
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +17,6 @@ from gemma_awq_cli.models.foreign import MERGE
 EMBEDDING = "embed_tokens.weight"
 NORM = "norm.weight"
 HEAD = "lm_head.weight"
-PACKED = ("qweight", "qzeros", "scales")
 # Computed from the config by every reader; older versions of transformers stored them.
 BUFFERS = re.compile(r"(^|\.|_)(inv_freq|embed_scale|position_ids|normalizer|masked_bias|causal_mask)$")
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
@@ -69,36 +68,8 @@ def _unknown(family: Family, names: Collection[str], folder: Path) -> GemmaAwqEr
     )
 
 
-def unread(family: Family, layout: Layout, names: Iterable[str], quantized: bool) -> list[str]:
-    """The tensors that nobody reads, here or in transformers, and that are not copied; known buffers apart."""
-    known = set(_layer_modules(family, quantized))
-    own = {f"{layout.prefix}{EMBEDDING}", f"{layout.prefix}{NORM}", layout.head}
-    start = f"{layout.prefix}layers."
-    left = []
-    for name in names:
-        if name in own or name.startswith(family.companions or ("\0",)) or BUFFERS.search(name):
-            continue
-        place = _LAYER.fullmatch(name.removeprefix(layout.prefix)) if name.startswith(start) else None
-        if place is None or place[2] not in known:
-            left.append(name)
-    return sorted(left)
-
-
 def layers_of(layout: Layout, names: Iterable[str]) -> int:
     """How many layers the names tell of: the largest index and one."""
     start = f"{layout.prefix}layers."
     places = (_LAYER.fullmatch(name.removeprefix(layout.prefix)) for name in names if name.startswith(start))
     return max((int(place[1]) + 1 for place in places if place), default=0)
-
-
-def _layer_modules(family: Family, quantized: bool) -> Iterator[str]:
-    """A layer's tensors by their names in it."""
-    for group in family.groups:
-        for linear in group.linears:
-            yield from (f"{linear}.{kind}" for kind in (PACKED if quantized else ("weight",)))
-    norms = ["input_layernorm", "post_attention_layernorm"]
-    if family.post_norms:
-        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm"]
-    if family.query_norms:
-        norms += ["self_attn.q_norm", "self_attn.k_norm"]
-    yield from (f"{norm}.weight" for norm in norms)

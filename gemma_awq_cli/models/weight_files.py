@@ -99,8 +99,8 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise GemmaAwqError(f"{index} has no weight_map.", REDOWNLOAD)
-    if (odd := next((name for name in weight_map.values() if not isinstance(name, str)), None)) is not None:
-        raise GemmaAwqError(f"{index} names {odd!s:.50} as a file.", REDOWNLOAD)
+    if odd := [name for name in weight_map.values() if not isinstance(name, str)]:
+        raise GemmaAwqError(f"{index} names {odd[0]!s:.50} as a file.", REDOWNLOAD)
     return weight_map
 
 
@@ -160,6 +160,11 @@ def _opened(file: Path) -> Iterator[Any]:
         raise GemmaAwqError(f"{file} is damaged or truncated: {first_line(error)}.", REDOWNLOAD) from None
     except OSError as error:
         raise GemmaAwqError(f"{file} cannot be read: {reason_of(error)}.", REDOWNLOAD) from None
+    except MemoryError:  # of the library, which maps the file
+        raise GemmaAwqError(
+            f"{file} has {file.stat().st_size} bytes, more than this process may map.",
+            "Raise the limit of its address space (ulimit -v), or compare the file's size with the source's.",
+        ) from None
 
 
 def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Tensor]:
