@@ -1,6 +1,7 @@
 """Shared fixtures: one tiny checkpoint and one artifact of every family, made once a session."""
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,6 +15,9 @@ from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
 from gemma_awq_cli.recipes import find_recipe
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
+# A shell starts its background jobs with SIGINT ignored, which the commands that are tested would heed.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 THREADS = min(2, torch.get_num_threads())
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums repeat only for as many
