@@ -219,17 +219,18 @@ def test_bad_input_fails_clearly_and_leaves_nothing(
         assert ("--resume" in captured.err) == (tmp_path / ".out.partial").exists()
         shutil.rmtree(tmp_path / ".out.partial", ignore_errors=True)
 
-    good = make_checkpoint(tmp_path / "good", "gemma3_text")
+    good, artifact = make_checkpoint(tmp_path / "good", "gemma3_text"), artifacts("gemma")
+    capsys.readouterr()  # of making them
     fails(good, "Group size 128 does not divide the 64 inputs", "--group-size", "128")
     fails(good, "overflow float16", "--dtype", "float16")
-    fails(artifacts("gemma"), "quantized already")
+    fails(artifact, "quantized already")
     (tmp_path / "empty.txt").write_text("")
     fails(good, "too short", text=tmp_path / "empty.txt")
     bad = shutil.copytree(good, tmp_path / "bad")
     edit_weights(bad, lambda t: t["model.layers.2.mlp.down_proj.weight"].view(-1)[0].fill_(float("nan")))
     fails(bad, "holds NaN or infinite")  # found half-way: the first layers were written already
     edit_weights(bad, lambda t: t.pop("model.layers.2.mlp.down_proj.weight"))
-    fails(bad, "lacks 1 tensors")
+    fails(bad, "lacks the tensor model.layers.2.mlp.down_proj.weight")
     wild = shutil.copytree(good, tmp_path / "wild")
     edit_weights(wild, lambda t: [t[f"model.layers.1.mlp.{name}_proj.weight"].mul_(1e25) for name in ("gate", "up")])
     fails(wild, "Layer 2: what enters down holds NaN or infinite values")  # finite weights, infinite activations

@@ -357,7 +357,8 @@ def test_of_a_long_text_a_bounded_part_is_drawn_by_the_seed(
     assert 10_000 < sum(document.characters for document in found) < 60_000
     numbers = [int(line[:9]) for d in found for line in str(d.content).splitlines() if line.endswith("words")]
     assert len(set(numbers)) > 500
-    assert max(numbers) - min(numbers) > 15_000  # not from one place alone
+    blocks = name in ("a.txt", "a.jsonl", "a.parquet")  # the others are read from their beginning
+    assert max(numbers) - min(numbers) > (15_000 if blocks else 5_000)  # not from one place alone
     again, _ = drawn(path, 20_000, whole=50_000)
     other, _ = drawn(path, 20_000, seed=1, whole=50_000)
     assert [d.content for d in found] == [d.content for d in again] != [d.content for d in other]

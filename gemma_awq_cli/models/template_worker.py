@@ -23,6 +23,10 @@ PROGRAM = Path(__file__).with_name("chat_template.py")
 SECONDS = 5  # that one rendering may take; a real template takes a thousandth of one
 STARTING_SECONDS = 120  # that the process may take to begin, on a machine or a file system under load
 CHECK = "Check that Python and jinja2 work: python -c 'import jinja2'."
+_NEEDED = frozenset((
+    "PATH", "HOME", "USERPROFILE", "APPDATA", "SYSTEMROOT", "SYSTEMDRIVE", "TMPDIR", "TEMP", "TMP", "TZ", "LANG",
+    "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV",
+))  # fmt: skip
 TURNS = "Gemma's messages are user and assistant by turns, after at most one system message."
 
 
@@ -88,6 +92,7 @@ class _Process:
                     stdin=subprocess.PIPE,
                     stdout=write,
                     stderr=subprocess.DEVNULL,
+                    env=_environment(),
                     start_new_session=True,  # the terminal's Ctrl-C is for this process alone
                 )
             except BaseException:
@@ -146,6 +151,11 @@ class _Process:
             self._process.kill()
             code = self._process.wait()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
+
+
+def _environment() -> dict[str, str]:
+    """What Python needs to start, and nothing that a stranger's template has no business with, such as tokens."""
+    return {name: value for name, value in os.environ.items() if name in _NEEDED or name.startswith("PYTHON")}
 
 
 def _end(process: "subprocess.Popen[bytes]", answers: IO[bytes]) -> None:

@@ -40,7 +40,8 @@ def test_damaged_models_do_nothing_to_memory(library: Path, tmp_path: Path, harn
     with Harness(tmp_path, sanitizers.environment(), sanitized=library) as sanitized:
         sound = [Case("sound", n, base, [], ["run", "-m", "model", "--max-new-tokens", "2", "x"]) for n, base in
                  enumerate(("gemma", "gemma2-awq", "gemma3_text-awq"))]  # fmt: skip
-        assert [result.code for _, result in sanitized.run(sound)] == [0, 0, 0]
+        results = [result for _, result in sanitized.run(sound)]
+        assert [result.code for result in results] == [0, 0, 0], "\n".join(map(str, results))
         cases = [case for case in cases_of(sanitized, sanitizers.FORWARDS, 150, 50_001) if case.arguments[0] == "run"]
         run_and_count(sanitized, cases, counts)
     died = [finding.told() for finding in counts.findings if finding.result.died]

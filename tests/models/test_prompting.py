@@ -57,6 +57,8 @@ def test_a_tokenizer_of_another_model_is_told_from_a_text(tmp_path: Path, checkp
         tensors[name] = tensors[name][:100].clone()
 
     edit_weights(folder, cut)
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
     prompter = Prompter(folder)
     assert prompter.ids("<unk>") == [3]
     with pytest.raises(GemmaAwqError, match="is another model's: it gives the token") as caught:

@@ -248,3 +248,15 @@ def test_a_process_without_file_descriptors_left_is_an_error(monkeypatch: pytest
 
     monkeypatch.setattr(os, "pipe", none_left)
     assert refused("x") == "The process that renders chat templates cannot be started: Too many open files."
+
+
+def test_the_process_gets_no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_of-the-user")
+    worker = TemplateWorker(ChatTemplate("{{ messages[0].content }}", "x"), {})
+    assert worker.render([{"role": "user", "content": "Hi"}], True) == "Hi"
+    assert worker._process is not None
+    environment = Path(f"/proc/{worker._process._process.pid}/environ")
+    if not environment.exists():
+        pytest.skip("no /proc here")
+    assert b"PATH=" in environment.read_bytes()
+    assert b"hf_of-the-user" not in environment.read_bytes()
