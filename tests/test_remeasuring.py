@@ -86,7 +86,7 @@ def _drop(name: str) -> Callable[[dict[str, Tensor]], object]:
     ("change", "message"),
     [
         (_drop("model.layers.2.mlp.up_proj.qzeros"), "lacks the tensor model.layers.2.mlp.up_proj.qzeros"),
-        (_drop("model.norm.weight"), "lacks 1 tensors: model.norm.weight"),
+        (_drop("model.norm.weight"), "lacks the tensor model.norm.weight"),
         (lambda t: t["model.layers.0.mlp.up_proj.scales"].fill_(float("inf")), "NaN or infinite"),
         (lambda t: t.update({"lm_head.weight": t["model.embed_tokens.weight"].clone()}), "1 tensors that this model"),
         (lambda t: t.update({"x": torch.zeros(2)}), "1 tensors that this model does not have: x"),
