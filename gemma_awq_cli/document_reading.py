@@ -210,13 +210,22 @@ def _read_text(path: Path, kind: Kind, wanted: Wanted) -> list[Document]:
         if wanted.rng is not None and size is not None and size > wanted.limit:
             return _draw_text(path, stream, size, wanted)
         limit = wanted.limit if wanted.rng is None else max(SCANNED * wanted.whole, wanted.limit)
-        data = begun + stream.read(limit)
+        data = begun + _up_to(stream, limit)
     if wanted.rng is not None and len(data) > wanted.limit:
         return _draw_text(path, io.BytesIO(data), len(data), wanted)
     if len(data) > limit:
         wanted.complete = False
         data = _to_the_last_line(data)
     return [Document(plain_text(data, path), path)]
+
+
+def _up_to(stream: BinaryIO, limit: int) -> bytes:
+    """At most `limit` bytes, in memory for those that are there: `read` takes room for all that it is asked for."""
+    parts = []
+    while limit > 0 and (part := stream.read(min(limit, 1 << 20))):
+        parts.append(part)
+        limit -= len(part)
+    return b"".join(parts)
 
 
 def plain_text(data: bytes, where: object) -> str:

@@ -1,12 +1,13 @@
 """Ctrl-C, SIGTERM and SIGHUP: what the program does about them, and what must not be left half-done by them.
 
 The first unwinds the program, so that what is done is kept and said. One that comes while something is being finished
-(`finishing`) waits for it; one more ends the process at once. What was ignored when the process began, as under nohup
-or in the background of a script, stays ignored.
+(`finishing`) or imported waits for it; one more ends the process at once. What was ignored when the process began, as
+under nohup or in the background of a script, stays ignored.
 """
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,12 +19,15 @@ from gemma_awq_cli.errors import Terminated
 _HEEDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 _depth = 0  # of `finishing`
 _held: int | None = None  # a signal that waits
+_AGAIN_SECONDS = 0.05  # after which a signal that came during an import is looked at again
+_returns = False  # whether the next signal is one that waited
 
 
 def heed() -> dict[int, Any]:
     """Let the signals unwind the program. Returns the handlers that were there."""
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
         return {}
+    sys.unraisablehook = _on_unraisable
     before = {number: signal.getsignal(number) for number in _HEEDED}
     for number, handler in before.items():
         if handler is not signal.SIG_IGN:
@@ -40,6 +44,7 @@ def heeded() -> Iterator[None]:
         yield
     finally:
         _depth, _held = 0, None
+        sys.unraisablehook = sys.__unraisablehook__
         for number, handler in before.items():
             if handler is not None:  # one that was not Python's cannot be set again
                 signal.signal(number, handler)
@@ -75,12 +80,50 @@ def exit_code(number: int) -> int:
 
 
 def _on_signal(number: int, frame: FrameType | None) -> None:
-    global _held
-    if not _depth:
-        raise _exception(number)
-    if _held is not None:
+    global _held, _returns
+    first, _returns = _held is None or _returns, False
+    if not first:
         os._exit(exit_code(number))
-    _held = number
+    if _depth:
+        _held = number
+    elif _is_importing(frame):
+        # A module whose import is broken off cannot be imported again, and libraries try.
+        _held = number
+        _send_again(number)
+    else:
+        _held = None
+        raise _exception(number)
+
+
+def _is_importing(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            return True
+        frame = frame.f_back
+    return False
+
+
+def _send_again(number: int) -> None:
+    def send() -> None:
+        global _returns
+        if _held is None:  # the command has ended meanwhile
+            return
+        _returns = True
+        os.kill(os.getpid(), number)
+
+    timer = threading.Timer(_AGAIN_SECONDS, send)
+    timer.daemon = True
+    timer.start()
+
+
+def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
+    """A signal that came while an object was being destroyed unwinds nothing there: it is sent again."""
+    global _held
+    if not isinstance(unraisable.exc_value, KeyboardInterrupt | Terminated):
+        sys.__unraisablehook__(unraisable)
+        return
+    _held = getattr(unraisable.exc_value, "number", int(signal.SIGINT))
+    _send_again(_held)
 
 
 def _exception(number: int) -> BaseException:

@@ -85,7 +85,7 @@ def find_secret(data: bytes, is_json: bool = False, vocabulary: bool = False) ->
     plain = _plain(text)
     for reading in (text, plain) if plain != text else (text,):
         for start, what in _keys(reading):
-            return Found(what, "its words" if vocabulary else _line(reading, start))
+            return Found(what, "" if vocabulary else _line(reading, start))
     if (match := _ADDRESS.search(plain)) is not None:
         return Found("a password in an address", _line(plain, match.start()))
     if any(True for word in _BASE64.findall(plain) for _ in _keys(_decoded(word))):

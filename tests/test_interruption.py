@@ -27,7 +27,7 @@ from gemma_awq_cli.output import Output
 
 def slowly(where, real):
     def do(*given, **more):
-        if where == at:
+        if where == at and begun:
             print(where, flush=True)
             end = time.monotonic() + seconds
             while time.monotonic() < end:
@@ -36,12 +36,15 @@ def slowly(where, real):
     return do
 
 at, target, seconds = sys.argv[1], Path(sys.argv[2]), float(sys.argv[3])
+begun = False  # what is cleared away before is not slow
 staging._remove = slowly("removing", staging._remove)
 StagedFolder._publish = slowly("publishing", StagedFolder._publish)
 Output.note = slowly("saying", Output.note)
 
 def command(argv):
+    global begun
     with StagedFolder(target) as staged:
+        begun = True
         (staged.folder / "weights").write_bytes(b"x" * 1000)
         if at != "publishing":
             print("working", flush=True)
@@ -182,6 +185,49 @@ def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[
     assert ended.returncode in (0, 130)
     assert b"Traceback" not in ended.stderr
     assert b"Exception ignored" not in ended.stderr
+
+
+def test_an_import_is_not_broken_off(tmp_path: Path) -> None:
+    """Half a module cannot be imported again; the signal that came meanwhile is not lost either."""
+    (tmp_path / "slow.py").write_text(
+        "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(0.3)\ndone = True\n"
+    )
+    script = (
+        "import time\n"
+        "from gemma_awq_cli import interruption\n"
+        "with interruption.heeded():\n"
+        "    try:\n"
+        "        import slow\n"
+        "        print(slow.done, flush=True)\n"
+        "        time.sleep(30)\n"
+        "    except KeyboardInterrupt:\n"
+        "        print('unwound')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    ended = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=20, env=environment, check=False
+    )
+    assert ended.stdout.split() == ["True", "unwound"], ended.stderr
+
+
+def test_one_that_an_object_swallows_while_it_dies_comes_again() -> None:
+    script = (
+        "import os, signal, time\n"
+        "from gemma_awq_cli import interruption\n"
+        "class Dying:\n"
+        "    def __del__(self):\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "        time.sleep(0.01)\n"
+        "with interruption.heeded():\n"
+        "    try:\n"
+        "        Dying()\n"
+        "        time.sleep(30)\n"
+        "    except interruption.Terminated as error:\n"
+        "        print('unwound', error.number)\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=20, check=False)
+    assert ended.stdout.split() == ["unwound", str(int(signal.SIGTERM))], ended.stderr
+    assert ended.stderr == ""
 
 
 def test_what_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:

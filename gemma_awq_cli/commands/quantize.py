@@ -59,7 +59,9 @@ def command(
     quality: Annotated[
         QualityName, typer.Option(help="How much work to spend: see the README for what each costs and gains.")
     ] = QualityName.balanced,
-    num_samples: Annotated[int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1)] = 128,
+    num_samples: Annotated[
+        int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1, max=1_000_000)
+    ] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
     seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,
     strict: Annotated[
