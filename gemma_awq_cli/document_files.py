@@ -47,6 +47,7 @@ _PARQUET_BUFFER = 1 << 20
 # A gzipped file is read up to this many bytes; beyond the first of them, as long as it unpacks to no more than RATIO
 # times its size: text unpacks to some ten times, a bomb to a thousand.
 UNPACKED_FREELY, UNPACKED = 1 << 22, 1 << 30
+PADDING = 1 << 16  # zeros behind a gzip file, as tapes have them
 RATIO = 200
 
 Row = tuple[object, Any]  # where it is, and what it is: a JSON value, or a GemmaAwqError that says why it is none
@@ -80,11 +81,29 @@ def unpacked(path: Path, kind: Kind) -> Iterator[BinaryIO]:
             raise GemmaAwqError(f"{path} cannot be read: {reason_of(error)}.", HINT) from error
 
 
+class _Packed:
+    """A gzip file's bytes. Zeros may follow its end, which gzip reads one by one; not without end."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._zeros = 0
+
+    def read(self, size: int = -1) -> bytes:
+        data = self._file.read(size)
+        self._zeros = self._zeros + 1 if size == 1 and data == b"\0" else 0
+        if self._zeros > PADDING:
+            raise gzip.BadGzipFile("zeros without end follow it")
+        return data
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+
 class _Unpacked(gzip.GzipFile):
     """A gzip file that ends in an error where it unpacks to so much that nobody can have meant it."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(fileobj=file, mode="rb")
+        super().__init__(fileobj=cast(BinaryIO, _Packed(file)), mode="rb")
         self._file, self._path = file, path
 
     def read(self, size: int | None = -1) -> bytes:

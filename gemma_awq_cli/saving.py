@@ -14,6 +14,7 @@ from gemma_awq_cli.interruption import finishing
 from gemma_awq_cli.reading import disk_is_full, is_refused, reason_of, system_errors
 
 ELSEWHERE = "choose another folder with -o"
+MOST_PARTS = 256  # of a path: folders are made one in another
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -87,6 +88,8 @@ def scratch_file() -> IO[bytes]:
 
 def local_path(path: Path, elsewhere: str) -> Path:
     """A path as the user means it: `~` is a home folder."""
+    if len(path.parts) > MOST_PARTS:
+        raise GemmaAwqError(f"The path {str(path)[:100]}... has {len(path.parts)} parts.", _upper(elsewhere))
     try:
         return path.expanduser()
     except RuntimeError:

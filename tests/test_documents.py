@@ -420,3 +420,13 @@ def test_what_need_not_end_is_refused(tmp_path: Path) -> None:
     for name in ("a.jsonl", "b.txt"):
         with pytest.raises(GemmaAwqError, match="not a regular file"):
             read(tmp_path / name)
+
+
+def test_zeros_behind_a_gzip_file_are_padding_but_not_without_end(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"some words\n") + bytes(1000))
+    assert [str(document.content) for document in read_documents(path, Wanted(100))] == ["some words\n"]
+    with path.open("r+b") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(GemmaAwqError, match="is not a sound gzip file: zeros without end"):
+        read_documents(path, Wanted(100))

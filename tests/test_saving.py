@@ -303,3 +303,8 @@ def test_an_empty_variable_is_no_model(capsys: Capture, monkeypatch: pytest.Monk
     monkeypatch.setenv("GEMMA_AWQ_MODEL", "")
     assert main(["run", "Hello"]) == 2
     assert "GEMMA_AWQ_MODEL is set, and empty" in capsys.readouterr().err
+
+
+def test_a_path_of_too_many_parts_is_an_error() -> None:
+    with pytest.raises(GemmaAwqError, match="has 5000 parts"):
+        local_path(Path("x/" * 5000), "choose another folder with -o")

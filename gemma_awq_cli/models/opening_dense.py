@@ -16,6 +16,7 @@ from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
 SMALLER = "Use --quantization nf4 or int8, a 4-bit artifact of it (`gemma-awq quantize`), or another --device."
 INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bit (arXiv:2208.07339)
+NF4_BLOCK = 64  # bitsandbytes' kernels for CPUs take whole ones only
 BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # nf4: half a byte, and a scale of a byte for every 64 weights
 
 
@@ -115,6 +116,11 @@ def _quantized(
     """bitsandbytes' linear of this weight; it quantizes as it is moved to the device."""
     import bitsandbytes as bnb
 
+    if quantization == "nf4" and linear.in_features % NF4_BLOCK:
+        raise GemmaAwqError(
+            f"nf4 has blocks of {NF4_BLOCK} weights, and a linear of this model has {linear.in_features} inputs.",
+            "Use --quantization int8, or none.",
+        )
     with torch.device("meta"):
         if quantization == "nf4":
             made = bnb.nn.Linear4bit(

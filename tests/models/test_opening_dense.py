@@ -43,6 +43,12 @@ def test_each_dtype_is_transformers_own(kind: str, dtype: torch.dtype, checkpoin
 
 
 @needs_bitsandbytes
+def test_a_width_that_nf4s_blocks_do_not_divide_is_an_error(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(GemmaAwqError, match="nf4 has blocks of 64 weights, and a linear of this model has 96 inputs"):
+        open_model(checkpoints("gemma3_text"), CPU, Precision(quantization="nf4"))
+
+
+@needs_bitsandbytes
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])
 def test_quantized_on_loading_as_transformers_does(
