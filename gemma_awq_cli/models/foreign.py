@@ -50,7 +50,9 @@ def explain_no_weights(folder: Path) -> GemmaAwqError:
         return GemmaAwqError(
             f"{missing}; it holds {', '.join(found[:3])}.", f"Copy {INDEX} from where these files come from."
         )
-    return _other_format(folder, names, missing)
+    return _other_format(
+        folder, names, missing, "Copy the weights (*.safetensors), and their index if there is one, into the folder."
+    )
 
 
 def explain_no_config(folder: Path) -> GemmaAwqError:
@@ -65,7 +67,7 @@ def explain_no_config(folder: Path) -> GemmaAwqError:
         return GemmaAwqError(f"{missing}; {inner[0]}{more} has one.", f"Give that folder: {inner[0]}")
     if any(name.endswith((".safetensors", *_PICKLED)) for name in names):
         return GemmaAwqError(f"{missing}.", f"Copy {CONFIG} from where the weights come from.")
-    return _other_format(folder, names, missing)
+    return _other_format(folder, names, missing, A_CHECKPOINT)
 
 
 def explain_file(path: Path, asked: str) -> GemmaAwqError:
@@ -87,13 +89,13 @@ def _adapter(folder: Path) -> GemmaAwqError:
     return GemmaAwqError(f"{folder} holds a LoRA adapter{of}, not a whole model.", MERGE)
 
 
-def _other_format(folder: Path, names: list[str], missing: str) -> GemmaAwqError:
+def _other_format(folder: Path, names: list[str], missing: str, otherwise: str) -> GemmaAwqError:
     suffixes = {Path(name).suffix.lower(): name for name in reversed(names)}
     if ".gguf" in suffixes:
         return GemmaAwqError(f"{missing}; it holds {suffixes['.gguf']}.", _GGUF)
     if pickled := next((suffixes[suffix] for suffix in _PICKLED if suffix in suffixes), None):
         return GemmaAwqError(f"{missing}; it holds {pickled}.", _CONVERT)
-    return GemmaAwqError(f"{missing}.", A_CHECKPOINT)
+    return GemmaAwqError(f"{missing}.", otherwise)
 
 
 def _names(folder: Path) -> list[str]:

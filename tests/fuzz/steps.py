@@ -233,7 +233,9 @@ def _tensors_of(target: Path) -> tuple[dict[str, Any], bytes] | None:
         (length,) = struct.unpack("<Q", raw[:8])
         document = json.loads(raw[8 : 8 + length])
         whole = isinstance(document, dict) and all(
-            isinstance(entry["data_offsets"][1], int) for key, entry in document.items() if key != "__metadata__"
+            [type(offset) for offset in entry["data_offsets"]] == [int, int]
+            for key, entry in document.items()
+            if key != "__metadata__"
         )
     except (ValueError, LookupError, TypeError, struct.error, RecursionError, OverflowError):
         return None

@@ -188,10 +188,11 @@ def _look_around(work: Path, case: Case, before: set[str], result: Result) -> li
     if "out" in made and result.code != 0 and not result.died:
         notes.append("a failed command left its output folder")
     written = (work / "out").rglob("*") if not (work / "out").is_symlink() else ()
+    asked_for = any("secret.txt" in str(argument) for argument in case.arguments)  # by the user, who may read it
     for path in [*written, work / "page.html", work / "answers.jsonl"]:
-        if _holds(path, CANARY):
+        if _holds(path, CANARY) and not asked_for:
             notes.append(f"what lies outside the model is in {path.relative_to(work)}")
-    if CANARY in result.stdout + result.stderr:
+    if CANARY in result.stdout + result.stderr and not asked_for:
         notes.append("what lies outside the model was printed")
     if _holds(work / "page.html", "<script>alert"):
         notes.append("a script of the model's is in the page")

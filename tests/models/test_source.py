@@ -353,7 +353,7 @@ def test_what_is_no_checkpoint_is_told_what_it_is(
         (["pytorch_model.bin"], r"it holds pytorch_model\.bin", "save_pretrained"),
         (["gemma.gguf"], r"it holds gemma\.gguf", "GGUF files are not read"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "merge_and_unload"),
-        ([], "no model.safetensors and no model.safetensors.index.json", "Hugging Face checkpoint"),
+        ([], "no model.safetensors and no model.safetensors.index.json", "Copy the weights"),
     ],
 )
 def test_a_config_without_weights_is_told_what_is_there(
