@@ -13,6 +13,7 @@ import torch
 from gemma_awq_cli import __version__
 from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.errors import some
 from gemma_awq_cli.local_paths import without_local_paths
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import CONFIG
@@ -49,8 +50,7 @@ def source_notes(folder: Path, card: Mapping[str, Any] | None) -> list[str]:
     """What a user should know of the source's files before they are quantized. card: as `source_card` gives it."""
     notes = []
     if left := not_copied(folder):
-        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        notes.append(f"Not copied into the artifact, because they are no known part of a model: {shown}")
+        notes.append(f"Not copied into the artifact, because they are no known part of a model: {some(left)}")
     if card is not None and UNREADABLE in card:
         notes.append(f"The source's licence is not known: {card[UNREADABLE]} `push` will ask for it.")
     return notes

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.prompting import Message
 
 # Keys of a question and of its answer. The first pair is what `chat` saves.
@@ -195,7 +195,7 @@ def named_keys(keys: Iterable[Any]) -> str:
     named = [_short(key) for key in keys]
     if not named:
         return "no keys"
-    return ", ".join(named[:_SHOWN]) + (f" and {len(named) - _SHOWN} more" if len(named) > _SHOWN else "")
+    return some(named, _SHOWN)
 
 
 def _short(value: Any) -> str:

@@ -26,7 +26,7 @@ from gemma_awq_cli.document_files import (
 )
 from gemma_awq_cli.document_folder import files_of
 from gemma_awq_cli.document_forms import Document, document_of
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.reading import (
     LINE_BYTES,
     decode,
@@ -108,8 +108,7 @@ def read_documents(path: Path, wanted: Wanted) -> list[Document]:
         return _read_file(path, wanted)
     files, left = files_of(path)
     if left:
-        some = ", ".join(left[:8]) + (f" and {len(left) - 8} more" if len(left) > 8 else "")
-        wanted.notes.append(f"Not read in {path}: {some}.")
+        wanted.notes.append(f"Not read in {path}: {some(left, 8)}.")
     if not files:
         raise GemmaAwqError(f"{path} holds no file that is read.", f"Files: {KINDS_NAMED}.")
     sizes = {file: _size(file) for file in files}

@@ -3,6 +3,8 @@
 `message` says what is wrong and why, `hint` says what to do next; `cli.main` is the one place that formats them.
 """
 
+from collections.abc import Iterable
+
 
 class GemmaAwqError(Exception):
     """A failure that is the input's or the machine's, not a bug: shown without a traceback, exit code 1."""
@@ -34,3 +36,10 @@ class UsageError(GemmaAwqError):
     """The command was typed in a way that cannot be carried out: exit code 2."""
 
     exit_code = 2
+
+
+def some(names: Iterable[str], shown: int = 5) -> str:
+    """The first few of many names and how many more there are, for a message."""
+    listed = list(names)
+    more = len(listed) - shown
+    return ", ".join(listed[:shown]) + (f" and {more} more" if more > 0 else "")

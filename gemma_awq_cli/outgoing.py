@@ -14,7 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma_awq_cli.bench_document import BENCH
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.local_paths import (
     base_name,
     local_paths,
@@ -259,7 +259,3 @@ def _known(name: str) -> bool:
     """Whether a name, relative to an artifact's folder, is of a file that an artifact has."""
     own = name in (CONFIG, INDEX, SINGLE, REPORT, CARD, BENCH)
     return own or name in SIDE_FILES or WEIGHT_FILE.fullmatch(name) is not None
-
-
-def some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -14,7 +14,7 @@ from urllib.parse import quote
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.bench_document import BENCH
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.licensing import Licence, Own, decide
 from gemma_awq_cli.local_paths import to_json
 from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render
@@ -35,7 +35,6 @@ from gemma_awq_cli.outgoing import (
     require_nothing_private,
     require_publishable,
     require_weights_named,
-    some,
 )
 from gemma_awq_cli.reading import decode, read_bytes
 from gemma_awq_cli.stored_documents import read_bench_document, read_quantization_report

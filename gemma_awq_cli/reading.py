@@ -152,20 +152,12 @@ def plain_lines(text: str) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def lines_of(text: str) -> list[tuple[int, str]]:
-    """The lines that are not blank, with their numbers from 1.
-
-    Only \\n and \\r\\n end a line, and \\r where the text has no \\n at all: U+2028, U+0085 and the like are characters
-    of the text, inside JSON strings too. A byte order mark before a line, as joined files have it, is left out.
-    """
-    end = "\n" if "\n" in text else "\r"
-    lines = ((number, line.removeprefix("\ufeff").removesuffix("\r")) for number, line in enumerate(text.split(end), 1))
-    return [(number, line) for number, line in lines if line.strip()]
-
-
 def byte_lines(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
-    """The lines of a stream as `lines_of` has them, but blank ones too, one at a time: their numbers and bytes.
+    """The lines of a stream, one at a time, blank ones too: their numbers from 1 and their bytes.
 
+    Only \\n and \\r\\n end a line, and \\r where the text begins without any \\n: U+2028, U+0085 and the like are
+    characters of the text, inside JSON strings too. A byte order mark before a line, as joined files have it, is left
+    out.
     A line of more than `limit` bytes is an error. Raises what reading the stream raises.
     """
     block = stream.read(_BLOCK)

@@ -1,5 +1,6 @@
 """What comes from outside: bytes, text and JSON with bounds, and errors that name the file."""
 
+import io
 import os
 from pathlib import Path
 
@@ -8,10 +9,10 @@ import pytest
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import read_json
 from gemma_awq_cli.reading import (
+    byte_lines,
     decode,
     home_path,
     library_errors,
-    lines_of,
     parse_json,
     read_bytes,
     read_text,
@@ -48,7 +49,9 @@ def test_json_that_is_sound_is_read(text: str) -> None:
 
 
 def test_only_newlines_end_a_line() -> None:
-    assert lines_of("a\u2028b\u0085c\x0bd\r\n\r\n \ne") == [(1, "a\u2028b\u0085c\x0bd"), (4, "e")]
+    stream = io.BytesIO("a\u2028b\u0085c\x0bd\r\n\r\n \ne".encode())
+    lines = [(number, line.decode()) for number, line in byte_lines(stream, "x", HINT) if line.strip()]
+    assert lines == [(1, "a\u2028b\u0085c\x0bd"), (4, "e")]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text() -> None:

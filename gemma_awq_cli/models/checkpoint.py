@@ -24,7 +24,7 @@ from gemma_awq_cli.models.plain_config import plain_text_config
 from gemma_awq_cli.models.quantization import SECTION, awq_group_size, is_awq, names_awq, quantization_of
 from gemma_awq_cli.models.text_config import transformers_text_config
 from gemma_awq_cli.models.tying import TIE, is_tied
-from gemma_awq_cli.models.weight_files import find_weights, raw_bytes, read_headers, read_tensors, require_finite, some
+from gemma_awq_cli.models.weight_files import few, find_weights, raw_bytes, read_headers, read_tensors, require_finite
 from gemma_awq_cli.reading import read_bytes
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -112,7 +112,7 @@ class Checkpoint:
             return []
         known = {*self.text_tensors(), *self.companions(), self.layout.head}
         names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
-        return [f"Tensors that this model does not have, and that are not read: {some(names)}."] if names else []
+        return [f"Tensors that this model does not have, and that are not read: {few(names)}."] if names else []
 
     @property
     def layers(self) -> int:

@@ -8,7 +8,7 @@ import torch
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import CONFIG, REDOWNLOAD
-from gemma_awq_cli.models.weight_files import some
+from gemma_awq_cli.models.weight_files import few
 from gemma_awq_cli.reading import first_line, library_errors
 
 _TOWER = "vision_tower."
@@ -24,7 +24,7 @@ def require_companions(checkpoint: Checkpoint) -> None:
     expected = _expected(checkpoint)
     if missing := [name for name in expected if name not in held]:
         raise GemmaAwqError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors of its vision tower and projector: {some(missing)}.",
+            f"{checkpoint.folder} lacks {len(missing)} tensors of its vision tower and projector: {few(missing)}.",
             f"{REDOWNLOAD} To quantize the language model alone, remove the rest of the vision tower from the files.",
         )
     if other := next((name for name, shape in expected.items() if held[name] != shape), None):

@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
 from gemma_awq_cli.models.foreign import explain_no_weights
 from gemma_awq_cli.reading import first_line, reason_of, require_regular
@@ -51,11 +51,9 @@ class WeightFiles:
     notes: tuple[str, ...] = ()
 
 
-def some(names: Iterable[str]) -> str:
-    """A few of many names, and how many more there are."""
-    listed = list(names)
-    more = f" and {len(listed) - NAMED} more" if len(listed) > NAMED else ""
-    return ", ".join(listed[:NAMED]) + more
+def few(names: Iterable[str]) -> str:
+    """As `some`, of names as long as tensors have."""
+    return some(names, NAMED)
 
 
 def find_weights(folder: Path) -> WeightFiles:
@@ -82,13 +80,13 @@ def find_weights(folder: Path) -> WeightFiles:
         _require_plain(index, name)
     missing = [name for name in names if not (folder / name).exists()]
     if missing and (not whole or SINGLE in names):
-        raise GemmaAwqError(f"{index} names files that are missing: {some(missing)}.", REDOWNLOAD)
+        raise GemmaAwqError(f"{index} names files that are missing: {few(missing)}.", REDOWNLOAD)
     if missing:
-        stale = f"{INDEX} is not used: files that it names are missing ({some(missing)}), and {SINGLE} is there."
+        stale = f"{INDEX} is not used: files that it names are missing ({few(missing)}), and {SINGLE} is there."
         return WeightFiles(folder, (single,), {}, (stale, *_left(folder, {SINGLE, *names})))
     if whole and SINGLE not in names:
         raise GemmaAwqError(
-            f"{folder} holds two sets of weights: {SINGLE}, and what {INDEX} names ({some(names)}).",
+            f"{folder} holds two sets of weights: {SINGLE}, and what {INDEX} names ({few(names)}).",
             f"Keep the one that is the model: move {SINGLE} out of the folder, or {INDEX} and its files.",
         )
     return WeightFiles(folder, tuple(folder / name for name in names), weight_map, _left(folder, {*names}))
@@ -117,7 +115,7 @@ def _require_plain(index: Path, name: str) -> None:
 def _left(folder: Path, read: set[str]) -> tuple[str, ...]:
     """A note on safetensors files that are in the folder and not in the set."""
     left = sorted({path.name for path in folder.glob("*.safetensors")} - read)
-    return (f"Not read: {some(left)}, which {'are' if len(left) > 1 else 'is'} not part of the model.",) if left else ()
+    return (f"Not read: {few(left)}, which {'are' if len(left) > 1 else 'is'} not part of the model.",) if left else ()
 
 
 def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
@@ -128,10 +126,10 @@ def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
         found = _read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
             other = tensors[twice[0]].file.name
-            raise GemmaAwqError(f"{some(twice)}: both in {other} and in {file.name}.", REDOWNLOAD)
+            raise GemmaAwqError(f"{few(twice)}: both in {other} and in {file.name}.", REDOWNLOAD)
         tensors |= found
     if absent := sorted(weights.index.keys() - tensors.keys()):
-        raise GemmaAwqError(f"{weights.folder / INDEX} names tensors that no file holds: {some(absent)}.", REDOWNLOAD)
+        raise GemmaAwqError(f"{weights.folder / INDEX} names tensors that no file holds: {few(absent)}.", REDOWNLOAD)
     return tensors
 
 
