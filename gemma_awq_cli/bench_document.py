@@ -15,7 +15,7 @@ from gemma_awq_cli.measuring_speed import OWN
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.staging import write_errors
 from gemma_awq_cli.models.writing import json_bytes
-from gemma_awq_cli.saving import write_whole
+from gemma_awq_cli.system.saving import write_whole
 
 SCHEMA = 1
 BENCH = "bench.json"  # the document beside an artifact's weights

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.saving import scratch_file
+from gemma_awq_cli.system.saving import scratch_file
 
 
 class WorkerEndedError(GemmaAwqError):

@@ -24,7 +24,7 @@ from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.source import find_source
 from gemma_awq_cli.models.staging import REPORT
-from gemma_awq_cli.reading import home_path
+from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.task_suites import LACKING
 from gemma_awq_cli.vllm_engine import INSTALL
 

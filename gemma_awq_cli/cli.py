@@ -8,13 +8,14 @@ from typing import Annotated, Any
 
 import typer
 
-from gemma_awq_cli import __version__, interruption
+from gemma_awq_cli import __version__
 from gemma_awq_cli.commands import bench, push, quantize, run
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated
 from gemma_awq_cli.options import Command
 from gemma_awq_cli.output import Output, quiet_libraries
-from gemma_awq_cli.reading import unforeseen
 from gemma_awq_cli.streams import standard_streams
+from gemma_awq_cli.system import interruption
+from gemma_awq_cli.system.reading import unforeseen
 
 READER_LEFT = interruption.exit_code(13)  # SIGPIPE, which Windows lacks
 # Typer's own exceptions for a wrong command line, by the one of them that every version of it exports

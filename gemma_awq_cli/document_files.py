@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, cast
 
 from gemma_awq_cli.document_forms import KEYS
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.reading import (
+from gemma_awq_cli.system.reading import (
     JSON_BYTES,
     LINE_BYTES,
     VALIDATION_ERRORS,

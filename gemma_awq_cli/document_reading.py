@@ -27,7 +27,7 @@ from gemma_awq_cli.document_files import (
 from gemma_awq_cli.document_folder import files_of
 from gemma_awq_cli.document_forms import Document, document_of
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.reading import (
+from gemma_awq_cli.system.reading import (
     LINE_BYTES,
     decode,
     open_regular,

@@ -15,9 +15,9 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generation import Settings, context_of
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel
-from gemma_awq_cli.reading import library_errors
 from gemma_awq_cli.sampling import Sampling
 from gemma_awq_cli.scoring import Continuation, score
+from gemma_awq_cli.system.reading import library_errors
 
 GENERATED_AT_ONCE = 8  # prompts that are continued together
 ANSWER_TOKENS = 256  # where a task does not say how long an answer may be: the harness's own default

@@ -29,9 +29,9 @@ from gemma_awq_cli.models.prompting import Prompter, located
 from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.staging import write_errors
-from gemma_awq_cli.reading import home_path
 from gemma_awq_cli.recipes import Recipe, evaluation_documents, find_recipe
-from gemma_awq_cli.saving import scratch_folder
+from gemma_awq_cli.system.reading import home_path
+from gemma_awq_cli.system.saving import scratch_folder
 
 WINDOW = 2048  # tokens, BOS included
 CHARACTERS_PER_TOKEN = 8  # that are read for a window; prose has four

@@ -16,7 +16,7 @@ from math import isfinite
 from typing import TYPE_CHECKING, Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.reading import home_path
+from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.task_suites import SUITES, published_model
 
 if TYPE_CHECKING:

@@ -25,10 +25,10 @@ from gemma_awq_cli.local_paths import (
 from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json
 from gemma_awq_cli.models.hub import REPO_ID
 from gemma_awq_cli.models.staging import REPORT
-from gemma_awq_cli.reading import decode, parse_json, read_bytes, system_errors
 from gemma_awq_cli.recipes import public_name
 from gemma_awq_cli.secret_search import find_secret
 from gemma_awq_cli.side_files import SIDE_FILES, VOCABULARIES, WEIGHT_FILE, is_leftover, is_licence_file
+from gemma_awq_cli.system.reading import decode, parse_json, read_bytes, system_errors
 
 CARD = "README.md"
 # What the hub's own client leaves in a folder that it downloaded; it does not go back.

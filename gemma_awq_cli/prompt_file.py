@@ -9,7 +9,7 @@ from gemma_awq_cli.document_files import TEXT, Kind, kind_of, line_of_json, rows
 from gemma_awq_cli.document_forms import named_keys, read_messages, require_sound
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.prompting import Message
-from gemma_awq_cli.reading import byte_lines, decode, require_utf8_mark, system_errors
+from gemma_awq_cli.system.reading import byte_lines, decode, require_utf8_mark, system_errors
 
 Prompt = str | list[Message]
 INPUT_BYTES = 1 << 28  # of a file of prompts, unpacked

@@ -36,8 +36,8 @@ from gemma_awq_cli.outgoing import (
     require_publishable,
     require_weights_named,
 )
-from gemma_awq_cli.reading import decode, read_bytes
 from gemma_awq_cli.stored_documents import read_bench_document, read_quantization_report
+from gemma_awq_cli.system.reading import decode, read_bytes
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

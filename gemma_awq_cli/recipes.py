@@ -12,7 +12,7 @@ from gemma_awq_cli.document_forms import KEYS, Document
 from gemma_awq_cli.document_reading import Wanted, read_documents
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.hub_dataset import Dataset, read_dataset
-from gemma_awq_cli.reading import decode, parse_json, parse_json_object, read_bytes, read_text, system_errors
+from gemma_awq_cli.system.reading import decode, parse_json, parse_json_object, read_bytes, read_text, system_errors
 
 DEFAULT_RECIPE = "embedded"
 SELF = "self"  # rows that the model samples itself; measured on the default recipe's held-out text

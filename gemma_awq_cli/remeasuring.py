@@ -21,9 +21,9 @@ from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
-from gemma_awq_cli.reading import home_path
 from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.sampling import Sampling
+from gemma_awq_cli.system.reading import home_path
 
 # Relative: another processor, thread count or torch build rounds otherwise.
 TOLERANCE = 0.02

@@ -22,7 +22,7 @@ from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import write_errors
-from gemma_awq_cli.saving import scratch_folder
+from gemma_awq_cli.system.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import require_inside
-from gemma_awq_cli.reading import decode, first_line, read_bytes
+from gemma_awq_cli.system.reading import decode, first_line, read_bytes
 
 README = "README.md"
 DECLARED = ("license", "license_name", "license_link", "base_model")

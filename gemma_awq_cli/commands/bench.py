@@ -9,7 +9,7 @@ from gemma_awq_cli.commands.run import MODEL_VARIABLE, default_model
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.output import Output, bytes_of
-from gemma_awq_cli.saving import local_path
+from gemma_awq_cli.system.saving import local_path
 
 if TYPE_CHECKING:
     from gemma_awq_cli.benchmarking import Bench

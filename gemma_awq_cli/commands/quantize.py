@@ -18,7 +18,7 @@ from gemma_awq_cli.options import (
     StoredDtype,
 )
 from gemma_awq_cli.output import Output, bytes_of, human_bytes, human_seconds
-from gemma_awq_cli.saving import local_path
+from gemma_awq_cli.system.saving import local_path
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,8 +23,8 @@ from gemma_awq_cli.options import (
     RevisionOption,
 )
 from gemma_awq_cli.output import Output
-from gemma_awq_cli.reading import decode, plain_lines, require_text, system_errors
-from gemma_awq_cli.saving import local_path, require_file_place
+from gemma_awq_cli.system.reading import decode, plain_lines, require_text, system_errors
+from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
     from gemma_awq_cli.generation import Completion, Engine, Settings

@@ -10,7 +10,7 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family
 from gemma_awq_cli.models.config_values import HINT
-from gemma_awq_cli.reading import library_errors
+from gemma_awq_cli.system.reading import library_errors
 
 SLIDING = "sliding_attention"
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import platformdirs
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.reading import read_bytes, reason_of
-from gemma_awq_cli.saving import local_path, write_whole
+from gemma_awq_cli.system.reading import read_bytes, reason_of
+from gemma_awq_cli.system.saving import local_path, write_whole
 
 _REMEMBERED_BYTES = 100_000
 ENVIRONMENT = "GEMMA_AWQ_CACHE"

@@ -25,7 +25,7 @@ from gemma_awq_cli.models.quantization import SECTION, awq_group_size, is_awq, n
 from gemma_awq_cli.models.text_config import transformers_text_config
 from gemma_awq_cli.models.tying import TIE, is_tied
 from gemma_awq_cli.models.weight_files import few, find_weights, raw_bytes, read_headers, read_tensors, require_finite
-from gemma_awq_cli.reading import read_bytes
+from gemma_awq_cli.system.reading import read_bytes
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = ("dtype", "torch_dtype")

@@ -14,7 +14,7 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.journal import ANEW
 from gemma_awq_cli.models.weight_files import raw_bytes
-from gemma_awq_cli.reading import require_regular
+from gemma_awq_cli.system.reading import require_regular
 
 
 class HiddenStates:

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Self
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.interruption import finishing
-from gemma_awq_cli.models.locking import Lock
-from gemma_awq_cli.saving import ELSEWHERE, named, sync_folder, write_errors
+from gemma_awq_cli.system.interruption import finishing
+from gemma_awq_cli.system.locking import Lock
+from gemma_awq_cli.system.saving import ELSEWHERE, named, sync_folder, write_errors
 
 __all__ = ["ELSEWHERE", "REPORT", "StagedFolder", "require_space", "write_errors"]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.locking import Lock
 from gemma_awq_cli.models.staging import REPORT, StagedFolder
+from gemma_awq_cli.system.locking import Lock
 
 # Takes the folder again and again, replaces it, and makes sure each time that nobody else has it meanwhile.
 CONTENDER = """

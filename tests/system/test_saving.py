@@ -15,8 +15,15 @@ import pytest
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.options import _require_filled
-from gemma_awq_cli.reading import unforeseen
-from gemma_awq_cli.saving import local_path, require_file_place, scratch_folder, write_errors, write_new, write_whole
+from gemma_awq_cli.system.reading import unforeseen
+from gemma_awq_cli.system.saving import (
+    local_path,
+    require_file_place,
+    scratch_folder,
+    write_errors,
+    write_new,
+    write_whole,
+)
 
 Capture = pytest.CaptureFixture[str]
 posix = pytest.mark.skipif(os.name != "posix", reason="devices and links are POSIX's")

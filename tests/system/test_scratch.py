@@ -7,7 +7,7 @@ import pytest
 
 from gemma_awq_cli.bench_process import Worker
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.saving import scratch_file, scratch_folder
+from gemma_awq_cli.system.saving import scratch_file, scratch_folder
 
 
 def test_a_folder_is_gone_afterwards() -> None:

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli import interruption
 from gemma_awq_cli.errors import Terminated
+from gemma_awq_cli.system import interruption
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
@@ -175,7 +175,7 @@ def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[
     code = (
         "import os, signal, sys, threading, time\n"
         "from gemma_awq_cli import cli\n"
-        "import gemma_awq_cli.interruption\n"
+        "import gemma_awq_cli.system.interruption\n"
         f"threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "sys.argv = sys.argv[1:]\n"
         "cli.entry()\n"
@@ -194,7 +194,7 @@ def test_an_import_is_not_broken_off(tmp_path: Path) -> None:
     )
     script = (
         "import time\n"
-        "from gemma_awq_cli import interruption\n"
+        "from gemma_awq_cli.system import interruption\n"
         "with interruption.heeded():\n"
         "    try:\n"
         "        import slow\n"
@@ -213,7 +213,7 @@ def test_an_import_is_not_broken_off(tmp_path: Path) -> None:
 def test_one_that_an_object_swallows_while_it_dies_comes_again() -> None:
     script = (
         "import os, signal, time\n"
-        "from gemma_awq_cli import interruption\n"
+        "from gemma_awq_cli.system import interruption\n"
         "class Dying:\n"
         "    def __del__(self):\n"
         "        os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -233,7 +233,7 @@ def test_one_that_an_object_swallows_while_it_dies_comes_again() -> None:
 def test_what_is_ignored_from_the_start_stays_ignored(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys\n"
-        "from gemma_awq_cli import interruption\n"
+        "from gemma_awq_cli.system import interruption\n"
         "with interruption.heeded():\n"
         "    os.kill(os.getpid(), signal.SIGHUP); os.kill(os.getpid(), signal.SIGINT)\n"
     )

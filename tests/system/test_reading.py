@@ -8,7 +8,7 @@ import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.files import read_json
-from gemma_awq_cli.reading import (
+from gemma_awq_cli.system.reading import (
     byte_lines,
     decode,
     home_path,
