@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.kernels.head import HEADS
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.architecture import architecture_of

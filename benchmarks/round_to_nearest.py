@@ -10,7 +10,7 @@ import torch
 
 from gemma_awq_cli.artifact import artifact_config
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
-from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.awq.packing import pack_weight
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.files import CONFIG

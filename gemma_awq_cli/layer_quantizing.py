@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.correcting import correct
+from gemma_awq_cli.awq.error_propagation import correct
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
+from gemma_awq_cli.awq.gptq import residuals
 from gemma_awq_cli.awq.gram import InputStatistics
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.group_rounding import Rounded, round_compensated, round_nearest, rounding_error
-from gemma_awq_cli.awq.pack import PackedWeight, pack_weight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.awq.rounding import residuals
+from gemma_awq_cli.awq.round_group import Rounded, round_compensated, round_nearest, rounding_error
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.families import Family, ScaleGroup

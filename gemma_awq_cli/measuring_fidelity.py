@@ -16,7 +16,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import unpack_weight
+from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration import hash_rows, rendered
 from gemma_awq_cli.document_forms import Document

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 
 from gemma_awq_cli.awq.gram import block_width
-from gemma_awq_cli.awq.group_rounding import PART
-from gemma_awq_cli.awq.pack import PACK
+from gemma_awq_cli.awq.packing import PACK
+from gemma_awq_cli.awq.round_group import PART
 from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, RATIOS, Effort
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError

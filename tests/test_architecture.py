@@ -168,7 +168,7 @@ def test_autoawq_stays_behind_its_boundary() -> None:
 
 
 def test_everything_works_without_autoawq(monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_awq_cli.awq.pack import PackedWeight
+    from gemma_awq_cli.awq.packing import PackedWeight
     from gemma_awq_cli.kernels import autoawq
 
     def absent(_: str) -> str:

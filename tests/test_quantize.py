@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.stack import TextStack

@@ -11,7 +11,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 from gemma_awq_cli.kernels.cuda import CudaInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.awq.packing import PackedWeight
 
 
 def autoawq_version() -> str | None:

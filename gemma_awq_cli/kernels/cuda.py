@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
 
 MANY_ROWS = 64

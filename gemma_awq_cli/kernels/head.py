@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
-from gemma_awq_cli.awq.pack import pack_weight
+from gemma_awq_cli.awq.packing import pack_weight
 from gemma_awq_cli.kernels import make_linear
 
 DENSE_HEAD = "16bit"

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 
 
 class ReferenceLinear(nn.Module):

@@ -6,7 +6,7 @@ It reads the file's tensors as they are. Never run by this project so far: no GP
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.autoawq import triton_gemm
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 

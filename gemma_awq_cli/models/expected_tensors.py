@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from gemma_awq_cli.awq.pack import PACK
+from gemma_awq_cli.awq.packing import PACK
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.architecture import TextShape
 from gemma_awq_cli.models.files import CONFIG, REDOWNLOAD

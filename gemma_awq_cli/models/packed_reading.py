@@ -2,7 +2,7 @@
 
 import torch
 
-from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.expected_tensors import packed_tensors, require_tensors
 from gemma_awq_cli.models.quantization import awq_group_size

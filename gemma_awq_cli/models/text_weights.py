@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.architecture import Architecture
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.expected_tensors import EMBEDDING, FINAL_NORM, HEAD, linear_shapes, norm_names

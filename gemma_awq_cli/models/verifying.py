@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import unpack_weight
+from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 from gemma_awq_cli.models.checkpoint import Checkpoint

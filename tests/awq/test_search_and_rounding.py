@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq import scale_descent
+from gemma_awq_cli.awq.coordinate_descent import fitted_scales, refined
+from gemma_awq_cli.awq.gptq import DAMPING, added, compensated, factored, residuals
 from gemma_awq_cli.awq.gram import TILE, InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.refining import fitted_scales, refined
-from gemma_awq_cli.awq.rounding import DAMPING, added, compensated, factored, residuals
 from gemma_awq_cli.awq.search import BALANCED, search_range, search_scale
 
 K, N, GROUP = 128, 64, 32

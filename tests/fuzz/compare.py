@@ -70,7 +70,7 @@ def _theirs(folder: Path, dtype: torch.dtype) -> Tensor | None:
 def _dense(folder: Path, scratch: Path) -> Path:
     """The folder itself, or a copy without its quantization."""
     from gemma_awq_cli.awq.grid import dequantize
-    from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+    from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     if config.pop("quantization_config", None) is None:

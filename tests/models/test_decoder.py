@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.models import decoder
 from gemma_awq_cli.models.architecture import architecture_of, refusal
 from gemma_awq_cli.models.checkpoint import Checkpoint

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.pack import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.pack import PackedWeight
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import MAX_PARTS, LinearSpec
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq import group_rounding
+from gemma_awq_cli.awq import round_group
 from gemma_awq_cli.awq.gram import InputStatistics
-from gemma_awq_cli.awq.group_rounding import round_compensated, round_nearest, rounding_error
+from gemma_awq_cli.awq.round_group import round_compensated, round_nearest, rounding_error
 from gemma_awq_cli.awq.search import BALANCED
 
 K, N, GROUP = 128, 48, 32
@@ -48,7 +48,7 @@ def test_rows_are_independent(
     weight, columns, rows, x = problem
     gram = gram_of(x, block)
     whole = round_compensated(weight, columns, rows, gram, GROUP, BALANCED)
-    monkeypatch.setattr(group_rounding, "PART", 5 * K)
+    monkeypatch.setattr(round_group, "PART", 5 * K)
     for other in (
         round_compensated(weight, columns, rows, gram, GROUP, BALANCED),
         round_compensated(weight[16:], columns, rows[16:], gram, GROUP, BALANCED),

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
-from gemma_awq_cli.awq.pack import pack_columns, pack_weight, unpack_columns, unpack_weight
+from gemma_awq_cli.awq.packing import pack_columns, pack_weight, unpack_columns, unpack_weight
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 
 

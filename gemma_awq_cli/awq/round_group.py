@@ -10,10 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.coordinate_descent import refined
+from gemma_awq_cli.awq.gptq import DAMPING, added, compensated, factored
 from gemma_awq_cli.awq.gram import output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
-from gemma_awq_cli.awq.refining import refined
-from gemma_awq_cli.awq.rounding import DAMPING, added, compensated, factored
 from gemma_awq_cli.awq.search import Effort, search_range
 
 PART = 2**23  # elements that are worked on at a time: rows are independent

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq import correcting
+from gemma_awq_cli.awq import error_propagation
 from gemma_awq_cli.awq.gram import InputStatistics
 
 K, N, ROWS = 64, 24, 4000
@@ -12,7 +12,7 @@ K, N, ROWS = 64, 24, 4000
 
 def corrected(weight: Tensor, drift: Tensor, gram: Tensor, strength: float) -> Tensor:
     result = weight.clone()
-    correcting.correct(result, drift, gram, strength)
+    error_propagation.correct(result, drift, gram, strength)
     return result
 
 
@@ -27,12 +27,12 @@ def test_the_whole_correction_is_least_squares(monkeypatch: pytest.MonkeyPatch) 
         statistics.add(x[rows], counted[rows], undisturbed[rows])
     statistics.finish()
     assert statistics.drift is not None
-    monkeypatch.setattr(correcting, "DAMPING", 1e-9)
+    monkeypatch.setattr(error_propagation, "DAMPING", 1e-9)
     found = corrected(weight, statistics.drift, statistics.gram, 1.0)
     root = counted.sqrt()[:, None].double()
     nearest = torch.linalg.lstsq(root * x.double(), root * (undisturbed @ weight.t()).double()).solution.t()
     assert torch.allclose(found, nearest.float(), atol=2e-4)
-    monkeypatch.setattr(correcting, "PART", 5 * K)
+    monkeypatch.setattr(error_propagation, "PART", 5 * K)
     part = corrected(weight, statistics.drift, statistics.gram, 0.25)
     assert torch.allclose(part, weight + 0.25 * (found - weight), atol=1e-5)
 

@@ -8,8 +8,8 @@ are moved one column at a time to the best value while all others stand still, a
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.gptq import COLUMNS, WIDE
 from gemma_awq_cli.awq.grid import QMAX, Grid, dequantize, storable_scale
-from gemma_awq_cli.awq.rounding import COLUMNS, WIDE
 
 FARTHEST = 2.0  # a fitted scale may be this many times larger or smaller than before
 

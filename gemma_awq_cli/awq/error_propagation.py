@@ -12,7 +12,7 @@ strength the part is.
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.rounding import lower_factor
+from gemma_awq_cli.awq.gptq import lower_factor
 
 DAMPING = 0.2  # share of the mean diagonal added to H
 PART = 2**23  # elements that are corrected at a time: rows are independent
