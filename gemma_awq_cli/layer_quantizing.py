@@ -21,7 +21,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.round_group import Rounded, round_compensated, round_nearest, rounding_error
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import Family, ScaleGroup
+from gemma_awq_cli.models.gemma.families import Family, ScaleGroup
 
 FOLD_TOLERANCE = 1e-4
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import InputStatistics, block_width
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import Family
+from gemma_awq_cli.models.gemma.families import Family
 
 BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens
 

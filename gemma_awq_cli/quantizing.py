@@ -34,6 +34,7 @@ from gemma_awq_cli.layer_quantizing import (
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.companions import require_companions
 from gemma_awq_cli.models.files import CONFIG, read_json
+from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.journal import ANEW, JOURNAL, Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal
@@ -41,7 +42,6 @@ from gemma_awq_cli.models.quantization import ORIGINAL, describe
 from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
-from gemma_awq_cli.models.text_config import require_loadable
 from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 from gemma_awq_cli.models.writing import TensorWriter, write_json

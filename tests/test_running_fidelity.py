@@ -11,9 +11,9 @@ from gemma_awq_cli import benchmarking, llama_cpp_model, running_fidelity
 from gemma_awq_cli.bench_entries import Entry
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.measuring_fidelity import measure, read_text
-from gemma_awq_cli.models.architecture import architecture_of
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession
+from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.torch_text import read_torch_text
 from gemma_awq_cli.recipes import find_recipe

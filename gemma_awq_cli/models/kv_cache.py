@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.models.architecture import Architecture
+from gemma_awq_cli.models.gemma.architecture import Architecture
 
 
 @dataclass(frozen=True)

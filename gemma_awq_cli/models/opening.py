@@ -16,11 +16,11 @@ from gemma_awq_cli import kernels
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.native import library as native_library
-from gemma_awq_cli.models import architecture
 from gemma_awq_cli.models.cache import cache_folder
 from gemma_awq_cli.models.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
 from gemma_awq_cli.models.expected_tensors import linear_shapes
+from gemma_awq_cli.models.gemma import architecture
 from gemma_awq_cli.models.memory import memory_errors, require_memory
 from gemma_awq_cli.models.native_text import (
     NativeSession,

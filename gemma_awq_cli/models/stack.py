@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.config_values import HINT
+from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.system.reading import library_errors
 
 LOGIT_CHUNK = 512  # vocabulary entries that logits are computed for at a time: they stay in the cache

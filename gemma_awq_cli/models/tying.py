@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import Layout
 from gemma_awq_cli.models.files import CONFIG
+from gemma_awq_cli.models.gemma.families import Layout
 from gemma_awq_cli.models.layouts import EMBEDDING
 from gemma_awq_cli.models.weight_files import TensorInfo, read_tensors
 

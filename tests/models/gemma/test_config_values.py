@@ -15,10 +15,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.architecture import architecture_of, refusal
 from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.config_values import KINDS, MAX_CONTEXT
 from gemma_awq_cli.models.decoder import DecoderSession
+from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
+from gemma_awq_cli.models.gemma.config_values import KINDS, MAX_CONTEXT
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.stack import TextStack
 from gemma_awq_cli.models.torch_text import read_torch_text

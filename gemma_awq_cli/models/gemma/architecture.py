@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import Family
-from gemma_awq_cli.models.config_values import HINT
+from gemma_awq_cli.models.gemma.config_values import HINT
+from gemma_awq_cli.models.gemma.families import Family
 from gemma_awq_cli.system.reading import library_errors
 
 SLIDING = "sliding_attention"

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.config_values import HINT
+from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.system.reading import first_line, library_errors
 
 

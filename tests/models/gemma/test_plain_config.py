@@ -10,11 +10,11 @@ import torch
 from transformers import AutoConfig
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import family_of
-from gemma_awq_cli.models.architecture import Architecture, architecture_of, refusal
-from gemma_awq_cli.models.config_values import KINDS, text_values
-from gemma_awq_cli.models.plain_config import plain_text_config
-from gemma_awq_cli.models.text_config import transformers_text_config
+from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of, refusal
+from gemma_awq_cli.models.gemma.config_values import KINDS, text_values
+from gemma_awq_cli.models.gemma.families import family_of
+from gemma_awq_cli.models.gemma.plain_config import plain_text_config
+from gemma_awq_cli.models.gemma.text_config import transformers_text_config
 from tests.conftest import FAMILIES
 from tests.tiny import CONFIGS
 

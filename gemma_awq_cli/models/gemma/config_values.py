@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.families import Family
+from gemma_awq_cli.models.gemma.families import Family
 
 HINT = "Take the config.json of the original model."
 LAYER_TYPES = ("sliding_attention", "full_attention")
