@@ -18,12 +18,12 @@ from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.kernels.head import HEADS
 from gemma_awq_cli.kernels.native import library as native_library
-from gemma_awq_cli.models.cache import cache_folder
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.decoder import DecoderSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.native_text import NativeSession, read_native_text
-from gemma_awq_cli.models.packed_reading import require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.models.torch_text import JoinedLinear, read_torch_text

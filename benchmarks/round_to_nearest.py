@@ -12,13 +12,13 @@ from gemma_awq_cli.artifact import artifact_config
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight
 from gemma_awq_cli.calibration import Rows
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import CONFIG
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_files
+from gemma_awq_cli.models.checkpoints.staging import StagedFolder
+from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.staging import StagedFolder
-from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
-from gemma_awq_cli.side_files import copy_side_files, side_files
 
 
 def main() -> None:

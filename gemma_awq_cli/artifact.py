@@ -14,14 +14,14 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import some
-from gemma_awq_cli.local_paths import without_local_paths
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import CONFIG
-from gemma_awq_cli.models.source import Source
-from gemma_awq_cli.models.tying import with_tie
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
+from gemma_awq_cli.models.checkpoints.side_files import not_copied
+from gemma_awq_cli.models.checkpoints.source import Source
+from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE
+from gemma_awq_cli.models.checkpoints.tying import with_tie
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
-from gemma_awq_cli.side_files import not_copied
-from gemma_awq_cli.source_metadata import UNREADABLE
 
 REPORT_SCHEMA = 2
 

@@ -21,9 +21,9 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.llama_cpp_model import require_llama_cpp
 from gemma_awq_cli.measuring_speed import GGUF, OWN, PRECISIONS, VLLM
 from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.source import find_source
-from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.source import find_source
+from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.task_suites import LACKING
 from gemma_awq_cli.vllm_engine import INSTALL

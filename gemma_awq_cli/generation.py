@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import read_json
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.models.prompting import Message, Prompter
 from gemma_awq_cli.sampling import CORRECT, Sampling
 from gemma_awq_cli.text_stream import TextStream

@@ -22,13 +22,13 @@ from gemma_awq_cli.calibration import hash_rows, rendered
 from gemma_awq_cli.document_forms import Document
 from gemma_awq_cli.document_reading import WHOLE
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.checkpoints.source import DEMO
+from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter, located
-from gemma_awq_cli.models.source import DEMO
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
-from gemma_awq_cli.models.staging import write_errors
 from gemma_awq_cli.recipes import Recipe, evaluation_documents, find_recipe
 from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.system.saving import scratch_folder
@@ -111,8 +111,8 @@ def local_original(report: Mapping[str, Any]) -> str | None:
     """Where the 16-bit checkpoint that a report tells of can be had without a network: a MODEL argument, or None."""
     from importlib.util import find_spec
 
-    from gemma_awq_cli.models.cache import cache_folder
-    from gemma_awq_cli.models.demo import NAME, PACKAGE
+    from gemma_awq_cli.models.checkpoints.cache import cache_folder
+    from gemma_awq_cli.models.checkpoints.demo import NAME, PACKAGE
 
     source = report["source"]
     name, revision = str(source["model"]), source["revision"]

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from gemma_awq_cli.artifact import peak_memory
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
 from gemma_awq_cli.models.session import Session

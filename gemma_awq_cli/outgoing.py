@@ -15,19 +15,25 @@ from typing import Any
 
 from gemma_awq_cli.bench_document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.local_paths import (
+from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, SINGLE, read_json
+from gemma_awq_cli.models.checkpoints.hub import REPO_ID
+from gemma_awq_cli.models.checkpoints.local_paths import (
     base_name,
     local_paths,
     mentioned_path,
     to_json,
     without_local_paths,
 )
-from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json
-from gemma_awq_cli.models.hub import REPO_ID
-from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.models.checkpoints.side_files import (
+    SIDE_FILES,
+    VOCABULARIES,
+    WEIGHT_FILE,
+    is_leftover,
+    is_licence_file,
+)
+from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.recipes import public_name
 from gemma_awq_cli.secret_search import find_secret
-from gemma_awq_cli.side_files import SIDE_FILES, VOCABULARIES, WEIGHT_FILE, is_leftover, is_licence_file
 from gemma_awq_cli.system.reading import decode, parse_json, read_bytes, system_errors
 
 CARD = "README.md"

@@ -16,13 +16,13 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.bench_document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.licensing import Licence, Own, decide
-from gemma_awq_cli.local_paths import to_json
 from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import CONFIG, read_json
-from gemma_awq_cli.models.hub import LOGIN, REPO_ID, push_errors
-from gemma_awq_cli.models.source import DEMO
-from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json
+from gemma_awq_cli.models.checkpoints.hub import LOGIN, REPO_ID, push_errors
+from gemma_awq_cli.models.checkpoints.local_paths import to_json
+from gemma_awq_cli.models.checkpoints.source import DEMO
+from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.verifying import require_complete
 from gemma_awq_cli.outgoing import (
     CARD,
@@ -200,7 +200,7 @@ def _origin(source: Mapping[str, Any], given: str | None) -> tuple[str, Mapping[
     if given is not None and not REPO_ID.fullmatch(given):
         raise GemmaAwqError(f"{given!r} is no hub id.", "Give --base-model OWNER/NAME.")
     if source["model"] == DEMO:
-        from gemma_awq_cli.models.demo import BASE_MODEL, DECLARED, PROVENANCE
+        from gemma_awq_cli.models.checkpoints.demo import BASE_MODEL, DECLARED, PROVENANCE
 
         return given or BASE_MODEL, DECLARED, PROVENANCE
     declared = source.get("card")

@@ -31,24 +31,24 @@ from gemma_awq_cli.layer_quantizing import (
     quantize_layer,
     require_exact_fold,
 )
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.companions import require_companions
-from gemma_awq_cli.models.files import CONFIG, read_json
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.companions import require_companions
+from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json
+from gemma_awq_cli.models.checkpoints.journal import ANEW, JOURNAL, Fingerprint, Journal, require_same
+from gemma_awq_cli.models.checkpoints.quantization_config import ORIGINAL, describe
+from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_files
+from gemma_awq_cli.models.checkpoints.source import Source
+from gemma_awq_cli.models.checkpoints.source_metadata import source_card
+from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space, write_errors
+from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.journal import ANEW, JOURNAL, Fingerprint, Journal, require_same
 from gemma_awq_cli.models.memory import is_refusal
-from gemma_awq_cli.models.quantization import ORIGINAL, describe
-from gemma_awq_cli.models.source import Source
 from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.verifying import verify_artifact
-from gemma_awq_cli.models.weight_files import read_tensors, require_finite
-from gemma_awq_cli.models.writing import TensorWriter, write_json
 from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
-from gemma_awq_cli.side_files import copy_side_files, side_files
-from gemma_awq_cli.source_metadata import source_card
 from gemma_awq_cli.stored_documents import read_quantization_report
 
 HELDOUT_SAMPLES = 6

@@ -16,10 +16,10 @@ from gemma_awq_cli.calibration import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.measuring_fidelity import measure
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.prompting import Prompter
-from gemma_awq_cli.models.source import DEMO, find_source
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.sampling import Sampling

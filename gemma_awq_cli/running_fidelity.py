@@ -17,11 +17,11 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.llama_cpp_model import LlamaModel
 from gemma_awq_cli.measuring_fidelity import Text, require_finite, through_layers
 from gemma_awq_cli.measuring_speed import GGUF, open_kind
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.hidden_states import HiddenStates
 from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.staging import write_errors
 from gemma_awq_cli.system.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time

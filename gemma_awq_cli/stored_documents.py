@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import read_json
-from gemma_awq_cli.models.staging import REPORT
+from gemma_awq_cli.models.checkpoints.files import read_json
+from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.schema_check import load_schema, require_schema
 
 REQUANTIZE = "Quantize the model again."

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.cli import main
-from gemma_awq_cli.models import demo
+from gemma_awq_cli.models.checkpoints import demo
 from tests.models.test_tokenizer import require_same
 
 pytestmark = [

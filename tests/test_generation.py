@@ -12,7 +12,7 @@ from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Sampling, end_tokens, prompt_ids
 from gemma_awq_cli.local_engine import complete
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.prompting import Prompter
 from tests.conftest import FAMILIES

@@ -9,7 +9,7 @@ import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.licensing import APACHE, GEMMA_TERMS, TERMS, TEXTS, Own, decide, read_own
-from gemma_awq_cli.models.demo import PACKAGE
+from gemma_awq_cli.models.checkpoints.demo import PACKAGE
 from gemma_awq_cli.models.gemma.families import FAMILIES
 
 CHANGED = "model.safetensors was modified."

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3ForConditionalGeneration
 
 from gemma_awq_cli.measuring_fidelity import measure, read_text, require_same_base
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.recipes import find_recipe
 from tests.conftest import FAMILIES

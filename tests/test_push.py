@@ -420,7 +420,7 @@ def test_nobody_is_asked_without_a_terminal_and_no_is_no(
 
 
 def test_the_last_artifact_is_the_default(artifact: Path, capsys: Capture) -> None:
-    from gemma_awq_cli.models.cache import remember_artifact
+    from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 
     assert main(["push", REPO, "--dry-run", *SAID]) == 1
     assert "no last one is there" in capsys.readouterr().err

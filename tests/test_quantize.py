@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.cli import main
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.stack import TextStack
 from tests.conftest import FAMILIES, quantize_arguments, tiny_rows
 from tests.tiny import make_checkpoint
@@ -158,8 +158,8 @@ def test_a_float16_artifact_of_gemma_1(tmp_path: Path, checkpoints: Callable[[st
 def test_large_artifacts_are_sharded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
+    from gemma_awq_cli.models.checkpoints.writing import TensorWriter
     from gemma_awq_cli.models.opening import open_model
-    from gemma_awq_cli.models.writing import TensorWriter
 
     monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))
     assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 0

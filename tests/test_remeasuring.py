@@ -132,7 +132,7 @@ def test_an_index_that_is_not_complete(
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
 ) -> None:
-    from gemma_awq_cli.models.writing import TensorWriter
+    from gemma_awq_cli.models.checkpoints.writing import TensorWriter
     from tests.conftest import quantize_arguments
 
     monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))

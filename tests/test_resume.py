@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 
 from gemma_awq_cli.cli import main
-from gemma_awq_cli.models.journal import Journal, differences
+from gemma_awq_cli.models.checkpoints.journal import Journal, differences
 from tests.conftest import quantize_arguments
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
@@ -279,7 +279,7 @@ def test_resuming_under_other_conditions_is_refused(
 def test_two_processes_do_not_write_one_artifact(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
 ) -> None:
-    from gemma_awq_cli.models.staging import StagedFolder
+    from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 
     with StagedFolder(tmp_path / "out"):
         assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 1
@@ -460,7 +460,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_layer(
     capsys: Capture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from gemma_awq_cli.models.writing import TensorWriter
+    from gemma_awq_cli.models.checkpoints.writing import TensorWriter
 
     real = TensorWriter.write
 

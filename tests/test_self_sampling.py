@@ -11,8 +11,8 @@ from torch import Tensor
 from gemma_awq_cli import planning, self_sampling
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.cache import cache_folder
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from tests.conftest import FAMILIES, quantize_arguments
 

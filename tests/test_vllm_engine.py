@@ -18,7 +18,7 @@ from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Settings
 from gemma_awq_cli.local_engine import LocalEngine
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.opening_dense import Precision
 from gemma_awq_cli.models.prompting import Prompter

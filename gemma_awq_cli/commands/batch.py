@@ -25,7 +25,7 @@ from gemma_awq_cli.prompt_file import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from gemma_awq_cli.commands.run import How
-    from gemma_awq_cli.models.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
 
 @dataclass(frozen=True)

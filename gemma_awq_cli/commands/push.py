@@ -121,7 +121,7 @@ def command(
 
 
 def _last_artifact(out: Output) -> Path:
-    from gemma_awq_cli.models.cache import last_artifact
+    from gemma_awq_cli.models.checkpoints.cache import last_artifact
 
     last = last_artifact()
     if last is None or not last.is_dir():
@@ -133,7 +133,7 @@ def _last_artifact(out: Output) -> Path:
 def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:
     from gemma_awq_cli import remeasuring
     from gemma_awq_cli.measuring_fidelity import steps
-    from gemma_awq_cli.models.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.opening import pick_device
     from gemma_awq_cli.models.prompting import Prompter
 

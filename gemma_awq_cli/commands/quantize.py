@@ -23,8 +23,8 @@ from gemma_awq_cli.system.saving import local_path
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gemma_awq_cli.models.checkpoint import Checkpoint
-    from gemma_awq_cli.models.source import Source
+    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.source import Source
     from gemma_awq_cli.planning import Plan
     from gemma_awq_cli.quantizing import LayerDone
 
@@ -92,17 +92,17 @@ def command(
     from gemma_awq_cli import quantizing
     from gemma_awq_cli.artifact import source_notes
     from gemma_awq_cli.calibration import build_rows
-    from gemma_awq_cli.models.cache import remember_artifact
-    from gemma_awq_cli.models.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.cache import remember_artifact
+    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.source import find_source
+    from gemma_awq_cli.models.checkpoints.source_metadata import source_card
     from gemma_awq_cli.models.memory import available_memory
     from gemma_awq_cli.models.opening import pick_device
     from gemma_awq_cli.models.prompting import Prompter
-    from gemma_awq_cli.models.source import find_source
     from gemma_awq_cli.models.stack import TextStack
     from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
     from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled
     from gemma_awq_cli.self_sampling import require_room, with_own_rows
-    from gemma_awq_cli.source_metadata import source_card
 
     chosen = pick_device(device.value)
     recipe = find_recipe(

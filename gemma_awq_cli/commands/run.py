@@ -133,8 +133,8 @@ def command(
     stages = Stages()
     stages.end("command line")
 
+    from gemma_awq_cli.models.checkpoints.source import find_source
     from gemma_awq_cli.models.prompting import begin_loading
-    from gemma_awq_cli.models.source import find_source
 
     folder = find_source(name, revision, out.note).folder
     loading = begin_loading(folder)  # on a thread of its own, while torch is imported
@@ -271,7 +271,7 @@ def default_model(out: Output) -> str:
     if configured:
         out.note(f"Model: {configured} (from {MODEL_VARIABLE})")
         return configured
-    from gemma_awq_cli.models.cache import last_artifact
+    from gemma_awq_cli.models.checkpoints.cache import last_artifact
 
     last = last_artifact()
     if last is None:

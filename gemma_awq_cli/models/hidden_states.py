@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.journal import ANEW
-from gemma_awq_cli.models.weight_files import raw_bytes
+from gemma_awq_cli.models.checkpoints.journal import ANEW
+from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes
 from gemma_awq_cli.system.reading import require_regular
 
 

@@ -16,9 +16,9 @@ from gemma_awq_cli.kernels.head import head_group
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native import structures
 from gemma_awq_cli.kernels.native.library import Library
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import linear_shapes
 from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of, wanted_of
-from gemma_awq_cli.models.expected_tensors import linear_shapes
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.models.kv_cache import KVCache, make_cache
 from gemma_awq_cli.models.text_weights import JOINED, LayerReader, read_embedding, read_final_gain

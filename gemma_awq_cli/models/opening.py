@@ -16,10 +16,11 @@ from gemma_awq_cli import kernels
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.native import library as native_library
-from gemma_awq_cli.models.cache import cache_folder
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import linear_shapes
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
-from gemma_awq_cli.models.expected_tensors import linear_shapes
 from gemma_awq_cli.models.gemma import architecture
 from gemma_awq_cli.models.memory import memory_errors, require_memory
 from gemma_awq_cli.models.native_text import (
@@ -30,7 +31,6 @@ from gemma_awq_cli.models.native_text import (
     read_native_text,
 )
 from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype, open_dense
-from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter, begin_loading
 from gemma_awq_cli.models.session import Session, TransformersSession
 from gemma_awq_cli.models.torch_text import read_torch_text

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.memory import require_memory
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 

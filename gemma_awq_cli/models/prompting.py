@@ -39,7 +39,7 @@ class Prompter:
         """How many tokens the model has embeddings of; None for a folder without weights."""
         if next(self.folder.glob("*.safetensors"), None) is None:
             return None
-        from gemma_awq_cli.models.checkpoint import Checkpoint
+        from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
         vocabulary = Checkpoint(self.folder).vocabulary
         if self.bos >= vocabulary:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import read_json
+from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.system.reading import read_text
 
 COPY = "Copy the chat template of the original model."

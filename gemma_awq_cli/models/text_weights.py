@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.packing import PackedWeight
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.expected_tensors import EMBEDDING, FINAL_NORM, HEAD, linear_shapes, norm_names
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD, linear_shapes, norm_names
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
 from gemma_awq_cli.models.gemma.architecture import Architecture
-from gemma_awq_cli.models.packed_reading import read_packed
 
 JOINED = {
     "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),

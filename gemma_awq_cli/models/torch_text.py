@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.kernels.head import make_head
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import LayerWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.models.text_weights import LayerReader, read_embedding, read_final_gain

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from gemma_awq_cli.kernels import make_linear
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.opening_dense import make_buffers_real
-from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 
 

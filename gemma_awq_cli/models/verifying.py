@@ -9,13 +9,13 @@ from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.files import CONFIG, INDEX, read_json
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
 from gemma_awq_cli.models.gemma.text_config import require_loadable
-from gemma_awq_cli.models.packed_reading import read_packed, require_awq
 from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
-from gemma_awq_cli.models.weight_files import read_tensors, require_finite
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:

@@ -151,7 +151,7 @@ def _artifact(folder: Path, source: Path) -> None:
 
 def _staged(folder: Path, source: Path) -> None:
     """What a quantization leaves that is killed after its second layer."""
-    from gemma_awq_cli.models.journal import Journal
+    from gemma_awq_cli.models.checkpoints.journal import Journal
 
     shutil.copytree(source, folder, symlinks=True, ignore=shutil.ignore_patterns("answers*"))
     add = Journal.add

@@ -76,7 +76,7 @@ def _prepare(root: Path) -> None:
     _packing_utils()
     assert transformers is not None
     from gemma_awq_cli.kernels.native import library
-    from gemma_awq_cli.models.cache import cache_folder
+    from gemma_awq_cli.models.checkpoints.cache import cache_folder
 
     library.load(cache_folder() / "native")
     gc.collect()

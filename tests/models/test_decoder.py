@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.models import decoder
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
 from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
 from gemma_awq_cli.models.kv_cache import make_cache, slot_positions

@@ -13,7 +13,7 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Settings
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models import memory, opening_dense
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.opening_dense import Precision, memory_needed, place_of, spread_over

@@ -21,8 +21,8 @@ SLOW = """
 import sys, time
 from pathlib import Path
 from gemma_awq_cli import cli
-from gemma_awq_cli.models import staging
-from gemma_awq_cli.models.staging import StagedFolder
+from gemma_awq_cli.models.checkpoints import staging
+from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.output import Output
 
 def slowly(where, real):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import read_json
+from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.system.reading import (
     byte_lines,
     decode,

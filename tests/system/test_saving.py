@@ -193,7 +193,7 @@ def test_every_refusal_of_the_system_is_an_error_with_a_hint(filename: str | Non
 def test_what_nobody_foresaw_is_no_traceback(
     error: Exception, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gemma_awq_cli.models import source
+    from gemma_awq_cli.models.checkpoints import source
 
     def fail(*_: object) -> None:
         raise error
@@ -207,7 +207,7 @@ def test_what_nobody_foresaw_is_no_traceback(
 
 @pytest.mark.parametrize("error", [ValueError("ours"), AssertionError(), KeyError("x"), RuntimeError("x"), TypeError()])
 def test_our_own_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_awq_cli.models import source
+    from gemma_awq_cli.models.checkpoints import source
 
     def fail(*_: object) -> None:
         raise error

@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
 from gemma_awq_cli.models.gemma.config_values import KINDS, MAX_CONTEXT

@@ -145,7 +145,7 @@ def test_released_configs_are_read_as_transformers_reads_them(raw: dict[str, Any
 
 
 def test_a_checkpoints_dtype_is_transformers(checkpoints: Callable[[str], Path]) -> None:
-    from gemma_awq_cli.models.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
     for kind in FAMILIES:
         checkpoint = Checkpoint(checkpoints(kind))

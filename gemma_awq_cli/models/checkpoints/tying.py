@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import CONFIG
+from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
+from gemma_awq_cli.models.checkpoints.weight_files import TensorInfo, read_tensors
 from gemma_awq_cli.models.gemma.families import Layout
-from gemma_awq_cli.models.layouts import EMBEDDING
-from gemma_awq_cli.models.weight_files import TensorInfo, read_tensors
 
 TIE = "tie_word_embeddings"
 _ROWS = 8192  # of the vocabulary, compared at a time

@@ -12,11 +12,11 @@ import torch
 
 from gemma_awq_cli.awq.packing import PACK
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import CONFIG, REDOWNLOAD
+from gemma_awq_cli.models.checkpoints.files import CONFIG, REDOWNLOAD
 from gemma_awq_cli.models.gemma.architecture import TextShape
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.models.weight_files import TensorInfo
+    from gemma_awq_cli.models.checkpoints.weight_files import TensorInfo
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

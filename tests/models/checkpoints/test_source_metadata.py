@@ -14,7 +14,7 @@ from gemma_awq_cli import quantizing
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.licensing import decide
-from gemma_awq_cli.source_metadata import METADATA_CHARACTERS, source_card
+from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
 from tests.conftest import quantize_arguments
 from tests.tiny import make_checkpoint
 

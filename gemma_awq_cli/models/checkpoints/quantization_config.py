@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import CONFIG, CORRECT, read_json, require_inside
+from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 
 SECTION = "quantization_config"
 GROUP_MULTIPLE = 8  # no writer of the layout makes smaller groups, and no kernel reads others

@@ -13,11 +13,11 @@ from torch import Tensor
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.expected_tensors import text_tensors
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
 from gemma_awq_cli.models.gemma.architecture import shape_of
 from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.packed_reading import read_packed
 from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 from gemma_awq_cli.models.verifying import require_complete
 from tests.conftest import FAMILIES

@@ -10,8 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import REDOWNLOAD
-from gemma_awq_cli.models.foreign import MERGE
+from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
+from gemma_awq_cli.models.checkpoints.foreign import MERGE
 from gemma_awq_cli.models.gemma.families import Family, Layout
 
 EMBEDDING = "embed_tokens.weight"

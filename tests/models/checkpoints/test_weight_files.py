@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.weight_files import find_weights, read_headers, read_tensors
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.weight_files import find_weights, read_headers, read_tensors
 from tests.tiny import edit_weights, make_checkpoint
 
 SINGLE = "model.safetensors"

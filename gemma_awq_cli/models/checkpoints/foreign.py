@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
+from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
 from gemma_awq_cli.system.reading import system_errors
 
 ADAPTER_CONFIG = "adapter_config.json"

@@ -15,8 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.models.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
-from gemma_awq_cli.models.foreign import explain_no_weights
+from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
+from gemma_awq_cli.models.checkpoints.foreign import explain_no_weights
 from gemma_awq_cli.system.reading import first_line, reason_of, require_regular
 
 DTYPES = {

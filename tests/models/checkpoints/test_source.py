@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.source import find_source
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.source import find_source
 from tests.hub_server import TOKEN, HubServer, Repo, hub_server
 
 Asked = tuple[str, str | None, str]  # a model, a revision or None, and a token or ""
@@ -36,7 +36,7 @@ from huggingface_hub import constants
 time.sleep = lambda seconds: None  # the client waits between its tries
 constants.DOWNLOAD_CHUNK_SIZE = 1024  # and counts what arrives in pieces larger than a test's weights
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.source import find_source
+from gemma_awq_cli.models.checkpoints.source import find_source
 answers = []
 for asked, revision, token in json.load(sys.stdin):
     os.environ["HF_TOKEN"] = token

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import INDEX, SINGLE
-from gemma_awq_cli.models.weight_files import DTYPES, raw_bytes
+from gemma_awq_cli.models.checkpoints.files import INDEX, SINGLE
+from gemma_awq_cli.models.checkpoints.weight_files import DTYPES, raw_bytes
 
 SHARD_BYTES = 4 * 10**9
 FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -13,18 +13,31 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.expected_tensors import Expected, require_tensors, text_tensors
-from gemma_awq_cli.models.files import CONFIG, CORRECT, read_json, require_inside
-from gemma_awq_cli.models.foreign import A_CHECKPOINT
+from gemma_awq_cli.models.checkpoints.expected_tensors import Expected, require_tensors, text_tensors
+from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
+from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
+from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, find_layout, layers_of
+from gemma_awq_cli.models.checkpoints.quantization_config import (
+    SECTION,
+    awq_group_size,
+    is_awq,
+    names_awq,
+    quantization_of,
+)
+from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
+from gemma_awq_cli.models.checkpoints.weight_files import (
+    few,
+    find_weights,
+    raw_bytes,
+    read_headers,
+    read_tensors,
+    require_finite,
+)
 from gemma_awq_cli.models.gemma.architecture import require_rope, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import GEMMA3, GEMMA3_TEXT, Family, Layout, family_of
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
-from gemma_awq_cli.models.layouts import BUFFERS, EMBEDDING, find_layout, layers_of
-from gemma_awq_cli.models.quantization import SECTION, awq_group_size, is_awq, names_awq, quantization_of
-from gemma_awq_cli.models.tying import TIE, is_tied
-from gemma_awq_cli.models.weight_files import few, find_weights, raw_bytes, read_headers, read_tensors, require_finite
 from gemma_awq_cli.system.reading import read_bytes
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gemma_awq_cli.local_paths import base_name, find_local_path, local_paths, without_local_paths
+from gemma_awq_cli.models.checkpoints.local_paths import base_name, find_local_path, local_paths, without_local_paths
 
 PLACES = (
     "/home/ann/x", "/data", "/Users/ann/My Models/x", "~/x", "~ann/x", "C:\\Users\\x", "c:/Users/x",

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from gemma_awq_cli.models.hub import REPO_ID
+from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 
 # Where the home of a user, or the disk of a shared machine, is named. Inside a text only these count, because a slash
 # alone is in many texts that are no path.

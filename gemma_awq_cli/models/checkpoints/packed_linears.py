@@ -3,10 +3,10 @@
 import torch
 
 from gemma_awq_cli.awq.packing import PackedWeight
-from gemma_awq_cli.models.checkpoint import Checkpoint
-from gemma_awq_cli.models.expected_tensors import packed_tensors, require_tensors
-from gemma_awq_cli.models.quantization import awq_group_size
-from gemma_awq_cli.models.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import packed_tensors, require_tensors
+from gemma_awq_cli.models.checkpoints.quantization_config import awq_group_size
+from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
 
 
 def require_awq(checkpoint: Checkpoint) -> int:

@@ -8,8 +8,8 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from gemma_awq_cli.local_paths import to_json, without_local_paths
-from gemma_awq_cli.models.files import CONFIG, INDEX, SINGLE, read_json, require_inside
+from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, SINGLE, read_json, require_inside
+from gemma_awq_cli.models.checkpoints.local_paths import to_json, without_local_paths
 from gemma_awq_cli.system.reading import require_regular
 
 # As transformers writes them and the hub's Gemma repositories have them

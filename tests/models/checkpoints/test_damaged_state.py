@@ -12,8 +12,8 @@ from gemma_awq_cli.batching import Batch, read_finished, recorded_seed
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generation import Settings
-from gemma_awq_cli.models.cache import last_artifact, remember_artifact
-from gemma_awq_cli.models.journal import Journal
+from gemma_awq_cli.models.checkpoints.cache import last_artifact, remember_artifact
+from gemma_awq_cli.models.checkpoints.journal import Journal
 from gemma_awq_cli.sampling import Sampling
 from tests.test_resume import identity, kept_run, record
 
@@ -177,7 +177,7 @@ def test_a_damaged_report_of_a_finished_run(
 def test_a_damaged_note_of_the_last_artifact(content: bytes, tmp_path: Path, capsys: Capture) -> None:
     assert remember_artifact(tmp_path) is None
     assert last_artifact() == tmp_path
-    from gemma_awq_cli.models.cache import cache_folder
+    from gemma_awq_cli.models.checkpoints.cache import cache_folder
 
     (cache_folder() / "last-artifact.json").write_bytes(content)
     assert last_artifact() is None
@@ -187,7 +187,7 @@ def test_a_damaged_note_of_the_last_artifact(content: bytes, tmp_path: Path, cap
 
 @pytest.mark.parametrize("name", [*ANY_JSON, "relative/path", "/x\0y", "/" + "x" * 300, "/" + "x/" * 9000, "\udcff"])
 def test_a_last_artifact_of_any_type(name: Any, tmp_path: Path, capsys: Capture) -> None:
-    from gemma_awq_cli.models.cache import cache_folder
+    from gemma_awq_cli.models.checkpoints.cache import cache_folder
 
     (cache_folder() / "last-artifact.json").write_text(json.dumps({"artifact": name}))
     assert last_artifact() is None

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.verifying import require_complete
 from gemma_awq_cli.quantizing import require_quantizable
 from tests.conftest import quantize_arguments
-from tests.models.test_checkpoint import edit_config, open_stack
+from tests.models.checkpoints.test_checkpoint import edit_config, open_stack
 from tests.tiny import edit_weights
 
 Rename = Callable[[dict[str, Tensor]], None]

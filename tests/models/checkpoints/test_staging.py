@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.staging import REPORT, StagedFolder
+from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder
 from gemma_awq_cli.system.locking import Lock
 
 # Takes the folder again and again, replaces it, and makes sure each time that nobody else has it meanwhile.
@@ -18,7 +18,7 @@ CONTENDER = """
 import os, random, sys, time
 from pathlib import Path
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.staging import REPORT, StagedFolder
+from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder
 target, owner, until = Path(sys.argv[1]), sys.argv[2], time.monotonic() + float(sys.argv[3])
 taken = 0
 while time.monotonic() < until:

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.staging import REPORT, StagedFolder, require_space
-from gemma_awq_cli.models.weight_files import find_weights, read_headers
-from gemma_awq_cli.models.writing import PlannedTensor, TensorWriter
+from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space
+from gemma_awq_cli.models.checkpoints.weight_files import find_weights, read_headers
+from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
 
 TENSORS = {
     "b": torch.randn(5, 7),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import require_inside
+from gemma_awq_cli.models.checkpoints.files import require_inside
 
 
 @pytest.fixture

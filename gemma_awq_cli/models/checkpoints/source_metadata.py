@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.files import require_inside
+from gemma_awq_cli.models.checkpoints.files import require_inside
 from gemma_awq_cli.system.reading import decode, first_line, read_bytes
 
 README = "README.md"

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.files import CONFIG
-from gemma_awq_cli.models.foreign import ADAPTER_CONFIG, FILE_SUFFIXES, explain_file, explain_no_config
-from gemma_awq_cli.models.hub import REPO_ID, fetch_errors
+from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG, FILE_SUFFIXES, explain_file, explain_no_config
+from gemma_awq_cli.models.checkpoints.hub import REPO_ID, fetch_errors
 from gemma_awq_cli.system.reading import home_path, system_errors
 
 DEMO = "demo"
@@ -39,7 +39,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
     if asked == DEMO:  # a folder of that name is ./demo
         if revision:
             raise UsageError("--revision goes with a hub id, and the demo model has none.")
-        from gemma_awq_cli.models.demo import NAME, demo_checkpoint
+        from gemma_awq_cli.models.checkpoints.demo import NAME, demo_checkpoint
 
         return Source(demo_checkpoint(note), DEMO, NAME)
     if not asked.strip():

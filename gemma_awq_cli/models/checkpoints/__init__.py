@@ -1,0 +1,1 @@
+"""Checkpoint folders and files: where they come from, how they are read, checked and written."""
