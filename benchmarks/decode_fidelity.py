@@ -24,8 +24,8 @@ from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.decoder import DecoderSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.native_text import NativeSession, read_native_text
-from gemma_awq_cli.models.prompting import Prompter
 from gemma_awq_cli.models.session import Session
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.torch_text import JoinedLinear, read_torch_text
 from gemma_awq_cli.models.transformers_model import build_model
 

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.transformers_model import build_model
 
 

@@ -17,7 +17,7 @@ from gemma_awq_cli.document_forms import Document
 from gemma_awq_cli.document_reading import BadRows, Wanted, read_documents
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.hub_dataset import read_dataset
-from gemma_awq_cli.models.prompting import Prompter, PromptError, located
+from gemma_awq_cli.models.text.prompter import Prompter, PromptError, located
 from gemma_awq_cli.recipes import Recipe
 
 # Characters that are drawn of a long source for each token that is wanted. A token of prose has four: so the windows

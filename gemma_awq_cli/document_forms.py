@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.models.prompting import Message
+from gemma_awq_cli.models.text.prompter import Message
 
 # Keys of a question and of its answer. The first pair is what `chat` saves.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))

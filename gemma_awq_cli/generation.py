@@ -13,9 +13,9 @@ from typing import Any
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.models.prompting import Message, Prompter
+from gemma_awq_cli.models.text.detokenizer import TextStream
+from gemma_awq_cli.models.text.prompter import Message, Prompter
 from gemma_awq_cli.sampling import CORRECT, Sampling
-from gemma_awq_cli.text_stream import TextStream
 
 GENERATION_CONFIG = "generation_config.json"
 

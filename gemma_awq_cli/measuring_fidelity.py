@@ -27,8 +27,8 @@ from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.prompting import Prompter, located
 from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
+from gemma_awq_cli.models.text.prompter import Prompter, located
 from gemma_awq_cli.recipes import Recipe, evaluation_documents, find_recipe
 from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.system.saving import scratch_folder

@@ -10,7 +10,7 @@ import torch
 
 from gemma_awq_cli.calibration import Rows, build_rows
 from gemma_awq_cli.cli import main
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
 from gemma_awq_cli.recipes import find_recipe
 from tests.tiny import CONFIGS, TEXT, make_checkpoint

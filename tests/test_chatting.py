@@ -17,8 +17,8 @@ from gemma_awq_cli.generation import Settings
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.opening import OpenModel, open_model
 from gemma_awq_cli.models.opening_dense import Precision
-from gemma_awq_cli.models.prompting import Prompter, PromptError
 from gemma_awq_cli.models.session import Session
+from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from gemma_awq_cli.recipes import find_recipe
 from gemma_awq_cli.sampling import Sampling
 from tests.tiny import edit_weights, make_checkpoint

@@ -10,7 +10,7 @@ import pytest
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.models.checkpoints import demo
-from tests.models.test_tokenizer import require_same
+from tests.models.text.test_tokenizer import require_same
 
 pytestmark = [
     pytest.mark.demo,

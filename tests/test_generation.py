@@ -14,7 +14,7 @@ from gemma_awq_cli.generation import Completion, Sampling, end_tokens, prompt_id
 from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import OpenModel, open_model
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights, make_checkpoint
 

@@ -12,7 +12,7 @@ from transformers.models.gemma3 import Gemma3ForConditionalGeneration
 
 from gemma_awq_cli.measuring_fidelity import measure, read_text, require_same_base
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.recipes import find_recipe
 from tests.conftest import FAMILIES
 from tests.tiny import make_tokenizer

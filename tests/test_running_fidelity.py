@@ -14,7 +14,7 @@ from gemma_awq_cli.measuring_fidelity import measure, read_text
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.decoder import DecoderSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.torch_text import read_torch_text
 from gemma_awq_cli.recipes import find_recipe
 from gemma_awq_cli.running_fidelity import measure_running, steps

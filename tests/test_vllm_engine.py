@@ -21,7 +21,7 @@ from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.opening import open_model
 from gemma_awq_cli.models.opening_dense import Precision
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.sampling import Sampling
 from gemma_awq_cli.vllm_engine import VllmEngine, engine_arguments, sampling_arguments
 

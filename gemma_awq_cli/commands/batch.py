@@ -19,7 +19,7 @@ from gemma_awq_cli.batching import (
 )
 from gemma_awq_cli.commands.engines import read_model, start_engine
 from gemma_awq_cli.generation import Completion, Settings
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.output import Output
 from gemma_awq_cli.prompt_file import Prompt, read_prompts
 

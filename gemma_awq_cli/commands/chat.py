@@ -8,7 +8,7 @@ import typer
 from gemma_awq_cli.chatting import Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Engine, Settings
-from gemma_awq_cli.models.prompting import PromptError
+from gemma_awq_cli.models.text.prompter import PromptError
 from gemma_awq_cli.output import Output
 
 PROMPT, MORE = ">>> ", "... "

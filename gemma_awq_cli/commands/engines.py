@@ -11,7 +11,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.memory import memory_errors
 from gemma_awq_cli.models.opening import OpenModel, open_model, other_devices, pick_device
 from gemma_awq_cli.models.opening_dense import SMALLER, Precision
-from gemma_awq_cli.models.prompting import Prompter
+from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.options import EngineName
 from gemma_awq_cli.output import Output
 from gemma_awq_cli.sampling import Sampling, resolve

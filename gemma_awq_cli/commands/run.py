@@ -28,7 +28,7 @@ from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
     from gemma_awq_cli.generation import Completion, Engine, Settings
-    from gemma_awq_cli.models.prompting import Prompter
+    from gemma_awq_cli.models.text.prompter import Prompter
 
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
 ANOTHER_OUTPUT = "give another --output"
@@ -134,7 +134,7 @@ def command(
     stages.end("command line")
 
     from gemma_awq_cli.models.checkpoints.source import find_source
-    from gemma_awq_cli.models.prompting import begin_loading
+    from gemma_awq_cli.models.text.prompter import begin_loading
 
     folder = find_source(name, revision, out.note).folder
     loading = begin_loading(folder)  # on a thread of its own, while torch is imported

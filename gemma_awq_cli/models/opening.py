@@ -31,8 +31,8 @@ from gemma_awq_cli.models.native_text import (
     read_native_text,
 )
 from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype, open_dense
-from gemma_awq_cli.models.prompting import Prompter, begin_loading
 from gemma_awq_cli.models.session import Session, TransformersSession
+from gemma_awq_cli.models.text.prompter import Prompter, begin_loading
 from gemma_awq_cli.models.torch_text import read_torch_text
 from gemma_awq_cli.models.transformers_model import build_model
 

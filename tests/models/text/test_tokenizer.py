@@ -12,10 +12,10 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.chat_template import render
-from gemma_awq_cli.models.template_worker import TemplateWorker
-from gemma_awq_cli.models.tokenizer import load_tokenizer
-from gemma_awq_cli.text_stream import TextStream
+from gemma_awq_cli.models.text.chat_template import render
+from gemma_awq_cli.models.text.detokenizer import TextStream
+from gemma_awq_cli.models.text.template_worker import TemplateWorker
+from gemma_awq_cli.models.text.tokenizer import load_tokenizer
 from tests.tiny import CHAT_TEMPLATE, TEXT, make_tokenizer
 
 TEXTS = (
@@ -341,7 +341,7 @@ def test_a_folder_without_a_tokenizer_is_an_error(tmp_path: Path) -> None:
 def test_a_sentencepiece_model_needs_its_reader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "tokenizer.model").write_bytes(b"")
     with monkeypatch.context() as patch:
-        patch.setattr("gemma_awq_cli.models.tokenizer.find_spec", lambda module: None)
+        patch.setattr("gemma_awq_cli.models.text.tokenizer.find_spec", lambda module: None)
         with pytest.raises(GemmaAwqError, match="sentencepiece and protobuf must be installed") as caught:
             load_tokenizer(tmp_path)
         assert "pip install sentencepiece protobuf" in caught.value.hint

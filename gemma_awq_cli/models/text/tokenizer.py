@@ -14,7 +14,7 @@ from tokenizers import Tokenizer as Backend
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.models.template_files import ChatTemplate, find_template
+from gemma_awq_cli.models.text.template_files import ChatTemplate, find_template
 from gemma_awq_cli.system.reading import JSON_BYTES, first_line, library_errors, parse_json, read_bytes, require_regular
 
 COPY = "Copy the tokenizer files of the original model."

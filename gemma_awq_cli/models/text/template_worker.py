@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.template_files import COPY, ChatTemplate
+from gemma_awq_cli.models.text.template_files import COPY, ChatTemplate
 from gemma_awq_cli.system.reading import system_errors
 
 PROGRAM = Path(__file__).with_name("chat_template.py")

@@ -10,8 +10,8 @@ from functools import cached_property
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.template_worker import PromptError, TemplateWorker
-from gemma_awq_cli.models.tokenizer import COPY, load_tokenizer
+from gemma_awq_cli.models.text.template_worker import PromptError, TemplateWorker
+from gemma_awq_cli.models.text.tokenizer import COPY, load_tokenizer
 
 __all__ = ["Message", "PromptError", "Prompter", "begin_loading", "located"]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 
 from tokenizers.decoders import DecodeStream
 
-from gemma_awq_cli.models.tokenizer import Tokenizer, tokenizer_errors
+from gemma_awq_cli.models.text.tokenizer import Tokenizer, tokenizer_errors
 
 
 class TextStream:

@@ -8,7 +8,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.template_files import TEMPLATE_BYTES, find_template
+from gemma_awq_cli.models.text.template_files import TEMPLATE_BYTES, find_template
 from tests.tiny import make_tokenizer
 
 FILES: dict[str, tuple[str, Any]] = {

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models import template_worker
-from gemma_awq_cli.models.template_files import ChatTemplate
-from gemma_awq_cli.models.template_worker import PromptError, TemplateWorker
+from gemma_awq_cli.models.text import template_worker
+from gemma_awq_cli.models.text.template_files import ChatTemplate
+from gemma_awq_cli.models.text.template_worker import PromptError, TemplateWorker
 
 MESSAGES = [{"role": "user", "content": "Grüß <b>& 東京\u2028"}]
 
@@ -198,8 +198,8 @@ def test_however_the_owner_ends_nothing_stays_and_nothing_is_said(ending: str, t
     """A terminal's Ctrl-C, which goes to all processes of a group, does not end it before its owner."""
     code = (
         "import os, signal, sys\n"
-        "from gemma_awq_cli.models.template_files import ChatTemplate\n"
-        "from gemma_awq_cli.models.template_worker import TemplateWorker\n"
+        "from gemma_awq_cli.models.text.template_files import ChatTemplate\n"
+        "from gemma_awq_cli.models.text.template_worker import TemplateWorker\n"
         "w = TemplateWorker(ChatTemplate('x', 'x'), {})\n"
         "w.render([], True)\n"
         "signal.signal(signal.SIGINT, signal.SIG_IGN)\n"
