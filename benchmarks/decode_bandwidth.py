@@ -15,8 +15,8 @@ import torch
 
 from gemma_awq_cli.kernels.head import HEADS
 from gemma_awq_cli.kernels.native import linear as native
-from gemma_awq_cli.models.native_text import NativeText
-from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.native_decoder import NativeText
 
 PROMPT = 128
 

@@ -21,13 +21,13 @@ from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
-from gemma_awq_cli.models.decoder import DecoderSession
+from gemma_awq_cli.models.forward.native_decoder import NativeSession, read_native_text
+from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.torch_weights import JoinedLinear, read_torch_text
+from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of
-from gemma_awq_cli.models.native_text import NativeSession, read_native_text
-from gemma_awq_cli.models.session import Session
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.models.torch_text import JoinedLinear, read_torch_text
-from gemma_awq_cli.models.transformers_model import build_model
 
 CPU = torch.device("cpu")
 BLOCK = 64  # reference tokens whose logits are held at once

@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.models.transformers_model import build_model
 
 
 class Peer:

@@ -22,8 +22,8 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from gemma_awq_cli.harness_model import HarnessModel
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
 
 QUESTIONS = 150
 COMMON = """

@@ -17,7 +17,7 @@ from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_files
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
-from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
 
 

@@ -16,7 +16,7 @@ from transformers import AutoTokenizer, GemmaConfig, PreTrainedConfig
 
 from gemma_awq_cli.models.checkpoints.demo import demo_checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 
 # As the models' config.json files have them; the vocabulary is the tokenizer's.
 SHAPES = {

@@ -83,7 +83,7 @@ class _Server:
     def _set_up(self, request: dict[str, Any]) -> None:
         import torch
 
-        from gemma_awq_cli.models.opening import pick_device
+        from gemma_awq_cli.models.forward.loading import pick_device
 
         if request["threads"] is not None:
             torch.set_num_threads(request["threads"])

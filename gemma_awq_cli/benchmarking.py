@@ -168,7 +168,7 @@ class Bench:
         import torch
 
         from gemma_awq_cli import measuring_fidelity as fidelity
-        from gemma_awq_cli.models.opening import pick_device
+        from gemma_awq_cli.models.forward.loading import pick_device
 
         settings, first = self.settings, self.entries[0]
         if settings.threads is not None:

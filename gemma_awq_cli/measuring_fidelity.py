@@ -26,8 +26,8 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import write_errors
-from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.stack import TextStack, meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.layerwise import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.text.prompter import Prompter, located
 from gemma_awq_cli.recipes import Recipe, evaluation_documents, find_recipe
 from gemma_awq_cli.system.reading import home_path

@@ -20,7 +20,7 @@ from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.task_suites import SUITES, published_model
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.models.opening import OpenModel
+    from gemma_awq_cli.models.forward.loading import OpenModel
 
 HARNESS = "lm_eval"
 SEED = 1234  # of the harness's own command line, for drawing examples

@@ -12,8 +12,8 @@ from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
+from gemma_awq_cli.models.forward.layerwise import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
-from gemma_awq_cli.models.stack import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.observing import multiplies_bfloat16
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}

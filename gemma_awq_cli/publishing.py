@@ -23,7 +23,7 @@ from gemma_awq_cli.models.checkpoints.hub import LOGIN, REPO_ID, push_errors
 from gemma_awq_cli.models.checkpoints.local_paths import to_json
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.models.verifying import require_complete
+from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.outgoing import (
     CARD,
     OutgoingFile,

@@ -42,11 +42,11 @@ from gemma_awq_cli.models.checkpoints.source_metadata import source_card
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
+from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.models.gemma.text_config import require_loadable
-from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.memory import is_refusal
-from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.verifying import verify_artifact
 from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
 from gemma_awq_cli.stored_documents import read_quantization_report

@@ -18,7 +18,7 @@ from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.measuring_fidelity import measure
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
-from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe

@@ -19,9 +19,9 @@ from gemma_awq_cli.measuring_fidelity import Text, require_finite, through_layer
 from gemma_awq_cli.measuring_speed import GGUF, open_kind
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
-from gemma_awq_cli.models.hidden_states import HiddenStates
-from gemma_awq_cli.models.session import Session
-from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.system.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.local_engine import require_numbers
-from gemma_awq_cli.models.opening import OpenModel
+from gemma_awq_cli.models.forward.loading import OpenModel
 
 MAX_ROWS = 32  # of a batch
 MAX_TOKENS = 4096  # of all rows of a batch together, shared ones counted for each: what bounds the cache

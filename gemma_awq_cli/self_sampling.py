@@ -20,7 +20,7 @@ from gemma_awq_cli.calibration import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.forward.loading import open_model
 
 CHUNKS = 64  # parts of the vocabulary that a draw first chooses among
 

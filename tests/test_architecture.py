@@ -82,7 +82,7 @@ COMMAND_SIDE = {"output", "options", "streams", "terminal"}  # for commands and 
 
 
 def room_of(module: str) -> str:
-    """gemma_awq_cli.models.stack -> models."""
+    """gemma_awq_cli.models.forward.layerwise -> models."""
     parts = module.split(".")[1:]
     first = parts[0] if parts else "__init__"
     return "verbs" if first in VERBS else first

@@ -24,8 +24,8 @@ from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.harness_model import HarnessModel, _settings
 from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
-from gemma_awq_cli.models.opening import OpenModel, open_model
-from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.task_suites import LACKING, SUITES, published_model
 from tests.test_bench import InProcess, documented
 

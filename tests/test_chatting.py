@@ -15,9 +15,9 @@ from gemma_awq_cli.chatting import Answer, Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Settings
 from gemma_awq_cli.local_engine import LocalEngine
-from gemma_awq_cli.models.opening import OpenModel, open_model
-from gemma_awq_cli.models.opening_dense import Precision
-from gemma_awq_cli.models.session import Session
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from gemma_awq_cli.recipes import find_recipe
 from gemma_awq_cli.sampling import Sampling

@@ -9,7 +9,7 @@ import torch
 from gemma_awq_cli.calibration import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.output import bytes_of
 from gemma_awq_cli.planning import FITS, LIBRARY_BYTES, Plan, make_plan
 from gemma_awq_cli.quantizing import _memory_errors

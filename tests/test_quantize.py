@@ -13,7 +13,7 @@ from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from tests.conftest import FAMILIES, quantize_arguments, tiny_rows
 from tests.tiny import make_checkpoint
 
@@ -41,7 +41,7 @@ def test_the_report_tells_the_measured_truth(
     kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
     """KL, perplexities and top-1, measured again on the stored artifact by transformers' whole-model forward."""
-    from tests.models.test_opening import dequantized
+    from tests.models.forward.test_loading import dequantized
 
     rows = tiny_rows(checkpoints(kind), text_file)
     fidelity = report_of(artifacts(kind))["fidelity"]
@@ -159,7 +159,7 @@ def test_large_artifacts_are_sharded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
     from gemma_awq_cli.models.checkpoints.writing import TensorWriter
-    from gemma_awq_cli.models.opening import open_model
+    from gemma_awq_cli.models.forward.loading import open_model
 
     monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))
     assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 0

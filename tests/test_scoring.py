@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from gemma_awq_cli import scoring
-from gemma_awq_cli.models.opening import OpenModel, open_model
-from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.scoring import Continuation, score
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.forward.loading import open_model
 from tests.conftest import FAMILIES, quantize_arguments
 
 CPU = torch.device("cpu")

@@ -19,8 +19,8 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Completion, Settings
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.opening_dense import Precision
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.sampling import Sampling
 from gemma_awq_cli.vllm_engine import VllmEngine, engine_arguments, sampling_arguments

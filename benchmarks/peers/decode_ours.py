@@ -10,7 +10,7 @@ from pathlib import Path  # noqa: E402
 import torch  # noqa: E402
 from decode_server import serve  # noqa: E402
 
-from gemma_awq_cli.models.opening import open_model  # noqa: E402
+from gemma_awq_cli.models.forward.loading import open_model  # noqa: E402
 
 opened = open_model(Path(sys.argv[1]), torch.device("cpu"), head=sys.argv[2])
 print("\n".join(opened.kernel_report()), file=sys.stderr)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from gemma_awq_cli.generation import Engine, generation_config
 from gemma_awq_cli.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.memory import memory_errors
-from gemma_awq_cli.models.opening import OpenModel, open_model, other_devices, pick_device
-from gemma_awq_cli.models.opening_dense import SMALLER, Precision
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model, other_devices, pick_device
+from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
+from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.options import EngineName
 from gemma_awq_cli.output import Output

@@ -96,9 +96,9 @@ def command(
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.checkpoints.source import find_source
     from gemma_awq_cli.models.checkpoints.source_metadata import source_card
-    from gemma_awq_cli.models.memory import available_memory
-    from gemma_awq_cli.models.opening import pick_device
-    from gemma_awq_cli.models.stack import TextStack
+    from gemma_awq_cli.models.forward.layerwise import TextStack
+    from gemma_awq_cli.models.forward.loading import pick_device
+    from gemma_awq_cli.models.forward.memory import available_memory
     from gemma_awq_cli.models.text.prompter import Prompter
     from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
     from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled

@@ -46,7 +46,7 @@ def _apart(logits: Tensor, expected: Tensor) -> float:
 
 
 def _ours(folder: Path) -> Tensor:
-    from gemma_awq_cli.models.opening import open_model
+    from gemma_awq_cli.models.forward.loading import open_model
 
     with torch.inference_mode():
         session = open_model(folder, torch.device("cpu"), head="16bit").session(1, len(IDS) + 1)

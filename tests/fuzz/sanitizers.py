@@ -21,7 +21,11 @@ FLAGS = (
     "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all",
     "-Wno-uninitialized", "-Wno-maybe-uninitialized",  # of the compiler's own headers, inlined into ours
 )  # fmt: skip
-TESTS = ("tests/kernels/test_native.py", "tests/models/test_decoder.py", "tests/models/test_feed_last.py")
+TESTS = (
+    "tests/kernels/test_native.py",
+    "tests/models/forward/test_torch_decoder.py",
+    "tests/models/forward/test_feed_last.py",
+)
 FORWARDS = ("config", "weights", "packed", "generation")  # kinds whose cases reach the kernels
 
 

@@ -16,10 +16,10 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
+from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.architecture import shape_of
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
-from gemma_awq_cli.models.verifying import require_complete
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights
 

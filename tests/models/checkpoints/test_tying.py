@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.opening_dense import Precision
-from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.verifying import require_complete
+from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.verification import require_complete
 from tests.conftest import quantize_arguments
 from tests.tiny import edit_weights
 

@@ -16,13 +16,13 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.decoder import DecoderSession
+from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
 from gemma_awq_cli.models.gemma.config_values import KINDS, MAX_CONTEXT
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.stack import TextStack
-from gemma_awq_cli.models.torch_text import read_torch_text
-from gemma_awq_cli.models.transformers_model import build_model
 from tests.conftest import FAMILIES, quantize_arguments
 from tests.tiny import make_checkpoint
 

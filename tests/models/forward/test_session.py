@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.models.opening import OpenModel, open_model
-from gemma_awq_cli.models.session import Session, TransformersSession
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.session import Session, TransformersSession
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")

@@ -7,14 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.models import decoder
-from gemma_awq_cli.models.decoder import DecoderSession
-from gemma_awq_cli.models.native_text import NativeSession, NativeText
-from gemma_awq_cli.models.opening import OpenModel, open_model
-from gemma_awq_cli.models.opening_dense import Precision
-from gemma_awq_cli.models.session import Session, TransformersSession
+from gemma_awq_cli.models.forward import torch_decoder
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.native_decoder import NativeSession, NativeText
+from gemma_awq_cli.models.forward.session import Session, TransformersSession
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from tests.conftest import FAMILIES
-from tests.models.test_session import apart
+from tests.models.forward.test_session import apart
 
 CPU = torch.device("cpu")
 PREFIX = 21  # beyond the sliding window of 16
@@ -57,7 +57,7 @@ def widened(opened: OpenModel) -> OpenModel:
 def test_both_forwards_in_float32(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    monkeypatch.setattr(torch_decoder, "CHUNK", chunk)
     opened = open_model(checkpoints(kind), CPU, Precision(dtype=torch.float32))
     assert isinstance(opened.session(1, 1), DecoderSession)
     expected = one_by_one(lambda: opened.session(1, 64))

@@ -12,12 +12,12 @@ from transformers import AutoModelForCausalLM
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Settings
 from gemma_awq_cli.local_engine import LocalEngine
-from gemma_awq_cli.models import memory, opening_dense
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.memory import memory_errors
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.opening_dense import Precision, memory_needed, place_of, spread_over
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward import loading_dense, memory
+from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision, memory_needed, place_of, spread_over
+from gemma_awq_cli.models.forward.memory import memory_errors
 from tests import tiny
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights, make_checkpoint
@@ -80,7 +80,7 @@ def test_quantized_on_loading_as_transformers_does(
 def test_without_bitsandbytes_the_extra_is_named(
     checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(opening_dense.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(loading_dense.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(GemmaAwqError, match="bitsandbytes, which is not installed") as caught:
         open_model(checkpoints("gemma"), CPU, Precision(quantization="nf4"))
     assert "gemma-awq[bnb]" in caught.value.hint

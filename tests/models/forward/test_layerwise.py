@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
 
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.stack import TextStack
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from tests.conftest import FAMILIES
 
 

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.kernels.head import make_head
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.decoder import LayerWeights, TextWeights
+from gemma_awq_cli.models.forward.decoder_weights import LayerReader, read_embedding, read_final_gain
+from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
-from gemma_awq_cli.models.text_weights import LayerReader, read_embedding, read_final_gain
 
 
 class JoinedLinear(nn.Module):

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.memory import require_memory
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.memory import require_memory
 
 SMALLER = "Use --quantization nf4 or int8, a 4-bit artifact of it (`gemma-awq quantize`), or another --device."
 INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bit (arXiv:2208.07339)

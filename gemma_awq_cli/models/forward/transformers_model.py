@@ -8,8 +8,8 @@ from torch import nn
 from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
-from gemma_awq_cli.models.opening_dense import make_buffers_real
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.loading_dense import make_buffers_real
 
 
 @torch.inference_mode()

@@ -13,8 +13,8 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.gemma.text_config import require_loadable
-from gemma_awq_cli.models.stack import meta_model, parameter_shapes
 from gemma_awq_cli.models.text.prompter import Prompter
 
 

@@ -20,21 +20,21 @@ from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import linear_shapes
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
-from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
-from gemma_awq_cli.models.gemma import architecture
-from gemma_awq_cli.models.memory import memory_errors, require_memory
-from gemma_awq_cli.models.native_text import (
+from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision, default_dtype, open_dense
+from gemma_awq_cli.models.forward.memory import memory_errors, require_memory
+from gemma_awq_cli.models.forward.native_decoder import (
     NativeSession,
     NativeText,
     native_refusal,
     native_report,
     read_native_text,
 )
-from gemma_awq_cli.models.opening_dense import SMALLER, Precision, default_dtype, open_dense
-from gemma_awq_cli.models.session import Session, TransformersSession
+from gemma_awq_cli.models.forward.session import Session, TransformersSession
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights
+from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+from gemma_awq_cli.models.forward.transformers_model import build_model
+from gemma_awq_cli.models.gemma import architecture
 from gemma_awq_cli.models.text.prompter import Prompter, begin_loading
-from gemma_awq_cli.models.torch_text import read_torch_text
-from gemma_awq_cli.models.transformers_model import build_model
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.models import decoder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.decoder import DecoderSession, TextWeights
+from gemma_awq_cli.models.forward import torch_decoder
+from gemma_awq_cli.models.forward.kv_cache import make_cache, slot_positions
+from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.native_decoder import NativeSession, NativeText
+from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights
+from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
-from gemma_awq_cli.models.kv_cache import make_cache, slot_positions
-from gemma_awq_cli.models.native_text import NativeSession, NativeText
-from gemma_awq_cli.models.opening import open_model
-from gemma_awq_cli.models.session import Session
-from gemma_awq_cli.models.torch_text import read_torch_text
-from gemma_awq_cli.models.transformers_model import build_model
 from tests.conftest import FAMILIES
 from tests.kernels.test_native import in_int8
 
@@ -60,7 +60,7 @@ def apart(given: Tensor, expected: Tensor) -> Tensor:
 def test_in_float32_it_is_transformers(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "CHUNK", chunk)
+    monkeypatch.setattr(torch_decoder, "CHUNK", chunk)
     checkpoint = Checkpoint(checkpoints(kind))
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
     session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 3, CAPACITY)

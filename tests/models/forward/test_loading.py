@@ -16,7 +16,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.opening import open_model
+from gemma_awq_cli.models.forward.loading import open_model
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights
 

@@ -18,11 +18,11 @@ from gemma_awq_cli.kernels.native import structures
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import linear_shapes
-from gemma_awq_cli.models.decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of, wanted_of
+from gemma_awq_cli.models.forward.decoder_weights import JOINED, LayerReader, read_embedding, read_final_gain
+from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, Piece, TextWeights, chunks, tokens_of, wanted_of
+from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import Architecture
-from gemma_awq_cli.models.kv_cache import KVCache, make_cache
-from gemma_awq_cli.models.text_weights import JOINED, LayerReader, read_embedding, read_final_gain
-from gemma_awq_cli.models.torch_text import read_torch_text
 
 _KINDS = {"int8": native.INT8, "int4": native.INT4}
 MANY_TOKENS = 16  # at once: from here on torch's bf16 product is faster than reading 16-bit weights row by row

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache, slot_positions
 from gemma_awq_cli.models.gemma.architecture import Architecture
-from gemma_awq_cli.models.kv_cache import KVCache, make_cache, slot_positions
 
 CHUNK = 512  # tokens that pass the layers at once: what bounds the memory of a long prompt
 

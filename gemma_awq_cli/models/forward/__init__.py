@@ -1,0 +1,1 @@
+"""The forwards: layer by layer, in torch, compiled, and transformers' own."""
