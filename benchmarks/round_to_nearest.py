@@ -11,7 +11,7 @@ import torch
 from gemma_awq_cli.artifact import artifact_config
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight
-from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_files

@@ -12,7 +12,7 @@ import torch
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.awq.fidelity import Fidelity
-from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import some
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG

@@ -18,9 +18,10 @@ from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.calibration import hash_rows, rendered
-from gemma_awq_cli.document_forms import Document
-from gemma_awq_cli.document_reading import WHOLE
+from gemma_awq_cli.calibration_text.document_forms import Document
+from gemma_awq_cli.calibration_text.document_reading import WHOLE
+from gemma_awq_cli.calibration_text.recipes import Recipe, evaluation_documents, find_recipe
+from gemma_awq_cli.calibration_text.rows import hash_rows, rendered
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
@@ -29,7 +30,6 @@ from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack, meta_model, parameter_shapes
 from gemma_awq_cli.models.text.prompter import Prompter, located
-from gemma_awq_cli.recipes import Recipe, evaluation_documents, find_recipe
 from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.system.saving import scratch_folder
 

@@ -14,6 +14,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from gemma_awq_cli.bench_document import BENCH
+from gemma_awq_cli.calibration_text.recipes import public_name
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, SINGLE, read_json
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
@@ -32,7 +33,6 @@ from gemma_awq_cli.models.checkpoints.side_files import (
     is_licence_file,
 )
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.recipes import public_name
 from gemma_awq_cli.secret_search import find_secret
 from gemma_awq_cli.system.reading import decode, parse_json, read_bytes, system_errors
 

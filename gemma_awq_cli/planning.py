@@ -8,7 +8,7 @@ from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.packing import PACK
 from gemma_awq_cli.awq.round_group import PART
 from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, RATIOS, Effort
-from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor

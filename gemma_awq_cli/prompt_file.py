@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from gemma_awq_cli.document_files import TEXT, Kind, kind_of, line_of_json, rows_of, unpacked
-from gemma_awq_cli.document_forms import named_keys, read_messages, require_sound
+from gemma_awq_cli.calibration_text.document_files import TEXT, Kind, kind_of, line_of_json, rows_of, unpacked
+from gemma_awq_cli.calibration_text.document_forms import named_keys, read_messages, require_sound
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.system.reading import byte_lines, decode, require_utf8_mark, system_errors

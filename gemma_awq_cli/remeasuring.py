@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.fidelity import Fidelity
-from gemma_awq_cli.calibration import build_rows
+from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe
+from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.local_engine import complete
 from gemma_awq_cli.measuring_fidelity import measure
@@ -21,7 +22,6 @@ from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
-from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.sampling import Sampling
 from gemma_awq_cli.system.reading import home_path
 

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli.calibration import Rows, build_rows
+from gemma_awq_cli.calibration_text.recipes import find_recipe
+from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
-from gemma_awq_cli.recipes import find_recipe
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
 # A shell starts its background jobs with SIGINT ignored, which the commands that are tested would heed.

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.calibration import build_rows
+from gemma_awq_cli.calibration_text.recipes import find_recipe
+from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.chatting import Answer, Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generation import Settings
@@ -19,7 +20,6 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
-from gemma_awq_cli.recipes import find_recipe
 from gemma_awq_cli.sampling import Sampling
 from tests.tiny import edit_weights, make_checkpoint
 

@@ -10,10 +10,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3ForConditionalGeneration
 
+from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.measuring_fidelity import measure, read_text, require_same_base
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.recipes import find_recipe
 from tests.conftest import FAMILIES
 from tests.tiny import make_tokenizer
 

@@ -42,7 +42,7 @@ def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> N
 
 def test_the_wheel_finds_its_recipes_outside_the_clone(installed: Path, tmp_path: Path) -> None:
     code = (
-        "import gemma_awq_cli; from gemma_awq_cli.recipes import find_recipe, recipe_names; "
+        "import gemma_awq_cli; from gemma_awq_cli.calibration_text.recipes import find_recipe, recipe_names; "
         f"assert gemma_awq_cli.__file__.startswith({str(installed)!r}), gemma_awq_cli.__file__; "
         "print(sorted(recipe_names())); print(all(p.is_file() for p in find_recipe('embedded').sources))"
     )

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli.calibration import Rows
+from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack

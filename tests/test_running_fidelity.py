@@ -9,6 +9,7 @@ import torch
 
 from gemma_awq_cli import benchmarking, llama_cpp_model, running_fidelity
 from gemma_awq_cli.bench_entries import Entry
+from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.measuring_fidelity import measure, read_text
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -16,7 +17,6 @@ from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.recipes import find_recipe
 from gemma_awq_cli.running_fidelity import measure_running, steps
 from tests.test_bench import InProcess, documented
 

@@ -85,7 +85,7 @@ def command(
     from gemma_awq_cli import thresholds
     from gemma_awq_cli.bench_entries import Settings
     from gemma_awq_cli.benchmarking import Bench
-    from gemma_awq_cli.recipes import spelled
+    from gemma_awq_cli.calibration_text.recipes import spelled
     from gemma_awq_cli.stored_documents import read_bench_document
 
     limits = {

@@ -91,7 +91,8 @@ def command(
         out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli import quantizing
     from gemma_awq_cli.artifact import source_notes
-    from gemma_awq_cli.calibration import build_rows
+    from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled
+    from gemma_awq_cli.calibration_text.rows import build_rows
     from gemma_awq_cli.models.checkpoints.cache import remember_artifact
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.checkpoints.source import find_source
@@ -101,7 +102,6 @@ def command(
     from gemma_awq_cli.models.forward.memory import available_memory
     from gemma_awq_cli.models.text.prompter import Prompter
     from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
-    from gemma_awq_cli.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled
     from gemma_awq_cli.self_sampling import require_room, with_own_rows
 
     chosen = pick_device(device.value)

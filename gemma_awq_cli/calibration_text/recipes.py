@@ -6,12 +6,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath
 
-from gemma_awq_cli.document_files import FILE_KINDS, HINT, JSON, KINDS_NAMED, kind_of
-from gemma_awq_cli.document_folder import files_of
-from gemma_awq_cli.document_forms import KEYS, Document
-from gemma_awq_cli.document_reading import Wanted, read_documents
+from gemma_awq_cli.calibration_text.document_files import FILE_KINDS, HINT, JSON, KINDS_NAMED, kind_of
+from gemma_awq_cli.calibration_text.document_folder import files_of
+from gemma_awq_cli.calibration_text.document_forms import KEYS, Document
+from gemma_awq_cli.calibration_text.document_reading import Wanted, read_documents
+from gemma_awq_cli.calibration_text.hub_dataset import Dataset, read_dataset
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.hub_dataset import Dataset, read_dataset
 from gemma_awq_cli.system.reading import decode, parse_json, parse_json_object, read_bytes, read_text, system_errors
 
 DEFAULT_RECIPE = "embedded"

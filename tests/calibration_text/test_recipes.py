@@ -10,10 +10,10 @@ import pyarrow
 import pytest
 import yaml
 
-from gemma_awq_cli.document_reading import BadRows
+from gemma_awq_cli.calibration_text.document_reading import BadRows
+from gemma_awq_cli.calibration_text.hub_dataset import Dataset, read_dataset
+from gemma_awq_cli.calibration_text.recipes import evaluation_documents, find_recipe, public_name, spelled
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.hub_dataset import Dataset, read_dataset
-from gemma_awq_cli.recipes import evaluation_documents, find_recipe, public_name, spelled
 
 BOM = b"\xef\xbb\xbf"
 
@@ -148,7 +148,7 @@ def test_rows_that_are_left_out_are_said_in_what_is_measured_on(tmp_path: Path) 
 
 
 def test_a_text_too_long_to_measure_on_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("gemma_awq_cli.recipes.EVALUATED", 100)
+    monkeypatch.setattr("gemma_awq_cli.calibration_text.recipes.EVALUATED", 100)
     (tmp_path / "a.txt").write_text("words\n" * 400_000)
     recipe = find_recipe(str(tmp_path / "a.txt"))
     with pytest.raises(GemmaAwqError, match="more than 100 bytes") as error:

@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from gemma_awq_cli import document_files, document_reading
-from gemma_awq_cli.document_forms import Document, document_of
-from gemma_awq_cli.document_reading import BadRows, Wanted, read_documents
+from gemma_awq_cli.calibration_text import document_files, document_reading
+from gemma_awq_cli.calibration_text.document_forms import Document, document_of
+from gemma_awq_cli.calibration_text.document_reading import BadRows, Wanted, read_documents
 from gemma_awq_cli.errors import GemmaAwqError
 
 USER, ANSWER = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "told"}

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from gemma_awq_cli.document_files import HINT, kind_of
+from gemma_awq_cli.calibration_text.document_files import HINT, kind_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.reading import system_errors
 

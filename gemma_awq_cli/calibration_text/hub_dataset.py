@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from gemma_awq_cli.document_files import Row
-from gemma_awq_cli.document_forms import Document
-from gemma_awq_cli.document_reading import BadRows, Wanted, documents_of
+from gemma_awq_cli.calibration_text.document_files import Row
+from gemma_awq_cli.calibration_text.document_forms import Document
+from gemma_awq_cli.calibration_text.document_reading import BadRows, Wanted, documents_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.reading import VALIDATION_ERRORS, first_line
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
-from gemma_awq_cli.document_files import (
+from gemma_awq_cli.calibration_text.document_files import (
     HINT,
     KINDS_NAMED,
     LINES,
@@ -24,8 +24,8 @@ from gemma_awq_cli.document_files import (
     rows_of,
     unpacked,
 )
-from gemma_awq_cli.document_folder import files_of
-from gemma_awq_cli.document_forms import Document, document_of
+from gemma_awq_cli.calibration_text.document_folder import files_of
+from gemma_awq_cli.calibration_text.document_forms import Document, document_of
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.system.reading import (
     LINE_BYTES,

@@ -15,7 +15,7 @@ from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
-from gemma_awq_cli.document_forms import KEYS
+from gemma_awq_cli.calibration_text.document_forms import KEYS
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.reading import (
     JSON_BYTES,

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.document_forms import Document
-from gemma_awq_cli.document_reading import BadRows, Wanted, read_documents
+from gemma_awq_cli.calibration_text.document_forms import Document
+from gemma_awq_cli.calibration_text.document_reading import BadRows, Wanted, read_documents
+from gemma_awq_cli.calibration_text.hub_dataset import read_dataset
+from gemma_awq_cli.calibration_text.recipes import Recipe
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.hub_dataset import read_dataset
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError, located
-from gemma_awq_cli.recipes import Recipe
 
 # Characters that are drawn of a long source for each token that is wanted. A token of prose has four: so the windows
 # that are taken come from some times as much text.

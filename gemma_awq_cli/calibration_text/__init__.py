@@ -1,0 +1,1 @@
+"""The documents that a model is calibrated and measured on, as rows of tokens."""
