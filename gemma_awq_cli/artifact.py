@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import some
+from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths

@@ -87,7 +87,7 @@ class Bench:
 
     def original(self, entry: Entry) -> Checkpoint:
         """The 16-bit original of an artifact: --reference, else what its report names, if that is on this machine."""
-        from gemma_awq_cli.measuring_fidelity import local_original
+        from gemma_awq_cli.fidelity.comparison import local_original
 
         report, hint = entry.report, "Name the 16-bit original with --reference (a folder or a hub id)."
         if (given := self.settings.reference) is not None:
@@ -167,7 +167,7 @@ class Bench:
         """
         import torch
 
-        from gemma_awq_cli import measuring_fidelity as fidelity
+        from gemma_awq_cli.fidelity import comparison as fidelity
         from gemma_awq_cli.models.forward.loading import pick_device
 
         settings, first = self.settings, self.entries[0]

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.artifact import artifact_config, make_report
-from gemma_awq_cli.awq.fidelity import Fidelity, compare
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.layer_quantizing import (
     Heads,
     QuantizedLayer,

@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.fidelity import Fidelity
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.fidelity.comparison import measure
+from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.local_engine import complete
-from gemma_awq_cli.measuring_fidelity import measure
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.fidelity.comparison import Text, require_finite, through_layers
+from gemma_awq_cli.fidelity.metrics import Positions, compare, join
 from gemma_awq_cli.llama_cpp_model import LlamaModel
-from gemma_awq_cli.measuring_fidelity import Text, require_finite, through_layers
 from gemma_awq_cli.measuring_speed import GGUF, open_kind
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
@@ -85,7 +85,7 @@ def _beside(chunks: Iterator[Tensor], logits: Tensor) -> Iterator[tuple[Tensor, 
 
 def answer(request: dict[str, Any], device: torch.device, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
     """What a bench's process is asked for; see `bench_worker`."""
-    from gemma_awq_cli.measuring_fidelity import described, read_asked
+    from gemma_awq_cli.fidelity.comparison import described, read_asked
 
     reference = Checkpoint(Path(request["reference"]))
     text = read_asked(reference, request["text"], request["window"], request["windows"])

@@ -11,7 +11,7 @@ from gemma_awq_cli import benchmarking, llama_cpp_model, running_fidelity
 from gemma_awq_cli.bench_entries import Entry
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.cli import main
-from gemma_awq_cli.measuring_fidelity import measure, read_text
+from gemma_awq_cli.fidelity.comparison import measure, read_text
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text

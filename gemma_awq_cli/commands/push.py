@@ -132,7 +132,7 @@ def _last_artifact(out: Output) -> Path:
 
 def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:
     from gemma_awq_cli import remeasuring
-    from gemma_awq_cli.measuring_fidelity import steps
+    from gemma_awq_cli.fidelity.comparison import steps
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.forward.loading import pick_device
     from gemma_awq_cli.models.text.prompter import Prompter

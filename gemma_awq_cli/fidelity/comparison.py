@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.fidelity import Positions, compare, join
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
@@ -23,6 +22,7 @@ from gemma_awq_cli.calibration_text.document_reading import WHOLE
 from gemma_awq_cli.calibration_text.recipes import Recipe, evaluation_documents, find_recipe
 from gemma_awq_cli.calibration_text.rows import hash_rows, rendered
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.fidelity.metrics import Positions, compare, join
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.checkpoints.source import DEMO

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3ForConditionalGeneration
 
 from gemma_awq_cli.calibration_text.recipes import find_recipe
-from gemma_awq_cli.measuring_fidelity import measure, read_text, require_same_base
+from gemma_awq_cli.fidelity.comparison import measure, read_text, require_same_base
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
 from tests.conftest import FAMILIES

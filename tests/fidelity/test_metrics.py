@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemma_awq_cli.awq.fidelity import compare
+from gemma_awq_cli.fidelity.metrics import compare
 
 
 def test_chunks_give_what_whole_rows_give() -> None:

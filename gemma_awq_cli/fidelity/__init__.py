@@ -1,0 +1,1 @@
+"""How far a quantized model's predictions are from the 16-bit model's."""
