@@ -18,6 +18,7 @@ from gemma_awq_cli.bench_document import SCHEMA, described_models, described_set
 from gemma_awq_cli.bench_entries import ORIGINALS, Entry, Settings
 from gemma_awq_cli.bench_process import Worker, WorkerEndedError
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.vllm_engine import INSTALL
 from gemma_awq_cli.llama_cpp_model import require_llama_cpp
 from gemma_awq_cli.measuring_speed import GGUF, OWN, PRECISIONS, VLLM
 from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
@@ -26,7 +27,6 @@ from gemma_awq_cli.models.checkpoints.source import find_source
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.task_suites import LACKING
-from gemma_awq_cli.vllm_engine import INSTALL
 
 WARM_UP_TOKENS = 16
 

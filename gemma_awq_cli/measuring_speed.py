@@ -103,8 +103,8 @@ def _load_gguf(path: Path, tokens: int) -> Subject:
 
 
 def _load_vllm(path: Path, rows: int, tokens: int) -> Subject:
+    from gemma_awq_cli.generate.vllm_engine import VllmEngine
     from gemma_awq_cli.models.text.prompter import Prompter
-    from gemma_awq_cli.vllm_engine import VllmEngine
 
     started = time.perf_counter()
     checkpoint = Checkpoint(path)

@@ -16,13 +16,13 @@ from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.comparison import measure
 from gemma_awq_cli.fidelity.metrics import Fidelity
-from gemma_awq_cli.local_engine import complete
+from gemma_awq_cli.generate.local_engine import complete
+from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
-from gemma_awq_cli.sampling import Sampling
 from gemma_awq_cli.system.reading import home_path
 
 # Relative: another processor, thread count or torch build rounds otherwise.

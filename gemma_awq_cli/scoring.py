@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.local_engine import require_numbers
+from gemma_awq_cli.generate.local_engine import require_numbers
 from gemma_awq_cli.models.forward.loading import OpenModel
 
 MAX_ROWS = 32  # of a batch

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gemma_awq_cli.batching import (
+from gemma_awq_cli.commands.engines import read_model, start_engine
+from gemma_awq_cli.generate.batch import (
     Batch,
     complete_batch,
     read_finished,
@@ -17,11 +18,10 @@ from gemma_awq_cli.batching import (
     sole_writer,
     token_rows,
 )
-from gemma_awq_cli.commands.engines import read_model, start_engine
-from gemma_awq_cli.generation import Completion, Settings
+from gemma_awq_cli.generate.generation import Completion, Settings
+from gemma_awq_cli.generate.prompt_file import Prompt, read_prompts
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.output import Output
-from gemma_awq_cli.prompt_file import Prompt, read_prompts
 
 if TYPE_CHECKING:
     from gemma_awq_cli.commands.run import How

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import typer
 
-from gemma_awq_cli.chatting import Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Engine, Settings
+from gemma_awq_cli.generate.chat import Chat, MessageTooLongError
+from gemma_awq_cli.generate.generation import Engine, Settings
 from gemma_awq_cli.models.text.prompter import PromptError
 from gemma_awq_cli.output import Output
 

@@ -5,8 +5,9 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gemma_awq_cli.generation import Engine, generation_config
-from gemma_awq_cli.local_engine import LocalEngine
+from gemma_awq_cli.generate.generation import Engine, generation_config
+from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.sampling import Sampling, resolve
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model, other_devices, pick_device
 from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
@@ -14,7 +15,6 @@ from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.options import EngineName
 from gemma_awq_cli.output import Output
-from gemma_awq_cli.sampling import Sampling, resolve
 
 if TYPE_CHECKING:
     from gemma_awq_cli.commands.run import How
@@ -51,7 +51,7 @@ def start_engine(
         opened = _open(out, checkpoint, loading, how)
         end_stage("reading and packing weights")
         return LocalEngine(opened, rows, keep=needed is None)
-    from gemma_awq_cli.vllm_engine import VllmEngine
+    from gemma_awq_cli.generate.vllm_engine import VllmEngine
 
     prompter = loading.result()
     context = needed(prompter) if needed else VLLM_CHAT_CONTEXT

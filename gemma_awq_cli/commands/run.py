@@ -27,7 +27,7 @@ from gemma_awq_cli.system.reading import decode, plain_lines, require_text, syst
 from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.generation import Completion, Engine, Settings
+    from gemma_awq_cli.generate.generation import Completion, Engine, Settings
     from gemma_awq_cli.models.text.prompter import Prompter
 
 MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
@@ -141,8 +141,8 @@ def command(
 
     from gemma_awq_cli.commands import batch, chat
     from gemma_awq_cli.commands.engines import read_model, start_engine
-    from gemma_awq_cli.generation import Settings, prompt_ids
-    from gemma_awq_cli.sampling import Sampling
+    from gemma_awq_cli.generate.generation import Settings, prompt_ids
+    from gemma_awq_cli.generate.sampling import Sampling
 
     stages.end("importing torch")
     wanted = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.batching import Batch, read_finished, recorded_seed
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generation import Settings
+from gemma_awq_cli.generate.batch import Batch, read_finished, recorded_seed
+from gemma_awq_cli.generate.generation import Settings
+from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.cache import last_artifact, remember_artifact
 from gemma_awq_cli.models.checkpoints.journal import Journal
-from gemma_awq_cli.sampling import Sampling
 from tests.test_resume import identity, kept_run, record
 
 Capture = pytest.CaptureFixture[str]

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Settings
-from gemma_awq_cli.local_engine import LocalEngine
+from gemma_awq_cli.generate.generation import Settings
+from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import loading_dense, memory
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes

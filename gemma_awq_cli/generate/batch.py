@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generation import Completion, Engine, Settings, prompt_ids, require_room
+from gemma_awq_cli.generate.generation import Completion, Engine, Settings, prompt_ids, require_room
+from gemma_awq_cli.generate.prompt_file import Prompt
 from gemma_awq_cli.models.text.prompter import Prompter, located
-from gemma_awq_cli.prompt_file import Prompt
 from gemma_awq_cli.system.locking import Lock
 from gemma_awq_cli.system.reading import parse_json, read_bytes
 from gemma_awq_cli.system.saving import require_file_place, write_errors, write_whole

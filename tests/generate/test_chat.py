@@ -12,15 +12,15 @@ from torch import Tensor
 
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
-from gemma_awq_cli.chatting import Answer, Chat, MessageTooLongError
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Settings
-from gemma_awq_cli.local_engine import LocalEngine
+from gemma_awq_cli.generate.chat import Answer, Chat, MessageTooLongError
+from gemma_awq_cli.generate.generation import Settings
+from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
-from gemma_awq_cli.sampling import Sampling
 from tests.tiny import edit_weights, make_checkpoint
 
 SETTINGS = Settings(6, Sampling())

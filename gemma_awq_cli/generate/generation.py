@@ -11,11 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.generate.sampling import CORRECT, Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.models.text.detokenizer import TextStream
 from gemma_awq_cli.models.text.prompter import Message, Prompter
-from gemma_awq_cli.sampling import CORRECT, Sampling
 
 GENERATION_CONFIG = "generation_config.json"
 

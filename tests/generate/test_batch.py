@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_awq_cli.batching import Batch, complete_batch, read_finished, recorded_seed
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Settings
-from gemma_awq_cli.local_engine import LocalEngine
+from gemma_awq_cli.generate.batch import Batch, complete_batch, read_finished, recorded_seed
+from gemma_awq_cli.generate.generation import Completion, Settings
+from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.prompt_file import read_prompts
+from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.session import Session
-from gemma_awq_cli.prompt_file import read_prompts
-from gemma_awq_cli.sampling import Sampling
 
 CPU = torch.device("cpu")
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog", "a", "0123456789 times", "naïve 東京"]
@@ -194,7 +194,7 @@ def test_one_process_alone_writes_an_output(
     source.write_text("Hello\n")
     arguments = ["run", "-m", str(artifacts("gemma")), "--input", str(source), "--output", str(target)]
     code = (
-        "from pathlib import Path\nfrom gemma_awq_cli.batching import sole_writer\n"
+        "from pathlib import Path\nfrom gemma_awq_cli.generate.batch import sole_writer\n"
         f"with sole_writer(Path({str(target)!r})):\n    print('mine', flush=True)\n    input()\n"
     )
     command = [sys.executable, "-c", code]

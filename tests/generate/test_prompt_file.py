@@ -14,7 +14,7 @@ import pytest
 from gemma_awq_cli.commands import run
 from gemma_awq_cli.commands.run import read_prompt
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.prompt_file import read_prompts
+from gemma_awq_cli.generate.prompt_file import read_prompts
 
 BOM = b"\xef\xbb\xbf"
 MESSAGES = [{"role": "user", "content": "Hi"}]
@@ -111,7 +111,7 @@ def test_a_pipe_of_prompts_is_read_and_what_never_ends_is_refused(
     os.close(reader)
     with pytest.raises(GemmaAwqError, match="more than"):
         read_prompts(Path("/dev/zero"))
-    monkeypatch.setattr("gemma_awq_cli.prompt_file.INPUT_BYTES", 100)
+    monkeypatch.setattr("gemma_awq_cli.generate.prompt_file.INPUT_BYTES", 100)
     for name in ("a.txt", "a.jsonl"):
         (tmp_path / name).write_text('{"prompt": "words"}\n' * 50)
         with pytest.raises(GemmaAwqError, match="more than 100 bytes"):

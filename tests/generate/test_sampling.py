@@ -12,7 +12,7 @@ from transformers import (
 )
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.sampling import Chooser, Sampling, distribution, penalized, resolve
+from gemma_awq_cli.generate.sampling import Chooser, Sampling, distribution, penalized, resolve
 
 GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
 

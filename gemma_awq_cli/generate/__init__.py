@@ -1,0 +1,1 @@
+"""Tokens from a running model: engines, sampling, batches, chats."""
