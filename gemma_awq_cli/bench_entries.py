@@ -8,7 +8,7 @@ from typing import Any
 from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.stored_documents import read_quantization_report
+from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
 # Competitors that are made of the 16-bit original: how it is opened, and the package and the extra that this needs.
 ORIGINALS: Mapping[str, tuple[str, str | None]] = {

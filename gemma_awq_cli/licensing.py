@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.markup import one_line
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE
+from gemma_awq_cli.reports.markup import one_line
 from gemma_awq_cli.system.reading import read_bytes
 
 TEXTS = Path(__file__).parent / "licences"

@@ -18,10 +18,10 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli.licensing import Licence
-from gemma_awq_cli.markup import Markdown, code, escape, markdown_environment, one_line
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.outgoing import calibration_name, source_name
+from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
 
 HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"

@@ -36,7 +36,7 @@ from gemma_awq_cli.outgoing import (
     require_publishable,
     require_weights_named,
 )
-from gemma_awq_cli.stored_documents import read_bench_document, read_quantization_report
+from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from gemma_awq_cli.system.reading import decode, read_bytes
 
 if TYPE_CHECKING:

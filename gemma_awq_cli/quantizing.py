@@ -49,7 +49,7 @@ from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.planning import DTYPE_NAMES, Plan
-from gemma_awq_cli.stored_documents import read_quantization_report
+from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
 HELDOUT_SAMPLES = 6
 HELDOUT_SAMPLES_FAST = 2  # they run through every layer twice

@@ -86,7 +86,7 @@ def command(
     from gemma_awq_cli.bench_entries import Settings
     from gemma_awq_cli.benchmarking import Bench
     from gemma_awq_cli.calibration_text.recipes import spelled
-    from gemma_awq_cli.stored_documents import read_bench_document
+    from gemma_awq_cli.reports.stored_documents import read_bench_document
 
     limits = {
         thresholds.KL: max_kl, thresholds.PERPLEXITY_RATIO: max_ppl_ratio, thresholds.DECODE: min_decode_tps,

@@ -18,8 +18,8 @@ from gemma_awq_cli.model_card import Subject, render
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.outgoing import published_bench, published_report
-from gemma_awq_cli.schema_check import load_schema, require_schema
-from gemma_awq_cli.stored_documents import read_bench_document, read_quantization_report
+from gemma_awq_cli.reports.schema_check import load_schema, require_schema
+from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from gemma_awq_cli.thresholds import COMPARED, regressions, violations
 from tests.documents import Place, full_bench, full_report, places, planted
 

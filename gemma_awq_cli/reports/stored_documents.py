@@ -10,7 +10,7 @@ from typing import Any
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.schema_check import load_schema, require_schema
+from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 
 REQUANTIZE = "Quantize the model again."
 REMEASURE = "Measure again with `gemma-awq bench --json`."
