@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from gemma_awq_cli.artifact import artifact_config
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight
 from gemma_awq_cli.calibration_text.rows import Rows
@@ -18,7 +17,8 @@ from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_fi
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.planning import make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.plan import make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.report import artifact_config
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.quantizing import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
+from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 from gemma_awq_cli.system.reading import home_path
 
 # Relative: another processor, thread count or torch build rounds otherwise.

@@ -12,7 +12,7 @@ from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.quantizing import HELDOUT_SAMPLES
+from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
 # A shell starts its background jobs with SIGINT ignored, which the commands that are tested would heed.

@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, checkpoints: Callable[[str], Path]
         assert b"GB free" in early.stderr
         # and when the space is there at first and then is not
         code = (
-            "import sys; from gemma_awq_cli import quantizing; quantizing.require_space = lambda *_: None; "
+            "import sys; from gemma_awq_cli.quantize import pipeline; quantizing.require_space = lambda *_: None; "
             "from gemma_awq_cli.cli import main; sys.exit(main(sys.argv[1:]))"
         )
         (disk / "filler").write_bytes(b"x" * 980_000)

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.checkpoints.source import Source
-    from gemma_awq_cli.planning import Plan
-    from gemma_awq_cli.quantizing import LayerDone
+    from gemma_awq_cli.quantize.pipeline import LayerDone
+    from gemma_awq_cli.quantize.plan import Plan
 
 
 def command(
@@ -89,8 +89,6 @@ def command(
     out = Output(quiet)
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
-    from gemma_awq_cli import quantizing
-    from gemma_awq_cli.artifact import source_notes
     from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled
     from gemma_awq_cli.calibration_text.rows import build_rows
     from gemma_awq_cli.models.checkpoints.cache import remember_artifact
@@ -101,8 +99,10 @@ def command(
     from gemma_awq_cli.models.forward.loading import pick_device
     from gemma_awq_cli.models.forward.memory import available_memory
     from gemma_awq_cli.models.text.prompter import Prompter
-    from gemma_awq_cli.planning import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
-    from gemma_awq_cli.self_sampling import require_room, with_own_rows
+    from gemma_awq_cli.quantize import pipeline
+    from gemma_awq_cli.quantize.plan import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
+    from gemma_awq_cli.quantize.report import source_notes
+    from gemma_awq_cli.quantize.self_sampling import require_room, with_own_rows
 
     chosen = pick_device(device.value)
     recipe = find_recipe(
@@ -114,15 +114,15 @@ def command(
     if output is not None:
         output = local_path(output, "choose another folder with -o")
     if output is not None and not dry_run:
-        quantizing.require_free(output, force, resume)  # refuse a taken folder before anything is fetched
+        pipeline.require_free(output, force, resume)  # refuse a taken folder before anything is fetched
     source = find_source(model, revision, out.note)
     target = output or Path(f"{source.name}-AWQ")
     if not dry_run:
-        quantizing.require_free(target, force, resume)
+        pipeline.require_free(target, force, resume)
     checkpoint = Checkpoint(source.folder)
     for line in checkpoint.notes:
         out.warning(line)
-    quantizing.require_quantizable(checkpoint)
+    pipeline.require_quantizable(checkpoint)
     for line in source_notes(source.folder, source_card(source.folder)):
         out.note(line)
     require_in_context(seq_len, checkpoint)
@@ -130,7 +130,7 @@ def command(
     size = int(group_size.value)
     stored = stored_dtype(checkpoint, dtype and dtype.value)
     require_layout(checkpoint, stack, size)
-    heldout = quantizing.HELDOUT_SAMPLES_FAST if quality is QualityName.fast else quantizing.HELDOUT_SAMPLES
+    heldout = pipeline.HELDOUT_SAMPLES_FAST if quality is QualityName.fast else pipeline.HELDOUT_SAMPLES
     rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, heldout, strict)
     for note in rows.notes:
         out.note(note)
@@ -168,7 +168,7 @@ def command(
             progress.step()
 
         try:
-            result = quantizing.quantize(
+            result = pipeline.quantize(
                 source, checkpoint, stack, plan, rows, target, arguments, on_layer, force, resume
             )
         except BaseException:
@@ -201,7 +201,7 @@ def _sample(
 ) -> "Tensor":
     import torch
 
-    from gemma_awq_cli.self_sampling import own_rows
+    from gemma_awq_cli.quantize.self_sampling import own_rows
 
     if dry_run:  # only their number matters
         return torch.zeros(rows, seq_len, dtype=torch.int64)

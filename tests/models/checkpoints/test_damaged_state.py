@@ -15,7 +15,7 @@ from gemma_awq_cli.generate.generation import Settings
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.cache import last_artifact, remember_artifact
 from gemma_awq_cli.models.checkpoints.journal import Journal
-from tests.test_resume import identity, kept_run, record
+from tests.quantize.test_resume import identity, kept_run, record
 
 Capture = pytest.CaptureFixture[str]
 ANY_JSON: list[Any] = [None, True, 0, -1, 1.5, "text", "", [], [1], {}, {"a": 1}, [[]], "1" * 1000]

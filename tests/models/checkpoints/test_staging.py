@@ -69,7 +69,7 @@ def test_no_two_processes_ever_have_it_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("force", [False, True])
 def test_to_look_changes_nothing(force: bool, resume: bool, tmp_path: Path) -> None:
-    from gemma_awq_cli.quantizing import require_free
+    from gemma_awq_cli.quantize.pipeline import require_free
 
     target = tmp_path / "out"
     with StagedFolder(target, force=True) as staged:
@@ -203,7 +203,7 @@ def test_a_resume_beside_a_running_force(
     code = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from gemma_awq_cli import quantizing\n"
+        "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli import main\n"
         "real = quantizing._one_layer\n"
         "def slow(*a):\n"

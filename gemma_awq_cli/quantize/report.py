@@ -21,7 +21,7 @@ from gemma_awq_cli.models.checkpoints.side_files import not_copied
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE
 from gemma_awq_cli.models.checkpoints.tying import with_tie
-from gemma_awq_cli.planning import DTYPE_NAMES, Plan
+from gemma_awq_cli.quantize.plan import DTYPE_NAMES, Plan
 
 REPORT_SCHEMA = 2
 

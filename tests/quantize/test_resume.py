@@ -34,7 +34,7 @@ import json, os, signal, sys, threading
 import torch
 torch.set_num_threads(1)  # no threads exist that a fork would lose
 from gemma_awq_cli.cli import main
-import gemma_awq_cli.quantizing, transformers.models.gemma3.modeling_gemma3, gemma_awq_cli.commands.quantize
+import gemma_awq_cli.quantize.pipeline, transformers.models.gemma3.modeling_gemma3, gemma_awq_cli.commands.quantize
 from gemma_awq_cli.kernels.autoawq import _packing_utils
 _packing_utils()
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -170,10 +170,10 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
 
 def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[str]:
     """A run that was interrupted after two of three layers. Returns its arguments."""
-    from gemma_awq_cli import quantizing
+    from gemma_awq_cli.quantize import pipeline
 
     arguments = quantize_arguments(checkpoint, out, text, *more)
-    real = quantizing._one_layer
+    real = pipeline._one_layer
 
     def interrupted(*given: object) -> object:
         if given[-1] == 2:
@@ -181,7 +181,7 @@ def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.Monkey
         return real(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(quantizing, "_one_layer", interrupted)
+        patch.setattr(pipeline, "_one_layer", interrupted)
         assert main(arguments) == 130
     return arguments
 
@@ -289,7 +289,7 @@ def test_two_processes_do_not_write_one_artifact(
 def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "from gemma_awq_cli import quantizing\n"
+        "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli import main\n"
         "real = quantizing._one_layer\n"
         "def slow(*a):\n"
@@ -314,7 +314,7 @@ def test_out_of_memory_is_said_and_resumable(
     """A real refusal of the allocator: the address space is limited when the second layer begins."""
     code = (
         "import resource, sys\n"
-        "from gemma_awq_cli import quantizing\n"
+        "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli import main\n"
         "import torch\n"
         "real = quantizing._one_layer\n"
@@ -339,12 +339,12 @@ def test_out_of_memory_is_said_and_resumable(
 def test_a_shard_that_vanishes_half_way(
     tmp_path: Path, text_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gemma_awq_cli import quantizing
+    from gemma_awq_cli.quantize import pipeline
     from tests.tiny import make_checkpoint
 
     checkpoint = make_checkpoint(tmp_path / "sharded", "gemma2", sharded=True)
     shards = sorted(checkpoint.glob("model-*.safetensors"))
-    real = quantizing._one_layer
+    real = pipeline._one_layer
 
     def vanishing(*given: object) -> object:
         if given[-1] == 1:
@@ -354,7 +354,7 @@ def test_a_shard_that_vanishes_half_way(
 
     arguments = quantize_arguments(checkpoint, tmp_path / "out", text_file)
     with monkeypatch.context() as patch:
-        patch.setattr(quantizing, "_one_layer", vanishing)
+        patch.setattr(pipeline, "_one_layer", vanishing)
         assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "cannot be read" in captured.err

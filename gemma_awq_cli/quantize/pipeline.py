@@ -17,20 +17,10 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.artifact import artifact_config, make_report
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
-from gemma_awq_cli.layer_quantizing import (
-    Heads,
-    QuantizedLayer,
-    dense_weights,
-    fold_deviation,
-    folded_weights,
-    quantize_layer,
-    require_exact_fold,
-)
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.companions import require_companions
 from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json
@@ -47,8 +37,18 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal
 from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.models.gemma.text_config import require_loadable
-from gemma_awq_cli.observing import Observer, bfloat16_products, multiplies_bfloat16
-from gemma_awq_cli.planning import DTYPE_NAMES, Plan
+from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products, multiplies_bfloat16
+from gemma_awq_cli.quantize.layer import (
+    Heads,
+    QuantizedLayer,
+    dense_weights,
+    fold_deviation,
+    folded_weights,
+    quantize_layer,
+    require_exact_fold,
+)
+from gemma_awq_cli.quantize.plan import DTYPE_NAMES, Plan
+from gemma_awq_cli.quantize.report import artifact_config, make_report
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
 HELDOUT_SAMPLES = 6

@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli import planning, self_sampling
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.quantize import plan, self_sampling
 from tests.conftest import FAMILIES, quantize_arguments
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_quantize_on_its_own_rows(tmp_path: Path, checkpoints: Callable[[str], P
     best = quantize_arguments(checkpoints("gemma"), tmp_path / "best", text_file, "--quality", "best")
     assert main(best) == 0
     calibration = json.loads((tmp_path / "best" / "quantization_report.json").read_text())["calibration"]
-    assert calibration["rows"] == 24 + planning.BEST_OWN_ROWS
+    assert calibration["rows"] == 24 + plan.BEST_OWN_ROWS
 
 
 def test_the_same_seed_gives_the_same_rows(checkpoints: Callable[[str], Path]) -> None:

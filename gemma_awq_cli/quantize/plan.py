@@ -14,7 +14,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
 from gemma_awq_cli.models.forward.layerwise import LOGIT_CHUNK, TextStack
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
-from gemma_awq_cli.observing import multiplies_bfloat16
+from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # What this work reaches on two CPU cores with AVX-512, in products and in single operations; for the estimate only.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.layer_quantizing import FOLD_TOLERANCE, Heads, fold_deviation, require_exact_fold
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.families import ScaleGroup
+from gemma_awq_cli.quantize.layer import FOLD_TOLERANCE, Heads, fold_deviation, require_exact_fold
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")

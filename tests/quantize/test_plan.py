@@ -11,8 +11,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.output import bytes_of
-from gemma_awq_cli.planning import FITS, LIBRARY_BYTES, Plan, make_plan
-from gemma_awq_cli.quantizing import _memory_errors
+from gemma_awq_cli.quantize.pipeline import _memory_errors
+from gemma_awq_cli.quantize.plan import FITS, LIBRARY_BYTES, Plan, make_plan
 
 
 def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced") -> Plan:
