@@ -21,7 +21,7 @@ from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
-from gemma_awq_cli.harness_model import HarnessModel
+from gemma_awq_cli.bench.lm_eval_model import HarnessModel
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 

@@ -13,7 +13,7 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from gemma_awq_cli.bench_document import BENCH
+from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.calibration_text.recipes import public_name
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, SINGLE, read_json

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.bench_document import BENCH
+from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.licensing import Licence, Own, decide
 from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render

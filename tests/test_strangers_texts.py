@@ -14,7 +14,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from gemma_awq_cli import bench_report
+from gemma_awq_cli.bench import html_page
 from gemma_awq_cli.commands.bench_table import table_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.licensing import Own, decide
@@ -157,7 +157,7 @@ class Tags(HTMLParser):
 
 def page(bench: dict[str, Any], reports: list[Any]) -> Tags:
     tags = Tags()
-    text = bench_report.render(bench, table_rows(bench), reports)
+    text = html_page.render(bench, table_rows(bench), reports)
     tags.feed(text)
     for svg in re.findall(r"<svg .*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -195,11 +195,11 @@ def test_names_in_a_plot(attack: str) -> None:
     report = full_report()
     for layer in report["layers"]:
         layer[0]["name"] = attack
-    with matplotlib.rc_context(bench_report.STYLE), warnings.catch_warnings(action="ignore"):
-        plot = bench_report._layer_errors(report, bench_report._label_of(attack))
+    with matplotlib.rc_context(html_page.STYLE), warnings.catch_warnings(action="ignore"):
+        plot = html_page._layer_errors(report, html_page._label_of(attack))
     assert plot is not None
     svg = ElementTree.fromstring(str(plot["svg"]))
-    shown = one_line(attack, bench_report.LABEL)
+    shown = one_line(attack, html_page.LABEL)
     assert " ".join(shown.split()) in " ".join("".join(svg.itertext()).split())
     assert shown in svg.attrib["aria-label"]
 

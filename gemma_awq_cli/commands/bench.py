@@ -12,7 +12,7 @@ from gemma_awq_cli.output import Output, bytes_of
 from gemma_awq_cli.system.saving import local_path
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.benchmarking import Bench
+    from gemma_awq_cli.bench.benchmark import Bench
 
 TASK_STEPS = 100  # of the progress of one task
 
@@ -82,9 +82,9 @@ def command(
         raise UsageError(f"{max_rss!r} is no size.", "Give --max-rss such as 900MB or 2GB.")
     both = not (speed or fidelity or tasks)
     names = models or [default_model(out)]
-    from gemma_awq_cli import thresholds
-    from gemma_awq_cli.bench_entries import Settings
-    from gemma_awq_cli.benchmarking import Bench
+    from gemma_awq_cli.bench import thresholds
+    from gemma_awq_cli.bench.benchmark import Bench
+    from gemma_awq_cli.bench.entries import Settings
     from gemma_awq_cli.calibration_text.recipes import spelled
     from gemma_awq_cli.reports.stored_documents import read_bench_document
 
@@ -104,7 +104,7 @@ def command(
             raise UsageError(f"A bound of {figure.title} needs --{figure.part}.")
     earlier = read_bench_document(baseline) if baseline is not None else None
     if report is not None:
-        from gemma_awq_cli.bench_report import ELSEWHERE, require_plotting
+        from gemma_awq_cli.bench.html_page import ELSEWHERE, require_plotting
 
         report = local_path(report, ELSEWHERE)
         require_plotting(report)
@@ -139,7 +139,7 @@ def _measure(out: Output, bench: "Bench", names: list[str], must: bool, reports:
         with out.progress("Speed", bench.speed_steps()) as progress:
             bench.measure_speed(progress.step)
     if bench.settings.fidelity:
-        from gemma_awq_cli.measuring_speed import OWN, VLLM
+        from gemma_awq_cli.bench.speed import OWN, VLLM
 
         for entry in bench.entries:
             # vLLM runs the first model's weights, and the original does not differ from itself
@@ -182,7 +182,7 @@ def _measure_tasks(out: Output, bench: "Bench") -> None:
 
 
 def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> dict[str, Any]:
-    from gemma_awq_cli.bench_report import labels, write_report
+    from gemma_awq_cli.bench.html_page import labels, write_report
     from gemma_awq_cli.commands.bench_table import table_rows
 
     document = bench.document()
@@ -198,7 +198,7 @@ def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> di
 
 
 def _save(out: Output, bench: "Bench", document: dict[str, Any]) -> None:
-    from gemma_awq_cli.bench_document import save_beside
+    from gemma_awq_cli.bench.document import save_beside
 
     for entry in bench.entries:
         if entry.role == "model" and entry.report is not None:

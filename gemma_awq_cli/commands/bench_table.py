@@ -3,8 +3,8 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from gemma_awq_cli.bench.thresholds import task_key, tasks_of
 from gemma_awq_cli.output import human_bytes
-from gemma_awq_cli.thresholds import task_key, tasks_of
 
 Model = Mapping[str, Any]
 

@@ -13,7 +13,7 @@ class InProcess:
     """Answers like `bench_process.Worker`, in this process: a new Python with torch takes seconds."""
 
     def __init__(self, name: str, threads: int | None) -> None:
-        from gemma_awq_cli.bench_worker import _Server
+        from gemma_awq_cli.bench.worker import _Server
 
         self._server = _Server()
 
@@ -29,14 +29,14 @@ class InProcess:
 
 @contextmanager
 def in_process_workers() -> Iterator[None]:
-    from gemma_awq_cli import benchmarking
+    from gemma_awq_cli.bench import benchmark
 
-    real = benchmarking.Worker
-    benchmarking.Worker = InProcess  # type: ignore[assignment,misc]
+    real = benchmark.Worker
+    benchmark.Worker = InProcess  # type: ignore[assignment,misc]
     try:
         yield
     finally:
-        benchmarking.Worker = real  # type: ignore[misc]
+        benchmark.Worker = real  # type: ignore[misc]
 
 
 class Terminal(io.TextIOWrapper):

@@ -70,7 +70,7 @@ def _prepare(root: Path) -> None:
     import yaml  # noqa: F401
     from transformers.models.auto import modeling_auto  # noqa: F401
 
-    from gemma_awq_cli import bench_report, publishing, remeasuring  # noqa: F401
+    from gemma_awq_cli.bench import html_page  # noqa: F401
     from gemma_awq_cli.kernels.autoawq import _packing_utils
 
     _packing_utils()

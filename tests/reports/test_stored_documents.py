@@ -11,7 +11,8 @@ from typing import Any
 import jsonschema
 import pytest
 
-from gemma_awq_cli.bench_document import BENCH
+from gemma_awq_cli.bench.document import BENCH
+from gemma_awq_cli.bench.thresholds import COMPARED, regressions, violations
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.licensing import decide
 from gemma_awq_cli.model_card import Subject, render
@@ -20,7 +21,6 @@ from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.outgoing import published_bench, published_report
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
-from gemma_awq_cli.thresholds import COMPARED, regressions, violations
 from tests.documents import Place, full_bench, full_report, places, planted
 
 WRONG = (

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.bench_process import Worker
+from gemma_awq_cli.bench.process import Worker
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.saving import scratch_file, scratch_folder
 

@@ -10,8 +10,8 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.bench_entries import Entry, Settings
-from gemma_awq_cli.measuring_speed import OWN
+from gemma_awq_cli.bench.entries import Entry, Settings
+from gemma_awq_cli.bench.speed import OWN
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.checkpoints.writing import json_bytes

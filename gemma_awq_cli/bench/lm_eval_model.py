@@ -11,12 +11,12 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
+from gemma_awq_cli.bench.scoring import Continuation, score
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.generation import Settings, context_of
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
-from gemma_awq_cli.scoring import Continuation, score
 from gemma_awq_cli.system.reading import library_errors
 
 GENERATED_AT_ONCE = 8  # prompts that are continued together

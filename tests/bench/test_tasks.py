@@ -18,16 +18,17 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from gemma_awq_cli import benchmarking, measuring_tasks
-from gemma_awq_cli.bench_process import WorkerEndedError
+from gemma_awq_cli.bench import benchmark
+from gemma_awq_cli.bench import tasks as measuring_tasks
+from gemma_awq_cli.bench.lm_eval_model import HarnessModel, _settings
+from gemma_awq_cli.bench.process import WorkerEndedError
+from gemma_awq_cli.bench.task_suites import LACKING, SUITES, published_model
+from gemma_awq_cli.bench.tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.harness_model import HarnessModel, _settings
-from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
-from gemma_awq_cli.task_suites import LACKING, SUITES, published_model
-from tests.test_bench import InProcess, documented
+from tests.bench.test_bench import InProcess, documented
 
 Capture = pytest.CaptureFixture[str]
 ITEMS = [
@@ -82,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarking, "Worker", InProcess)
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
 
 
 def exact(folder: Path) -> OpenModel:

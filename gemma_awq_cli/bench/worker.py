@@ -37,7 +37,7 @@ class _Server:
         self.device: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        from gemma_awq_cli import measuring_speed as speed
+        from gemma_awq_cli.bench import speed
 
         match request["do"]:
             case "load":
@@ -54,12 +54,12 @@ class _Server:
                 self.opened = speed.open_kind(request["kind"], Path(request["path"]), self.device, DENSE_HEAD)
                 return {}
             case "task":
-                from gemma_awq_cli.measuring_tasks import TaskSpec, run_task
+                from gemma_awq_cli.bench.tasks import TaskSpec, run_task
 
                 spec = TaskSpec(**request["spec"])
                 return run_task(self.opened, spec, request["limit"], request["unsafe_code"], self.on_progress)
             case "fidelity":
-                from gemma_awq_cli.running_fidelity import answer
+                from gemma_awq_cli.bench.runtime_fidelity import answer
 
                 self._set_up(request)
                 return answer(request, self.device, self.on_progress)
@@ -69,7 +69,7 @@ class _Server:
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        from gemma_awq_cli import measuring_speed as speed
+        from gemma_awq_cli.bench import speed
 
         self._set_up(request)
         path = Path(request["path"])

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.bench.llama_cpp import LlamaModel
+from gemma_awq_cli.bench.speed import GGUF, open_kind
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.comparison import Text, require_finite, through_layers
 from gemma_awq_cli.fidelity.metrics import Positions, compare, join
-from gemma_awq_cli.llama_cpp_model import LlamaModel
-from gemma_awq_cli.measuring_speed import GGUF, open_kind
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates

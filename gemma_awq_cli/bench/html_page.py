@@ -13,10 +13,10 @@ from pathlib import Path, PurePath
 from typing import Any
 from xml.etree import ElementTree
 
+from gemma_awq_cli.bench.thresholds import task_key, tasks_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.reports.markup import one_line
 from gemma_awq_cli.system.saving import require_file_place, write_errors, write_whole
-from gemma_awq_cli.thresholds import task_key, tasks_of
 
 ELSEWHERE = "choose another --report"
 TEMPLATE = Path(__file__).parent / "templates" / "bench_report.html"

@@ -90,7 +90,7 @@ def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) ->
 
 
 def _load_gguf(path: Path, tokens: int) -> Subject:
-    from gemma_awq_cli.llama_cpp_model import LlamaModel
+    from gemma_awq_cli.bench.llama_cpp import LlamaModel
 
     started = time.perf_counter()
     model = LlamaModel(path, tokens, torch.get_num_threads())

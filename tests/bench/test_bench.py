@@ -13,10 +13,10 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from gemma_awq_cli import bench_process, benchmarking
-from gemma_awq_cli.bench_document import _percentiles
-from gemma_awq_cli.bench_process import Worker
-from gemma_awq_cli.bench_worker import _Server
+from gemma_awq_cli.bench import benchmark, process
+from gemma_awq_cli.bench.document import _percentiles
+from gemma_awq_cli.bench.process import Worker
+from gemma_awq_cli.bench.worker import _Server
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
@@ -42,7 +42,7 @@ class InProcess:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmarking, "Worker", InProcess)
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
 
 
 @pytest.fixture
@@ -220,7 +220,7 @@ def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Captur
 
 @pytest.mark.usefixtures("in_process")
 def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(benchmarking, "find_spec", lambda _: None)
+    monkeypatch.setattr(benchmark, "find_spec", lambda _: None)
     compare = ("--compare", "nf4", "--compare", "no-such-model", "--compare", "bf16")
     assert main(["bench", str(artifact), "--speed", "--json", *QUICK, *compare]) == 0
     captured = capsys.readouterr()
@@ -282,7 +282,7 @@ def test_a_process_that_cannot_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> 
     script = "import os, sys, time; print('ValueError: x', file=sys.stderr, flush=True); os.close(1); time.sleep(300)"
     start = subprocess.Popen
     monkeypatch.setattr(subprocess, "Popen", lambda _, **options: start([sys.executable, "-c", script], **options))
-    monkeypatch.setattr(bench_process, "ENDING_SECONDS", 0.5)
+    monkeypatch.setattr(process, "ENDING_SECONDS", 0.5)
     worker = Worker("x", 1)
     with pytest.raises(GemmaAwqError, match="The process that measured x ended: ValueError: x"):
         worker.ask(do="bandwidth")
@@ -307,11 +307,11 @@ def test_percentiles_are_nearest_ranks() -> None:
 def test_a_page_needs_its_library_before_anything_is_measured(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from gemma_awq_cli import bench_report
+    from gemma_awq_cli.bench import html_page
 
     assert main(["bench", str(artifact), "--report", str(tmp_path / "no" / "page.html")]) == 1
     assert "does not exist" in capsys.readouterr().err
-    monkeypatch.setattr(bench_report, "find_spec", lambda _: None)
+    monkeypatch.setattr(html_page, "find_spec", lambda _: None)
     assert main(["bench", str(artifact), "--report", str(tmp_path / "page.html")]) == 1
     assert 'pip install "gemma-awq[report]"' in capsys.readouterr().err
 

@@ -15,9 +15,9 @@ from importlib.util import find_spec
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
+from gemma_awq_cli.bench.task_suites import SUITES, published_model
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.reading import home_path
-from gemma_awq_cli.task_suites import SUITES, published_model
 
 if TYPE_CHECKING:
     from gemma_awq_cli.models.forward.loading import OpenModel
@@ -136,7 +136,7 @@ def run_task(
     from huggingface_hub.errors import HfHubHTTPError
     from lm_eval import evaluator
 
-    from gemma_awq_cli.harness_model import HarnessModel
+    from gemma_awq_cli.bench.lm_eval_model import HarnessModel
 
     version = harness_version()
     try:

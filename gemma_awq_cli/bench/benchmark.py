@@ -14,19 +14,19 @@ from datetime import UTC, datetime
 from importlib.util import find_spec
 from typing import Any
 
-from gemma_awq_cli.bench_document import SCHEMA, described_models, described_settings, environment
-from gemma_awq_cli.bench_entries import ORIGINALS, Entry, Settings
-from gemma_awq_cli.bench_process import Worker, WorkerEndedError
+from gemma_awq_cli.bench.document import SCHEMA, described_models, described_settings, environment
+from gemma_awq_cli.bench.entries import ORIGINALS, Entry, Settings
+from gemma_awq_cli.bench.llama_cpp import require_llama_cpp
+from gemma_awq_cli.bench.process import Worker, WorkerEndedError
+from gemma_awq_cli.bench.speed import GGUF, OWN, PRECISIONS, VLLM
+from gemma_awq_cli.bench.task_suites import LACKING
+from gemma_awq_cli.bench.tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.vllm_engine import INSTALL
-from gemma_awq_cli.llama_cpp_model import require_llama_cpp
-from gemma_awq_cli.measuring_speed import GGUF, OWN, PRECISIONS, VLLM
-from gemma_awq_cli.measuring_tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import find_source
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.system.reading import home_path
-from gemma_awq_cli.task_suites import LACKING
 
 WARM_UP_TOKENS = 16
 

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli import benchmarking, llama_cpp_model, running_fidelity
-from gemma_awq_cli.bench_entries import Entry
+from gemma_awq_cli.bench import benchmark, llama_cpp, runtime_fidelity
+from gemma_awq_cli.bench.entries import Entry
+from gemma_awq_cli.bench.runtime_fidelity import measure_running, steps
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.fidelity.comparison import measure, read_text
@@ -17,8 +18,7 @@ from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.running_fidelity import measure_running, steps
-from tests.test_bench import InProcess, documented
+from tests.bench.test_bench import InProcess, documented
 
 CPU = torch.device("cpu")
 Capture = pytest.CaptureFixture[str]
@@ -29,7 +29,7 @@ def test_it_is_that_of_the_weights_in_float32(
     kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(running_fidelity, "POSITIONS", 17)
+    monkeypatch.setattr(runtime_fidelity, "POSITIONS", 17)
     artifact, reference = Checkpoint(artifacts(kind)), Checkpoint(checkpoints(kind))
     rows = read_text(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3).rows
     arch = architecture_of(artifact.text_config, artifact.family)
@@ -49,7 +49,7 @@ def test_what_bitsandbytes_runs(
     artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
     pytest.importorskip("bitsandbytes", reason='the extra is not installed: pip install "gemma-awq[bnb]"')
-    monkeypatch.setattr(benchmarking, "Worker", InProcess)
+    monkeypatch.setattr(benchmark, "Worker", InProcess)
     arguments = ["bench", str(artifacts("gemma")), "--fidelity", "--device", "cpu", "--windows", "1", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--compare", "int8", "--compare", "bf16"]) == 0
@@ -67,7 +67,7 @@ def test_a_gguf_file_that_cannot_be_measured_is_said(
 ) -> None:
     folder, file = artifacts("gemma"), tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr(llama_cpp_model, "find_spec", lambda _: None)
+    monkeypatch.setattr(llama_cpp, "find_spec", lambda _: None)
     arguments = ["bench", str(folder), "--fidelity", "--device", "cpu", "--windows", "1", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--compare", str(file), "--compare", "no.gguf"]) == 0
@@ -89,5 +89,5 @@ def test_a_gguf_file_runs_as_sessions(tmp_path: Path) -> None:
     pytest.importorskip("llama_cpp", reason='the extra is not installed: pip install "gemma-awq[llama-cpp]"')
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
-    with pytest.raises(llama_cpp_model.GemmaAwqError, match=r"llama\.cpp cannot read"):
-        llama_cpp_model.LlamaModel(file, 64, 1)
+    with pytest.raises(llama_cpp.GemmaAwqError, match=r"llama\.cpp cannot read"):
+        llama_cpp.LlamaModel(file, 64, 1)

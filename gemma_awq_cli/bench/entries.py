@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.measuring_speed import GGUF, OWN, VLLM
+from gemma_awq_cli.bench.speed import GGUF, OWN, VLLM
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.reports.stored_documents import read_quantization_report

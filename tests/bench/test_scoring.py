@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli import scoring
+from gemma_awq_cli.bench import scoring
+from gemma_awq_cli.bench.scoring import Continuation, score
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
-from gemma_awq_cli.scoring import Continuation, score
 
 CPU = torch.device("cpu")
 

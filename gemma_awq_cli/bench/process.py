@@ -30,7 +30,7 @@ class Worker:
         self._chatter = scratch_file()
         read, write = os.pipe()
         self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "gemma_awq_cli.bench_worker"],
+            [sys.executable, "-P", "-m", "gemma_awq_cli.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=write,
             stderr=self._chatter,
