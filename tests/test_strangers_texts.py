@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 from gemma_awq_cli.bench import html_page
 from gemma_awq_cli.commands.bench_table import table_rows
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.licensing import Own, decide
-from gemma_awq_cli.model_card import Subject, render
-from gemma_awq_cli.outgoing import published_bench, published_report
+from gemma_awq_cli.publish.licensing import Own, decide
+from gemma_awq_cli.publish.model_card import Subject, render
+from gemma_awq_cli.publish.upload_files import published_bench, published_report
 from gemma_awq_cli.reports.markup import code, escape, one_line
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 from tests.documents import Place, full_bench, full_report, leaves, planted

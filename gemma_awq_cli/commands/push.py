@@ -12,8 +12,8 @@ from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.outgoing import OutgoingFile
-    from gemma_awq_cli.publishing import Prepared, Step
+    from gemma_awq_cli.publish.upload import Prepared, Step
+    from gemma_awq_cli.publish.upload_files import OutgoingFile
 
 
 def command(
@@ -63,12 +63,12 @@ def command(
     if source is not None and not deep:
         raise UsageError("--source goes with --deep.")
     chosen = folder or _last_artifact(out)
-    from gemma_awq_cli import publishing
-    from gemma_awq_cli.licensing import read_own
+    from gemma_awq_cli.publish import upload
+    from gemma_awq_cli.publish.licensing import read_own
 
     own = read_own(licence, licence_file)
     out.note(f"Checking {chosen}.")
-    prepared = publishing.prepare(chosen, repo_id, base_model, licence, own)
+    prepared = upload.prepare(chosen, repo_id, base_model, licence, own)
     for line in prepared.notes:
         out.note(line)
     if deep:
@@ -83,7 +83,7 @@ def command(
         return
     if not yes and not sys.stdin.isatty():
         raise UsageError("There is nobody to ask.", "Look at it with --dry-run, then push with --yes.")
-    api = publishing.hub_client()
+    api = upload.hub_client()
     sending = False
 
     def agree(step: "Step") -> None:
@@ -95,7 +95,7 @@ def command(
 
     summary = message or f"gemma-awq {prepared.report['versions']['gemma_awq']}: {prepared.base_model} in 4 bits"
     try:
-        result = publishing.push(api, prepared, revision, private, create_pr, replace_card, summary, agree)
+        result = upload.push(api, prepared, revision, private, create_pr, replace_card, summary, agree)
     except (KeyboardInterrupt, Terminated):
         if sending:
             out.note("Repeat the command to go on: what has arrived is not sent again.")
@@ -131,20 +131,20 @@ def _last_artifact(out: Output) -> Path:
 
 
 def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:
-    from gemma_awq_cli import remeasuring
     from gemma_awq_cli.fidelity.comparison import steps
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.forward.loading import pick_device
     from gemma_awq_cli.models.text.prompter import Prompter
+    from gemma_awq_cli.publish import deep_check
 
     chosen = pick_device(device)
     report = prepared.report
-    original = remeasuring.original_checkpoint(report, source, out.note)
+    original = deep_check.original_checkpoint(report, source, out.note)
     artifact = Checkpoint(prepared.folder)
-    rows = remeasuring.heldout_rows(report, Prompter(prepared.folder))
+    rows = deep_check.heldout_rows(report, Prompter(prepared.folder))
     with out.progress("Measuring again", steps(rows, artifact.layers)) as progress:
-        measured = remeasuring.remeasure(artifact, original, rows, chosen, progress.step)
-    remeasuring.require_recorded(measured, report)
+        measured = deep_check.remeasure(artifact, original, rows, chosen, progress.step)
+    deep_check.require_recorded(measured, report)
     out.note(f"KL divergence measured again: {measured.kl:.4f} (the report tells {report['fidelity']['kl']:.4f}).")
     out.note(f"It continues {remeasuring.PROMPT!r} with {remeasuring.generate(prepared.folder, chosen)!r}.")
 

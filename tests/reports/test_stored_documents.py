@@ -14,11 +14,11 @@ import pytest
 from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.bench.thresholds import COMPARED, regressions, violations
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.licensing import decide
-from gemma_awq_cli.model_card import Subject, render
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.outgoing import published_bench, published_report
+from gemma_awq_cli.publish.licensing import decide
+from gemma_awq_cli.publish.model_card import Subject, render
+from gemma_awq_cli.publish.upload_files import published_bench, published_report
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from tests.documents import Place, full_bench, full_report, places, planted

@@ -12,8 +12,8 @@ import pytest
 
 from gemma_awq_cli.cli import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.licensing import decide
 from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
+from gemma_awq_cli.publish.licensing import decide
 from gemma_awq_cli.quantize import pipeline
 from tests.conftest import quantize_arguments
 from tests.tiny import make_checkpoint

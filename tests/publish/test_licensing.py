@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.licensing import APACHE, GEMMA_TERMS, TERMS, TEXTS, Own, decide, read_own
 from gemma_awq_cli.models.checkpoints.demo import PACKAGE
 from gemma_awq_cli.models.gemma.families import FAMILIES
+from gemma_awq_cli.publish.licensing import APACHE, GEMMA_TERMS, TERMS, TEXTS, Own, decide, read_own
 
 CHANGED = "model.safetensors was modified."
 SENTENCE = b"Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"

@@ -22,7 +22,7 @@ from itertools import pairwise
 from typing import Any
 from urllib.parse import unquote
 
-from gemma_awq_cli.secret_forms import FORMS
+from gemma_awq_cli.publish.secret_forms import FORMS
 
 _COMPILED = tuple((start, re.compile(re.escape(start) + rest), what) for start, rest, what in FORMS)
 

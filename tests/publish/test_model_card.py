@@ -9,9 +9,9 @@ from huggingface_hub import ModelCard
 
 from gemma_awq_cli.calibration_text.recipes import Recipe, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.model_card import is_unedited, quantize_command
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.publishing import Prepared, prepare
+from gemma_awq_cli.publish.model_card import is_unedited, quantize_command
+from gemma_awq_cli.publish.upload import Prepared, prepare
 from tests.conftest import FAMILIES
 
 

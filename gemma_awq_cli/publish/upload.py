@@ -15,8 +15,6 @@ from urllib.parse import quote
 from gemma_awq_cli import __version__
 from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.licensing import Licence, Own, decide
-from gemma_awq_cli.model_card import Subject, changed_sentence, is_unedited, render
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json
 from gemma_awq_cli.models.checkpoints.hub import LOGIN, REPO_ID, push_errors
@@ -24,7 +22,9 @@ from gemma_awq_cli.models.checkpoints.local_paths import to_json
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.forward.verification import require_complete
-from gemma_awq_cli.outgoing import (
+from gemma_awq_cli.publish.licensing import Licence, Own, decide
+from gemma_awq_cli.publish.model_card import Subject, changed_sentence, is_unedited, render
+from gemma_awq_cli.publish.upload_files import (
     CARD,
     OutgoingFile,
     leftovers,

@@ -269,16 +269,16 @@ def test_an_interrupted_push_says_that_it_can_be_repeated(
 def test_a_branch_that_moved_meanwhile_is_not_overwritten(
     hub: WritingHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from gemma_awq_cli import publishing
+    from gemma_awq_cli.publish import upload
 
     hub.create(REPO)
-    commit = publishing._commit
+    commit = upload._commit
 
     def late(*arguments: object) -> object:
         hub.edit(REPO, {"config.json": b"someone else's"})
         return commit(*arguments)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(publishing, "_commit", late)
+    monkeypatch.setattr(upload, "_commit", late)
     assert push(artifact) == 1
     assert "was changed by someone else meanwhile (HTTP 412), so nothing was committed" in capsys.readouterr().err
     assert hub.read(REPO, "config.json") == b"someone else's"

@@ -17,10 +17,10 @@ from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
-from gemma_awq_cli.licensing import Licence
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.outgoing import calibration_name, source_name
+from gemma_awq_cli.publish.licensing import Licence
+from gemma_awq_cli.publish.upload_files import calibration_name, source_name
 from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
 
 HUB = Markdown("https://huggingface.co")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli import outgoing
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.outgoing import (
+from gemma_awq_cli.publish import upload_files
+from gemma_awq_cli.publish.upload_files import (
     OutgoingFile,
     leftovers,
     outgoing_file,
@@ -186,7 +186,7 @@ def test_links_and_files_too_large(folder: Path, tmp_path: Path, monkeypatch: py
     with pytest.raises(GemmaAwqError, match=r"symbolic links: generation_config.json"):
         require_publishable(folder)
     (folder / "generation_config.json").unlink()
-    monkeypatch.setattr(outgoing, "FILE_LIMIT", 1)
+    monkeypatch.setattr(upload_files, "FILE_LIMIT", 1)
     with pytest.raises(GemmaAwqError, match="the hub takes"):
         require_publishable(folder)
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 
 import pytest
 
-from gemma_awq_cli.secret_search import find_secret
+from gemma_awq_cli.publish.secret_search import find_secret
 from tests.documents import full_bench, full_report
 
 ROOT = Path(__file__).parent.parent

@@ -33,7 +33,7 @@ from gemma_awq_cli.models.checkpoints.side_files import (
     is_licence_file,
 )
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.secret_search import find_secret
+from gemma_awq_cli.publish.secret_search import find_secret
 from gemma_awq_cli.system.reading import decode, parse_json, read_bytes, system_errors
 
 CARD = "README.md"
