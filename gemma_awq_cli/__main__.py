@@ -6,10 +6,10 @@ import sys
 def entry() -> None:
     """The command. Ctrl-C while it is still being imported ends it as quietly as later."""
     try:
-        from gemma_awq_cli import cli
+        from gemma_awq_cli.cli.app import app
     except KeyboardInterrupt:
         sys.exit(130)
-    cli.entry()
+    app.entry()
 
 
 if __name__ == "__main__":

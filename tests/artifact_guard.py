@@ -87,7 +87,7 @@ def _hashes(name: str, artifact: Path, arguments: list[str]) -> dict[str, str]:
 
 
 def _document(arguments: list[str]) -> str:
-    from gemma_awq_cli.cli import main as command
+    from gemma_awq_cli.cli.app import main as command
 
     output = io.StringIO()
     with contextlib.redirect_stdout(output):

@@ -10,7 +10,7 @@ import torch
 
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES
 from tests.tiny import CONFIGS, TEXT, make_checkpoint

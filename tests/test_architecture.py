@@ -147,7 +147,7 @@ def test_no_file_grows_beyond_what_fits_in_a_head() -> None:
 
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
-        "import sys\nfrom gemma_awq_cli.cli import main\n"
+        "import sys\nfrom gemma_awq_cli.cli.app import main\n"
         "for command in ([], ['quantize'], ['run'], ['bench'], ['push']): assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints import demo
 from tests.models.text.test_tokenizer import require_same
 

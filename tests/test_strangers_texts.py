@@ -15,7 +15,7 @@ import yaml
 from markdown_it import MarkdownIt
 
 from gemma_awq_cli.bench import html_page
-from gemma_awq_cli.commands.bench_table import table_rows
+from gemma_awq_cli.cli.bench_table import table_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.publish.licensing import Own, decide
 from gemma_awq_cli.publish.model_card import Subject, render

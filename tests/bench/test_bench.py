@@ -17,7 +17,7 @@ from gemma_awq_cli.bench import benchmark, process
 from gemma_awq_cli.bench.document import _percentiles
 from gemma_awq_cli.bench.process import Worker
 from gemma_awq_cli.bench.worker import _Server
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
 

@@ -11,7 +11,7 @@ from gemma_awq_cli.bench import benchmark, llama_cpp, runtime_fidelity
 from gemma_awq_cli.bench.entries import Entry
 from gemma_awq_cli.bench.runtime_fidelity import measure_running, steps
 from gemma_awq_cli.calibration_text.recipes import find_recipe
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.fidelity.comparison import measure, read_text
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession

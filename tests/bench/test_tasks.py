@@ -24,7 +24,7 @@ from gemma_awq_cli.bench.lm_eval_model import HarnessModel, _settings
 from gemma_awq_cli.bench.process import WorkerEndedError
 from gemma_awq_cli.bench.task_suites import LACKING, SUITES, published_model
 from gemma_awq_cli.bench.tasks import TaskSpec, find_tasks, published
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision

@@ -8,7 +8,7 @@ import pytest
 
 from gemma_awq_cli.calibration_text.recipes import data_folder, find_recipe, recipe_names
 from gemma_awq_cli.calibration_text.rows import build_rows
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.text.prompter import Prompter
 from tests.tiny import make_tokenizer

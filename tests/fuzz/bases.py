@@ -173,7 +173,7 @@ def _staged(folder: Path, source: Path) -> None:
 
 
 def _must(arguments: list[str]) -> None:
-    from gemma_awq_cli.cli import main
+    from gemma_awq_cli.cli.app import main
 
     code = main(arguments)
     assert code == 0, f"gemma-awq {' '.join(arguments)} ended with {code}"

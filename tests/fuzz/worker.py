@@ -170,7 +170,7 @@ def run_case(root: Path, case: Case) -> Result:
 
 
 def _command(case: Case) -> int:
-    from gemma_awq_cli.cli import main
+    from gemma_awq_cli.cli.app import main
     from tests.fuzz.patching import in_process_workers
 
     with in_process_workers():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.batch import Batch, complete_batch, read_finished, recorded_seed
 from gemma_awq_cli.generate.generation import Completion, Settings

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.generation import Completion, Sampling, end_tokens, prompt_ids
 from gemma_awq_cli.generate.local_engine import complete

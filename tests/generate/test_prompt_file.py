@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.commands import run
-from gemma_awq_cli.commands.run import read_prompt
+from gemma_awq_cli.cli.app import run
+from gemma_awq_cli.cli.run import read_prompt
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.prompt_file import read_prompts
 
@@ -162,7 +162,7 @@ def test_standard_input_that_is_no_prompt(data: bytes | None, says: str, monkeyp
 
 def test_a_pipe_that_does_not_end_takes_no_memory() -> None:
     code = (
-        "import resource, sys\nfrom gemma_awq_cli.commands.run import read_prompt\n"
+        "import resource, sys\nfrom gemma_awq_cli.cli.run import read_prompt\n"
         "from gemma_awq_cli.errors import GemmaAwqError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
         "try:\n    read_prompt('-')\nexcept GemmaAwqError as error:\n    print(error.message)\n"

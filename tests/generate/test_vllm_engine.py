@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate import vllm_engine
 from gemma_awq_cli.generate.generation import Completion, Settings

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from tests.tiny import edit_weights, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]

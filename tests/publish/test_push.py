@@ -18,7 +18,7 @@ import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from tests.writing_hub import READ_TOKEN, TOKEN, Fault, WritingHub, writing_hub
 
 Capture = pytest.CaptureFixture[str]
@@ -132,7 +132,7 @@ def test_what_was_pushed_runs_and_is_downloaded_by_the_hubs_own_command(
 
     completion = ["run", "Hello", "--max-new-tokens", "5", "--device", "cpu", "--json", "-m"]
     commands = [["push", REPO, str(folder), "--yes", "--private", *SAID], [*completion, REPO]]
-    code = "import sys\nfrom gemma_awq_cli.cli import main\n"
+    code = "import sys\nfrom gemma_awq_cli.cli.app import main\n"
     url, _, there = run(sys.executable, "-c", code + f"sys.exit(sum(map(main, {commands!r})))").partition("\n")
     assert url == f"{hub.url}/{REPO}"
     assert hub.repos[REPO]["private"] is True

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from gemma_awq_cli.calibration_text.rows import Rows
+from gemma_awq_cli.cli.console import bytes_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.output import bytes_of
 from gemma_awq_cli.quantize.pipeline import _memory_errors
 from gemma_awq_cli.quantize.plan import FITS, LIBRARY_BYTES, Plan, make_plan
 

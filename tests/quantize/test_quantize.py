@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from tests.conftest import FAMILIES, quantize_arguments, tiny_rows

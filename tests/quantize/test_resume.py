@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints.journal import Journal, differences
 from tests.conftest import quantize_arguments
 
@@ -33,8 +33,8 @@ SERVER = """
 import json, os, signal, sys, threading
 import torch
 torch.set_num_threads(1)  # no threads exist that a fork would lose
-from gemma_awq_cli.cli import main
-import gemma_awq_cli.quantize.pipeline, transformers.models.gemma3.modeling_gemma3, gemma_awq_cli.commands.quantize
+from gemma_awq_cli.cli.app import main
+import gemma_awq_cli.quantize.pipeline, transformers.models.gemma3.modeling_gemma3, gemma_awq_cli.cli.quantize
 from gemma_awq_cli.kernels.autoawq import _packing_utils
 _packing_utils()
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
@@ -290,7 +290,7 @@ def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str],
     code = (
         "import os, signal, sys\n"
         "from gemma_awq_cli.quantize import pipeline\n"
-        "from gemma_awq_cli.cli import main\n"
+        "from gemma_awq_cli.cli.app import main\n"
         "real = quantizing._one_layer\n"
         "def slow(*a):\n"
         "    if a[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
@@ -315,7 +315,7 @@ def test_out_of_memory_is_said_and_resumable(
     code = (
         "import resource, sys\n"
         "from gemma_awq_cli.quantize import pipeline\n"
-        "from gemma_awq_cli.cli import main\n"
+        "from gemma_awq_cli.cli.app import main\n"
         "import torch\n"
         "real = quantizing._one_layer\n"
         "def limited(*a):\n"

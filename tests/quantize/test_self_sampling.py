@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint

@@ -20,10 +20,10 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SLOW = """
 import sys, time
 from pathlib import Path
-from gemma_awq_cli import cli
+from gemma_awq_cli.cli.app import app
 from gemma_awq_cli.models.checkpoints import staging
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder
-from gemma_awq_cli.output import Output
+from gemma_awq_cli.cli.console import Output
 
 def slowly(where, real):
     def do(*given, **more):
@@ -150,7 +150,7 @@ def test_an_artifact_is_put_in_its_place_before_the_process_ends(
     assert (tmp_path / "out" / "weights").read_bytes() == b"x" * 1000
 
 
-@pytest.mark.parametrize("module", ["typer", "gemma_awq_cli.output"])
+@pytest.mark.parametrize("module", ["typer", "gemma_awq_cli.cli.console"])
 def test_ctrl_c_while_the_command_is_imported(module: str) -> None:
     code = (
         "import builtins, os, signal, sys, time\n"
@@ -174,7 +174,7 @@ def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[
     """While torch is imported, while the tokenizer is loaded by its thread, while the first token is made."""
     code = (
         "import os, signal, sys, threading, time\n"
-        "from gemma_awq_cli import cli\n"
+        "from gemma_awq_cli.cli.app import app\n"
         "import gemma_awq_cli.system.interruption\n"
         f"threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "sys.argv = sys.argv[1:]\n"

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.cli.options import _require_filled
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.options import _require_filled
 from gemma_awq_cli.system.reading import unforeseen
 from gemma_awq_cli.system.saving import (
     local_path,
@@ -143,7 +143,9 @@ def test_commands_refuse_them_before_anything_is_loaded(
     os.mkfifo("pipe")
     Path("folder").mkdir()
     Path("prompts.txt").write_text("Hello\n")
-    code = "import sys\nfrom gemma_awq_cli.cli import main\ncode = main(sys.argv[1:])\nprint('torch' in sys.modules)\n"
+    code = (
+        "import sys\nfrom gemma_awq_cli.cli.app import main\ncode = main(sys.argv[1:])\nprint('torch' in sys.modules)\n"
+    )
     batch = ["run", "-m", "absent", "--input", "prompts.txt", "--output", target]
     run = subprocess.run(
         [sys.executable, "-c", f"{code}sys.exit(code)", *batch],

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.batch import Batch, read_finished, recorded_seed
 from gemma_awq_cli.generate.generation import Settings

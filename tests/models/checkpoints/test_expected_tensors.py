@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model

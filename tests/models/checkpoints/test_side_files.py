@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.side_files import SIDE_FILES, copy_side_files, is_leftover, not_copied, side_files
 from gemma_awq_cli.quantize.report import source_notes

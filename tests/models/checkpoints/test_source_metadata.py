@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
 from gemma_awq_cli.publish.licensing import decide

@@ -194,7 +194,7 @@ def test_a_resume_beside_a_running_force(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The issue's case with real processes: the artifact is there, one replaces it, another one finds it complete."""
-    from gemma_awq_cli.cli import main
+    from gemma_awq_cli.cli.app import main
     from tests.conftest import quantize_arguments
 
     out = tmp_path / "out"
@@ -204,7 +204,7 @@ def test_a_resume_beside_a_running_force(
         "import sys, time\n"
         "from pathlib import Path\n"
         "from gemma_awq_cli.quantize import pipeline\n"
-        "from gemma_awq_cli.cli import main\n"
+        "from gemma_awq_cli.cli.app import main\n"
         "real = quantizing._one_layer\n"
         "def slow(*a):\n"
         "    if a[-1] == 2:\n"

@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError, begin_loading, located
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, VOCAB, add_tokens, edit_weights, make_tokenizer

@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli import terminal
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main, terminal
+from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.streams import standard_streams
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.output import Output
-from gemma_awq_cli.streams import standard_streams
 
 Capture = pytest.CaptureFixture[str]
 
@@ -233,8 +232,8 @@ def test_a_narrow_terminal(columns: int, term: str | None) -> None:
     """Tables and progress in a real pseudo-terminal: every figure stays whole and can be read."""
     code = (
         "import time\n"
-        "from gemma_awq_cli.output import Output\n"
-        "from gemma_awq_cli.streams import standard_streams\n"
+        "from gemma_awq_cli.cli.console import Output\n"
+        "from gemma_awq_cli.cli.streams import standard_streams\n"
         "with standard_streams():\n"
         "    out = Output()\n"
         "    with out.progress('Quantizing', 5) as bar:\n"

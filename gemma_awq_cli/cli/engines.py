@@ -5,6 +5,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.options import EngineName
 from gemma_awq_cli.generate.generation import Engine, generation_config
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling, resolve
@@ -13,11 +15,9 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model, other_de
 from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.options import EngineName
-from gemma_awq_cli.output import Output
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.commands.run import How
+    from gemma_awq_cli.cli.run import How
 
 VLLM_CHAT_CONTEXT = 8192  # vLLM sets memory aside for a whole context; Gemma 3's own is 131072 tokens
 

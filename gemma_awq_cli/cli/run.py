@@ -9,9 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from gemma_awq_cli.commands.stages import Stages
-from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.options import (
+from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.options import (
     Attention,
     ComputeDtype,
     EngineName,
@@ -22,7 +21,8 @@ from gemma_awq_cli.options import (
     QuietOption,
     RevisionOption,
 )
-from gemma_awq_cli.output import Output
+from gemma_awq_cli.cli.stages import Stages
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.system.reading import decode, plain_lines, require_text, system_errors
 from gemma_awq_cli.system.saving import local_path, require_file_place
 
@@ -139,8 +139,8 @@ def command(
     folder = find_source(name, revision, out.note).folder
     loading = begin_loading(folder)  # on a thread of its own, while torch is imported
 
-    from gemma_awq_cli.commands import batch, chat
-    from gemma_awq_cli.commands.engines import read_model, start_engine
+    from gemma_awq_cli.cli.app import batch, chat_screen
+    from gemma_awq_cli.cli.engines import read_model, start_engine
     from gemma_awq_cli.generate.generation import Settings, prompt_ids
     from gemma_awq_cli.generate.sampling import Sampling
 
@@ -154,7 +154,7 @@ def command(
     checkpoint, sampling = read_model(out, folder, asked)
     settings = Settings(wanted, sampling, stop or ())
     if chatting:
-        chat.talk(out, start_engine(out, checkpoint, loading, how, 1, None), settings, name, system, raw)
+        chat_screen.talk(out, start_engine(out, checkpoint, loading, how, 1, None), settings, name, system, raw)
         return
 
     def tokens(prompter: "Prompter") -> list[int]:

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from gemma_awq_cli.commands.engines import read_model, start_engine
+from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.engines import read_model, start_engine
 from gemma_awq_cli.generate.batch import (
     Batch,
     complete_batch,
@@ -21,10 +22,9 @@ from gemma_awq_cli.generate.batch import (
 from gemma_awq_cli.generate.generation import Completion, Settings
 from gemma_awq_cli.generate.prompt_file import Prompt, read_prompts
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.output import Output
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.commands.run import How
+    from gemma_awq_cli.cli.run import How
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
 

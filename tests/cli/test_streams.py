@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="shells and /dev are 
 # Every way to write a result, as a command does it.
 RESULTS = """
 import sys
-from gemma_awq_cli import cli
-from gemma_awq_cli.output import Output
+from gemma_awq_cli.cli.app import app
+from gemma_awq_cli.cli.console import Output
 text = 'Gr\\u00f6\\u00dfe \\u6771\\u4eac \\U0001f600'
 def command(argv):
     out = Output()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from tests.tiny import edit_weights, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -120,7 +120,7 @@ def test_an_artifact_runs_without_the_second_that_transformers_takes(
     kind: str, artifacts: Callable[[str], Path]
 ) -> None:
     code = (
-        "import sys\nfrom gemma_awq_cli.cli import main\n"
+        "import sys\nfrom gemma_awq_cli.cli.app import main\n"
         f"assert main(['run', 'Hi', '-m', {str(artifacts(kind))!r}, '--device', 'cpu', '--max-new-tokens', '2']) == 0\n"
         "assert 'transformers' not in sys.modules\n"
     )

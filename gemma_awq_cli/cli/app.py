@@ -9,11 +9,11 @@ from typing import Annotated, Any
 import typer
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.commands import bench, push, quantize, run
+from gemma_awq_cli.cli.app import bench, push, quantize, run
+from gemma_awq_cli.cli.console import Output, quiet_libraries
+from gemma_awq_cli.cli.options import Command
+from gemma_awq_cli.cli.streams import standard_streams
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated
-from gemma_awq_cli.options import Command
-from gemma_awq_cli.output import Output, quiet_libraries
-from gemma_awq_cli.streams import standard_streams
 from gemma_awq_cli.system import interruption
 from gemma_awq_cli.system.reading import unforeseen
 

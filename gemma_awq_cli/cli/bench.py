@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_awq_cli.commands.run import MODEL_VARIABLE, default_model
+from gemma_awq_cli.cli.console import Output, bytes_of
+from gemma_awq_cli.cli.options import Device, DeviceOption, JsonOption, QuietOption
+from gemma_awq_cli.cli.run import MODEL_VARIABLE, default_model
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
-from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
-from gemma_awq_cli.output import Output, bytes_of
 from gemma_awq_cli.system.saving import local_path
 
 if TYPE_CHECKING:
@@ -183,7 +183,7 @@ def _measure_tasks(out: Output, bench: "Bench") -> None:
 
 def _show(out: Output, bench: "Bench", as_json: bool, report: Path | None) -> dict[str, Any]:
     from gemma_awq_cli.bench.html_page import labels, write_report
-    from gemma_awq_cli.commands.bench_table import table_rows
+    from gemma_awq_cli.cli.bench_table import table_rows
 
     document = bench.document()
     rows = table_rows(document)

@@ -13,9 +13,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from gemma_awq_cli import terminal
+from gemma_awq_cli.cli.app import terminal
+from gemma_awq_cli.cli.streams import AsIs, put
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.streams import AsIs, put
 
 WIDE = 200  # outside a terminal rich would assume 80 columns and break long paths
 NARROW = 60  # columns below which a progress bar is only its count

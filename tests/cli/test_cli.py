@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from tests.conftest import quantize_arguments
 from tests.tiny import edit_weights, make_checkpoint
 
@@ -193,7 +193,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, checkpoints: Callable[[str], Path]
         # and when the space is there at first and then is not
         code = (
             "import sys; from gemma_awq_cli.quantize import pipeline; quantizing.require_space = lambda *_: None; "
-            "from gemma_awq_cli.cli import main; sys.exit(main(sys.argv[1:]))"
+            "from gemma_awq_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
         )
         (disk / "filler").write_bytes(b"x" * 980_000)
         late = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, check=False)

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import typer
 
+from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.chat import Chat, MessageTooLongError
 from gemma_awq_cli.generate.generation import Engine, Settings
 from gemma_awq_cli.models.text.prompter import PromptError
-from gemma_awq_cli.output import Output
 
 PROMPT, MORE = ">>> ", "... "
 FENCE = '"""'

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from gemma_awq_cli.bench.thresholds import task_key, tasks_of
-from gemma_awq_cli.output import human_bytes
+from gemma_awq_cli.cli.console import human_bytes
 
 Model = Mapping[str, Any]
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.cli import main
+from gemma_awq_cli.cli.app import main
 from tests.tiny import add_tokens, make_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")

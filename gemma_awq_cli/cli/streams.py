@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from gemma_awq_cli import terminal
+from gemma_awq_cli.cli.app import terminal
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft
 from gemma_awq_cli.system.reading import disk_is_full, reason_of
 

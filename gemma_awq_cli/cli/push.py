@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from gemma_awq_cli.cli.console import Output, human_bytes
+from gemma_awq_cli.cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
-from gemma_awq_cli.options import Device, DeviceOption, JsonOption, QuietOption
-from gemma_awq_cli.output import Output, human_bytes
 
 if TYPE_CHECKING:
     from gemma_awq_cli.publish.upload import Prepared, Step

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.options import (
+from gemma_awq_cli.cli.console import Output, bytes_of, human_bytes, human_seconds
+from gemma_awq_cli.cli.options import (
     Device,
     DeviceOption,
     GroupSize,
@@ -17,7 +17,7 @@ from gemma_awq_cli.options import (
     RevisionOption,
     StoredDtype,
 )
-from gemma_awq_cli.output import Output, bytes_of, human_bytes, human_seconds
+from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.system.saving import local_path
 
 if TYPE_CHECKING:

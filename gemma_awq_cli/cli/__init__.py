@@ -1,0 +1,1 @@
+"""The command line: the Typer app, the console, one file a command."""
