@@ -6,7 +6,7 @@ import sys
 def entry() -> None:
     """The command. Ctrl-C while it is still being imported ends it as quietly as later."""
     try:
-        from gemma_awq_cli.cli.app import app
+        from gemma_awq_cli.cli import app
     except KeyboardInterrupt:
         sys.exit(130)
     app.entry()

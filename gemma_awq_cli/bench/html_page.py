@@ -19,7 +19,7 @@ from gemma_awq_cli.reports.markup import one_line
 from gemma_awq_cli.system.saving import require_file_place, write_errors, write_whole
 
 ELSEWHERE = "choose another --report"
-TEMPLATE = Path(__file__).parent / "templates" / "bench_report.html"
+TEMPLATE = Path(__file__).parent / "templates" / "html_page.html"
 # Okabe and Ito's palette, which colour-blind readers tell apart
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#5b6675")
 STYLE = {

@@ -1,4 +1,4 @@
-"""The parent's end of `bench_worker`: a process for one model, asked one thing at a time."""
+"""The parent's end of `bench.worker`: a process for one model, asked one thing at a time."""
 
 import json
 import os
@@ -22,7 +22,7 @@ Progress = Callable[[int, int], None]  # done, total
 
 
 class Worker:
-    """A process of `bench_worker`, asked one thing at a time."""
+    """A process of `bench.worker`, asked one thing at a time."""
 
     def __init__(self, name: str, threads: int | None) -> None:
         self.name = name

@@ -84,7 +84,7 @@ def _beside(chunks: Iterator[Tensor], logits: Tensor) -> Iterator[tuple[Tensor, 
 
 
 def answer(request: dict[str, Any], device: torch.device, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """What a bench's process is asked for; see `bench_worker`."""
+    """What a bench's process is asked for; see `bench.worker`."""
     from gemma_awq_cli.fidelity.comparison import described, read_asked
 
     reference = Checkpoint(Path(request["reference"]))

@@ -20,8 +20,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.memory import peak_memory
 from gemma_awq_cli.models.forward.session import Session
-from gemma_awq_cli.quantize.report import peak_memory
 
 OWN = "own"  # opened as `gemma-awq run` does
 GGUF = "gguf"  # a file, through llama.cpp

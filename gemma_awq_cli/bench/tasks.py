@@ -1,7 +1,7 @@
 """Tasks of lm-evaluation-harness: which ones were asked for, and one model's score in one of them.
 
 The harness (the extra `eval`) loads the data, makes the prompts and computes the scores; the model answers through
-`harness_model`. Its tasks are named as it names them, or lie in YAML files of its format.
+`lm_eval_model`. Its tasks are named as it names them, or lie in YAML files of its format.
 """
 
 import difflib

@@ -59,7 +59,7 @@ class Evaluation:
 
 def data_folder() -> Path:
     """The folder of recipes and texts: inside the installed package, or beside it in a clone."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     installed = package / "calibration_data"
     return installed if installed.is_dir() else package.parent / "calibration"
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.cli.app import bench, push, quantize, run
+from gemma_awq_cli.cli import bench, push, quantize, run
 from gemma_awq_cli.cli.console import Output, quiet_libraries
 from gemma_awq_cli.cli.options import Command
 from gemma_awq_cli.cli.streams import standard_streams

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.engine_options import EngineOptions
 from gemma_awq_cli.cli.engines import read_model, start_engine
 from gemma_awq_cli.generate.batch import (
     Batch,
@@ -24,7 +25,6 @@ from gemma_awq_cli.generate.prompt_file import Prompt, read_prompts
 from gemma_awq_cli.models.text.prompter import Prompter
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.cli.run import How
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
 
@@ -41,7 +41,7 @@ class Work:
 
 
 def run(
-    out: Output, folder: Path, loading: Future[Prompter], how: "How", work: Work, asked: Settings, as_json: bool
+    out: Output, folder: Path, loading: Future[Prompter], how: EngineOptions, work: Work, asked: Settings, as_json: bool
 ) -> None:
     """Complete the prompts of a file; the answers' file is printed on stdout."""
     prompts = read_prompts(work.source)
@@ -53,7 +53,7 @@ def _run(
     out: Output,
     folder: Path,
     loading: Future[Prompter],
-    how: "How",
+    how: EngineOptions,
     work: Work,
     asked: Settings,
     prompts: list[Prompt],
@@ -98,7 +98,7 @@ def _run(
     _report(out, work.target, len(prompts), completions, seconds, as_json)
 
 
-def _made_with(checkpoint: "Checkpoint", how: "How", work: Work, settings: Settings) -> dict[str, Any]:
+def _made_with(checkpoint: "Checkpoint", how: EngineOptions, work: Work, settings: Settings) -> dict[str, Any]:
     """All that the answers depend on, in plain JSON."""
     sampling = settings.sampling
     return {

@@ -6,8 +6,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_awq_cli.cli.console import Output, bytes_of
+from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
 from gemma_awq_cli.cli.options import Device, DeviceOption, JsonOption, QuietOption
-from gemma_awq_cli.cli.run import MODEL_VARIABLE, default_model
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.system.saving import local_path
 

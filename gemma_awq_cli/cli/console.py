@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
-from gemma_awq_cli.cli.app import terminal
+from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.cli.streams import AsIs, put
 from gemma_awq_cli.errors import GemmaAwqError
 

@@ -3,9 +3,9 @@
 from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.engine_options import EngineOptions
 from gemma_awq_cli.cli.options import EngineName
 from gemma_awq_cli.generate.generation import Engine, generation_config
 from gemma_awq_cli.generate.local_engine import LocalEngine
@@ -15,9 +15,6 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model, other_de
 from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.text.prompter import Prompter
-
-if TYPE_CHECKING:
-    from gemma_awq_cli.cli.run import How
 
 VLLM_CHAT_CONTEXT = 8192  # vLLM sets memory aside for a whole context; Gemma 3's own is 131072 tokens
 
@@ -37,7 +34,7 @@ def start_engine(
     out: Output,
     checkpoint: Checkpoint,
     loading: Future[Prompter],
-    how: "How",
+    how: EngineOptions,
     rows: int,
     needed: Callable[[Prompter], int] | None,
     end_stage: Callable[[str], None] = lambda stage: None,
@@ -60,7 +57,7 @@ def start_engine(
     return VllmEngine(checkpoint, prompter, context, rows, how.tensor_parallel, how.pipeline_parallel, dtype)
 
 
-def _open(out: Output, checkpoint: Checkpoint, loading: Future[Prompter], how: "How") -> OpenModel:
+def _open(out: Output, checkpoint: Checkpoint, loading: Future[Prompter], how: EngineOptions) -> OpenModel:
     import torch
 
     device = pick_device(how.device)

@@ -146,7 +146,7 @@ def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device:
         measured = deep_check.remeasure(artifact, original, rows, chosen, progress.step)
     deep_check.require_recorded(measured, report)
     out.note(f"KL divergence measured again: {measured.kl:.4f} (the report tells {report['fidelity']['kl']:.4f}).")
-    out.note(f"It continues {remeasuring.PROMPT!r} with {remeasuring.generate(prepared.folder, chosen)!r}.")
+    out.note(f"It continues {deep_check.PROMPT!r} with {deep_check.generate(prepared.folder, chosen)!r}.")
 
 
 def _described(prepared: "Prepared", files: "tuple[OutgoingFile, ...]") -> dict[str, Any]:

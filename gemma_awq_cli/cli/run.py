@@ -1,20 +1,18 @@
 """`gemma-awq run`: complete a prompt, chat, or complete a file of prompts, from an artifact or a 16-bit Gemma."""
 
-import os
-import re
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
+from gemma_awq_cli.cli.engine_options import EngineOptions
 from gemma_awq_cli.cli.options import (
     Attention,
     ComputeDtype,
     EngineName,
-    Head,
     HeadOption,
     JsonOption,
     Quantization,
@@ -30,9 +28,7 @@ if TYPE_CHECKING:
     from gemma_awq_cli.generate.generation import Completion, Engine, Settings
     from gemma_awq_cli.models.text.prompter import Prompter
 
-MODEL_VARIABLE = "GEMMA_AWQ_MODEL"
 ANOTHER_OUTPUT = "give another --output"
-DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 STDIN_BYTES = 8 << 20  # the largest Gemma's context has 131072 tokens; few tokens have more than 64 bytes
 NEW_TOKENS = 256
 NEW_TOKENS_CHAT = 1024
@@ -120,7 +116,7 @@ def command(
     """
     out = Output(quiet)
     require_consistent(prompt, input_file, output_file, resume, as_json)
-    how = How(device, dtype, quantization, attn, head, engine, tensor_parallel, pipeline_parallel, verbose)
+    how = EngineOptions(device, dtype, quantization, attn, head, engine, tensor_parallel, pipeline_parallel, verbose)
     how.require_consistent()
     if output_file is not None:
         output_file = local_path(output_file, ANOTHER_OUTPUT)
@@ -139,7 +135,7 @@ def command(
     folder = find_source(name, revision, out.note).folder
     loading = begin_loading(folder)  # on a thread of its own, while torch is imported
 
-    from gemma_awq_cli.cli.app import batch, chat_screen
+    from gemma_awq_cli.cli import batch, chat_screen
     from gemma_awq_cli.cli.engines import read_model, start_engine
     from gemma_awq_cli.generate.generation import Settings, prompt_ids
     from gemma_awq_cli.generate.sampling import Sampling
@@ -169,35 +165,6 @@ def command(
         out.note(stages.described(result.prefill_seconds))
     if result.finish == "interrupted":
         raise typer.Exit(130)
-
-
-@dataclass(frozen=True)
-class How:
-    """The options that say how the model is run, as they were given."""
-
-    device: str
-    dtype: ComputeDtype | None
-    quantization: Quantization | None
-    attn: Attention | None
-    head: Head | None
-    engine: EngineName
-    tensor_parallel: int
-    pipeline_parallel: int
-    verbose: bool
-
-    def require_consistent(self) -> None:
-        """A usage error for options that exclude each other."""
-        if not DEVICES.fullmatch(self.device):
-            raise UsageError(f"--device {self.device!r} is no device.", "Give auto, cpu, cuda, cuda:0 or mps.")
-        if self.engine is EngineName.vllm:
-            given = {
-                "--quantization": self.quantization, "--attn": self.attn, "--head": self.head,
-                "--verbose": self.verbose or None, "--device": None if self.device == "auto" else self.device,
-            }  # fmt: skip
-            if wrong := [option for option, value in given.items() if value is not None]:
-                raise UsageError(f"{wrong[0]} is not for --engine vllm, which decides that itself.", "Leave it out.")
-        elif self.tensor_parallel * self.pipeline_parallel > 1:
-            raise UsageError("--tensor-parallel and --pipeline-parallel are vLLM's.", "Add --engine vllm.")
 
 
 def require_consistent(
@@ -261,33 +228,3 @@ def _read_stdin() -> str:
             "Shorten it, or give many prompts with --input.",
         )
     return plain_lines(require_text(decode(data, where), where)).removesuffix("\n")
-
-
-def default_model(out: Output) -> str:
-    """`GEMMA_AWQ_MODEL`, else the last artifact that quantize wrote; says which."""
-    configured = os.environ.get(MODEL_VARIABLE)
-    if configured == "":
-        raise UsageError(f"{MODEL_VARIABLE} is set, and empty.", "Unset it, or give it a model.")
-    if configured:
-        out.note(f"Model: {configured} (from {MODEL_VARIABLE})")
-        return configured
-    from gemma_awq_cli.models.checkpoints.cache import last_artifact
-
-    last = last_artifact()
-    if last is None:
-        raise GemmaAwqError(
-            "No model is named and none was quantized yet.", "Run `gemma-awq quantize`, or name one with -m."
-        )
-    if not last.is_dir():
-        raise GemmaAwqError(
-            f"The last artifact, {last}, is gone.", "Run `gemma-awq quantize` again, or name a model with -m."
-        )
-    out.note(f"Model: {_short(last)} (the last artifact)")
-    return str(last)
-
-
-def _short(path: Path) -> str:
-    try:
-        return str(path.relative_to(Path.cwd()))
-    except ValueError:
-        return str(path)

@@ -5,7 +5,7 @@ full, a reader that leaves. Standard output carries the result, so its loss ends
 what is said meanwhile, and work of hours does not end because nobody listens.
 
 What is written here by itself (Typer's usage errors, libraries' warnings and bars) passes the terminal's filter;
-`output.py`, which filters by what a text is, writes with `put`.
+`console.py`, which filters by what a text is, writes with `put`.
 """
 
 import codecs
@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TextIO
 
-from gemma_awq_cli.cli.app import terminal
+from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft
 from gemma_awq_cli.system.reading import disk_is_full, reason_of
 
@@ -32,7 +32,7 @@ class StandardStream:
         self._lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """What somebody else than `output.py` writes."""
+        """What somebody else than `console.py` writes."""
         if not isinstance(text, str):
             raise TypeError(f"text is needed, not {type(text).__name__}")
         if self.isatty():

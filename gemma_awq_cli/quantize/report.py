@@ -2,7 +2,6 @@
 
 import hashlib
 import platform
-import sys
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,6 +20,7 @@ from gemma_awq_cli.models.checkpoints.side_files import not_copied
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE
 from gemma_awq_cli.models.checkpoints.tying import with_tie
+from gemma_awq_cli.models.forward.memory import peak_memory
 from gemma_awq_cli.quantize.plan import DTYPE_NAMES, Plan
 
 REPORT_SCHEMA = 2
@@ -126,13 +126,3 @@ def make_report(
             "threads": torch.get_num_threads(),
         },
     }
-
-
-def peak_memory() -> int | None:
-    """This process's largest resident set in bytes, where the system tells."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -21,7 +21,7 @@ MAX_INTEGER = 2**63 - 1
 @cache
 def load_schema(name: str) -> dict[str, Any]:
     """A schema of docs/: inside the installed package, or beside it in a clone."""
-    package = Path(__file__).parent
+    package = Path(__file__).parent.parent
     installed = package / "schemas"
     folder = installed if installed.is_dir() else package.parent / "docs"
     schema: dict[str, Any] = json.loads((folder / name).read_text(encoding="utf-8"))

@@ -22,7 +22,7 @@ from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
-SCHEMA = json.loads((Path(__file__).parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
+SCHEMA = json.loads((Path(__file__).parent.parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
 QUICK = ("--device", "cpu", "--threads", "1", "--pp", "12", "--tg", "3", "-r", "2", "--warmup", "1")
 
 

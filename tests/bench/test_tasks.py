@@ -18,8 +18,7 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from gemma_awq_cli.bench import benchmark
-from gemma_awq_cli.bench import tasks as measuring_tasks
+from gemma_awq_cli.bench import benchmark, tasks
 from gemma_awq_cli.bench.lm_eval_model import HarnessModel, _settings
 from gemma_awq_cli.bench.process import WorkerEndedError
 from gemma_awq_cli.bench.task_suites import LACKING, SUITES, published_model
@@ -223,7 +222,7 @@ def test_the_suites_name_what_the_harness_has() -> None:
     assert len(specs) == sum(map(len, SUITES.values()))  # none twice
     by_title = {task.title: task for suite in SUITES.values() for task in suite}
     assert not set(LACKING) & set(by_title)
-    registered = measuring_tasks._manager(None, True).task_index
+    registered = tasks._manager(None, True).task_index
     for task in by_title.values():
         config = registered[task.task].cfg
         listed = [entry["metric"] for entry in config.get("metric_list") or config.get("aggregate_metric_list") or []]
@@ -252,16 +251,16 @@ def test_code_of_the_model_runs_only_if_that_is_accepted(
     opened = exact(checkpoints("gemma"))
     spec = TaskSpec("tiny_answer", str(path))
     with pytest.raises(GemmaAwqError, match="executes what the model writes"):
-        measuring_tasks.run_task(opened, spec, None, False, lambda done, total: None)
+        tasks.run_task(opened, spec, None, False, lambda done, total: None)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
-    assert measuring_tasks.run_task(opened, spec, None, True, lambda done, total: None)["samples"] == 6
+    assert tasks.run_task(opened, spec, None, True, lambda done, total: None)["samples"] == 6
 
 
 @pytest.mark.usefixtures("in_process")
 def test_without_the_harness_the_extra_is_named(
     artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    monkeypatch.setattr(measuring_tasks, "find_spec", lambda _: None)
+    monkeypatch.setattr(tasks, "find_spec", lambda _: None)
     assert main(["bench", str(artifacts("gemma")), "--tasks", "piqa"]) == 1
     assert 'pip install "gemma-awq[eval]"' in capsys.readouterr().err
 

@@ -192,7 +192,7 @@ def test_a_disk_that_fills_up(tmp_path: Path, checkpoints: Callable[[str], Path]
         assert b"GB free" in early.stderr
         # and when the space is there at first and then is not
         code = (
-            "import sys; from gemma_awq_cli.quantize import pipeline; quantizing.require_space = lambda *_: None; "
+            "import sys; from gemma_awq_cli.quantize import pipeline; pipeline.require_space = lambda *_: None; "
             "from gemma_awq_cli.cli.app import main; sys.exit(main(sys.argv[1:]))"
         )
         (disk / "filler").write_bytes(b"x" * 980_000)
@@ -254,6 +254,6 @@ def test_the_readme_names_only_options_that_exist(capsys: Capture) -> None:
     for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"], ["bench", "--help"], ["push", "--help"]):
         assert main(arguments) == 0
     known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--index-url"}
-    readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
     text = "\n".join(line for line in readme.splitlines() if "vllm serve" not in line)
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known

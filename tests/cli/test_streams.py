@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="shells and /dev are 
 # Every way to write a result, as a command does it.
 RESULTS = """
 import sys
-from gemma_awq_cli.cli.app import app
+from gemma_awq_cli.cli import app
 from gemma_awq_cli.cli.console import Output
 text = 'Gr\\u00f6\\u00dfe \\u6771\\u4eac \\U0001f600'
 def command(argv):
@@ -27,8 +27,8 @@ def command(argv):
         if what == 'table': out.result_table(text, ((text, '1'),), ('', text))
         if what == 'name': out.result('/tmp/x\\udcff')
     return 0
-cli._run = command
-sys.exit(cli.main(sys.argv[1:]))
+app._run = command
+sys.exit(app.main(sys.argv[1:]))
 """
 WAYS = ["result", "piece", "document", "table"]
 

@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli.app import main, terminal
+from gemma_awq_cli.cli import terminal
+from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.streams import standard_streams
 from gemma_awq_cli.errors import GemmaAwqError

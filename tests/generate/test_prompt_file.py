@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli.app import run
+from gemma_awq_cli.cli import run
 from gemma_awq_cli.cli.run import read_prompt
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.prompt_file import read_prompts

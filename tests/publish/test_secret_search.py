@@ -13,7 +13,7 @@ import pytest
 from gemma_awq_cli.publish.secret_search import find_secret
 from tests.documents import full_bench, full_report
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 _CHANCE = random.Random(7)
 _ALNUM = string.ascii_letters + string.digits
 

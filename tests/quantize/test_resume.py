@@ -291,11 +291,11 @@ def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str],
         "import os, signal, sys\n"
         "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli.app import main\n"
-        "real = quantizing._one_layer\n"
+        "real = pipeline._one_layer\n"
         "def slow(*a):\n"
         "    if a[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return real(*a)\n"
-        "quantizing._one_layer = slow\n"
+        "pipeline._one_layer = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
@@ -317,14 +317,14 @@ def test_out_of_memory_is_said_and_resumable(
         "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli.app import main\n"
         "import torch\n"
-        "real = quantizing._one_layer\n"
+        "real = pipeline._one_layer\n"
         "def limited(*a):\n"
         "    if a[-1] == 1:\n"
         "        used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
         "        torch.empty(2**30)\n"
         "    return real(*a)\n"
-        "quantizing._one_layer = limited\n"
+        "pipeline._one_layer = limited\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)

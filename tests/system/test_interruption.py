@@ -20,7 +20,7 @@ SIGNALS = [signal.SIGINT, signal.SIGTERM, signal.SIGHUP]
 SLOW = """
 import sys, time
 from pathlib import Path
-from gemma_awq_cli.cli.app import app
+from gemma_awq_cli.cli import app
 from gemma_awq_cli.models.checkpoints import staging
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.cli.console import Output
@@ -52,9 +52,9 @@ def command(argv):
                 time.sleep(0.01)
     return 0
 
-cli._run = command
+app._run = command
 sys.argv = ["gemma-awq"]
-cli.entry()
+app.entry()
 """
 
 
@@ -174,11 +174,11 @@ def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[
     """While torch is imported, while the tokenizer is loaded by its thread, while the first token is made."""
     code = (
         "import os, signal, sys, threading, time\n"
-        "from gemma_awq_cli.cli.app import app\n"
+        "from gemma_awq_cli.cli import app\n"
         "import gemma_awq_cli.system.interruption\n"
         f"threading.Timer({seconds}, lambda: os.kill(os.getpid(), signal.SIGINT)).start()\n"
         "sys.argv = sys.argv[1:]\n"
-        "cli.entry()\n"
+        "app.entry()\n"
     )
     arguments = ["gemma-awq", "run", "Hello", "-m", str(artifacts("gemma")), "--device", "cpu"]
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, timeout=120, check=False)

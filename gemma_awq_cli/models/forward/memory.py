@@ -1,5 +1,6 @@
 """How much memory there is, and what a refusal of it says to the user."""
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,3 +47,13 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
         if not is_refusal(error):
             raise
         raise GemmaAwqError(f"Out of memory while {what}.", hint) from None
+
+
+def peak_memory() -> int | None:
+    """This process's largest resident set in bytes, where the system tells."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
