@@ -10,9 +10,8 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.models.gemma.families import Family
+from gemma_awq_cli.models.gemma.layers import SLIDING, LayerLayout, layers_of
 from gemma_awq_cli.system.reading import library_errors
-
-SLIDING = "sliding_attention"
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,7 @@ class TextShape:
     post_norms: bool
     query_norms: bool
     attention_bias: bool
+    layouts: tuple[LayerLayout, ...]
 
     @property
     def query_size(self) -> int:
@@ -92,6 +92,7 @@ def shape_of(config: Any, family: Family) -> TextShape:
         post_norms=family.post_norms,
         query_norms=family.query_norms,
         attention_bias=config.attention_bias,
+        layouts=layers_of(config, family),
     )
 
 

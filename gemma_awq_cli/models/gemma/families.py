@@ -46,6 +46,9 @@ class Family:
     query_norms: bool  # whether q and k of each head are normalized (q_norm, k_norm) before the rotary embedding
     attention_softcap: bool  # whether attention scores obey the config's attn_logit_softcapping
     query_scale: Literal["head_dim", "query_pre_attn_scalar"]  # scores are multiplied by this config value ** -0.5
+    norms: Mapping[
+        str, str
+    ]  # an RMSNorm's slot in the forward -> its module in a layer; q_norm and k_norm are a head's
     groups: tuple[ScaleGroup, ...]
     layouts: tuple[Layout, ...]  # where the language model's tensors live in a checkpoint, tried in this order
     read_layouts: tuple[Layout, ...]  # tried after them; other readers know them less, so artifacts use the first above
@@ -72,6 +75,7 @@ GEMMA = Family(
     query_norms=False,
     attention_softcap=False,
     query_scale="head_dim",
+    norms={"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
@@ -94,6 +98,12 @@ GEMMA2 = Family(
     query_norms=False,
     attention_softcap=True,
     query_scale="query_pre_attn_scalar",
+    norms={
+        "input_norm": "input_layernorm",
+        "attention_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+    },
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
@@ -116,6 +126,14 @@ GEMMA3_TEXT = Family(
     query_norms=True,
     attention_softcap=False,
     query_scale="query_pre_attn_scalar",
+    norms={
+        "input_norm": "input_layernorm",
+        "attention_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    },
     groups=(
         # q_norm and k_norm follow q and k, so a scale of their *input* still folds exactly.
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
@@ -138,6 +156,14 @@ GEMMA3 = Family(
     query_norms=True,
     attention_softcap=False,
     query_scale="query_pre_attn_scalar",
+    norms={
+        "input_norm": "input_layernorm",
+        "attention_norm": "post_attention_layernorm",
+        "mlp_norm": "pre_feedforward_layernorm",
+        "post_mlp_norm": "post_feedforward_layernorm",
+        "q_norm": "self_attn.q_norm",
+        "k_norm": "self_attn.k_norm",
+    },
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
         ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
