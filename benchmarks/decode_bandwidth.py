@@ -37,14 +37,14 @@ def main() -> None:
     print("\n".join(opened.kernel_report()))
     session = opened.session(1, PROMPT + args.tokens * (args.rounds + 1) + 1)
     prompt = torch.randint(5, text.arch.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
-    prefill = timed(lambda: session.feed([prompt]))
+    prefill = timed(lambda: session.next_logits([prompt]))
     linears = [*text.linears, text.head]
     inputs = {linear.spec.inputs: torch.randn(1, linear.spec.inputs) for linear in linears}
     plain = native.Arena(text.library, 2**30).take(2**30).fill_(0).view(torch.float32)
 
     def tokens() -> None:
         for token in range(args.tokens):
-            session.feed([[5 + token]])
+            session.next_logits([[5 + token]])
 
     def kernels() -> None:
         for linear in linears:

@@ -63,7 +63,7 @@ def main() -> None:
             for first in range(0, step, BLOCK):
                 target = expected(index, first)
                 for offset, token in enumerate(window[first : min(first + BLOCK, step)]):
-                    given = F.log_softmax(session.feed([[token]])[0], -1)
+                    given = F.log_softmax(session.next_logits([[token]])[0], -1)
                     true = target[offset]
                     kl += float((true.exp() * (true - given)).sum())
                     agree += float(true.argmax() == given.argmax())

@@ -18,7 +18,7 @@ print("\n".join(opened.kernel_report()), file=sys.stderr)
 
 def open_row():
     session = opened.session(1, 4096)
-    return lambda ids: session.feed([ids])[0]
+    return lambda ids: session.next_logits([ids])[0]
 
 
 serve(START, open_row)

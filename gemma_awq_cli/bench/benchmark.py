@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from gemma_awq_cli.bench.document import SCHEMA, described_models, described_settings, environment
-from gemma_awq_cli.bench.entries import ORIGINALS, Entry, Settings
+from gemma_awq_cli.bench.entries import ORIGINALS, BenchOptions, Entry
 from gemma_awq_cli.bench.llama_cpp import require_llama_cpp
 from gemma_awq_cli.bench.process import Worker, WorkerEndedError
 from gemma_awq_cli.bench.speed import GGUF, OWN, PRECISIONS, VLLM
@@ -35,7 +35,7 @@ WARM_UP_TOKENS = 16
 class Bench:
     """A bench as it grows. note, warn: what a person should know at once; left_out: what was not measured, and why."""
 
-    settings: Settings
+    settings: BenchOptions
     note: Callable[[str], None]
     warn: Callable[[str], None]
     entries: list[Entry] = field(default_factory=list)

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.bench.entries import Entry, Settings
+from gemma_awq_cli.bench.entries import BenchOptions, Entry
 from gemma_awq_cli.bench.speed import OWN
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
@@ -21,7 +21,7 @@ SCHEMA = 1
 BENCH = "bench.json"  # the document beside an artifact's weights
 
 
-def described_models(entries: Sequence[Entry], settings: Settings, bandwidth: float | None) -> list[dict[str, Any]]:
+def described_models(entries: Sequence[Entry], settings: BenchOptions, bandwidth: float | None) -> list[dict[str, Any]]:
     """The models of a document. bandwidth: bytes a second, None if it was not measured."""
     speeds = [described_speed(entry, settings, bandwidth) for entry in entries]
     models = []
@@ -57,7 +57,7 @@ def _identity(entry: Entry) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def described_settings(settings: Settings) -> dict[str, Any]:
+def described_settings(settings: BenchOptions) -> dict[str, Any]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
 
 
@@ -65,7 +65,7 @@ def _kind(checkpoint: Checkpoint) -> str:
     return "16-bit" if checkpoint.quantization is None else "4-bit"
 
 
-def described_speed(entry: Entry, settings: Settings, bandwidth: float | None) -> dict[str, Any] | None:
+def described_speed(entry: Entry, settings: BenchOptions, bandwidth: float | None) -> dict[str, Any] | None:
     """An entry's samples in rates: medians, extremes, percentiles. None if there is not one sample."""
     if entry.loaded is None or not entry.samples:
         return None

@@ -20,7 +20,7 @@ ORIGINALS: Mapping[str, tuple[str, str | None]] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class BenchOptions:
     """What is measured and how. threads, window, windows: None for what torch or the text allow.
 
     tasks: names for lm-evaluation-harness, none for no tasks; task_limit: questions of each, None for all.

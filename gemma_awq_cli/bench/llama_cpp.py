@@ -59,7 +59,7 @@ class LlamaModel:
 class LlamaSession:
     """A `models.session.Session` of one row."""
 
-    reusable = False
+    independent_rows = False
 
     def __init__(self, llama: Any, vocabulary: int) -> None:
         import llama_cpp
@@ -70,20 +70,20 @@ class LlamaSession:
         self._at = 0
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
 
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Session.feed`."""
-        return self.feed_last(tokens, [1])
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session.next_logits`."""
+        return self.last_logits(tokens, [1])
 
-    def clear(self, row: int) -> None:
+    def reset_row(self, row: int) -> None:
         raise NotImplementedError("a session of its own is as cheap")
 
-    def expand(self, rows: int) -> None:
+    def repeat_row(self, rows: int) -> None:
         """See `Session.expand`; only for the one row that there is."""
         if rows != 1:
             raise ValueError("a GGUF session has one row")
 
-    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """See `Session.feed_last`."""
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.last_logits`."""
         (new,), (count,) = tokens, counts
         parts = []
         for first in range(0, len(new), BATCH):

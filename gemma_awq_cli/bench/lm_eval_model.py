@@ -13,7 +13,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gemma_awq_cli.bench.scoring import Continuation, score
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import Settings, context_of
+from gemma_awq_cli.generate.generation import GenerationOptions, context_of
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
@@ -117,7 +117,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return answers
 
 
-def _settings(arguments: Mapping[str, Any]) -> Settings:
+def _settings(arguments: Mapping[str, Any]) -> GenerationOptions:
     """The harness's generation settings as this tool's; greedy unless the task samples."""
     with library_errors("A task asks for generation settings that cannot be read", "Leave the task out."):
         given = normalize_gen_kwargs(dict(arguments), ANSWER_TOKENS)
@@ -127,9 +127,9 @@ def _settings(arguments: Mapping[str, Any]) -> Settings:
     stop = [text for text in handle_stop_sequences(given.get("until"), eos=None) if text]
     limit = int(_number(given, "max_gen_toks", least=1))
     if not given.get("do_sample"):
-        return Settings(limit, Sampling(), stop)
+        return GenerationOptions(limit, Sampling(), stop)
     chosen = {name: _number(given, name) for name in SAMPLING if given.get(name) is not None}
-    return Settings(limit, Sampling(**{"temperature": 1.0, **chosen}, seed=0), stop)
+    return GenerationOptions(limit, Sampling(**{"temperature": 1.0, **chosen}, seed=0), stop)
 
 
 def _number(given: Mapping[str, Any], name: str, least: int = 0) -> Any:

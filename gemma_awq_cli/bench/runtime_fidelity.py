@@ -62,7 +62,7 @@ def measure_running(
             session = open_session(1, len(row))
             for first in range(0, len(row) - 1, POSITIONS):
                 ids = row[first : min(first + POSITIONS, len(row) - 1)]
-                logits = session.feed_last([ids], [len(ids)]).to(device)
+                logits = session.last_logits([ids], [len(ids)]).to(device)
                 exact = stack.logit_chunks(head, norm(states[first : first + len(ids)]))
                 targets = torch.tensor(row[first + 1 : first + 1 + len(ids)], device=device)
                 parts.append(compare(_beside(exact, logits), targets))

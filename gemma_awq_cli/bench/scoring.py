@@ -17,7 +17,7 @@ from gemma_awq_cli.models.forward.loading import OpenModel
 MAX_ROWS = 32  # of a batch
 MAX_TOKENS = 4096  # of all rows of a batch together, shared ones counted for each: what bounds the cache
 MAX_LOGITS = 256  # positions whose logits are held at a time: of a Gemma a MB each
-MIN_SHARED = 8  # tokens that are worth a feed of their own
+MIN_SHARED = 8  # tokens that are worth a forward of their own
 
 
 @dataclass(frozen=True)
@@ -117,22 +117,22 @@ def _read(opened: OpenModel, batch: Sequence[_Row]) -> list[_Seen]:
         session = opened.session(1, capacity)
         first = len(row.ids) - row.count
         if first:
-            session.feed([row.ids[:first]])
+            session.next_logits([row.ids[:first]])
         for at in range(first, len(row.ids), MAX_LOGITS):
             piece = row.ids[at : at + MAX_LOGITS]
-            seen[0].add(session.feed_last([piece], [len(piece)]))
+            seen[0].add(session.last_logits([piece], [len(piece)]))
         return seen
     pairs = zip(batch[0].ids, batch[-1].ids, strict=False)  # of sorted rows: what these two share, all do
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     shared = min([shared, *(len(row.ids) - row.count for row in batch)])
     if shared >= MIN_SHARED:
         session = opened.session(1, capacity)
-        session.feed([batch[0].ids[:shared]])
-        session.expand(len(batch))
+        session.next_logits([batch[0].ids[:shared]])
+        session.repeat_row(len(batch))
     else:
         shared, session = 0, opened.session(len(batch), capacity)
     counts = [row.count for row in batch]
-    logits = session.feed_last([row.ids[shared:] for row in batch], counts)
+    logits = session.last_logits([row.ids[shared:] for row in batch], counts)
     for part, one in zip(logits.split(counts), seen, strict=True):
         one.add(part)
     return seen

@@ -77,7 +77,7 @@ def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) ->
     opened = open_kind(kind, path, device)
     config = opened.checkpoint.facts
     bos = opened.prompter.bos if config.bos_token_id is None else int(config.bos_token_id)
-    opened.session(1, 1).feed([[bos]])  # what is read lazily is read now
+    opened.session(1, 1).next_logits([[bos]])  # what is read lazily is read now
     seconds = time.perf_counter() - started
     if kind in ("int8", "nf4"):
         weight_bytes = _held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
@@ -94,7 +94,7 @@ def _load_gguf(path: Path, tokens: int) -> Subject:
 
     started = time.perf_counter()
     model = LlamaModel(path, tokens, torch.get_num_threads())
-    model.session(1, 1).feed([[model.bos]])
+    model.session(1, 1).next_logits([[model.bos]])
     seconds = time.perf_counter() - started
     timed = partial(time_sessions, model.session, model.bos)
     return Subject(
@@ -180,19 +180,19 @@ def time_sessions(
     """One repetition of what is run by sessions."""
     session = open_session(len(prompts), len(prompts[0]) + new_tokens)
     started = time.perf_counter()
-    tokens = _next(session.feed(prompts))
+    tokens = _next(session.next_logits(prompts))
     first = time.perf_counter() - started
     steps = []
     for _ in range(new_tokens):
         started = time.perf_counter()
-        tokens = _next(session.feed(tokens))
+        tokens = _next(session.next_logits(tokens))
         steps.append(time.perf_counter() - started)
     del session
     session = open_session(len(prompts), 1 + new_tokens)
-    tokens = _next(session.feed([[bos]] * len(prompts)))
+    tokens = _next(session.next_logits([[bos]] * len(prompts)))
     started = time.perf_counter()
     for _ in range(new_tokens):
-        logits = session.feed(tokens)
+        logits = session.next_logits(tokens)
         tokens = _next(logits)
     decode = time.perf_counter() - started
     if not torch.isfinite(logits).all():

@@ -20,7 +20,7 @@ from gemma_awq_cli.generate.batch import (
     sole_writer,
     token_rows,
 )
-from gemma_awq_cli.generate.generation import Completion, Settings
+from gemma_awq_cli.generate.generation import Completion, GenerationOptions
 from gemma_awq_cli.generate.prompt_file import Prompt, read_prompts
 from gemma_awq_cli.models.text.prompter import Prompter
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Work:
+class BatchOptions:
     """The options of a batch, as they were given."""
 
     source: Path
@@ -41,7 +41,13 @@ class Work:
 
 
 def run(
-    out: Output, folder: Path, loading: Future[Prompter], how: EngineOptions, work: Work, asked: Settings, as_json: bool
+    out: Output,
+    folder: Path,
+    loading: Future[Prompter],
+    how: EngineOptions,
+    work: BatchOptions,
+    asked: GenerationOptions,
+    as_json: bool,
 ) -> None:
     """Complete the prompts of a file; the answers' file is printed on stdout."""
     prompts = read_prompts(work.source)
@@ -54,8 +60,8 @@ def _run(
     folder: Path,
     loading: Future[Prompter],
     how: EngineOptions,
-    work: Work,
-    asked: Settings,
+    work: BatchOptions,
+    asked: GenerationOptions,
     prompts: list[Prompt],
     as_json: bool,
 ) -> None:
@@ -98,7 +104,9 @@ def _run(
     _report(out, work.target, len(prompts), completions, seconds, as_json)
 
 
-def _made_with(checkpoint: "Checkpoint", how: EngineOptions, work: Work, settings: Settings) -> dict[str, Any]:
+def _made_with(
+    checkpoint: "Checkpoint", how: EngineOptions, work: BatchOptions, settings: GenerationOptions
+) -> dict[str, Any]:
     """All that the answers depend on, in plain JSON."""
     sampling = settings.sampling
     return {

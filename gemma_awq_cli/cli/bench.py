@@ -84,7 +84,7 @@ def command(
     names = models or [default_model(out)]
     from gemma_awq_cli.bench import thresholds
     from gemma_awq_cli.bench.benchmark import Bench
-    from gemma_awq_cli.bench.entries import Settings
+    from gemma_awq_cli.bench.entries import BenchOptions
     from gemma_awq_cli.calibration_text.recipes import spelled
     from gemma_awq_cli.reports.stored_documents import read_bench_document
 
@@ -93,7 +93,7 @@ def command(
         thresholds.RSS: largest,
     }  # fmt: skip
     bounds = {figure: bound for figure, bound in limits.items() if bound is not None}
-    settings = Settings(
+    settings = BenchOptions(
         speed=speed or both, fidelity=fidelity or both, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         batches=tuple(batch or [1]), repetitions=repetitions, warmup=warmup, threads=threads, device=device.value,
         tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,

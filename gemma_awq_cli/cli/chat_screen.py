@@ -8,7 +8,7 @@ import typer
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.chat import Chat, MessageTooLongError
-from gemma_awq_cli.generate.generation import Engine, Settings
+from gemma_awq_cli.generate.generation import Engine, GenerationOptions
 from gemma_awq_cli.models.text.prompter import PromptError
 
 PROMPT, MORE = ">>> ", "... "
@@ -22,7 +22,7 @@ Several lines: end a line with \\, or put """ before the first and after the las
 Ctrl-C stops the answer; at an empty prompt it ends the chat. A message that begins with /: put a space before it.'''
 
 
-def talk(out: Output, engine: Engine, settings: Settings, name: str, system: str | None, raw: bool) -> None:
+def talk(out: Output, engine: Engine, settings: GenerationOptions, name: str, system: str | None, raw: bool) -> None:
     """Read messages and answer them until the user leaves."""
     with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
         import readline  # noqa: F401  (input() then edits lines and remembers them)

@@ -25,7 +25,7 @@ from gemma_awq_cli.system.reading import decode, plain_lines, require_text, syst
 from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.generate.generation import Completion, Engine, Settings
+    from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
     from gemma_awq_cli.models.text.prompter import Prompter
 
 ANOTHER_OUTPUT = "give another --output"
@@ -137,18 +137,18 @@ def command(
 
     from gemma_awq_cli.cli import batch, chat_screen
     from gemma_awq_cli.cli.engines import read_model, start_engine
-    from gemma_awq_cli.generate.generation import Settings, prompt_ids
+    from gemma_awq_cli.generate.generation import GenerationOptions, prompt_ids
     from gemma_awq_cli.generate.sampling import Sampling
 
     stages.end("importing torch")
     wanted = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
     asked = Sampling(temperature, top_k, top_p, seed)
     if input_file is not None and output_file is not None:
-        work = batch.Work(input_file, output_file, batch_size, resume, system, raw)
-        batch.run(out, folder, loading, how, work, Settings(wanted, asked, stop or ()), as_json)
+        work = batch.BatchOptions(input_file, output_file, batch_size, resume, system, raw)
+        batch.run(out, folder, loading, how, work, GenerationOptions(wanted, asked, stop or ()), as_json)
         return
     checkpoint, sampling = read_model(out, folder, asked)
-    settings = Settings(wanted, sampling, stop or ())
+    settings = GenerationOptions(wanted, sampling, stop or ())
     if chatting:
         chat_screen.talk(out, start_engine(out, checkpoint, loading, how, 1, None), settings, name, system, raw)
         return
@@ -180,7 +180,7 @@ def require_consistent(
 
 
 def _complete(
-    out: Output, engine: "Engine", ids: list[int], settings: "Settings", name: str, as_json: bool
+    out: Output, engine: "Engine", ids: list[int], settings: "GenerationOptions", name: str, as_json: bool
 ) -> "Completion":
     """One prompt: its text streams to stdout, or is one JSON document."""
     on_text = (lambda row, piece: None) if as_json else (lambda row, piece: out.piece(piece))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import Completion, Engine, Settings, prompt_ids, require_room
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, prompt_ids, require_room
 from gemma_awq_cli.generate.prompt_file import Prompt
 from gemma_awq_cli.models.text.prompter import Prompter, located
 from gemma_awq_cli.system.locking import Lock
@@ -32,7 +32,7 @@ class Batch:
     prompts: Sequence[Prompt]
     system: str | None
     raw: bool
-    settings: Settings
+    settings: GenerationOptions
     made_with: Mapping[str, Any]
 
 

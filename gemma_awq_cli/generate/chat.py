@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.generation import Completion, Engine, Settings, require_room
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, require_room
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.system.saving import local_path, write_errors, write_new
 
@@ -39,7 +39,7 @@ class _Shown:
 class Chat:
     """system: the system message, if there is one; answers: whether the model answers rather than completes."""
 
-    def __init__(self, engine: Engine, settings: Settings, system: str | None, raw: bool) -> None:
+    def __init__(self, engine: Engine, settings: GenerationOptions, system: str | None, raw: bool) -> None:
         self.answers = engine.prompter.is_chat and not raw
         self.system: str | None = None
         self.messages: list[Message] = []

@@ -21,7 +21,7 @@ GENERATION_CONFIG = "generation_config.json"
 
 
 @dataclass(frozen=True)
-class Settings:
+class GenerationOptions:
     """How rows are continued, whoever does it. stop: texts that a row ends before."""
 
     max_new_tokens: int
@@ -114,7 +114,7 @@ class Engine(ABC):
     def complete(
         self,
         rows: Sequence[Sequence[int]],
-        settings: Settings,
+        settings: GenerationOptions,
         on_text: Callable[[int, str], None],
         on_done: Callable[[int, Completion], None] = lambda row, completion: None,
         numbers: Sequence[int] | None = None,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import Completion, Engine, Row, Settings, context_of, end_tokens
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, context_of, end_tokens
 from gemma_awq_cli.generate.sampling import Chooser, Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
@@ -29,7 +29,7 @@ def complete(
     on_text: Callable[[str], None],
 ) -> Completion:
     """Continue one prompt's token ids. `on_text` is given each piece of text once."""
-    settings = Settings(max_new_tokens, sampling, stop)
+    settings = GenerationOptions(max_new_tokens, sampling, stop)
     return LocalEngine(opened).complete([ids], settings, lambda _, piece: on_text(piece))[0]
 
 
@@ -96,16 +96,16 @@ class LocalEngine(Engine):
         while True:
             for index in range(count):
                 fitting = next((row for row in waiting if _needed(row) <= capacity), None)
-                if fitting is not None and places[index] is None and (fresh or session.reusable):
+                if fitting is not None and places[index] is None and (fresh or session.independent_rows):
                     if not fresh:
-                        session.clear(index)
+                        session.reset_row(index)
                     waiting.remove(fitting)
                     places[index] = _begin(fitting, fitting.ids, sampling)
             fresh = False
             going = [place for place in places if place is not None]
             if not going:
                 return
-            logits = session.feed([place.step if place is not None else [] for place in places])
+            logits = session.next_logits([place.step if place is not None else [] for place in places])
             require_numbers(logits)
             for index, place in enumerate(places):
                 if place is not None:
@@ -128,7 +128,7 @@ class LocalEngine(Engine):
             live = _Live(self._opened.session(1, capacity), capacity, [])
         place = _begin(row, row.ids[len(live.read) :], sampling)
         while not row.done:
-            logits = live.session.feed([place.step])
+            logits = live.session.next_logits([place.step])
             live.read += place.step
             require_numbers(logits)
             _advance(place, logits[0])

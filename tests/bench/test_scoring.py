@@ -58,10 +58,10 @@ def test_batches_change_nothing(
 def test_greedy_is_recognized(checkpoints: Callable[[str], Path]) -> None:
     opened = open_model(checkpoints("gemma"), CPU, Precision(dtype=torch.float32))
     session, tokens = opened.session(1, 16), []
-    logits = session.feed([[2, 50, 51]])
+    logits = session.next_logits([[2, 50, 51]])
     for _ in range(4):
         tokens.append(int(logits.argmax()))
-        logits = session.feed([[tokens[-1]]])
+        logits = session.next_logits([[tokens[-1]]])
     other = [*tokens[:-1], (tokens[-1] + 1) % 260]
     (_, yes), (_, no) = score(
         opened, [Continuation([2, 50, 51], tokens), Continuation([2, 50, 51], other)], lambda _: None
@@ -76,13 +76,13 @@ def test_neighbours_read_what_they_share_once(
     opened = open_model(checkpoints("gemma"), CPU, Precision(dtype=torch.float32))
     session_type = type(opened.session(1, 1))
     fed: list[int] = []
-    feed_last = session_type.feed_last
+    last_logits = session_type.last_logits
 
     def counting(self: object, tokens: list[list[int]], counts: list[int]) -> torch.Tensor:
         fed.append(sum(map(len, tokens)))
-        return feed_last(self, tokens, counts)  # type: ignore[arg-type]
+        return last_logits(self, tokens, counts)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(session_type, "feed_last", counting)
+    monkeypatch.setattr(session_type, "last_logits", counting)
     context = [2, *range(10, 60)]
     score(opened, [Continuation(context, [100 + n, 7, 8]) for n in range(4)], lambda _: None)
     # the context but its last token once, then that and two tokens for each of the four

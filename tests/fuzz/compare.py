@@ -50,7 +50,7 @@ def _ours(folder: Path) -> Tensor:
 
     with torch.inference_mode():
         session = open_model(folder, torch.device("cpu"), head="16bit").session(1, len(IDS) + 1)
-        return session.feed_last([IDS], [LAST]).float()
+        return session.last_logits([IDS], [LAST]).float()
 
 
 def _theirs(folder: Path, dtype: torch.dtype) -> Tensor | None:

@@ -24,7 +24,7 @@ FLAGS = (
 TESTS = (
     "tests/kernels/test_native.py",
     "tests/models/forward/test_torch_decoder.py",
-    "tests/models/forward/test_feed_last.py",
+    "tests/models/forward/test_last_logits.py",
 )
 FORWARDS = ("config", "weights", "packed", "generation")  # kinds whose cases reach the kernels
 

@@ -14,7 +14,7 @@ import torch
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.batch import Batch, complete_batch, read_finished, recorded_seed
-from gemma_awq_cli.generate.generation import Completion, Settings
+from gemma_awq_cli.generate.generation import Completion, GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.prompt_file import read_prompts
 from gemma_awq_cli.generate.sampling import Sampling
@@ -24,7 +24,7 @@ from gemma_awq_cli.models.forward.session import Session
 
 CPU = torch.device("cpu")
 PROMPTS = ["Hello", "The quick brown fox jumps over the lazy dog", "a", "0123456789 times", "naïve 東京"]
-SETTINGS = Settings(12, Sampling(temperature=1.0, top_k=40, seed=3))
+SETTINGS = GenerationOptions(12, Sampling(temperature=1.0, top_k=40, seed=3))
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +38,7 @@ def engine(opened: OpenModel) -> LocalEngine:
     return LocalEngine(opened)
 
 
-def batch(prompts: Sequence[Any] = PROMPTS, settings: Settings = SETTINGS, **made_with: object) -> Batch:
+def batch(prompts: Sequence[Any] = PROMPTS, settings: GenerationOptions = SETTINGS, **made_with: object) -> Batch:
     return Batch(prompts, None, False, settings, {"model": "tiny", "seed": 3, **made_with})
 
 
@@ -56,7 +56,7 @@ def rows_of(path: Path) -> list[dict[str, Any]]:
 def test_the_batch_a_row_is_in_does_not_change_it(
     sampling: Sampling, opened: OpenModel, engine: LocalEngine, tmp_path: Path
 ) -> None:
-    work = batch(settings=Settings(12, sampling))
+    work = batch(settings=GenerationOptions(12, sampling))
     results = [run(LocalEngine(opened, size), tmp_path / f"{size}.jsonl", work) for size in (1, 2, 5)]
     assert results[0] == results[1] == results[2]
     assert [row["prompt"] for row in results[0]] == PROMPTS
@@ -64,7 +64,7 @@ def test_the_batch_a_row_is_in_does_not_change_it(
     assert len({row["text"] for row in results[0]}) >= 4
     # and a prompt alone draws as the first row of a batch does
     ids = engine.prompter.prompt_ids(PROMPTS[0])
-    (alone,) = engine.complete([ids], Settings(12, sampling), lambda *_: None)
+    (alone,) = engine.complete([ids], GenerationOptions(12, sampling), lambda *_: None)
     assert alone.text == results[0][0]["text"]
 
 
@@ -73,7 +73,7 @@ def test_rows_that_end_early_are_written_at_once_and_the_end_is_in_order(engine:
     whole = run(engine, tmp_path / "whole.jsonl")
     stop = whole[3]["text"][:2]
     seen: list[int] = []
-    work = batch(settings=Settings(12, SETTINGS.sampling, (stop,)))
+    work = batch(settings=GenerationOptions(12, SETTINGS.sampling, (stop,)))
     path = tmp_path / "out.jsonl"
     assert complete_batch(engine, work, path, {}, lambda index, _: seen.append(index))
     assert seen[0] == 3
@@ -92,8 +92,8 @@ class Counting:
         def session(rows: int, capacity: int) -> Session:
             inner = opened.session(rows, capacity)
             sessions.append((rows, capacity))
-            feed = inner.feed
-            inner.feed = lambda tokens: fed.append([len(t) for t in tokens]) or feed(tokens)  # type: ignore[method-assign]
+            feed = inner.next_logits
+            inner.next_logits = lambda tokens: fed.append([len(t) for t in tokens]) or feed(tokens)  # type: ignore[method-assign]
             return inner
 
         self.sessions, self.fed = sessions, fed
@@ -112,11 +112,11 @@ def test_a_row_that_has_ended_costs_nothing_and_gives_its_place_away(
 ) -> None:
     precision = Precision(torch.float32, attention="eager" if way == "transformers" else None)
     opened = open_model(artifacts(kind), CPU) if way == "compiled" else open_model(checkpoints(kind), CPU, precision)
-    assert opened.session(1, 2).reusable == (way != "transformers")
-    alone = [LocalEngine(opened).complete([ids], Settings(12), lambda *_: None)[0] for ids in ROWS]
+    assert opened.session(1, 2).independent_rows == (way != "transformers")
+    alone = [LocalEngine(opened).complete([ids], GenerationOptions(12), lambda *_: None)[0] for ids in ROWS]
     # a row each of which ends early by a text of its own
     stops = tuple({completion.text[4:6] for completion in alone[::3] if len(completion.text) > 6})
-    settings = Settings(12, stop=stops)
+    settings = GenerationOptions(12, stop=stops)
     alone = [LocalEngine(opened).complete([ids], settings, lambda *_: None)[0] for ids in ROWS]
     assert len({len(completion.tokens) for completion in alone}) > 1
     engine = Counting(opened, 3)
@@ -125,7 +125,7 @@ def test_a_row_that_has_ended_costs_nothing_and_gives_its_place_away(
     # each prompt is fed once, and each token but a row's last
     assert sum(map(sum, engine.fed)) == sum(len(ids) + len(c.tokens) - 1 for ids, c in zip(ROWS, alone, strict=True))
     # the prompt of 21 tokens does not fit where those of 4, 10 and 2 are
-    expected = [(3, 22), (1, 33)] if opened.session(1, 2).reusable else [(3, 22), (3, 33), (1, 20)]
+    expected = [(3, 22), (1, 33)] if opened.session(1, 2).independent_rows else [(3, 22), (3, 33), (1, 20)]
     assert engine.sessions[:1] == expected[:1]
     if way != "transformers":
         assert engine.sessions == expected

@@ -14,7 +14,7 @@ from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.chat import Answer, Chat, MessageTooLongError
-from gemma_awq_cli.generate.generation import Settings
+from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
@@ -23,7 +23,7 @@ from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from tests.tiny import edit_weights, make_checkpoint
 
-SETTINGS = Settings(6, Sampling())
+SETTINGS = GenerationOptions(6, Sampling())
 
 
 @dataclass(frozen=True)
@@ -37,9 +37,9 @@ class Recording(OpenModel):
         self.fed.append(mine)
 
         class Wrapped:
-            def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+            def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
                 mine.append(list(tokens[0]))
-                return inner.feed(tokens)
+                return inner.next_logits(tokens)
 
         return Wrapped()
 
@@ -66,7 +66,9 @@ def recording(model: OpenModel) -> Recording:
     return Recording(**{field.name: getattr(model, field.name) for field in fields(OpenModel)})
 
 
-def talk(opened: OpenModel, settings: Settings = SETTINGS, **options: Any) -> tuple[Chat, Callable[[str], Answer]]:
+def talk(
+    opened: OpenModel, settings: GenerationOptions = SETTINGS, **options: Any
+) -> tuple[Chat, Callable[[str], Answer]]:
     chat = Chat(LocalEngine(opened, keep=True), settings, options.pop("system", None), options.pop("raw", False))
     return chat, lambda text: chat.ask(text, lambda _: None)
 
@@ -160,7 +162,7 @@ def test_a_full_context_forgets_the_oldest_turns(model: OpenModel) -> None:
 def test_stop_texts_do_not_leak_into_the_next_turn(recording: Recording) -> None:
     _, ask = talk(recording)
     text = ask("Hi").completion.text
-    chat, ask = talk(recording, Settings(6, Sampling(), (text[2:4],)))
+    chat, ask = talk(recording, GenerationOptions(6, Sampling(), (text[2:4],)))
     assert ask("Hi").completion.text == text[: text.index(text[2:4])]
     ask("Again")
     whole = recording.prompter.chat(chat.messages[:-1], answer_next=True)
@@ -169,7 +171,7 @@ def test_stop_texts_do_not_leak_into_the_next_turn(recording: Recording) -> None
 
 def test_every_turn_draws_its_own_random_numbers(model: OpenModel) -> None:
     def answers() -> list[str]:
-        chat, ask = talk(model, Settings(6, Sampling(temperature=2.0, seed=1)))
+        chat, ask = talk(model, GenerationOptions(6, Sampling(temperature=2.0, seed=1)))
         said = []
         for _ in range(2):
             said.append(ask("Hi").completion.text)

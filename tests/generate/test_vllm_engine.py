@@ -16,7 +16,7 @@ import torch
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate import vllm_engine
-from gemma_awq_cli.generate.generation import Completion, Settings
+from gemma_awq_cli.generate.generation import Completion, GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.generate.vllm_engine import VllmEngine, engine_arguments, sampling_arguments
@@ -48,7 +48,7 @@ class FakeEngine:
         return cls.last
 
     def add_request(self, name: str, prompt: dict[str, list[int]], parameters: Any) -> None:
-        settings = Settings(parameters.max_tokens)
+        settings = GenerationOptions(parameters.max_tokens)
         (whole,) = self.local.complete([prompt["prompt_token_ids"]], settings, lambda *_: None)
         self.waiting[name] = SimpleNamespace(tokens=whole.tokens, given=0, parameters=parameters)
 
@@ -93,8 +93,8 @@ def test_rows_end_as_the_local_engine_ends_them(
     kind: str, vllm: type[FakeEngine], checkpoints: Callable[[str], Path]
 ) -> None:
     local = LocalEngine(open_model(checkpoints(kind), torch.device("cpu"), Precision(torch.float32)))
-    (free,) = local.complete([ROWS[0]], Settings(9), lambda *_: None)
-    for settings in (Settings(9), Settings(9, stop=(free.text[1:3],))):
+    (free,) = local.complete([ROWS[0]], GenerationOptions(9), lambda *_: None)
+    for settings in (GenerationOptions(9), GenerationOptions(9, stop=(free.text[1:3],))):
         engine = open_engine(checkpoints(kind))
         pieces: dict[int, str] = {0: "", 1: "", 2: ""}
         done: dict[int, Completion] = {}
@@ -126,12 +126,12 @@ def test_an_interruption_calls_the_rows_off_and_keeps_their_text(
         return step()
 
     vllm.last.step = interrupted  # type: ignore[method-assign]
-    rows = engine.complete(ROWS, Settings(9), lambda *_: None)
+    rows = engine.complete(ROWS, GenerationOptions(9), lambda *_: None)
     assert {row.finish for row in rows} == {"interrupted"}
     assert sorted(len(row.tokens) for row in rows) == [1, 2, 2]
     assert not vllm.last.waiting
     vllm.last.step = step  # type: ignore[method-assign]
-    assert len(engine.complete(ROWS, Settings(4), lambda *_: None)) == 3  # and the engine goes on
+    assert len(engine.complete(ROWS, GenerationOptions(4), lambda *_: None)) == 3  # and the engine goes on
 
 
 def test_the_flags_are_the_familys(checkpoints: Callable[[str], Path]) -> None:

@@ -136,7 +136,7 @@ def _arena_bytes(arch: Architecture, group_size: int | None, head: str, group: i
 class NativeSession:
     """A `Session` over `NativeText`: one call into C++ a token, or a chunk of a prompt."""
 
-    reusable = True
+    independent_rows = True
 
     def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
         self._text = text
@@ -153,20 +153,20 @@ class NativeSession:
             slots=structures.int64s(layer.shape[2] for layer in self._cache.keys),
         )
 
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Session.feed`."""
-        return self.feed_last(tokens, [1] * len(tokens))
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session.next_logits`."""
+        return self.last_logits(tokens, [1] * len(tokens))
 
-    def expand(self, rows: int) -> None:
+    def repeat_row(self, rows: int) -> None:
         """See `Session.expand`."""
         self._use(self._cache.repeated(rows))
 
-    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """See `Session.feed_last`."""
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.last_logits`."""
         lengths = self._cache.lengths
         self._cache.require_room(tokens, self._text.arch.vocabulary)
         if self._torch is not None and sum(map(len, tokens)) >= MANY_TOKENS:
-            return self._torch.feed_last(tokens, counts)
+            return self._torch.last_logits(tokens, counts)
         ends = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
         parts = []
         for pieces in chunks(tokens, lengths):
@@ -176,7 +176,7 @@ class NativeSession:
         lengths[:] = ends
         return parts[0] if len(parts) == 1 else torch.cat(parts)  # rows end in their order
 
-    def clear(self, row: int) -> None:
+    def reset_row(self, row: int) -> None:
         """See `Session.clear`."""
         self._cache.lengths[row] = 0
 

@@ -13,29 +13,29 @@ from torch import Tensor
 class Session(Protocol):
     """One or more rows of tokens, read from position 0 on, with their cache.
 
-    reusable: whether rows are independent of each other, so that each may be cleared and fed as many as it likes.
+    independent_rows: whether rows are independent of each other, so that each may be cleared and fed as many as it likes.
     """
 
-    reusable: bool
+    independent_rows: bool
 
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         """Read the next tokens of rows: the logits [R, V] float32 that follow each row's last one.
 
         Rows that get none are left alone, and have no logits: R is the number of the others. Where the session is not
-        reusable, such a row gets none ever after, and after the first call the others get equally many.
+        independent_rows, such a row gets none ever after, and after the first call the others get equally many.
         """
         ...
 
-    def clear(self, row: int) -> None:
-        """Forget what a row has read, where the session is reusable: it begins anew at position 0."""
+    def reset_row(self, row: int) -> None:
+        """Forget what a row has read, where the session is independent_rows: it begins anew at position 0."""
         ...
 
-    def expand(self, rows: int) -> None:
+    def repeat_row(self, rows: int) -> None:
         """What the only row has read is from now on what `rows` rows have read."""
         ...
 
-    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """Read tokens as `feed` does: the logits [sum of counts, V] after the last `counts` tokens of every row.
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """Read tokens as `next_logits` does: the logits [sum of counts, V] after the last `counts` tokens of every row.
 
         Rows of different lengths may come whenever no row was shorter before; then nothing can be fed after them.
         """
@@ -48,7 +48,7 @@ class TransformersSession:
     capacity: the most tokens that a row will hold, prompt and answer together.
     """
 
-    reusable = False
+    independent_rows = False
 
     def __init__(self, model: Any, rows: int, capacity: int, device: torch.device, pad: int = 0) -> None:
         from transformers import DynamicCache
@@ -62,7 +62,7 @@ class TransformersSession:
         self.capacity = capacity
 
     @torch.inference_mode()
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
         going = [place for place, row in enumerate(self._left) if tokens[row]]
         if len(going) < len(self._left):
             self._cache.batch_select_indices(torch.tensor(going, device=self._device))
@@ -84,18 +84,18 @@ class TransformersSession:
         logits: Tensor = output.logits[:, -1].to(torch.float32)
         return logits
 
-    def clear(self, row: int) -> None:
+    def reset_row(self, row: int) -> None:
         raise NotImplementedError("the padding of a row is every row's")
 
-    def expand(self, rows: int) -> None:
+    def repeat_row(self, rows: int) -> None:
         """See `Session.expand`."""
         self._cache.batch_repeat_interleave(rows)
         self._mask = self._mask.repeat(rows, 1)
         self._left = list(range(rows))
 
     @torch.inference_mode()
-    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """See `Session.feed_last`."""
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.last_logits`."""
         longest = max(map(len, tokens))
         # padded on the right: no token sees what comes after it, and no mask is needed
         ids = torch.tensor([[*row, *[self._pad] * (longest - len(row))] for row in tokens])

@@ -61,7 +61,7 @@ class Piece:
 class DecoderSession:
     """A `Session` over `TextWeights` on any device, with a cache of its own unless one is given."""
 
-    reusable = True
+    independent_rows = True
 
     def __init__(self, weights: TextWeights, rows: int, capacity: int, cache: KVCache | None = None) -> None:
         self._weights = weights
@@ -69,16 +69,16 @@ class DecoderSession:
         self._tables = [(rope.inv_freq.to(weights.device), rope.factor) for rope in weights.arch.ropes]
 
     @torch.inference_mode()
-    def feed(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Session.feed`."""
-        return self.feed_last(tokens, [1] * len(tokens))
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session.next_logits`."""
+        return self.last_logits(tokens, [1] * len(tokens))
 
-    def expand(self, rows: int) -> None:
+    def repeat_row(self, rows: int) -> None:
         """See `Session.expand`."""
         self._cache = self._cache.repeated(rows)
 
-    def feed_last(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
-        """See `Session.feed_last`."""
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.last_logits`."""
         self._cache.require_room(tokens, self._weights.arch.vocabulary)
         ends = [length + len(new) for length, new in zip(self._cache.lengths, tokens, strict=True)]
         last = []
@@ -92,7 +92,7 @@ class DecoderSession:
         self._cache.lengths[:] = ends
         return self._logits(torch.cat(last))
 
-    def clear(self, row: int) -> None:
+    def reset_row(self, row: int) -> None:
         """See `Session.clear`."""
         self._cache.lengths[row] = 0
 

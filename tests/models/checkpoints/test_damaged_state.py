@@ -11,7 +11,7 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.batch import Batch, read_finished, recorded_seed
-from gemma_awq_cli.generate.generation import Settings
+from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.cache import last_artifact, remember_artifact
 from gemma_awq_cli.models.checkpoints.journal import Journal
@@ -213,7 +213,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def batch() -> Batch:
-    return Batch(["a", "b"], None, False, Settings(4, Sampling(), ()), MADE_WITH)
+    return Batch(["a", "b"], None, False, GenerationOptions(4, Sampling(), ()), MADE_WITH)
 
 
 @pytest.mark.parametrize(

@@ -297,8 +297,8 @@ OURS = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "
 def test_the_same_quantization_by_other_keys(artifacts: Callable[[str], Path], tmp_path: Path, section: object) -> None:
     folder = Path(shutil.copytree(artifacts("gemma3_text"), tmp_path / "artifact"))
     spelled(folder, section)
-    expected = open_model(artifacts("gemma3_text"), torch.device("cpu")).session(1, 8).feed([[2, 7, 9]])
-    assert torch.equal(open_model(folder, torch.device("cpu")).session(1, 8).feed([[2, 7, 9]]), expected)
+    expected = open_model(artifacts("gemma3_text"), torch.device("cpu")).session(1, 8).next_logits([[2, 7, 9]])
+    assert torch.equal(open_model(folder, torch.device("cpu")).session(1, 8).next_logits([[2, 7, 9]]), expected)
 
 
 def test_a_quantization_that_a_file_beside_the_config_tells(artifacts: Callable[[str], Path], tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def stacked(folder: Path) -> Tensor:
 def opened(folder: Path, dtype: torch.dtype | None = None) -> Tensor:
     """Logits of the last token by the forward that `run` takes: the compiled one, or torch's in float32."""
     session = open_model(folder, torch.device("cpu"), Precision(dtype)).session(1, 64)
-    return session.feed([IDS[0].tolist()]).float()
+    return session.next_logits([IDS[0].tolist()]).float()
 
 
 def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.generation import Settings
+from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import loading_dense, memory
@@ -111,7 +111,7 @@ def test_float16_that_overflows_is_an_error_and_never_text(tmp_path: Path) -> No
 
     def generate(dtype: torch.dtype) -> None:
         engine = LocalEngine(open_model(folder, CPU, Precision(dtype)))
-        engine.complete([[2, 40]], Settings(3), lambda _, piece: pieces.append(piece))
+        engine.complete([[2, 40]], GenerationOptions(3), lambda _, piece: pieces.append(piece))
 
     with pytest.raises(GemmaAwqError, match="NaN or infinite") as caught:
         generate(torch.float16)

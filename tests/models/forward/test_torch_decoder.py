@@ -36,7 +36,7 @@ def random_turns(rows: int = 3) -> list[list[list[int]]]:
 
 def read_by(session: Session, turns: list[list[list[int]]]) -> Tensor:
     """Logits after each turn: [turns, rows, V]."""
-    return torch.stack([session.feed(turn) for turn in turns])
+    return torch.stack([session.next_logits(turn) for turn in turns])
 
 
 def read_whole(model: nn.Module, turns: list[list[list[int]]]) -> Tensor:
@@ -183,7 +183,7 @@ def test_what_is_not_there_is_refused(tokens: list[list[int]], artifacts: Callab
     """The compiled decoder checks nothing itself."""
     opened = open_model(artifacts("gemma"), CPU)
     with pytest.raises(ValueError, match=r"rows|capacity|vocabulary"):
-        opened.session(1, 10).feed(tokens)
+        opened.session(1, 10).next_logits(tokens)
 
 
 def test_configs_beyond_what_we_know_go_to_transformers(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:

@@ -230,7 +230,7 @@ def logits_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         else:
             arch = architecture_of(checkpoint.facts, checkpoint.family)
             text = read_torch_text(checkpoint, arch, None, CPU, torch.float32)
-            ours = DecoderSession(text, 1, 64).feed_last([IDS], [len(IDS)])
+            ours = DecoderSession(text, 1, 64).last_logits([IDS], [len(IDS)])
     return theirs, ours, stacked
 
 
@@ -290,7 +290,7 @@ def test_a_window_that_never_closes_is_none(changed: Callable[..., Path]) -> Non
     logits = []
     for text in ({"sliding_window": 2**31 - 1}, {"layer_types": ["full_attention"] * 3}):
         opened = open_model(changed("gemma2", text), CPU)
-        logits.append(torch.cat([opened.session(1, 64).feed_last([IDS], [len(IDS)])]))
+        logits.append(torch.cat([opened.session(1, 64).last_logits([IDS], [len(IDS)])]))
     assert torch.equal(*logits)
 
 

@@ -30,9 +30,9 @@ def texts() -> tuple[list[int], list[list[int]]]:
 def at_once(session: Session) -> list[Tensor]:
     """The common prefix once, then all tails: the wanted logits of each row."""
     prefix, tails = texts()
-    session.feed([prefix])
-    session.expand(len(tails))
-    return list(session.feed_last(tails, COUNTS).split(COUNTS))
+    session.next_logits([prefix])
+    session.repeat_row(len(tails))
+    return list(session.last_logits(tails, COUNTS).split(COUNTS))
 
 
 def one_by_one(open_session: Callable[[], Session]) -> list[Tensor]:
@@ -41,8 +41,8 @@ def one_by_one(open_session: Callable[[], Session]) -> list[Tensor]:
     result = []
     for tail, count in zip(tails, COUNTS, strict=True):
         session = open_session()
-        session.feed([prefix])
-        result.append(torch.cat([session.feed([[token]]) for token in tail])[-count:])
+        session.next_logits([prefix])
+        result.append(torch.cat([session.next_logits([[token]]) for token in tail])[-count:])
     return result
 
 
@@ -86,6 +86,6 @@ def test_the_compiled_forward(kind: str, artifacts: Callable[[str], Path]) -> No
 def test_rows_that_were_padded_are_refused(checkpoints: Callable[[str], Path]) -> None:
     opened = open_model(checkpoints("gemma"), CPU)
     session = TransformersSession(opened.model, 2, 16, CPU)
-    session.feed([[2, 7], [2]])
+    session.next_logits([[2, 7], [2]])
     with pytest.raises(ValueError, match="different lengths"):
-        session.feed_last([[7], [7]], [1, 1])
+        session.last_logits([[7], [7]], [1, 1])
