@@ -13,7 +13,7 @@ from torch import Tensor
 class Session(Protocol):
     """One or more rows of tokens, read from position 0 on, with their cache.
 
-    independent_rows: whether rows are independent of each other, so that each may be cleared and fed as many as it likes.
+    independent_rows: whether each row may be reset and may read as many tokens as it likes, whatever the others do.
     """
 
     independent_rows: bool
