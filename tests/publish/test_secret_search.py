@@ -147,7 +147,7 @@ def test_what_is_no_secret(word: str) -> None:
 def test_our_own_files_and_the_licences_are_none() -> None:
     for document in (full_report(), full_bench()):
         assert find_secret(json.dumps(document).encode(), is_json=True) is None
-    for path in (ROOT / "LICENSE", ROOT / "README.md", *(ROOT / "gemma_awq_cli" / "licences").iterdir()):
+    for path in (ROOT / "LICENSE", ROOT / "README.md", *(ROOT / "gemma_awq_cli" / "publish" / "licences").iterdir()):
         assert find_secret(path.read_bytes()) is None, path
         assert find_secret(html.escape(path.read_text()).encode()) is None, path
 
