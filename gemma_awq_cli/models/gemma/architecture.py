@@ -10,7 +10,7 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.models.gemma.families import Family
-from gemma_awq_cli.models.gemma.layers import SLIDING, LayerLayout, layers_of
+from gemma_awq_cli.models.gemma.layers import SLIDING, LayerLayout, has_one_rope, layers_of, rope_parameters
 from gemma_awq_cli.system.reading import library_errors
 
 
@@ -74,7 +74,7 @@ def refusal(config: Any) -> str | None:
         return "its attention has biases"
     if getattr(config, "use_bidirectional_attention", None):
         return "its attention looks both ways"
-    if any(_rope_parameters(config, kind).get("rope_type") == "longrope" for kind in set(_layer_types(config))):
+    if any(rope_parameters(config, kind).get("rope_type") == "longrope" for kind in set(_layer_types(config))):
         return "its rotary embedding changes with the length of the text"
     return None
 
@@ -122,7 +122,7 @@ def require_rope(config: Any, shape: TextShape, where: Path) -> None:
     where: config.json, for errors.
     """
     for kind in sorted(set(_layer_types(config))):
-        own = _rope_parameters(config, kind)
+        own = rope_parameters(config, kind)
         if own.get("partial_rotary_factor", 1.0) != 1.0 and own["rope_type"] != "proportional":
             raise GemmaAwqError(
                 f"{where}: partial_rotary_factor is {own['partial_rotary_factor']:g}; a Gemma turns its heads whole.",
@@ -152,25 +152,14 @@ def _layer_types(config: Any) -> list[str]:
     return getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
 
 
-def _rope_parameters(config: Any, kind: str) -> dict[str, Any]:
-    """A layer type's rotary parameters; Gemma 3 has one set per type, Gemma 1 and 2 one for all."""
-    parameters = config.rope_parameters
-    own: dict[str, Any] = parameters if _is_one_set(parameters) else parameters[kind]
-    return own
-
-
-def _is_one_set(parameters: dict[str, Any]) -> bool:
-    return "rope_type" in parameters or "rope_theta" in parameters
-
-
 def _rope(config: Any, kind: str, head_dim: int) -> Rope:
     """The rotary frequencies of a layer type."""
-    own = _rope_parameters(config, kind)
+    own = rope_parameters(config, kind)
     if own.get("rope_type", "default") == "default":
         steps = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
         return Rope(1.0 / (own["rope_theta"] ** steps), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-    chosen = {} if _is_one_set(config.rope_parameters) else {"layer_type": kind}
+    chosen = {} if has_one_rope(config.rope_parameters) else {"layer_type": kind}
     inv_freq, factor = ROPE_INIT_FUNCTIONS[own["rope_type"]](config, None, **chosen)
     return Rope(inv_freq, float(factor))

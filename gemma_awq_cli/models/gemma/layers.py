@@ -64,6 +64,17 @@ class LayerLayout:
         return Linear(sum(part.outputs for part in parts), parts[0].inputs, any(part.bias for part in parts))
 
 
+def rope_parameters(config: Any, kind: str) -> Mapping[str, Any]:
+    """The rotary parameters of the layers of one kind; Gemma 3 has a set for each kind, Gemma 1 and 2 one for all."""
+    parameters: Mapping[str, Any] = config.rope_parameters
+    return parameters if has_one_rope(parameters) else parameters[kind]
+
+
+def has_one_rope(parameters: Mapping[str, Any]) -> bool:
+    """Whether a config's `rope_parameters` are one set for all layers."""
+    return "rope_type" in parameters or "rope_theta" in parameters
+
+
 def layers_of(config: Any, family: Family) -> tuple[LayerLayout, ...]:
     """Every layer of the model that a text config describes, in order."""
     kinds = getattr(config, "layer_types", None) or [FULL] * config.num_hidden_layers
