@@ -29,6 +29,7 @@ from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack, meta_model, parameter_shapes
+from gemma_awq_cli.models.gemma.config_values import FUNCTION
 from gemma_awq_cli.models.text.prompter import Prompter, located
 from gemma_awq_cli.system.reading import home_path
 from gemma_awq_cli.system.saving import scratch_folder
@@ -38,13 +39,6 @@ CHARACTERS_PER_TOKEN = 8  # that are read for a window; prose has four
 HEAD_TOKENS = 2048  # positions whose logits are compared at a time
 CURVE_STEPS = 24  # bins of the mean KL along a window, of equal ratio
 HISTOGRAM = (-6, 2, 32)  # log10 of the smallest and the largest KL, bins; what lies outside counts at the ends
-# What of a config changes the model's function beside the shapes of its weights.
-FUNCTION = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
-    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar",
-    "attn_logit_softcapping",
-    "final_logit_softcapping", "use_bidirectional_attention",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -194,6 +194,6 @@ def end_tokens(checkpoint: Checkpoint, prompter: Prompter) -> set[int]:
             )
     own = [prompter.tokenizer.special_id("eos_token")]
     if prompter.is_chat:
-        own.append(prompter.tokenizer.id_of("<end_of_turn>"))
+        own.append(prompter.tokenizer.id_of(checkpoint.family.end_of_turn))
     # a token that the model has no embedding of is never generated
     return {*ends, *(token for token in own if token is not None and token < checkpoint.vocabulary)}

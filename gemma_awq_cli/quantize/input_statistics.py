@@ -43,8 +43,7 @@ class Observer:
             width = int(linear.in_features)  # type: ignore[arg-type]
             statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired)
             self.statistics[group.name] = statistics
-            normalized = family.post_norms and group.fold != "norm"
-            self._hooks.append(linear.register_forward_hook(self._adder(statistics, normalized, paired)))
+            self._hooks.append(linear.register_forward_hook(self._adder(statistics, group.normalized, paired)))
 
     @staticmethod
     def _adder(statistics: InputStatistics, normalized: bool, paired: bool) -> Any:

@@ -16,7 +16,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.expected_tensors import Expected, require_tensors, text_tensors
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
-from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, find_layout, layers_of
+from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, count_layers, find_key_layout
 from gemma_awq_cli.models.checkpoints.quantization_config import (
     SECTION,
     awq_group_size,
@@ -33,10 +33,11 @@ from gemma_awq_cli.models.checkpoints.weight_files import (
     read_tensors,
     require_finite,
 )
-from gemma_awq_cli.models.gemma.architecture import require_rope, shape_of
+from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
-from gemma_awq_cli.models.gemma.families import GEMMA3, GEMMA3_TEXT, Family, Layout, family_of
+from gemma_awq_cli.models.gemma.families import Family, KeyLayout, family_of
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
+from gemma_awq_cli.models.gemma.rotary import require_rope
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
 from gemma_awq_cli.system.reading import read_bytes
 
@@ -67,17 +68,19 @@ class Checkpoint:
         weights = find_weights(folder)
         self.tensors, notes = read_headers(weights), weights.notes
         config = self.raw_config
-        if self.family is GEMMA3 and self.quantization is None and not self.companions():
-            self.family, self.raw_config = GEMMA3_TEXT, _text_part(config)
+        if self.family.text_section and self.quantization is None and not self.companions():
+            self.raw_config = _text_part(config, self.family)
+            self.family = family_of(self.family.text_type)
             notes = (*notes, f"{folder.name} has no vision tower: it is read as a text model ({self.family.title}).")
-        self.layout = find_layout(self.family, self.tensors, folder)
+        self.key_layout = find_key_layout(self.family, self.tensors, folder)
         self._require_weights_as_declared()
-        self.tied_head = is_tied(config, self.layout, self.tensors, str(folder))
+        self.tied_head = is_tied(config, self.key_layout, self.tensors, str(folder))
         # after the headers: what the config asks for is held against what is there before anything is built from it
-        layers = layers_of(self.layout, self.tensors)
+        layers = count_layers(self.key_layout, self.tensors)
         values = text_values(self.raw_config, self.family, folder / CONFIG, layers)
         self._values = {**values, TIE: self.tied_head}
         self.facts: Any = plain_text_config(self._values) or self.text_config
+        self.shape: TextShape = shape_of(self.facts, self.family)
         self._require_text(layers)
         self.notes = (*notes, *self._unread())
 
@@ -88,7 +91,7 @@ class Checkpoint:
 
     def _require_text(self, layers: int) -> None:
         """An error unless config and tensors agree in all that a forward relies on. Everything after trusts it."""
-        where, shape = self.folder / CONFIG, shape_of(self.facts, self.family)
+        where = self.folder / CONFIG
         require_sound(self.facts, where)
         if self.layers != layers:  # by default: what config.json itself says was compared before
             raise GemmaAwqError(
@@ -97,12 +100,12 @@ class Checkpoint:
             )
         if self.quantization is None or is_awq(self.quantization):
             require_tensors(self.tensors, self.text_tensors(), self.folder)
-            require_rope(self.facts, shape, where)
+            require_rope(self.facts, self.family, self.shape.layouts, where)
 
     def text_tensors(self) -> dict[str, Expected]:
         """What the language model needs of the files, by the names there: all of it is in `tensors`."""
         group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
-        expected = text_tensors(shape_of(self.facts, self.family), self.tied_head, group_size)
+        expected = text_tensors(self.shape, self.tied_head, group_size)
         return {self.key(name): one for name, one in expected.items()}
 
     def _require_weights_as_declared(self) -> None:
@@ -123,7 +126,7 @@ class Checkpoint:
         """A note on the tensors that nobody reads, here or in transformers; known buffers apart."""
         if self.quantization is not None and not is_awq(self.quantization):
             return []
-        known = {*self.text_tensors(), *self.companions(), self.layout.head}
+        known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
         names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
         return [f"Tensors that this model does not have, and that are not read: {few(names)}."] if names else []
 
@@ -144,15 +147,15 @@ class Checkpoint:
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""
-        key = _key(module_name, self.layout)
+        key = _key(module_name, self.key_layout)
         # a head that is the embedding may be what is stored of the two
         swapped = self.tied_head and key not in self.tensors and module_name == f"model.{EMBEDDING}"
-        return self.layout.head if swapped else key
+        return self.key_layout.head if swapped else key
 
     def artifact_key(self, module_name: str) -> str:
         """What an artifact calls it: the key here, unless other readers do not know this layout."""
-        known = self.layout.prefix in (layout.prefix for layout in self.family.layouts)
-        return _key(module_name, self.layout if known else self.family.layouts[0])
+        known = self.key_layout.prefix in (layout.prefix for layout in self.family.key_layouts)
+        return _key(module_name, self.key_layout if known else self.family.key_layouts[0])
 
     def identity(self) -> str:
         """A hash of the config and of every tensor's name, dtype, shape and middle row: tells one model from another.
@@ -178,16 +181,16 @@ class Checkpoint:
         return {name: stored[key] for name, key in keys.items()}
 
 
-def _key(module_name: str, layout: Layout) -> str:
+def _key(module_name: str, layout: KeyLayout) -> str:
     if module_name.startswith("model."):
         return layout.prefix + module_name.removeprefix("model.")
     return layout.head
 
 
-def _text_part(config: Mapping[str, Any]) -> dict[str, Any]:
+def _text_part(config: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """The config.json of a multimodal checkpoint's language model alone."""
-    section = config.get("text_config")
+    section, own = config.get(str(family.text_section)), family_of(family.text_type)
     text = section if isinstance(section, dict) else {}
     tokens, dtypes = ({key: config[key] for key in keys if key in config} for keys in (_TOKENS, _DTYPES))
-    kind = {"model_type": GEMMA3_TEXT.model_type, "architectures": ["Gemma3ForCausalLM"]}
+    kind = {"model_type": own.model_type, "architectures": [own.model_class]}
     return {**tokens, **text, **dtypes, **kind, TIE: bool(config.get(TIE, True))}

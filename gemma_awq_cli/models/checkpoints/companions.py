@@ -18,7 +18,7 @@ _SIGLIP = "siglip_vision_model"
 
 def require_companions(checkpoint: Checkpoint) -> None:
     """An error if tensors of the tower or the projector are missing or of another shape: readers would invent them."""
-    if "vision_tower" not in checkpoint.family.not_converted:
+    if not checkpoint.family.companions:
         return
     held = {_plain(name): checkpoint.tensors[name].shape for name in checkpoint.companions()}
     expected = _expected(checkpoint)

@@ -36,32 +36,13 @@ class Expected:
 
 
 def linear_shapes(shape: TextShape) -> dict[str, tuple[int, int]]:
-    """[out, in] of every linear of a layer."""
-    return {
-        "self_attn.q_proj": (shape.query_size, shape.hidden),
-        "self_attn.k_proj": (shape.kv_size, shape.hidden),
-        "self_attn.v_proj": (shape.kv_size, shape.hidden),
-        "self_attn.o_proj": (shape.hidden, shape.query_size),
-        "mlp.gate_proj": (shape.intermediate, shape.hidden),
-        "mlp.up_proj": (shape.intermediate, shape.hidden),
-        "mlp.down_proj": (shape.hidden, shape.intermediate),
-    }
+    """[out, in] of every linear of the first layer. Superseded by `LayerLayout.linears`."""
+    return {name: (one.outputs, one.inputs) for name, one in shape.layouts[0].linears.items()}
 
 
 def norm_names(shape: TextShape) -> dict[str, str]:
-    """A layer's norms by the decode paths' names -> by the checkpoint's. Gemma 1 has two, the others four."""
-    names = {"input_norm": "input_layernorm"}
-    if shape.post_norms:
-        names |= {
-            "attention_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm",
-            "post_mlp_norm": "post_feedforward_layernorm",
-        }
-    else:
-        names["mlp_norm"] = "post_attention_layernorm"
-    if shape.query_norms:
-        names |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
-    return names
+    """The first layer's norms by their slots. Superseded by `LayerLayout.norms`."""
+    return {slot: norm.name for slot, norm in shape.layouts[0].norms.items()}
 
 
 def packed_tensors(name: str, in_features: int, out_features: int, group_size: int) -> dict[str, Expected]:
@@ -87,18 +68,17 @@ def text_tensors(shape: TextShape, tied_head: bool, group_size: int | None) -> d
     expected = {EMBEDDING: Expected((shape.vocabulary, shape.hidden)), FINAL_NORM: Expected((shape.hidden,))}
     if not tied_head:
         expected[HEAD] = expected[EMBEDDING]
-    for index in range(shape.layers):
+    for index, layout in enumerate(shape.layouts):
         prefix = f"model.layers.{index}."
-        for kind, name in norm_names(shape).items():
-            size = shape.head_dim if kind in ("q_norm", "k_norm") else shape.hidden
-            expected[f"{prefix}{name}.weight"] = Expected((size,))
-        for name, (outputs, inputs) in linear_shapes(shape).items():
+        for norm in layout.norms.values():
+            expected[f"{prefix}{norm.name}.weight"] = Expected((norm.size,))
+        for name, linear in layout.linears.items():
             if group_size is None:
-                expected[f"{prefix}{name}.weight"] = Expected((outputs, inputs))
+                expected[f"{prefix}{name}.weight"] = Expected((linear.outputs, linear.inputs))
             else:
-                expected |= packed_tensors(prefix + name, inputs, outputs, group_size)
-            if shape.attention_bias and name.startswith("self_attn."):
-                expected[f"{prefix}{name}.bias"] = Expected((outputs,))
+                expected |= packed_tensors(prefix + name, linear.inputs, linear.outputs, group_size)
+            if linear.bias:
+                expected[f"{prefix}{name}.bias"] = Expected((linear.outputs,))
     return expected
 
 

@@ -14,13 +14,13 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
 from gemma_awq_cli.models.checkpoints.weight_files import TensorInfo, read_tensors
-from gemma_awq_cli.models.gemma.families import Layout
+from gemma_awq_cli.models.gemma.families import KeyLayout
 
 TIE = "tie_word_embeddings"
 _ROWS = 8192  # of the vocabulary, compared at a time
 
 
-def is_tied(config: Mapping[str, Any], layout: Layout, tensors: Mapping[str, TensorInfo], where: str) -> bool:
+def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, TensorInfo], where: str) -> bool:
     """Whether the head is the embedding. config: config.json as it is; where: the folder, for errors.
 
     An error if the config says tied and the files hold another head, or untied and they hold none.

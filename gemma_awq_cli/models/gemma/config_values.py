@@ -1,7 +1,7 @@
-"""config.json's values for the language model, each of its kind and within bounds, before anything is built from them.
+"""The values of config.json that describe the language model, checked for type and bounds before anything uses them.
 
-Only the values that are named here are read, by transformers too: what a config holds beside them changes nothing.
-Bounds come from the tensors where they can; the rest are limits of the arithmetic. Nothing here allocates.
+Only the values that are named here are read, by transformers too: everything else in a config changes nothing.
+Bounds come from the tensors where possible; the rest are limits of the arithmetic. Nothing here allocates.
 """
 
 import json
@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.gemma.families import Family
+from gemma_awq_cli.models.gemma.families import FULL, SLIDING, Family
 
 HINT = "Take the config.json of the original model."
-LAYER_TYPES = ("sliding_attention", "full_attention")
+LAYER_TYPES = (SLIDING, FULL)
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn", "longrope", "llama3", "proportional")
 ACTIVATIONS = (
     "gelu_pytorch_tanh", "gelu", "gelu_new", "gelu_fast", "gelu_python", "quick_gelu", "silu", "swish", "relu", "relu2",
@@ -23,13 +23,15 @@ ACTIVATIONS = (
 )  # fmt: skip
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
-MAX_CONTEXT = 2**24  # positions are float32, which counts no further one by one
-_TEXT_TYPES = {"gemma": "gemma", "gemma2": "gemma2", "gemma3_text": "gemma3_text", "gemma3": "gemma3_text"}
+MAX_CONTEXT = 2**24  # positions are float32, which cannot count one by one beyond this
 
 
 @dataclass(frozen=True)
 class Kind:
-    """what: in words, after "it must be"; accepts: whether a JSON value is one; real: whether it is kept as a float."""
+    """A kind of value.
+
+    what: in words, after "it must be"; accepts: whether a JSON value is of the kind; real: whether to store a float.
+    """
 
     what: str
     accepts: Callable[[Any], bool]
@@ -37,7 +39,7 @@ class Kind:
 
 
 def whole(low: int, high: int) -> Kind:
-    # type(), not isinstance(): JSON's true is no number
+    # type(), not isinstance(): JSON's true is not a number
     return Kind(f"a whole number from {low} to {high}", lambda value: type(value) is int and low <= value <= high)
 
 
@@ -112,7 +114,7 @@ KINDS: Mapping[str, Mapping[str, Kind]] = {
 _FACTORS = list_of(number(1e-6, 1e6))
 _ROPE: Mapping[str, Kind] = {
     "rope_type": one_of(ROPE_TYPES),
-    "type": one_of(ROPE_TYPES),  # as it was called once
+    "type": one_of(ROPE_TYPES),  # the older name
     "rope_theta": THETA,
     "factor": number(1e-3, 1e6),
     "partial_rotary_factor": number(1e-3, 1),
@@ -133,36 +135,42 @@ _VISION = {
     "num_hidden_layers": whole(1, MAX_LAYERS),
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_channels"), SIZE),
 }
-_UNREAD = {"num_labels": whole(0, 100_000)}  # by us: transformers makes a list of so many
+_UNREAD = {"num_labels": whole(0, 100_000)}  # not used here, but transformers makes a list of this length
+# The values that change what the model computes without changing the shapes of its weights.
+FUNCTION = (
+    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
+    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar",
+    "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
+)  # fmt: skip
 
 
 def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: int) -> dict[str, Any]:
-    """The language model's values of a config.json under its own names, `model_type` among them; all are sound.
+    """Return the language model's checked values of a config.json under their own names, `model_type` among them.
 
     where: the file, for errors; layers: how many decoder layers the tensors have.
     """
-    model_type = _TEXT_TYPES[family.model_type]
+    model_type = family.text_type
     section: Any = config
     prefix = ""
-    if family.model_type == "gemma3":
-        section, prefix = config.get("text_config"), "text_config."
+    if family.text_section is not None:
+        section, prefix = config.get(family.text_section), f"{family.text_section}."
         section = {} if section is None else section
-        _require(where, "text_config", section, OBJECT)
+        _require(where, family.text_section, section, OBJECT)
         _require_vision(where, config.get("vision_config"))
         own = section.get("model_type", model_type)
-        _require(where, "text_config.model_type", own, one_of([model_type]))
+        _require(where, f"{prefix}model_type", own, one_of([model_type]))
     _require_known_forward(where, prefix, section)
     _checked(where, "", config, _UNREAD)
     _checked(where, prefix, section, _UNREAD)
     values = _checked(where, prefix, section, KINDS[model_type])
     for name in ("rope_scaling", "rope_parameters"):
         if values.get(name) is not None:
-            values[name] = _rope(where, f"{prefix}{name}", values[name], by_layer_type=model_type == "gemma3_text")
-    if model_type == "gemma":
+            values[name] = _rope(where, f"{prefix}{name}", values[name], family)
+    if family.activation_key == "hidden_act":
         _settle_activation(where, prefix, values)
     if values.get("num_hidden_layers", layers) != layers:
         raise GemmaAwqError(
-            f"{where} says {prefix}num_hidden_layers {values['num_hidden_layers']}; the tensors have {layers} layers.",
+            f"{where}: {prefix}num_hidden_layers is {values['num_hidden_layers']}; the tensors have {layers} layers.",
             "Take config.json and the weights from the same checkpoint.",
         )
     types = values.get("layer_types")
@@ -172,19 +180,19 @@ def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: 
 
 
 def require_sound(facts: Any, where: Path) -> None:
-    """What several values must be together, whoever filled in those that config.json leaves out."""
+    """An error unless values that depend on each other agree, those that config.json leaves out included."""
 
-    def require(sound: bool, said: str) -> None:
+    def require(sound: bool, problem: str) -> None:
         if not sound:
-            raise GemmaAwqError(f"{where}: {said}.", HINT)
+            raise GemmaAwqError(f"{where}: {problem}.", HINT)
 
     heads, kv_heads = facts.num_attention_heads, facts.num_key_value_heads
-    require(heads % kv_heads == 0, f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
-    require(facts.head_dim % 2 == 0, f"head_dim {facts.head_dim} is odd, and the rotary embedding turns pairs")
+    require(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    require(facts.head_dim % 2 == 0, f"head_dim {facts.head_dim} is odd, but the rotary embedding rotates pairs")
     if facts.bos_token_id is not None:
         bos, entries = facts.bos_token_id, facts.vocab_size
-        require(bos < entries, f"bos_token_id {bos} lies outside vocab_size {entries}")
-    if "sliding_attention" in (getattr(facts, "layer_types", None) or ()):
+        require(bos < entries, f"bos_token_id {bos} is not below vocab_size {entries}")
+    if SLIDING in (getattr(facts, "layer_types", None) or ()):
         require(facts.sliding_window is not None, "layer_types has sliding layers, but sliding_window is null")
 
 
@@ -213,22 +221,22 @@ def _shown(value: Any) -> str:
 
 
 def _require_vision(where: Path, section: Any) -> None:
-    """The tower is copied, never built; readers of the artifact build it from these."""
+    """Check the vision tower's values. The tower is copied, never built; readers of the artifact build it."""
     if section is not None:
         _require(where, "vision_config", section, OBJECT)
         _checked(where, "vision_config.", section, {**_VISION, **_UNREAD})
 
 
 def _require_known_forward(where: Path, prefix: str, section: Mapping[str, Any]) -> None:
-    """What transformers would compute differently for, and no Gemma of these families has."""
+    """An error for values that would change transformers' forward and that no Gemma of these families has."""
     if section.get("per_layer_config") is not None:
-        raise GemmaAwqError(f"{where}: {prefix}per_layer_config is not supported: layers would differ.", HINT)
+        raise GemmaAwqError(f"{where}: {prefix}per_layer_config is not supported for this family.", HINT)
     if section.get("is_causal", True) is not True:
         raise GemmaAwqError(f"{where}: {prefix}is_causal must be true: text is generated from left to right.", HINT)
 
 
 def _settle_activation(where: Path, prefix: str, values: dict[str, Any]) -> None:
-    """One name of Gemma 1's activation, `hidden_act`: transformers 4 read `hidden_activation`, 5 reads the other.
+    """Keep one name of Gemma 1's activation: transformers 4 reads `hidden_activation`, transformers 5 `hidden_act`.
 
     The first releases say "gelu" and mean the tanh approximation.
     """
@@ -240,9 +248,9 @@ def _settle_activation(where: Path, prefix: str, values: dict[str, Any]) -> None
         values["hidden_act"] = found.pop()
 
 
-def _rope(where: Path, name: str, given: Mapping[str, Any], by_layer_type: bool) -> dict[str, Any]:
+def _rope(where: Path, name: str, given: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Rotary parameters, or one set of them per layer type, which Gemma 3 has under `rope_parameters`."""
-    if by_layer_type and name.endswith("rope_parameters"):
+    if family.rope_per_kind and name.endswith("rope_parameters"):
         if given.keys() & _ROPE.keys():
             raise GemmaAwqError(f"{where}: {name} must hold one object per layer type: {', '.join(LAYER_TYPES)}.", HINT)
         kinds = dict.fromkeys(LAYER_TYPES, optional(OBJECT))
@@ -257,5 +265,5 @@ def _rope_set(where: Path, name: str, given: Mapping[str, Any]) -> dict[str, Any
     values = _checked(where, f"{name}.", given, _ROPE)
     low, high = values.get("low_freq_factor"), values.get("high_freq_factor")
     if low is not None and high is not None and low >= high:
-        raise GemmaAwqError(f"{where}: {name}.high_freq_factor must be more than low_freq_factor.", HINT)
+        raise GemmaAwqError(f"{where}: {name}.high_freq_factor must be greater than low_freq_factor.", HINT)
     return values

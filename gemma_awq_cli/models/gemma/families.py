@@ -1,7 +1,7 @@
-"""Each Gemma family written out as data: its norms, its scale groups, what stays 16-bit. No code that computes.
+"""Each Gemma family as data: what its layers hold, its scale groups, its names, its licence. No code that computes.
 
 Families are written out in full and never inherit from each other: Gemma 3 taking over Gemma 2's table has shipped as
-a bug elsewhere. Names are relative to one decoder layer. The shapes come from the transformers module, not from here.
+a bug elsewhere. Names are relative to one decoder layer. The sizes of a layer follow from a config: see layers.py.
 """
 
 from collections.abc import Mapping
@@ -10,7 +10,11 @@ from typing import Literal
 
 from gemma_awq_cli.errors import GemmaAwqError
 
-# How the inverse of a scale is taken up by what feeds the linears:
+# The kinds of attention layers, as a config spells them.
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+
+# How the module that feeds a group of linears takes up the inverse of the group's scale:
 #   norm   an RMSNorm's gain; channel c of the norm feeds column c
 #   heads  the rows of v_proj, one scale per kv-head channel, repeated for the query heads that share the kv head
 #   rows   the rows of a linear whose output is multiplied, channel by channel, into the input
@@ -19,17 +23,18 @@ Fold = Literal["norm", "heads", "rows"]
 
 @dataclass(frozen=True)
 class ScaleGroup:
-    """The linears that share one input, and so one scale a channel and one decision."""
+    """The linears that share one input, and so one scale per channel and one decision."""
 
     name: str
     linears: tuple[str, ...]
     source: str  # the module that takes up the inverse scale
     fold: Fold
+    normalized: bool = False  # whether a norm follows the output before it is added to the residual
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a checkpoint keeps what transformers' causal model calls `model.*` and `lm_head.weight`."""
+class KeyLayout:
+    """The names in a checkpoint's files of what transformers' causal model calls `model.*` and `lm_head.weight`."""
 
     prefix: str
     head: str
@@ -37,23 +42,28 @@ class Layout:
 
 @dataclass(frozen=True)
 class Family:
-    """What the quantizer must know of one `model_type`."""
+    """Everything that is known of one `model_type`."""
 
     model_type: str
     title: str
+    licence: str  # the hub's id of the licence that Google releases the family under
+    end_of_turn: str  # the token that ends a turn of a chat
+    text_type: str  # the model_type of the language model alone
+    text_section: str | None  # the section of config.json that describes the language model; None: the top level
+    config_class: str  # transformers' class of config.json
+    model_class: str  # transformers' class of the model, as `architectures` names it
+    activation_key: Literal["hidden_act", "hidden_activation"]  # the config's name of the MLP's activation
+    layer_kinds: tuple[str, ...]  # the kinds of layers that a model can have; where there are several, the config tells
+    rope_per_kind: bool  # whether each kind of layer has rotary parameters of its own
     gain_offset: float  # an RMSNorm multiplies by gain_offset + weight
-    post_norms: bool  # whether a norm follows attention and MLP before the residual is added
-    query_norms: bool  # whether q and k of each head are normalized (q_norm, k_norm) before the rotary embedding
     attention_softcap: bool  # whether attention scores obey the config's attn_logit_softcapping
     query_scale: Literal["head_dim", "query_pre_attn_scalar"]  # scores are multiplied by this config value ** -0.5
-    norms: Mapping[
-        str, str
-    ]  # an RMSNorm's slot in the forward -> its module in a layer; q_norm and k_norm are a head's
+    norms: Mapping[str, str]  # an RMSNorm's slot in the forward -> its module; q_norm and k_norm have head_dim channels
     groups: tuple[ScaleGroup, ...]
-    layouts: tuple[Layout, ...]  # where the language model's tensors live in a checkpoint, tried in this order
-    read_layouts: tuple[Layout, ...]  # tried after them; other readers know them less, so artifacts use the first above
+    key_layouts: tuple[KeyLayout, ...]  # tried in this order; artifacts are written in the first
+    read_layouts: tuple[KeyLayout, ...]  # tried after them, and never written: other readers may not know them
     companions: tuple[str, ...]  # key prefixes copied as they are (vision tower, projector)
-    not_converted: tuple[str, ...]  # `modules_to_not_convert`, matched by substring by the readers
+    not_converted: tuple[str, ...]  # `modules_to_not_convert`; readers match them by substring
     float16: bool  # whether activations fit float16
 
 
@@ -61,18 +71,25 @@ _ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
 # A text model saved without its head's class, or cut out of a multimodal one.
 _TEXT_READ = (
-    Layout("", "lm_head.weight"),
-    Layout("language_model.model.", "language_model.lm_head.weight"),
-    Layout("model.language_model.", "lm_head.weight"),
-    Layout("language_model.", "lm_head.weight"),
+    KeyLayout("", "lm_head.weight"),
+    KeyLayout("language_model.model.", "language_model.lm_head.weight"),
+    KeyLayout("model.language_model.", "lm_head.weight"),
+    KeyLayout("language_model.", "lm_head.weight"),
 )
 
 GEMMA = Family(
     model_type="gemma",
     title="Gemma 1, 1.1, CodeGemma",
+    licence="gemma",
+    end_of_turn="<end_of_turn>",
+    text_type="gemma",
+    text_section=None,
+    config_class="GemmaConfig",
+    model_class="GemmaForCausalLM",
+    activation_key="hidden_act",
+    layer_kinds=(FULL,),
+    rope_per_kind=False,
     gain_offset=1.0,
-    post_norms=False,
-    query_norms=False,
     attention_softcap=False,
     query_scale="head_dim",
     norms={"input_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"},
@@ -83,7 +100,7 @@ GEMMA = Family(
         ScaleGroup("gate_up", _MLP_INPUT, "post_attention_layernorm", "norm"),
         ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
     ),
-    layouts=(Layout("model.", "lm_head.weight"),),
+    key_layouts=(KeyLayout("model.", "lm_head.weight"),),
     read_layouts=_TEXT_READ,
     companions=(),
     not_converted=("lm_head",),
@@ -93,9 +110,16 @@ GEMMA = Family(
 GEMMA2 = Family(
     model_type="gemma2",
     title="Gemma 2",
+    licence="gemma",
+    end_of_turn="<end_of_turn>",
+    text_type="gemma2",
+    text_section=None,
+    config_class="Gemma2Config",
+    model_class="Gemma2ForCausalLM",
+    activation_key="hidden_activation",
+    layer_kinds=(SLIDING, FULL),
+    rope_per_kind=False,
     gain_offset=1.0,
-    post_norms=True,
-    query_norms=False,
     attention_softcap=True,
     query_scale="query_pre_attn_scalar",
     norms={
@@ -106,12 +130,12 @@ GEMMA2 = Family(
     },
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
-        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", normalized=True),
         # post_attention_layernorm follows o_proj here; the MLP is fed by pre_feedforward_layernorm.
         ScaleGroup("gate_up", _MLP_INPUT, "pre_feedforward_layernorm", "norm"),
-        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", normalized=True),
     ),
-    layouts=(Layout("model.", "lm_head.weight"),),
+    key_layouts=(KeyLayout("model.", "lm_head.weight"),),
     read_layouts=_TEXT_READ,
     companions=(),
     not_converted=("lm_head",),
@@ -121,9 +145,16 @@ GEMMA2 = Family(
 GEMMA3_TEXT = Family(
     model_type="gemma3_text",
     title="Gemma 3 (text)",
+    licence="gemma",
+    end_of_turn="<end_of_turn>",
+    text_type="gemma3_text",
+    text_section=None,
+    config_class="Gemma3TextConfig",
+    model_class="Gemma3ForCausalLM",
+    activation_key="hidden_activation",
+    layer_kinds=(SLIDING, FULL),
+    rope_per_kind=True,
     gain_offset=1.0,
-    post_norms=True,
-    query_norms=True,
     attention_softcap=False,
     query_scale="query_pre_attn_scalar",
     norms={
@@ -137,11 +168,11 @@ GEMMA3_TEXT = Family(
     groups=(
         # q_norm and k_norm follow q and k, so a scale of their *input* still folds exactly.
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
-        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", normalized=True),
         ScaleGroup("gate_up", _MLP_INPUT, "pre_feedforward_layernorm", "norm"),
-        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", normalized=True),
     ),
-    layouts=(Layout("model.", "lm_head.weight"),),
+    key_layouts=(KeyLayout("model.", "lm_head.weight"),),
     read_layouts=_TEXT_READ,
     companions=(),
     not_converted=("lm_head",),
@@ -151,9 +182,16 @@ GEMMA3_TEXT = Family(
 GEMMA3 = Family(
     model_type="gemma3",
     title="Gemma 3 (multimodal: the language model is quantized, the vision tower is copied)",
+    licence="gemma",
+    end_of_turn="<end_of_turn>",
+    text_type="gemma3_text",
+    text_section="text_config",
+    config_class="Gemma3Config",
+    model_class="Gemma3ForConditionalGeneration",
+    activation_key="hidden_activation",
+    layer_kinds=(SLIDING, FULL),
+    rope_per_kind=True,
     gain_offset=1.0,
-    post_norms=True,
-    query_norms=True,
     attention_softcap=False,
     query_scale="query_pre_attn_scalar",
     norms={
@@ -166,15 +204,15 @@ GEMMA3 = Family(
     },
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
-        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", normalized=True),
         ScaleGroup("gate_up", _MLP_INPUT, "pre_feedforward_layernorm", "norm"),
-        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", normalized=True),
     ),
-    layouts=(
-        Layout("language_model.model.", "language_model.lm_head.weight"),  # the hub's files
-        Layout("model.language_model.", "lm_head.weight"),  # what transformers 5 calls the same modules
+    key_layouts=(
+        KeyLayout("language_model.model.", "language_model.lm_head.weight"),  # the hub's files
+        KeyLayout("model.language_model.", "lm_head.weight"),  # what transformers 5 calls the same modules
     ),
-    read_layouts=(Layout("language_model.", "lm_head.weight"),),  # a model saved without its head's class
+    read_layouts=(KeyLayout("language_model.", "lm_head.weight"),),  # a model saved without its head's class
     companions=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
     not_converted=("lm_head", "vision_tower", "multi_modal_projector"),
     float16=False,
@@ -186,7 +224,7 @@ FLOAT16_REASON = "its activations overflow float16 (NaN or <pad> output)"
 
 
 def family_of(model_type: str) -> Family:
-    """The family of a config's `model_type`; an error that names what is supported for any other."""
+    """The family of a config's `model_type`. For any other, an error that lists the supported ones."""
     family = FAMILIES.get(model_type)
     if family is None:
         supported = "; ".join(f"{f.model_type} ({f.title})" for f in FAMILIES.values())

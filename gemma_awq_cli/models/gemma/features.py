@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_awq_cli.models.gemma.config_values import ACTIVATIONS
-from gemma_awq_cli.models.gemma.families import Family
-from gemma_awq_cli.models.gemma.layers import SLIDING, layers_of, rope_parameters
+from gemma_awq_cli.models.gemma.families import SLIDING, Family
+from gemma_awq_cli.models.gemma.layers import layers_of
 
 ACTIVATION = "gelu_pytorch_tanh"
 
@@ -31,19 +31,18 @@ FEATURES: Mapping[str, str] = {
 def features_of(config: Any, family: Family) -> frozenset[str]:
     """The names in `FEATURES` that a text config's forward needs. config: a `Checkpoint`'s facts."""
     layers = layers_of(config, family)
-    ropes = [rope_parameters(config, kind) for kind in {layer.kind for layer in layers}]
     needed = {
-        "post_norms": family.post_norms,
-        "qk_norm": family.query_norms,
+        "post_norms": "attention_norm" in family.norms,
+        "qk_norm": "q_norm" in family.norms,
         "attention_softcap": family.attention_softcap and config.attn_logit_softcapping is not None,
         "final_softcap": getattr(config, "final_logit_softcapping", None) is not None,
         "sliding_window": any(layer.kind == SLIDING for layer in layers),
         "attention_bias": config.attention_bias,
         "bidirectional": getattr(config, "use_bidirectional_attention", None),
-        "longrope": any(rope.get("rope_type") == "longrope" for rope in ropes),
+        "longrope": any(layer.rope.get("rope_type") == "longrope" for layer in layers),
     }
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    return frozenset(name for name, is_needed in needed.items() if is_needed) | ({activation} - {ACTIVATION})
+    names = {name for name, is_needed in needed.items() if is_needed}
+    return frozenset(names | ({getattr(config, family.activation_key)} - {ACTIVATION}))
 
 
 def missing_features(needed: frozenset[str], known: frozenset[str]) -> str | None:

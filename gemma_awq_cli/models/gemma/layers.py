@@ -7,10 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gemma_awq_cli.models.gemma.families import Family, ScaleGroup
-
-FULL = "full_attention"
-SLIDING = "sliding_attention"
+from gemma_awq_cli.models.gemma.families import FULL, SLIDING, Family, ScaleGroup
 
 
 @dataclass(frozen=True)
@@ -34,9 +31,11 @@ class Norm:
 class LayerLayout:
     """One decoder layer. Names are relative to the layer.
 
-    kind: FULL or SLIDING, as the config spells it; it decides which rotary parameters the layer has.
+    kind: FULL or SLIDING, as the config spells it.
     window: how many tokens a query sees, itself included; None: all before it.
-    norms: by the slot in the forward; a slot that this layer lacks is absent.
+    rope: the rotary parameters, as the config has them.
+    linears: every linear by its name; all of them become 4-bit.
+    norms: every RMSNorm by its slot in the forward; a slot that this layer lacks is absent.
     """
 
     kind: str
@@ -46,6 +45,7 @@ class LayerLayout:
     head_dim: int
     intermediate: int
     window: int | None
+    rope: Mapping[str, Any]
     linears: Mapping[str, Linear]
     norms: Mapping[str, Norm]
     groups: tuple[ScaleGroup, ...]
@@ -62,17 +62,6 @@ class LayerLayout:
         """Linears with the same input, as one: their outputs side by side."""
         parts = [self.linears[name] for name in linears]
         return Linear(sum(part.outputs for part in parts), parts[0].inputs, any(part.bias for part in parts))
-
-
-def rope_parameters(config: Any, kind: str) -> Mapping[str, Any]:
-    """The rotary parameters of the layers of one kind; Gemma 3 has a set for each kind, Gemma 1 and 2 one for all."""
-    parameters: Mapping[str, Any] = config.rope_parameters
-    return parameters if has_one_rope(parameters) else parameters[kind]
-
-
-def has_one_rope(parameters: Mapping[str, Any]) -> bool:
-    """Whether a config's `rope_parameters` are one set for all layers."""
-    return "rope_type" in parameters or "rope_theta" in parameters
 
 
 def layers_of(config: Any, family: Family) -> tuple[LayerLayout, ...]:
@@ -100,4 +89,7 @@ def _layer(config: Any, family: Family, kind: str) -> LayerLayout:
         slot: Norm(name, head_dim if slot in ("q_norm", "k_norm") else hidden) for slot, name in family.norms.items()
     }
     window = config.sliding_window if kind == SLIDING else None
-    return LayerLayout(kind, hidden, heads, kv_heads, head_dim, intermediate, window, linears, norms, family.groups)
+    rope = config.rope_parameters[kind] if family.rope_per_kind else config.rope_parameters
+    return LayerLayout(
+        kind, hidden, heads, kv_heads, head_dim, intermediate, window, rope, linears, norms, family.groups
+    )

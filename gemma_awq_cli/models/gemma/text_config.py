@@ -1,4 +1,4 @@
-"""transformers' config of a language model, made of checked values alone, and whether it reads a whole config."""
+"""transformers' config of a language model, built from checked values alone, and its check of a whole config.json."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -8,30 +8,31 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
+from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.system.reading import first_line, library_errors
 
 
 def transformers_text_config(values: Mapping[str, Any], where: Path) -> Any:
-    """The config of `values` (see `config_values.text_values`), what they leave out filled in by transformers.
+    """The config of `values` (see `config_values.text_values`), with transformers' defaults for those left out.
 
     Importing transformers takes a second.
     """
-    from transformers import Gemma2Config, Gemma3TextConfig, GemmaConfig
+    import transformers
 
-    classes = {"gemma": GemmaConfig, "gemma2": Gemma2Config, "gemma3_text": Gemma3TextConfig}
+    config_class = getattr(transformers, FAMILIES[values["model_type"]].config_class)
     own = copy.deepcopy({name: value for name, value in values.items() if name != "model_type"})  # it writes into them
-    with _refusals(f"transformers refuses the values in {where}"):
-        return classes[values["model_type"]](**own)
+    with _refusals(f"transformers does not accept the values in {where}"):
+        return config_class(**own)
 
 
 def require_loadable(config: Mapping[str, Any], where: Path) -> None:
-    """An error unless transformers reads a whole config.json, the parts that this tool has no use for among them.
+    """An error unless transformers can read a whole config.json, including the parts that this tool does not use.
 
-    config: one whose values are sound already; where: the file, for errors.
+    config: one whose language model's values are checked already; where: the file, for errors.
     """
     from transformers import CONFIG_MAPPING
 
-    with _refusals(f"transformers, which is to read the artifact, refuses {where}"):
+    with _refusals(f"transformers, which has to read the artifact, does not accept {where}"):
         CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
 
 
@@ -42,5 +43,5 @@ def _refusals(what: str) -> Iterator[None]:
     with library_errors(what, HINT):
         try:
             yield
-        except StrictDataclassError as error:  # says in its cause what is wrong
+        except StrictDataclassError as error:  # its cause says what is wrong
             raise GemmaAwqError(f"{what}: {first_line(error.__cause__ or error)}", HINT) from error

@@ -186,14 +186,18 @@ def unmerged(tensors: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize(
     ("change", "message", "hint"),
     [
-        (unmerged, r"adapter that is not merged \(base_model\.model\.", "merge_and_unload"),
-        (with_lora, r"adapter that is not merged \(model\.layers\.0", "merge_and_unload"),
+        (unmerged, r"adapter that was not merged \(base_model\.model\.", "merge_and_unload"),
+        (with_lora, r"adapter that was not merged \(model\.layers\.0", "merge_and_unload"),
         (renamed("^", "base_model.model."), r"The prefix base_model\.model\. is PEFT's", "merge_and_unload"),
-        (renamed("^", "module."), r"named module\.model\.embed_tokens\.weight.*The prefix is module\.", "model.module"),
+        (
+            renamed("^", "module."),
+            r"names like module\.model\.embed_tokens\.weight.*The prefix is module\.",
+            "model.module",
+        ),
         (renamed("^", "_orig_mod."), r"The prefix is _orig_mod\.", "_orig_mod"),
         (
             renamed(r"^model\.", "transformer."),
-            r"named transformer\.embed_tokens\.weight",
+            r"names like transformer\.embed_tokens\.weight",
             r"from transformer\.\* to m",
         ),
         (renamed(r"^model\.embed_tokens", "embedder"), r"holds no embedding.*it holds embedder\.weight", "convert"),
@@ -268,7 +272,7 @@ def test_many_of_them_are_counted(copy: Callable[[str], Path]) -> None:
 def test_more_layers_than_the_config_says(copy: Callable[[str], Path]) -> None:
     folder = copy("gemma3_text")
     edit_config(folder, num_hidden_layers=2, layer_types=["sliding_attention", "full_attention"])
-    with pytest.raises(GemmaAwqError, match=r"says .*2.* the (files|tensors) h.* 3") as error:
+    with pytest.raises(GemmaAwqError, match=r"num_hidden_layers.* 2.* the (files|tensors) h.* 3") as error:
         Checkpoint(folder)
     assert "config.json" in error.value.hint
 

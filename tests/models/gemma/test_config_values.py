@@ -116,8 +116,8 @@ def test_a_size_is_what_the_tensors_are(kind: str, name: str, value: int, change
         ("gemma3_text", {"sliding_window": 2**32 + 1}, "sliding_window is 4294967297"),
         ("gemma2", {"sliding_window": 0}, "sliding_window is 0"),
         ("gemma2", {"sliding_window": None}, "sliding_window is null"),
-        ("gemma2", {"num_attention_heads": 2, "num_key_value_heads": 4, "head_dim": 32}, "no multiple of"),
-        ("gemma", {"num_key_value_heads": 3}, "no multiple of num_key_value_heads 3"),
+        ("gemma2", {"num_attention_heads": 2, "num_key_value_heads": 4, "head_dim": 32}, "not a multiple of"),
+        ("gemma", {"num_key_value_heads": 3}, "not a multiple of num_key_value_heads 3"),
         ("gemma", {"num_hidden_layers": 10**8}, "num_hidden_layers is 100000000"),
         ("gemma3_text", {"num_hidden_layers": 2}, "the tensors have 3 layers"),
         ("gemma3", {"num_hidden_layers": 10**30}, "an integer of 31 digits"),
@@ -133,7 +133,7 @@ def test_a_size_is_what_the_tensors_are(kind: str, name: str, value: int, change
         ("gemma", {"max_position_embeddings": 2**40}, "max_position_embeddings is 1099511627776"),
         ("gemma", {"hidden_act": "silu", "hidden_activation": "gelu"}, "hidden_act and hidden_activation differ"),
         ("gemma2", {"hidden_activation": "x"}, 'hidden_activation is "x"'),
-        ("gemma", {"bos_token_id": 264}, "bos_token_id 264 lies outside vocab_size 264"),
+        ("gemma", {"bos_token_id": 264}, "bos_token_id 264 is not below vocab_size 264"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma2", {"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config is not supported"),
         ("gemma2", {"is_causal": False}, "is_causal must be true"),
@@ -207,7 +207,9 @@ def test_what_transformers_would_not_read_is_not_quantized(
 ) -> None:
     assert main(quantize_arguments(changed("gemma3", {}, top), tmp_path / "out", text_file)) == 1
     stderr = capsys.readouterr().err
-    assert re.search("transformers, which is to read the artifact, refuses|vision_config in .* cannot be used", stderr)
+    assert re.search(
+        "transformers, which has to read the artifact, does not accept|vision_config in .* cannot be used", stderr
+    )
     assert "layer 1/3" not in stderr
     assert not (tmp_path / "out").exists()
 
