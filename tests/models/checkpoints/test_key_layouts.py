@@ -191,7 +191,7 @@ def unmerged(tensors: dict[str, Tensor]) -> None:
         (renamed("^", "base_model.model."), r"The prefix base_model\.model\. is PEFT's", "merge_and_unload"),
         (
             renamed("^", "module."),
-            r"names like module\.model\.embed_tokens\.weight.*The prefix is module\.",
+            r"names like module\.model\.embed_tokens.*The prefix is module\.",
             "model.module",
         ),
         (renamed("^", "_orig_mod."), r"The prefix is _orig_mod\.", "_orig_mod"),

@@ -207,9 +207,7 @@ def test_what_transformers_would_not_read_is_not_quantized(
 ) -> None:
     assert main(quantize_arguments(changed("gemma3", {}, top), tmp_path / "out", text_file)) == 1
     stderr = capsys.readouterr().err
-    assert re.search(
-        "transformers, which has to read the artifact, does not accept|vision_config in .* cannot be used", stderr
-    )
+    assert re.search("transformers, .* the artifact, does not accept|vision_config in .* cannot be used", stderr)
     assert "layer 1/3" not in stderr
     assert not (tmp_path / "out").exists()
 
