@@ -1,19 +1,20 @@
-"""Tiny random Gemmas of every family, made at test time and hard on purpose.
+"""Tiny random Gemmas of every family, made at test time and deliberately hard.
 
 Norm gains are 0, tiny, negative and large; q is wider than the hidden size; kv heads are shared; soft-caps bite; rows
-are longer than the sliding window. What passes here is not passed by luck.
+are longer than the sliding window. Nothing passes here by luck. Every family has models of all its kinds of layers
+(tests/models/gemma/test_families.py holds that).
 """
 
 import json
 from pathlib import Path
 
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma3Config,
-    Gemma3ForConditionalGeneration,
     Gemma3TextConfig,
     GemmaConfig,
     PreTrainedConfig,
@@ -21,6 +22,8 @@ from transformers import (
     SiglipVisionConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+
+from gemma_awq_cli.models.gemma.families import FAMILIES, FULL, SLIDING
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
 VOCAB = 264  # bytes, the special tokens, and two that nothing maps to
@@ -44,7 +47,7 @@ _SIZES = {
     "eos_token_id": 1,
     "pad_token_id": 0,
 }
-_LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention"]
+_LAYER_TYPES = [SLIDING, FULL, SLIDING]
 
 
 def _gemma(**changes: object) -> PreTrainedConfig:
@@ -69,6 +72,7 @@ def _gemma3() -> PreTrainedConfig:
     return Gemma3Config(text_config=_gemma3_text(), vision_config=vision, mm_tokens_per_image=4, image_token_index=262)
 
 
+# Name of a tiny model -> its config. A family's `model_type` is the name of one of its models.
 CONFIGS = {
     "gemma": _gemma,
     "gemma-mqa": lambda: _gemma(num_key_value_heads=1),
@@ -112,8 +116,11 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
     config = CONFIGS[kind]()
     config.dtype = "bfloat16"
     torch.manual_seed(seed)
-    multimodal = kind == "gemma3"
-    model = Gemma3ForConditionalGeneration(config) if multimodal else AutoModelForCausalLM.from_config(config)
+    family = FAMILIES[config.model_type]
+    if family.companions:
+        model = getattr(transformers, family.model_class)(config)
+    else:
+        model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
