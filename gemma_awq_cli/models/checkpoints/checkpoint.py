@@ -16,6 +16,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.expected_tensors import Expected, require_tensors, text_tensors
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
+from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
 from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, count_layers, find_key_layout
 from gemma_awq_cli.models.checkpoints.quantization_config import (
     SECTION,
@@ -25,14 +26,7 @@ from gemma_awq_cli.models.checkpoints.quantization_config import (
     quantization_of,
 )
 from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
-from gemma_awq_cli.models.checkpoints.weight_files import (
-    few,
-    find_weights,
-    raw_bytes,
-    read_headers,
-    read_tensors,
-    require_finite,
-)
+from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_tensors, require_finite
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import Family, KeyLayout, family_of

@@ -8,7 +8,7 @@ import torch
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, REDOWNLOAD
-from gemma_awq_cli.models.checkpoints.weight_files import few
+from gemma_awq_cli.models.checkpoints.headers import few
 from gemma_awq_cli.system.reading import first_line, library_errors
 
 _TOWER = "vision_tower."

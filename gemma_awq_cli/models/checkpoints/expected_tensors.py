@@ -16,7 +16,7 @@ from gemma_awq_cli.models.checkpoints.files import CONFIG, REDOWNLOAD
 from gemma_awq_cli.models.gemma.architecture import TextShape
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.models.checkpoints.weight_files import TensorInfo
+    from gemma_awq_cli.models.checkpoints.headers import TensorInfo
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

@@ -8,12 +8,10 @@ has to say which one is meant, because other readers would drop it.
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.headers import TensorInfo
 from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
-from gemma_awq_cli.models.checkpoints.weight_files import TensorInfo, read_tensors
 from gemma_awq_cli.models.gemma.families import KeyLayout
 
 TIE = "tie_word_embeddings"
@@ -63,8 +61,13 @@ def with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _equal(tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
+    # torch is imported here, for the few checkpoints that store both
     if tensors[one].shape != tensors[other].shape:
         return False
+    import torch
+
+    from gemma_awq_cli.models.checkpoints.weight_files import read_tensors
+
     read = read_tensors(tensors, [one, other])
     parts = zip(read[one].split(_ROWS), read[other].split(_ROWS), strict=True)
     return all(torch.equal(a.float(), b.float()) for a, b in parts)

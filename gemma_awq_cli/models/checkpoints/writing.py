@@ -15,10 +15,11 @@ from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import INDEX, SINGLE
-from gemma_awq_cli.models.checkpoints.weight_files import DTYPES, raw_bytes
+from gemma_awq_cli.models.checkpoints.headers import DTYPES
+from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes
 
 SHARD_BYTES = 4 * 10**9
-FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+FORMAT_NAMES = {getattr(torch, dtype): name for name, (dtype, _) in DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.weight_files import find_weights, read_headers, read_tensors
+from gemma_awq_cli.models.checkpoints.headers import find_weights, read_headers
+from gemma_awq_cli.models.checkpoints.weight_files import read_tensors
 from tests.tiny import edit_weights, make_checkpoint
 
 SINGLE = "model.safetensors"
@@ -159,7 +160,7 @@ def test_a_tensor_in_two_shards(shards: Path) -> None:
     first, second, _ = sorted(shards.glob("model-*"))
     name = next(iter(load_file(first)))
     save_file({**load_file(second), name: torch.zeros(2)}, second)
-    with pytest.raises(GemmaAwqError, match=f"{name}: both in {first.name} and in {second.name}"):
+    with pytest.raises(GemmaAwqError, match=f"{name}: stored both in {first.name} and in {second.name}"):
         Checkpoint(shards)
 
 

@@ -9,8 +9,8 @@ import torch
 from safetensors.torch import load_file
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.headers import find_weights, read_headers
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space
-from gemma_awq_cli.models.checkpoints.weight_files import find_weights, read_headers
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
 
 TENSORS = {

@@ -1,0 +1,177 @@
+"""The safetensors files of a folder: which of them make up the model, and what their headers say. Without torch.
+
+A folder can hold more than one set of weights, such as the shards and the index of an earlier save beside a new whole
+file. The one complete set is read; two complete ones are an error, because nothing tells which of them is meant.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from gemma_awq_cli.errors import GemmaAwqError, some
+from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
+from gemma_awq_cli.models.checkpoints.foreign import explain_no_weights
+from gemma_awq_cli.system.reading import first_line, reason_of, require_regular
+
+if TYPE_CHECKING:
+    import torch
+
+# The dtypes that are read: safetensors' name -> torch's name, and bytes per element.
+DTYPES = {
+    "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
+}  # fmt: skip
+NAMED = 3  # how many of many names are shown
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies and what it is, from the file's header alone. stored: its dtype's name in `DTYPES`."""
+
+    file: Path
+    shape: tuple[int, ...]
+    stored: str
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        import torch
+
+        dtype: torch.dtype = getattr(torch, DTYPES[self.stored][0])
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.stored][1]
+
+
+@dataclass(frozen=True)
+class WeightFiles:
+    """The files of one set of weights.
+
+    index: tensor name -> file name, as an index has it; notes: a line on each thing in the folder that is not read.
+    """
+
+    folder: Path
+    files: tuple[Path, ...]
+    index: Mapping[str, str]
+    notes: tuple[str, ...] = ()
+
+
+def few(names: Iterable[str]) -> str:
+    """The first names of many, for messages; `some` with a limit that suits the long names of tensors."""
+    return some(names, NAMED)
+
+
+def find_weights(folder: Path) -> WeightFiles:
+    """The one complete set of a folder: `model.safetensors`, or the files that an index names. Opens only the index.
+
+    An error if there are two complete sets or none.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    whole = single.exists()
+    if not index.exists():
+        if not whole:
+            raise explain_no_weights(folder)
+        return WeightFiles(folder, (single,), {}, _left(folder, {SINGLE}))
+    require_inside(folder, index)
+    try:
+        weight_map = _weight_map(index)
+    except GemmaAwqError as error:
+        if not whole:
+            raise
+        # transformers would not open the index here either
+        return WeightFiles(folder, (single,), {}, (f"{INDEX} is not used: {error.message}", *_left(folder, {SINGLE})))
+    names = sorted(set(weight_map.values()))
+    for name in names:
+        _require_plain(index, name)
+    missing = [name for name in names if not (folder / name).exists()]
+    if missing and (not whole or SINGLE in names):
+        raise GemmaAwqError(f"{index} names files that are missing: {few(missing)}.", REDOWNLOAD)
+    if missing:
+        stale = f"{INDEX} is not used: files that it names are missing ({few(missing)}), and {SINGLE} is there."
+        return WeightFiles(folder, (single,), {}, (stale, *_left(folder, {SINGLE, *names})))
+    if whole and SINGLE not in names:
+        raise GemmaAwqError(
+            f"{folder} holds two sets of weights: {SINGLE}, and what {INDEX} names ({few(names)}).",
+            f"Keep the one that is the model: move {SINGLE} out of the folder, or {INDEX} and its files.",
+        )
+    return WeightFiles(folder, tuple(folder / name for name in names), weight_map, _left(folder, {*names}))
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """An index's map from tensor names to file names."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise GemmaAwqError(f"{index} has no weight_map.", REDOWNLOAD)
+    if odd := [name for name in weight_map.values() if not isinstance(name, str)]:
+        raise GemmaAwqError(f"{index} names {odd[0]!s:.50} as a file.", REDOWNLOAD)
+    return weight_map
+
+
+def _require_plain(index: Path, name: str) -> None:
+    # by the rules of both systems: `..\\x` is a plain name here, and leads elsewhere on Windows
+    plain = name == PurePosixPath(name).name == PureWindowsPath(name).name and name.isprintable()
+    if not plain or not name.endswith(".safetensors"):
+        raise GemmaAwqError(
+            f"{index} names {name[:100]!r}, which is not the plain name of a safetensors file.",
+            "An index names files of its own folder only. Correct its weight_map, or get the checkpoint elsewhere.",
+        )
+
+
+def _left(folder: Path, read: set[str]) -> tuple[str, ...]:
+    """A note on safetensors files that are in the folder but not in the set."""
+    left = sorted({path.name for path in folder.glob("*.safetensors")} - read)
+    return (f"Not read: {few(left)}, which {'are' if len(left) > 1 else 'is'} not part of the model.",) if left else ()
+
+
+def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
+    """Every tensor of a set by its name, from the files' headers."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in weights.files:
+        require_inside(weights.folder, file)
+        found = _read_header(file)
+        if twice := sorted(found.keys() & tensors.keys()):
+            other = tensors[twice[0]].file.name
+            raise GemmaAwqError(f"{few(twice)}: stored both in {other} and in {file.name}.", REDOWNLOAD)
+        tensors |= found
+    if absent := sorted(weights.index.keys() - tensors.keys()):
+        raise GemmaAwqError(f"{weights.folder / INDEX} names tensors that no file holds: {few(absent)}.", REDOWNLOAD)
+    return tensors
+
+
+def _read_header(file: Path) -> dict[str, TensorInfo]:
+    infos = {}
+    with opened(file, "numpy") as handle:
+        for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
+            view = handle.get_slice(name)
+            if (stored := view.get_dtype()) not in DTYPES:
+                raise GemmaAwqError(
+                    f"{file.name}: {name} has dtype {stored}, which is not a plain 16- or 32-bit weight.",
+                    "Give the original 16-bit checkpoint.",
+                )
+            infos[name] = TensorInfo(file, tuple(view.get_shape()), stored)
+    return infos
+
+
+@contextmanager
+def opened(file: Path, framework: str) -> Iterator[Any]:
+    """An open safetensors file that gives tensors of `framework` ("pt", "numpy"); a clear error if it is damaged."""
+    require_regular(file, REDOWNLOAD)
+    try:
+        with safe_open(file, framework) as handle:
+            yield handle
+    except SafetensorError as error:
+        raise GemmaAwqError(f"{file} is damaged or truncated: {first_line(error)}.", REDOWNLOAD) from None
+    except OSError as error:
+        raise GemmaAwqError(f"{file} cannot be read: {reason_of(error)}.", REDOWNLOAD) from None
+    except MemoryError:  # raised by the library, which maps the file
+        raise GemmaAwqError(
+            f"{file} has {file.stat().st_size} bytes, more than this process may map.",
+            "Raise the limit of its address space (ulimit -v), or compare the file's size with the source's.",
+        ) from None
