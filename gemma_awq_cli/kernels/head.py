@@ -89,6 +89,11 @@ def make_head(weight: Tensor, head: str) -> nn.Module:
     return RefinedHead(make_linear(packed, weight.device, weight.dtype), weight)
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`, in place; the logits as they are without a cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
 def head_refusal(weight: Tensor, head: str) -> str | None:
     """Why torch cannot run this head quantized, or None."""
     if weight.dtype != torch.bfloat16:

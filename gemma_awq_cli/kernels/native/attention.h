@@ -5,7 +5,8 @@
 
 #include <algorithm>
 
-constexpr int MAX_QUERIES = 8;
+constexpr int MAX_QUERIES = 8;   // of one tile
+constexpr int MAX_HEAD_DIM = 512;  // that a tile has room for
 
 // Keys or values that lie at equal distances: bf16 vectors of one head.
 struct Run {
@@ -79,7 +80,7 @@ static void softmax(float* scores, int64_t keys, int64_t first, int64_t last, fl
     const int64_t count = last - first, whole = count & ~(LANES - 1);
     float rest[LANES];
     for (int i = 0; i < LANES; i++) rest[i] = i < count - whole ? s[whole + i] : -INFINITY;
-    const auto capped = [&](Floats v) { return softcap > 0 ? hyperbolic_tangent(v / softcap) * softcap : v; };
+    const auto capped = [&](Floats v) { return softcap > 0 ? soft_cap(v, softcap) : v; };
     Floats tail = load(rest);
     if (softcap > 0) {
         const Floats mask = tail;

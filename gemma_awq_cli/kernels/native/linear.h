@@ -20,7 +20,7 @@ constexpr int MANY = LANES == 16 ? 8 : 2;  // rows that meet a block at once, as
 constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. bf16: parts are row-major [rows, K] weights side by side, read where they lie.
-struct Linear {
+struct LinearSpec {
     int32_t kind;
     int64_t group;
     int64_t inputs;
@@ -80,7 +80,7 @@ INLINE int32_t four(const int8_t* q) {
 
 // R rows against one block of 32 outputs.
 template <int KIND, int R>
-static void block_rows(const Linear& w, int64_t block, const Activations& a, int64_t row, float* out, int64_t stride) {
+static void block_rows(const LinearSpec& w, int64_t block, const Activations& a, int64_t row, float* out, int64_t stride) {
     const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group);
     const uint8_t* data = w.data + block * groups * bytes;
     const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
@@ -142,7 +142,7 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
 }
 
 template <int KIND>
-static void block_all_rows(const Linear& w, int64_t block, const Activations& a, float* out, int64_t stride) {
+static void block_all_rows(const LinearSpec& w, int64_t block, const Activations& a, float* out, int64_t stride) {
     int64_t row = 0;
     for (; row + MANY <= a.rows; row += MANY) block_rows<KIND, MANY>(w, block, a, row, out, stride);
     if (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
@@ -177,7 +177,7 @@ static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const fl
 }
 
 // out [rows, outputs] with `stride` floats a row.
-static void apply(Pool& pool, const Linear& w, const Activations& a, float* out, int64_t stride) {
+static void apply(Pool& pool, const LinearSpec& w, const Activations& a, float* out, int64_t stride) {
     if (w.kind == BF16) {
         int64_t before = 0;
         for (int part = 0; part < MAX_PARTS && w.part_rows[part]; before += w.part_rows[part++]) {

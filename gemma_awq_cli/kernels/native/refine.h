@@ -49,7 +49,7 @@ static void refine(Pool& pool, const uint16_t* exact, int64_t inputs, int64_t en
         each_near(item, [&](int64_t i) {
             if (bin_of(logits[i]) >= bins) return;
             bf16_tile<1, 1>(exact + i * inputs, inputs, x, logits + i, 1);
-            if (cap > 0) logits[i] = std::tanh(logits[i] / cap) * cap;
+            if (cap > 0) logits[i] = soft_cap(logits[i], cap);
         });
     });
 }

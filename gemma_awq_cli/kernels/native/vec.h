@@ -196,6 +196,8 @@ INLINE Floats exponential(Floats x) {
     return x == x ? result : x;
 }
 INLINE Floats hyperbolic_tangent(Floats x) { return splat(1.0f) - splat(2.0f) / (exponential(x + x) + splat(1.0f)); }
+INLINE float soft_cap(float logit, float cap) { return std::tanh(logit / cap) * cap; }
+INLINE Floats soft_cap(Floats scores, float cap) { return hyperbolic_tangent(scores / cap) * cap; }
 INLINE Floats gelu_tanh(Floats x) {
     const Floats inner = splat(0.7978845608f) * fma(splat(0.044715f) * x * x, x, x);
     return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));
