@@ -3,8 +3,11 @@
 import ctypes
 import hashlib
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ from torch import Tensor
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native import structures
-from gemma_awq_cli.kernels.native.library import Library, Unavailable
+from gemma_awq_cli.kernels.native.library import LayoutMismatchError, Library, Unavailable
 from tests.kernels.test_kernels import packed_weight
 
 
@@ -306,6 +309,67 @@ def test_no_number_becomes_infinite_on_its_way_to_c(value: float) -> None:
     for structure, name in ((structures.ModelSpec(), "eps"), (structures.LayerSpec(), "rope_factor")):
         with pytest.raises(OverflowError):
             setattr(structure, name, value)
+
+
+@pytest.mark.parametrize(
+    ("structure", "fields"),
+    [
+        ("LayerSpec", lambda fields: [fields[1], fields[0], *fields[2:]]),  # two of one size swapped
+        ("LayerSpec", lambda fields: fields[:-1]),  # one forgotten at the end
+        ("ModelSpec", lambda fields: [*fields, ("new", ctypes.c_int64)]),
+        ("ChunkSpec", lambda fields: [("row", ctypes.c_int32), *fields[1:]]),
+        ("CacheSpec", lambda fields: [*fields[:-1], ("places", fields[-1][1])]),
+    ],
+)
+def test_a_structure_that_is_not_the_librarys_is_found_when_it_is_loaded(
+    structure: str, fields: Callable[[list[Any]], list[Any]], library: Library, native_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (path,) = native_folder.glob("native-*.so")
+    assert isinstance(Library(path), Library)
+    kind = getattr(structures, structure)
+    tampered = type(structure, (kind.__base__,), {"_fields_": fields(list(kind._fields_))})
+    monkeypatch.setattr(
+        structures, "STRUCTURES", tuple(tampered if one is kind else one for one in structures.STRUCTURES)
+    )
+    with pytest.raises(LayoutMismatchError, match=f"{structure}.* in C\\+\\+ and .* in structures.py"):
+        Library(path)
+
+
+def test_a_constant_that_is_not_the_librarys_is_found_when_it_is_loaded(
+    library: Library, native_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = native_folder.glob("native-*.so")
+    monkeypatch.setattr(structures, "MAX_HEAD_DIM", 1024)
+    with pytest.raises(LayoutMismatchError, match=r"MAX_HEAD_DIM is 512 in C\+\+ and 1024 in structures.py"):
+        Library(path)
+
+
+def test_a_library_of_another_layout_is_built_again_and_then_given_up(
+    tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever calls it falls back to torch, and says why."""
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    monkeypatch.setattr(structures, "BLOCK", 64)
+    loaded = loaded_anew(folder)
+    assert len(compiler.read_text().splitlines()) == 2
+    assert isinstance(loaded, Unavailable)
+    assert "do not match this version's structures: BLOCK is 32 in C++ and 64" in loaded.reason
+
+
+def test_the_description_of_the_structures_names_every_field() -> None:
+    """Of the C++ ones: a field that specs.h leaves out would not be compared."""
+    text = "".join((native_library.SOURCES / name).read_text(encoding="utf-8") for name in ("linear.h", "specs.h"))
+    for structure in structures.STRUCTURES:
+        body = text.split(f"struct {structure.__name__} {{")[1].split("};")[0]
+        code = "\n".join(line.split("//")[0] for line in body.splitlines())
+        declared = [
+            re.search(r"(\w+)(\[\w+\])?$", part.strip()).group(1)  # type: ignore[union-attr]
+            for statement in code.split(";") if statement.strip()
+            for part in statement.split(",")
+        ]  # fmt: skip
+        assert declared == [field[0] for field in structure._fields_]
 
 
 def test_a_field_that_is_not_there_is_refused() -> None:

@@ -121,14 +121,14 @@ ARGUMENTS = {
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
 }  # fmt: skip
 
-_STRUCTURES = (LinearSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
-_CONSTANTS = ("INT4", "INT8", "BF16", "BLOCK", "MAX_PARTS", "MAX_HEAD_DIM")
+STRUCTURES = (LinearSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
+CONSTANTS = ("INT4", "INT8", "BF16", "BLOCK", "MAX_PARTS", "MAX_HEAD_DIM")
 
 
 def layout() -> dict[str, str]:
     """Name -> numbers, as the lines of `gaq_layout`: sizes, offsets and sizes of fields, and constants."""
-    found = {name: str(globals()[name]) for name in _CONSTANTS}
-    for structure in _STRUCTURES:
+    found = {name: str(globals()[name]) for name in CONSTANTS}
+    for structure in STRUCTURES:
         found[structure.__name__] = str(ctypes.sizeof(structure))
         for name in _kinds(structure):
             field = getattr(structure, name)
