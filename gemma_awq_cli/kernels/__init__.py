@@ -1,8 +1,8 @@
-"""Linear layers whose weights stay packed in 4 bits, behind one choice.
+"""Linear layers whose weights stay packed in 4 bits, and the choice of the fastest one.
 
-A kernel is an `nn.Module` made from the tensors of the file; its forward takes [..., K] and gives [..., N] in the dtype
-of its input. `reference.py` is the oracle that every other kernel is tested against, and the fallback everywhere. The
-compiled kernels under `native/` have an interface of their own, because they run a whole model in one call.
+A kernel is an `nn.Module` made from the tensors in the file; its forward takes [..., K] and returns [..., N] in the
+dtype of its input. `reference.py` is what every other kernel is tested against, and the fallback everywhere. The
+compiled kernels in `native/` have an interface of their own, because they run a whole model in one call.
 """
 
 from dataclasses import dataclass
@@ -19,18 +19,18 @@ from gemma_awq_cli.kernels.triton import TritonLinear
 
 
 class PackedLinear(Protocol):
-    """What the kernels' classes have in common."""
+    """The interface of the kernels' classes."""
 
     def __call__(self, weight: PackedWeight, /) -> nn.Module: ...
 
     def refusal(self, weight: PackedWeight, device: torch.device, dtype: torch.dtype, /) -> str | None:
-        """Why it cannot take these tensors on this device in this dtype, or None."""
+        """Why the kernel cannot take these tensors on this device in this dtype, or None."""
         ...
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kernel's class under the name that users see."""
+    """A kernel's class, and the name that users see."""
 
     name: str
     linear: PackedLinear
@@ -46,23 +46,23 @@ KERNELS = (
 
 
 def choose(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> tuple[Kernel, list[str]]:
-    """The fastest kernel for these tensors, and why each faster one was refused."""
+    """Return the fastest kernel for these tensors, and why each faster one cannot take them."""
     refused: list[str] = []
     for kernel in KERNELS:
         reason = kernel.linear.refusal(packed, device, dtype)
         if reason is None:
             return kernel, refused
         refused.append(f"{kernel.name}: {reason}")
-    raise AssertionError("the reference refuses nothing")
+    raise AssertionError("the reference kernel takes everything")
 
 
 def make_linear(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """The fastest kernel for these tensors on this device in this dtype."""
+    """Make a linear of the fastest kernel for these tensors on this device in this dtype."""
     kernel, _ = choose(packed, device, dtype)
     return kernel.linear(PackedWeight(*(tensor.to(device) for tensor in packed))).to(device)
 
 
 def describe(packed: PackedWeight, device: torch.device, dtype: torch.dtype) -> str:
-    """One line: which kernel these tensors get, and why the faster ones were refused."""
+    """Return one line: which kernel these tensors get, and why the faster ones cannot take them."""
     kernel, refused = choose(packed, device, dtype)
     return kernel.name + "".join(f"; not {reason}" for reason in refused)

@@ -1,7 +1,7 @@
 """The compiled kernels under AddressSanitizer and UndefinedBehaviorSanitizer, where the compiler has them.
 
-`make sanitize`, or `python -m tests.fuzz.sanitizers --cases 2000`, runs the kernels' own tests and cases of the harness on
-a library that ends the process at the first byte that is read or written outside of what was allocated.
+`make sanitize`, or `python -m tests.fuzz.sanitizers --cases 2000`, runs the kernels' own tests and cases of the harness
+on a library that ends the process at the first byte that is read or written outside of what was allocated.
 test_sanitizers.py does the same at a small size in every test run. This file is also a plugin of pytest
 (`-p tests.fuzz.sanitizers --sanitized FILE.so`) that makes those tests use that library.
 """
