@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight
-from gemma_awq_cli.kernels import make_linear
+from gemma_awq_cli.kernels.packed_linear import make_linear
 
 DENSE_HEAD = "16bit"
 HEADS = (DENSE_HEAD, "int8", "int4")

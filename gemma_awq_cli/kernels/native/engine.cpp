@@ -12,7 +12,7 @@
 #include <sys/mman.h>
 #endif
 
-// One call at a time: there is one set of threads, and one of buffers.
+// One call at a time: there is one set of threads and one of buffers.
 static std::mutex one_call;
 static std::unique_ptr<Pool> the_pool;
 static Pool& pool_of(int threads) {
@@ -26,7 +26,7 @@ struct Buffers {
     std::vector<int8_t> q;
     std::vector<uint16_t> k, v;
     std::vector<int64_t> position_of;
-    std::vector<std::vector<float>> scores;  // one a thread
+    std::vector<std::vector<float>> scores;  // one per thread
 };
 static Buffers the_buffers;
 template <class T> static void at_least(std::vector<T>& v, int64_t size) {
@@ -48,7 +48,7 @@ static void add(float* x, const float* y, int64_t n) {
     for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
-// The rotary embedding in place, with the angles' cosines and sines [D / 2].
+// The rotary embedding in place. cosine, sine: of the angles, [D / 2].
 static void rotate(float* x, const float* cosine, const float* sine, int64_t half) {
     for (int64_t i = 0; i < half; i++) {
         const float a = x[i], b = x[half + i];
@@ -57,7 +57,7 @@ static void rotate(float* x, const float* cosine, const float* sine, int64_t hal
     }
 }
 
-// The largest size of each kind that any layer has, by which the buffers are sized.
+// The largest sizes that any layer has: the buffers fit all layers.
 struct Widths {
     int64_t half_head = 0, query = 0, kv = 0, qkv = 0, intermediate = 0;
     explicit Widths(const ModelSpec& model) {
@@ -96,7 +96,7 @@ class Forward {
         at_least(b.sine, tokens * most.half_head);
     }
 
-    // logits: [sum of wanted, V], after the last wanted[chunk] tokens of each chunk, in that order.
+    // logits: [sum of wanted, V], those after the last wanted[chunk] tokens of each chunk, in that order.
     void run(const int64_t* wanted, float* logits) {
         at_least(b.position_of, tokens);
         for (int64_t p = 0; p < nchunks; p++)
@@ -107,7 +107,7 @@ class Forward {
     }
 
   private:
-    // Work on each token: alone on this thread if it is one, else spread.
+    // Calls body(t) for each token: on this thread for one token, on all threads for more.
     template <class Body> void each_token(const Body& body) {
         if (tokens == 1) return body(0);
         const int64_t step = std::max<int64_t>(1, tokens / (4 * pool.threads()));
@@ -196,7 +196,7 @@ class Forward {
         });
     }
 
-    // Queries that share a kv head, of some consecutive tokens of a chunk.
+    // Queries of one kv head, of consecutive tokens of a chunk.
     struct Tile {
         int64_t chunk, first, count, head, heads;  // tokens first .. of the chunk; query heads head ..
     };
@@ -219,7 +219,7 @@ class Forward {
         at_least(b.scores, pool.threads());
         for (auto& s : b.scores) at_least(s, MAX_QUERIES * most_keys);
         pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) { tile(tiles[i], l, index, b.scores[thread].data()); });
-        // only now: what the ring loses may still have been seen by this batch's first tokens
+        // Only now: the first tokens of this batch may have seen what the ring overwrites.
         const int64_t slots = cache.slots[index], d = l.head_dim;
         for (int64_t p = 0; p < nchunks; p++)
             for (int64_t i = std::max<int64_t>(0, chunks[p].count - slots); i < chunks[p].count; i++)
@@ -259,7 +259,7 @@ class Forward {
             memcpy(q + i * d, &b.qkv[token * qkv_size + head * d], 4 * d);
             out[i] = &b.attended[(token * l.heads + head) * d];
         }
-        // a full tile, or queries four, two and one at a time
+        // a full tile, or four, two and one queries at a time
         for (int64_t i = 0; i < queries;) {
             const int64_t left = queries - i;
             const int many = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
@@ -313,12 +313,12 @@ class Forward {
     const int64_t nchunks;
     const int32_t* ids;
     const int64_t tokens;
-    const float* tabled = nullptr;
+    const float* tabled = nullptr;  // the inv_freq whose angles are in the buffers
 };
 
 extern "C" {
 
-// What the arithmetic was compiled for.
+// The instruction set that the arithmetic was compiled for.
 const char* gaq_instructions() {
 #if defined(__AVX512VNNI__)
     return "AVX-512 VNNI";
@@ -327,28 +327,28 @@ const char* gaq_instructions() {
 #elif defined(__AVX2__)
     return "AVX2";
 #else
-    return "";  // portable C++: right, and slower than PyTorch's own kernels
+    return "";  // portable C++: correct, but slower than PyTorch's own kernels
 #endif
 }
 
-// How this library lays out the structures and which limits it has: see layout_text in specs.h.
+// A description of the structures and constants: see layout_text in specs.h.
 const char* gaq_layout() {
     static const std::string text = layout_text();
     return text.c_str();
 }
 
-void gaq_forward(const ModelSpec* model, const CacheSpec* cache, const ChunkSpec* chunks, int64_t nchunks, const int32_t* ids,
-                 int64_t tokens, const int64_t* wanted, float* logits, int32_t threads) {
+void gaq_forward(const ModelSpec* model, const CacheSpec* cache, const ChunkSpec* chunks, int64_t nchunks,
+                 const int32_t* ids, int64_t tokens, const int64_t* wanted, float* logits, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
     Forward(*model, pool_of(threads), *cache, chunks, nchunks, ids, tokens).run(wanted, logits);
 }
 
-// Asks for large pages under weights that are still to be written: a token reads all of them once, page by page.
+// Asks for large pages for weights that are not written yet: a token reads all of them once, page by page.
 void gaq_large_pages(uint8_t* memory, int64_t bytes) {
 #if defined(MADV_HUGEPAGE)
     const uintptr_t page = 4096, first = ((uintptr_t)memory + page - 1) & ~(page - 1);
     const uintptr_t last = ((uintptr_t)memory + bytes) & ~(page - 1);
-    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a wish: refusal costs speed alone
+    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);  // a refusal costs only speed
 #else
     (void)memory, (void)bytes;
 #endif

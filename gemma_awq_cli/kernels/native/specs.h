@@ -8,7 +8,8 @@
 #include <cstddef>
 #include <string>
 
-// One decoder layer. Layers may differ in every size but the hidden one. Norms are gains in float32; a null one is absent.
+// One decoder layer. Layers may differ in every size but the hidden one. Norms are gains in float32; a null one is
+// absent.
 struct LayerSpec {
     int64_t heads, kv_heads, head_dim, intermediate;
     int64_t window;  // tokens that a query sees, itself included; 0: all before it

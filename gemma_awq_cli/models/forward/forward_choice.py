@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from gemma_awq_cli import kernels
 from gemma_awq_cli.awq.packing import PackedWeight
+from gemma_awq_cli.kernels import packed_linear
 from gemma_awq_cli.kernels.head import DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library, Unavailable
@@ -92,9 +92,9 @@ def linear_report(
         return [f"linears: PyTorch's own products in {str(dtype).removeprefix('torch.')}"], None
     lines, slow = [], None
     for name, packed in _distinct_linears(checkpoint, group_size):
-        kernel, refused = kernels.choose(packed, device, dtype)
-        lines.append(f"{name}: {kernels.describe(packed, device, dtype)}")
-        if kernel is kernels.KERNELS[-1]:
+        kernel, refused = packed_linear.choose(packed, device, dtype)
+        lines.append(f"{name}: {packed_linear.describe(packed, device, dtype)}")
+        if kernel is packed_linear.KERNELS[-1]:
             slow = f"the slow reference kernel ({'; '.join(refused)})"
     return lines, slow
 

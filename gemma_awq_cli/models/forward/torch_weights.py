@@ -4,8 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.kernels.head import make_head
+from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.decoder_weights import (
     JOINED,

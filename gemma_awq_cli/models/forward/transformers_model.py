@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.kernels import make_linear
+from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
