@@ -16,7 +16,7 @@ import torch
 from gemma_awq_cli.kernels.head import HEADS
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.native_decoder import NativeText
+from gemma_awq_cli.models.forward.native_weights import NativeText
 
 PROMPT = 128
 

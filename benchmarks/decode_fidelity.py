@@ -16,12 +16,13 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels.head import HEADS
+from gemma_awq_cli.kernels.head import HEADS, soft_cap
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
-from gemma_awq_cli.models.forward.native_decoder import NativeSession, read_native_text
+from gemma_awq_cli.models.forward.native_session import NativeSession
+from gemma_awq_cli.models.forward.native_weights import read_native_text
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import JoinedLinear, read_torch_text
@@ -52,8 +53,7 @@ def main() -> None:
 
     def expected(window: int, first: int) -> Tensor:
         logits = F.linear(states[window][first : first + BLOCK], reference.lm_head.weight)
-        logits = softcap * torch.tanh(logits / softcap) if softcap else logits
-        return F.log_softmax(logits, -1)
+        return F.log_softmax(soft_cap(logits, softcap), -1)
 
     print(f"{'':44} {'KL':>8} {'top-1':>7} {'perplexity':>10}   ({args.windows * step} tokens)")
     for name, open_session in ways(artifact, args.length):
@@ -84,8 +84,8 @@ def ways(artifact: Checkpoint, capacity: int) -> Iterator[tuple[str, Callable[[]
     yield "weights exact in float32", lambda text=exact: DecoderSession(text, 1, capacity)  # type: ignore[misc]
     del exact
     library = native_library.load(cache_folder() / "native")
-    if isinstance(library, str):
-        raise SystemExit(library)
+    if isinstance(library, native_library.Unavailable):
+        raise SystemExit(str(library))
     for head in HEADS:
         native = read_native_text(library, artifact, arch, group_size, head)
         yield f"compiled, head {head}", lambda text=native: NativeSession(text, 1, capacity)  # type: ignore[misc]

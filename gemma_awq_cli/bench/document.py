@@ -15,6 +15,7 @@ from gemma_awq_cli.bench.speed import OWN
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.checkpoints.writing import json_bytes
+from gemma_awq_cli.system.processor import processor_model
 from gemma_awq_cli.system.saving import write_whole
 
 SCHEMA = 1
@@ -136,7 +137,7 @@ def environment() -> dict[str, Any]:
     cuda = torch.cuda.is_available()
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "processor": _processor(),
+        "processor": processor_model(),
         "logical_processors": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if cuda else None,
@@ -146,12 +147,3 @@ def environment() -> dict[str, Any]:
         "transformers": transformers.__version__,
         "gemma_awq": __version__,
     }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -1,8 +1,8 @@
-"""The only place that touches AutoAWQ: its own unpacking code, as an independent reader of what we write, and its
-Triton product for GPUs.
+"""The only file that uses AutoAWQ: its unpacking code, as an independent reader of what we write, and its Triton
+product for GPUs.
 
-AutoAWQ 0.2.9 is the last release. Its package import pulls every model it knows and prints a farewell notice, so the
-files that are needed are loaded by themselves; where AutoAWQ is not installed there are no such helpers, and nothing
+AutoAWQ 0.2.9 is the last release. Importing its package imports every model that it supports and prints a farewell
+notice, so the needed files are loaded on their own. Where AutoAWQ is not installed, these two are missing and nothing
 else changes.
 """
 
@@ -19,7 +19,7 @@ from gemma_awq_cli.awq.packing import PackedWeight
 
 
 def autoawq_version() -> str | None:
-    """The installed AutoAWQ's version, or None."""
+    """The version of the installed AutoAWQ, or None."""
     try:
         return importlib.metadata.version("autoawq")
     except importlib.metadata.PackageNotFoundError:
@@ -27,7 +27,7 @@ def autoawq_version() -> str | None:
 
 
 def dequantize_with_autoawq(packed: PackedWeight, group_size: int) -> Tensor | None:
-    """The weight [K, N] float16 as AutoAWQ's `dequantize_gemm` reads it; None where AutoAWQ is not installed."""
+    """Return the weight [K, N] float16 as AutoAWQ's `dequantize_gemm` reads it; None without AutoAWQ."""
     packing = _packing_utils()
     if packing is None:
         return None
@@ -41,7 +41,7 @@ def _packing_utils() -> Any:
 
 @cache
 def triton_gemm() -> Callable[..., Tensor] | None:
-    """AutoAWQ's `awq_gemm_triton(x [M, K], qweight, scales, qzeros, split_k)`; None without AutoAWQ or triton."""
+    """Return AutoAWQ's `awq_gemm_triton(x [M, K], qweight, scales, qzeros, split_k)`; None without them."""
     if importlib.util.find_spec("triton") is None:
         return None
     module = _load("modules/triton/gemm.py")
@@ -49,7 +49,7 @@ def triton_gemm() -> Callable[..., Tensor] | None:
 
 
 def _load(file: str) -> Any:
-    """One file of AutoAWQ's package as a module; None where AutoAWQ is not installed."""
+    """Load one file of AutoAWQ's package as a module; None without AutoAWQ."""
     if autoawq_version() is None:
         return None
     package = importlib.util.find_spec("awq")

@@ -1,7 +1,7 @@
-"""PyTorch's own int4 matmul for CPUs, in bfloat16 (its float16 and float32 variants are some 60 times slower).
+"""PyTorch's own int4 product for CPUs, in bfloat16 (its float16 and float32 variants are about 60 times slower).
 
 For few rows the op reads the packed weights; for many it is faster to unpack the weight once and multiply in bf16. The
-op's packed layout depends on the processor, so it is found out by packing a known matrix, never assumed.
+op's packed layout depends on the processor, so it is determined by packing a known matrix.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ from gemma_awq_cli.awq.packing import PackedWeight, unpack_columns, unpack_weigh
 from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
 
 MANY_ROWS = 256
-_ROW_MULTIPLE = 16  # the op wants the outputs in multiples of this
+_ROW_MULTIPLE = 16  # the number of outputs must be a multiple of this
 
 
 class CpuInt4Linear(nn.Module):
@@ -26,7 +26,7 @@ class CpuInt4Linear(nn.Module):
 
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this kernel cannot be taken, or None."""
+        """See `PackedLinear.refusal`."""
         inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
         if device.type != "cpu" or dtype != torch.bfloat16:
             return "it computes in bfloat16 on the CPU only"
@@ -41,7 +41,7 @@ class CpuInt4Linear(nn.Module):
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(q.to(torch.int32), 1)
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scale_zero", scale_zero(grid), persistent=False)
-        # the zero points themselves, for the exact dense weight
+        # the zero points themselves: the exact dense weight needs them
         self.register_buffer("offset", unpack_columns(weight.qzeros), persistent=False)
         self.block = _layout_block() if q.shape[0] % (_layout_block() or 1) == 0 else None
 
@@ -55,7 +55,7 @@ class CpuInt4Linear(nn.Module):
         return result.view(*x.shape[:-1], -1).to(x.dtype)
 
     def dense(self) -> Tensor:
-        """The weight [N, K] in bf16: (q - z) * scale, rounded once."""
+        """Return the weight [N, K] in bf16: (q - z) * scale, rounded once."""
         assert self.block is not None
         outputs, inputs = self.packed.shape[0], self.packed.shape[1] * 2
         q = _unpack_blocks(self.packed, self.block)  # [N, K] uint8
@@ -65,7 +65,7 @@ class CpuInt4Linear(nn.Module):
 
 
 def _unpack_blocks(packed: Tensor, block: int) -> Tensor:
-    """The op's layout -> uint8 [N, K]: in a block of rows, each column's byte d holds rows d (low) and d + block/2."""
+    """The op's layout -> uint8 [N, K]. In a block of rows, byte d of each column holds rows d (low) and d + block/2."""
     outputs, inputs = packed.shape[0], packed.shape[1] * 2
     bytes_ = packed.view(-1, inputs, block // 2)  # [N/block, K, block/2]
     both = torch.stack([bytes_ & 15, bytes_ >> 4], dim=1)  # [N/block, 2, K, block/2]
@@ -74,7 +74,7 @@ def _unpack_blocks(packed: Tensor, block: int) -> Tensor:
 
 @cache
 def _layout_block() -> int | None:
-    """How many rows the op packs together on this processor; None if its layout is of another kind."""
+    """How many rows the op packs together on this processor; None if it has an unknown layout."""
     known = torch.randint(0, 16, (128, 64), dtype=torch.int32, generator=torch.Generator().manual_seed(0))
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(known, 1)
     for block in (64, 32, 16):

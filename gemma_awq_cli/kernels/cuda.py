@@ -1,9 +1,10 @@
 """PyTorch's own int4 product for NVIDIA GPUs, in bfloat16 (`aten._weight_int4pack_mm`, as gpt-fast uses it).
 
-Few rows are read packed; for many the weight is unpacked once and multiplied by cuBLAS. The op's packed layout is laid
-out for tensor cores and documented nowhere, so the place of each nibble is found out by packing known numbers.
+For few rows the op reads the packed weights; for many the weight is unpacked once and multiplied by cuBLAS. The op's
+packed layout is made for tensor cores and documented nowhere, so the place of each nibble is determined by packing
+known numbers.
 
-Never run on a GPU by this project so far: its layout search is tested on the CPU's op, the rest by reading.
+This project has never run it on a GPU: the search for the layout is tested with the CPU's op, the rest was only read.
 """
 
 from collections.abc import Callable
@@ -29,7 +30,7 @@ class CudaInt4Linear(nn.Module):
 
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this kernel cannot be taken, or None."""
+        """See `PackedLinear.refusal`."""
         inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
         if device.type != "cuda" or torch.version.hip is not None:
             return "it needs an NVIDIA GPU"
@@ -57,7 +58,7 @@ class CudaInt4Linear(nn.Module):
         return result.view(*x.shape[:-1], -1)
 
     def dense(self) -> Tensor:
-        """The weight [N, K] in bf16, as the op sees it."""
+        """Return the weight [N, K] in bf16, as the op sees it."""
         order = _order(self.packed.device)
         tiles = _nibbles(self.packed).view(self.shape[0] // _TILE[0], self.shape[1] // _TILE[1], -1)[:, :, order]
         q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(self.shape[0], -1, self.group_size)
@@ -66,12 +67,12 @@ class CudaInt4Linear(nn.Module):
 
 
 def _pack(q: Tensor) -> Tensor:
-    """q [N, K] uint8 -> the op's layout. It takes two inputs a byte, the first in the high half."""
+    """q [N, K] uint8 -> the op's layout. The op takes two inputs per byte, the first in the high half."""
     return torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), _INNER_TILES)
 
 
 def _nibbles(packed: Tensor) -> Tensor:
-    """Every 4 bits of a packed tensor in memory's order, flat."""
+    """All nibbles of a packed tensor in the order of memory, flat."""
     bytes_ = packed.contiguous().view(-1).view(torch.uint8)
     return torch.stack([bytes_ & 15, bytes_ >> 4], dim=-1).flatten()
 
@@ -82,9 +83,9 @@ def _order(device: torch.device) -> Tensor:
 
 
 def tile_order(pack: Callable[[Tensor], Tensor], tile: tuple[int, int]) -> Tensor:
-    """Where `pack`, q [N, K] uint8 -> nibbles, puts each value of one tile: tile.flatten() == nibbles[order].
+    """Return where `pack` (q [N, K] uint8 -> nibbles) puts each value of one tile: tile.flatten() == nibbles[order].
 
-    Each place is written in digits of 4 bits, and the tile of each digit is packed.
+    The index of each place is split into digits of 4 bits, and the tile of each digit is packed.
     """
     count = tile[0] * tile[1]
     places = torch.arange(count)

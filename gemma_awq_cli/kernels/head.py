@@ -1,8 +1,9 @@
-"""The head: hidden states to logits, the largest single read of a token.
+"""The head (lm_head): hidden states to logits, the largest single read of memory for a token.
 
-A copy of it may be quantized; the look-up of embeddings never is. Groups along the hidden size: 8 bits are symmetric, 4
-bits have a zero point. Four bits alone would cost accuracy, so the logits that come out largest, where all probability
-lies, are computed again from the 16-bit weight: some thousand rows of it instead of 256 thousand.
+A quantized copy of it may be used; the embedding's look-up always reads the 16-bit weight. Its groups run along the
+hidden size: 8 bits are symmetric, 4 bits have a zero point. Four bits alone would cost accuracy, so the largest logits,
+which hold practically all of the probability, are recomputed from the 16-bit weight: about a thousand of its rows
+instead of 256 thousand.
 """
 
 import torch
@@ -11,23 +12,25 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight
-from gemma_awq_cli.kernels import make_linear
+from gemma_awq_cli.kernels.packed_linear import make_linear
 
 DENSE_HEAD = "16bit"
 HEADS = (DENSE_HEAD, "int8", "int4")
 DEFAULT_HEAD = "int4"
 PREFERRED_GROUPS = {"int8": 128, "int4": 64}
-REFINED = 1024  # tokens whose logits a 4-bit head computes again
+REFINED = 1024  # tokens whose logits a 4-bit head recomputes
 _ROWS = 8192  # vocabulary entries that are quantized at a time
 
 
 def head_group(head: str, hidden: int) -> int | None:
-    """Weights that share a scale; None if the hidden size fits no group, and the head stays 16-bit."""
+    """How many weights share a scale; None if no group size divides the hidden size and the head stays 16-bit."""
     groups = [group for group in (128, 64, 32) if group <= PREFERRED_GROUPS[head] and hidden % group == 0]
     return groups[0] if groups else None
 
 
 class DenseHead(nn.Module):
+    """A head with the 16-bit weight [V, K]."""
+
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
         self.weight = weight
@@ -37,7 +40,7 @@ class DenseHead(nn.Module):
 
 
 class Int8Head(nn.Module):
-    """PyTorch's own int8 product for bfloat16 activations: one scale a vocabulary entry."""
+    """PyTorch's own int8 product for bfloat16 activations: one scale per vocabulary entry."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__()
@@ -70,7 +73,7 @@ class RefinedHead(nn.Module):
 
 
 def make_head(weight: Tensor, head: str) -> nn.Module:
-    """A module hidden [R, K] -> logits [R, V] in torch; what a device cannot do stays 16-bit (see `head_refusal`)."""
+    """Return a module hidden [R, K] -> logits [R, V]. head: one of `HEADS`; 16-bit if `head_refusal` has a reason."""
     if head == DENSE_HEAD or head_refusal(weight, head):
         return DenseHead(weight)
     if head == "int8":
@@ -89,12 +92,17 @@ def make_head(weight: Tensor, head: str) -> nn.Module:
     return RefinedHead(make_linear(packed, weight.device, weight.dtype), weight)
 
 
+def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
+    """`cap * tanh(logits / cap)`, in place; the logits as they are without a cap."""
+    return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
+
+
 def head_refusal(weight: Tensor, head: str) -> str | None:
-    """Why torch cannot run this head quantized, or None."""
+    """Why the weight [V, K] cannot be quantized as `head` for torch, or None."""
     if weight.dtype != torch.bfloat16:
-        return "torch has quantized heads for bfloat16 only"
+        return "torch's quantized heads compute in bfloat16 only"
     if head == "int8" and weight.device.type != "cpu":
-        return "torch's int8 product is taken on the CPU only"
+        return "torch's int8 product runs on the CPU only"
     if head == "int4" and (head_group(head, weight.shape[1]) is None or weight.shape[0] % 16):
-        return "the shape fits no group"
+        return "no group size fits the shape"
     return None

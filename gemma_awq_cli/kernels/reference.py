@@ -1,4 +1,4 @@
-"""The oracle: unpack, dequantize in float32, round to the input's dtype, multiply. Right everywhere, fast nowhere."""
+"""The reference: unpack, dequantize in float32, round to the input's dtype, multiply. Right everywhere, always slow."""
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 
 
 class ReferenceLinear(nn.Module):
-    """Holds the file's own tensors; one dense weight exists only while it is used."""
+    """A linear that holds the tensors of the file; its dense weight exists only while it is used."""
 
     qweight: Tensor
     qzeros: Tensor
@@ -17,7 +17,7 @@ class ReferenceLinear(nn.Module):
 
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
-        """None: it takes everything."""
+        """None: the reference takes everything."""
         return None
 
     def __init__(self, packed: PackedWeight) -> None:

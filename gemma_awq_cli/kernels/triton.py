@@ -1,6 +1,6 @@
-"""AutoAWQ's own Triton product on its own layout: the portable way on GPUs (CUDA, ROCm, XPU), in float16.
+"""AutoAWQ's Triton product: the portable kernel for GPUs (CUDA, ROCm, XPU), in float16.
 
-It reads the file's tensors as they are. Never run by this project so far: no GPU was there to run it on.
+It reads the file's tensors as they are. This project has never run it: no GPU was available.
 """
 
 import torch
@@ -16,17 +16,17 @@ _GROUP_SIZES = (32, 64, 128)
 
 
 class TritonLinear(ReferenceLinear):
-    """The file's own tensors on a GPU; for many rows the reference's way."""
+    """A linear that holds the tensors of the file on a GPU; many rows go through the reference."""
 
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why this kernel cannot be taken, or None."""
+        """See `PackedLinear.refusal`."""
         if device.type not in ("cuda", "xpu"):
             return "it needs a GPU (CUDA, ROCm or XPU)"
         if dtype != torch.float16:
             return "it computes in float16 only"
         if weight.qweight.shape[0] // weight.scales.shape[0] not in _GROUP_SIZES:
-            return f"groups of {weight.qweight.shape[0] // weight.scales.shape[0]} do not fit it"
+            return f"groups of {weight.qweight.shape[0] // weight.scales.shape[0]} are not supported"
         if triton_gemm() is None:
             return "AutoAWQ or triton is not installed"
         return None

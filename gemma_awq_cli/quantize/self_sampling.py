@@ -18,6 +18,7 @@ from torch import Tensor
 
 from gemma_awq_cli.calibration_text.rows import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
@@ -92,10 +93,7 @@ def sample_rows(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        logits = model.lm_head(states)
-        softcap = getattr(model.config, "final_logit_softcapping", None)
-        if softcap is not None:
-            logits = logits.div_(softcap).tanh_().mul_(softcap)
+        logits = soft_cap(model.lm_head(states), getattr(model.config, "final_logit_softcapping", None))
         ids[:, position + 1] = draw(logits, generator)
         on_token(position + 1)
     return ids.cpu()

@@ -33,8 +33,8 @@ def artifact_logits(folder: Path, rows: Tensor) -> Tensor:
     """transformers' model with the artifact's linears dequantized one by one, in float32."""
     from gemma_awq_cli.awq.grid import dequantize
     from gemma_awq_cli.awq.packing import unpack_weight
+    from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
     from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
-    from gemma_awq_cli.models.forward.loading import read_packed, require_awq
 
     checkpoint = Checkpoint(folder)
     shell = meta_model(checkpoint.text_config)

@@ -1,4 +1,4 @@
-"""The compiled kernels read and write nothing that is not theirs, and do nothing that C++ leaves undefined."""
+"""The compiled kernels access no memory that is not theirs, and do nothing that C++ leaves undefined."""
 
 import os
 import shutil

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.kernels import describe
 from gemma_awq_cli.kernels.autoawq import autoawq_version
 from gemma_awq_cli.kernels.cuda import MANY_ROWS, CudaInt4Linear, _nibbles, tile_order
+from gemma_awq_cli.kernels.packed_linear import describe
 from tests.kernels.test_kernels import packed_weight
 
 IN_THE_INTERPRETER = """

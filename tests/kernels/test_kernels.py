@@ -5,8 +5,8 @@ import torch
 
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
-from gemma_awq_cli.kernels import make_linear
 from gemma_awq_cli.kernels.cpu import MANY_ROWS, CpuInt4Linear
+from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 
 CPU = torch.device("cpu")

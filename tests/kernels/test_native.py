@@ -3,8 +3,11 @@
 import ctypes
 import hashlib
 import os
+import re
 import stat
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,15 +16,15 @@ from torch import Tensor
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native import structures
-from gemma_awq_cli.kernels.native.library import Library
+from gemma_awq_cli.kernels.native.library import LayoutMismatchError, Library, Unavailable
 from tests.kernels.test_kernels import packed_weight
 
 
 @pytest.fixture(scope="module")
 def library(native_folder: Path) -> Library:
     loaded = native_library.load(native_folder)
-    if isinstance(loaded, str):
-        pytest.skip(loaded)
+    if isinstance(loaded, Unavailable):
+        pytest.skip(loaded.reason)
     return loaded
 
 
@@ -40,14 +43,14 @@ def test_int4_is_exact_but_for_the_activations_eight_bits(
 ) -> None:
     packed, dense = packed_weight(outputs, 384, group)
     linear = native.from_awq(
-        library, packed, native.Arena(library, native.arena_bytes(native.INT4, 384, outputs, group))
+        library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 384, outputs, group))
     )
     x = torch.randn(rows, 384) * torch.logspace(-3, 2, 384)
     expected = in_int8(x, group) @ dense.t()
     torch.testing.assert_close(native.apply(library, linear, x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
-@pytest.mark.parametrize(("kind", "group", "error"), [(native.INT8, 64, 0.01), (native.INT4, 32, 0.09)])
+@pytest.mark.parametrize(("kind", "group", "error"), [(structures.INT8, 64, 0.01), (structures.INT4, 32, 0.09)])
 def test_a_weight_quantized_at_load_is_near_the_weight(library: Library, kind: int, group: int, error: float) -> None:
     weight = torch.randn(264, 192).to(torch.bfloat16)
     weight[5] = 0
@@ -69,7 +72,7 @@ def test_16bit_weights_are_read_where_they_lie(library: Library, rows: int) -> N
 
 def test_nan_and_infinity_are_not_lost_in_quantization(library: Library) -> None:
     packed, _ = packed_weight(64, 128, 32)
-    linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(native.INT4, 128, 64, 32)))
+    linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 128, 64, 32)))
     for bad in (float("nan"), float("inf")):
         x = torch.randn(3, 128)
         x[1, 70] = bad
@@ -80,7 +83,7 @@ def test_nan_and_infinity_are_not_lost_in_quantization(library: Library) -> None
 
 def test_a_rows_result_does_not_depend_on_the_others(library: Library) -> None:
     packed, _ = packed_weight(96, 256, 64)
-    linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(native.INT4, 256, 96, 64)))
+    linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 256, 96, 64)))
     x = torch.randn(13, 256)
     together = native.apply(library, linear, x)
     for index in range(13):
@@ -89,7 +92,7 @@ def test_a_rows_result_does_not_depend_on_the_others(library: Library) -> None:
 
 def test_without_a_compiler_there_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", str(tmp_path / "none"))
-    assert "no C++ compiler" in str(native_library.load(tmp_path / "a"))
+    assert "no C++ compiler was found" in str(native_library.load(tmp_path / "a"))
     broken = tmp_path / "broken"
     broken.write_text("#!/bin/sh\necho this compiler is broken >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -118,7 +121,7 @@ def compiler(tmp_path: Path, library: Library, native_folder: Path, monkeypatch:
     return log
 
 
-def loaded_anew(folder: Path) -> Library | str:
+def loaded_anew(folder: Path) -> Library | Unavailable:
     native_library.load.cache_clear()
     return native_library.load(folder)
 
@@ -229,12 +232,12 @@ def test_a_compiler_may_have_arguments(
 
 
 def test_another_argument_is_another_library() -> None:
-    assert native_library._key(["/bin/sh", "-O2"]) != native_library._key(["/bin/sh", "-O3"])
+    assert native_library.build_key(["/bin/sh", "-O2"]) != native_library.build_key(["/bin/sh", "-O3"])
 
 
 def test_an_open_quotation_is_no_compiler(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "g++ '-O2")
-    assert "no C++ compiler" in str(loaded_anew(tmp_path / "cache"))
+    assert "no C++ compiler was found" in str(loaded_anew(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize("output", [b"\xe9chec \xff\xfe", b"\xd0\xcf\xca", b"", b"\x00"])
@@ -281,8 +284,8 @@ def test_without_a_folder_for_temporary_files_it_is_compiled(
 @pytest.mark.parametrize("value", [2**31, 2**32 + 1, 2**63, -(2**63) - 1, 10**30])
 def test_no_integer_is_cut_off_on_its_way_to_c(value: int, library: Library) -> None:
     for structure, name in (
-        (structures.LayerSpec(), "window"), (structures.LinearSpec(), "group"), (structures.ModelSpec(), "heads"),
-        (structures.PieceSpec(), "start"), (structures.LinearSpec(), "kind"), (structures.LinearSpec(), "data"),
+        (structures.LayerSpec(), "window"), (structures.LinearSpec(), "group"), (structures.LayerSpec(), "heads"),
+        (structures.ChunkSpec(), "start"), (structures.LinearSpec(), "kind"), (structures.LinearSpec(), "data"),
     ):  # fmt: skip
         try:
             setattr(structure, name, value)
@@ -308,6 +311,67 @@ def test_no_number_becomes_infinite_on_its_way_to_c(value: float) -> None:
             setattr(structure, name, value)
 
 
+@pytest.mark.parametrize(
+    ("structure", "fields"),
+    [
+        ("LayerSpec", lambda fields: [fields[1], fields[0], *fields[2:]]),  # two of one size swapped
+        ("LayerSpec", lambda fields: fields[:-1]),  # one forgotten at the end
+        ("ModelSpec", lambda fields: [*fields, ("new", ctypes.c_int64)]),
+        ("ChunkSpec", lambda fields: [("row", ctypes.c_int32), *fields[1:]]),
+        ("CacheSpec", lambda fields: [*fields[:-1], ("places", fields[-1][1])]),
+    ],
+)
+def test_a_structure_that_is_not_the_librarys_is_found_when_it_is_loaded(
+    structure: str, fields: Callable[[list[Any]], list[Any]], library: Library, native_folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    (path,) = native_folder.glob("native-*.so")
+    assert isinstance(Library(path), Library)
+    kind = getattr(structures, structure)
+    tampered = type(structure, (kind.__base__,), {"_fields_": fields(list(kind._fields_))})
+    monkeypatch.setattr(
+        structures, "STRUCTURES", tuple(tampered if one is kind else one for one in structures.STRUCTURES)
+    )
+    with pytest.raises(LayoutMismatchError, match=f"{structure}.* in C\\+\\+ and .* in structures.py"):
+        Library(path)
+
+
+def test_a_constant_that_is_not_the_librarys_is_found_when_it_is_loaded(
+    library: Library, native_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path,) = native_folder.glob("native-*.so")
+    monkeypatch.setattr(structures, "MAX_HEAD_DIM", 1024)
+    with pytest.raises(LayoutMismatchError, match=r"MAX_HEAD_DIM is 512 in C\+\+ and 1024 in structures.py"):
+        Library(path)
+
+
+def test_a_library_of_another_layout_is_built_again_and_then_given_up(
+    tmp_path: Path, compiler: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever calls it falls back to torch, and says why."""
+    folder = tmp_path / "cache"
+    assert isinstance(loaded_anew(folder), Library)
+    monkeypatch.setattr(structures, "BLOCK", 64)
+    loaded = loaded_anew(folder)
+    assert len(compiler.read_text().splitlines()) == 2
+    assert isinstance(loaded, Unavailable)
+    assert "do not match this version's structures: BLOCK is 32 in C++ and 64" in loaded.reason
+
+
+def test_the_description_of_the_structures_names_every_field() -> None:
+    """Of the C++ ones: a field that specs.h leaves out would not be compared."""
+    text = "".join((native_library.SOURCES / name).read_text(encoding="utf-8") for name in ("linear.h", "specs.h"))
+    for structure in structures.STRUCTURES:
+        body = text.split(f"struct {structure.__name__} {{")[1].split("};")[0]
+        code = "\n".join(line.split("//")[0] for line in body.splitlines())
+        declared = [
+            re.search(r"(\w+)(\[\w+\])?$", part.strip()).group(1)  # type: ignore[union-attr]
+            for statement in code.split(";") if statement.strip()
+            for part in statement.split(",")
+        ]  # fmt: skip
+        assert declared == [field[0] for field in structure._fields_]
+
+
 def test_a_field_that_is_not_there_is_refused() -> None:
     with pytest.raises(KeyError):
         structures.LayerSpec().windows = 3
@@ -321,8 +385,8 @@ def test_a_library_of_other_sources_is_not_taken(
     sources.mkdir()
     for source in (*native_library.SOURCES.glob("*.h"), *native_library.SOURCES.glob("*.cpp")):
         (sources / source.name).write_bytes(source.read_bytes())
-    before = native_library._key(["/bin/sh"])
+    before = native_library.build_key(["/bin/sh"])
     monkeypatch.setattr(native_library, "SOURCES", sources)
-    assert native_library._key(["/bin/sh"]) == before
+    assert native_library.build_key(["/bin/sh"]) == before
     (sources / "pool.h").write_text("// changed\n")
-    assert native_library._key(["/bin/sh"]) != before
+    assert native_library.build_key(["/bin/sh"]) != before

@@ -1,1 +1,1 @@
-"""C++ for CPUs, compiled once by the compiler that is there; everything works without one, more slowly."""
+"""C++ kernels for CPUs, compiled once with the compiler of the machine. Without one everything works, more slowly."""

@@ -1,13 +1,14 @@
-// Attention of new tokens over a row's cached keys (a ring of slots) and over the new tokens themselves.
+// Attention of new tokens over the cached keys of their row (a ring of slots) and over the new tokens themselves.
 #pragma once
 
 #include "vec.h"
 
 #include <algorithm>
 
-constexpr int MAX_QUERIES = 8;
+constexpr int MAX_QUERIES = 8;     // per tile
+constexpr int MAX_HEAD_DIM = 512;  // for which a tile has room
 
-// Keys or values that lie at equal distances: bf16 vectors of one head.
+// Keys and values of one head at equal distances in memory, in bf16.
 struct Run {
     const uint16_t* k;
     const uint16_t* v;
@@ -15,7 +16,7 @@ struct Run {
     int64_t count;
 };
 
-// Q queries [Q, D] float32 against the runs' keys: scores [Q, keys].
+// Scores [Q, keys] of Q queries [Q, D] float32 against the keys of the runs.
 template <int Q> static void score(const float* q, int64_t d, const Run* runs, int nruns, float* scores, int64_t keys) {
     constexpr int TOGETHER = Q <= 4 ? 4 : 2;
     int64_t at = 0;
@@ -41,7 +42,7 @@ template <int Q> static void score(const float* q, int64_t d, const Run* runs, i
     }
 }
 
-// Weights [Q, keys] and the runs' values -> out [Q, D], `stride` floats from one query's to the next's.
+// Weights [Q, keys] times the values of the runs: out[i] points to the result [D] of query i.
 template <int Q>
 static void mix(const float* weights, int64_t keys, const Run* runs, int nruns, int64_t d, float* const* out) {
     constexpr int WIDTH = Q <= 4 ? 4 : 2;
@@ -71,7 +72,7 @@ static void mix(const float* weights, int64_t keys, const Run* runs, int nruns, 
     }
 }
 
-// Softmax in place over scores [keys], of which first .. last - 1 may be seen; the others get weight 0.
+// Softmax in place over scores [keys], of which first .. last - 1 are visible; the others get weight 0.
 static void softmax(float* scores, int64_t keys, int64_t first, int64_t last, float softcap) {
     for (int64_t j = 0; j < first; j++) scores[j] = 0;
     for (int64_t j = last; j < keys; j++) scores[j] = 0;
@@ -79,7 +80,7 @@ static void softmax(float* scores, int64_t keys, int64_t first, int64_t last, fl
     const int64_t count = last - first, whole = count & ~(LANES - 1);
     float rest[LANES];
     for (int i = 0; i < LANES; i++) rest[i] = i < count - whole ? s[whole + i] : -INFINITY;
-    const auto capped = [&](Floats v) { return softcap > 0 ? hyperbolic_tangent(v / softcap) * softcap : v; };
+    const auto capped = [&](Floats v) { return softcap > 0 ? soft_cap(v, softcap) : v; };
     Floats tail = load(rest);
     if (softcap > 0) {
         const Floats mask = tail;

@@ -1,11 +1,11 @@
-// Linears over packed weights. Integer weights meet activations that are quantized to 8 bits, one scale a row and group;
-// the sums inside a group are exact integers, zero points included.
+// Linears over packed weights. Integer weights are multiplied with activations that are quantized to 8 bits, one scale
+// per row and group; the sums inside a group are exact integers, zero points included.
 //
-// Layout of int4 and int8, for K inputs in groups of g and N outputs: the outputs lie in blocks of 32 (the last one is
-// filled up with zero scales). A block's group is 32 scales in float16, then the weights in steps of 4 inputs (int8) or
-// 8 (int4): 64 bytes for outputs 0..15 and 64 for 16..31, byte 4 lane + j of which holds input j of that lane's output;
-// for int4 input j in the low nibble and input j + 4 in the high one. int4 has its zero points, 32 bytes a block and
-// group, in a second array; an int8 weight is stored + 128.
+// Layout of int4 and int8, for K inputs in groups of g and N outputs: the outputs are split into blocks of 32 (the last
+// one is padded with zero scales). A block's group is 32 scales in float16, then the weights in steps of 4 inputs
+// (int8) or 8 (int4): 64 bytes for outputs 0..15 and 64 for 16..31, byte 4 lane + j of which holds input j of that
+// lane's output; for int4, input j in the low nibble and input j + 4 in the high one. int4 has its zero points, 32
+// bytes per block and group, in a second array; an int8 weight is stored + 128.
 #pragma once
 
 #include "pool.h"
@@ -15,12 +15,13 @@
 
 enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2 };
 constexpr int BLOCK = 32;
-constexpr int VECTORS = BLOCK / LANES;  // of a block
-constexpr int MANY = LANES == 16 ? 8 : 2;  // rows that meet a block at once, as far as the registers go
+constexpr int VECTORS = BLOCK / LANES;     // per block
+constexpr int MANY = LANES == 16 ? 8 : 2;  // rows per block at once, as many as the registers hold
 constexpr int MAX_PARTS = 3;
 
-// One linear as the caller passes it. bf16: parts are row-major [rows, K] weights side by side, read where they lie.
-struct Linear {
+// One linear as the caller passes it. Of bf16, `parts` are row-major weights [rows, K] whose outputs are joined; they
+// are read in place. Of int4 and int8, `data` and `zeros` have the layout above.
+struct LinearSpec {
     int32_t kind;
     int64_t group;
     int64_t inputs;
@@ -34,7 +35,7 @@ struct Linear {
 INLINE int64_t blocks_of(int64_t outputs) { return (outputs + BLOCK - 1) / BLOCK; }
 INLINE int64_t group_bytes(int32_t kind, int64_t group) { return 2 * BLOCK + group * BLOCK / (kind == INT4 ? 2 : 1); }
 
-// Activations of some rows, as floats and (for integer weights) quantized.
+// Activations of some rows, as floats and, for integer weights, quantized.
 struct Activations {
     int64_t rows;
     int64_t inputs;
@@ -49,7 +50,7 @@ INLINE void quantize_group(const float* x, int64_t group, int8_t* q, float* scal
     for (int64_t k = 0; k < group; k += LANES) {
         const Floats v = load(x + k);
         top = larger(top, absolute(v));
-        poison += v * 0.0f;  // NaN where v is NaN or infinite: it must reach the logits
+        poison += v * 0.0f;  // NaN if v is NaN or infinite, which must show in the logits
     }
     const float amax = largest(top);
     const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
@@ -80,7 +81,7 @@ INLINE int32_t four(const int8_t* q) {
 
 // R rows against one block of 32 outputs.
 template <int KIND, int R>
-static void block_rows(const Linear& w, int64_t block, const Activations& a, int64_t row, float* out, int64_t stride) {
+static void block_rows(const LinearSpec& w, int64_t block, const Activations& a, int64_t row, float* out, int64_t stride) {
     const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group);
     const uint8_t* data = w.data + block * groups * bytes;
     const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
@@ -90,14 +91,15 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
     for (int64_t g = 0; g < groups; g++, data += bytes) {
         const int8_t* q[R];
         for (int r = 0; r < R; r++) q[r] = a.q + (row + r) * a.inputs + g * w.group;
-        constexpr int CHAINS = R * VECTORS <= 4 ? 2 : 1;  // few rows: more independent sums hide the latency
+        constexpr int CHAINS = R * VECTORS <= 4 ? 2 : 1;  // with few rows, more independent sums hide the latency
         Ints acc[R][CHAINS][VECTORS];
         for (int r = 0; r < R; r++)
             for (int c = 0; c < CHAINS; c++)
                 for (int h = 0; h < VECTORS; h++) acc[r][c][h] = splat(0);
         const uint8_t* p = data + 2 * BLOCK;
         for (int64_t k = 0; k < w.group; k += 8, p += KIND == INT4 ? 128 : 256) {
-            if (R == 2 || R == 4)  // one row keeps up with the processor's own prefetching, many rows read each byte once
+            // for one row the processor's own prefetching is enough, and many rows read each byte only once
+            if (R == 2 || R == 4)
                 for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
             Bytes first[VECTORS], second[VECTORS];  // inputs k .. k+3 and k+4 .. k+7
             for (int h = 0; h < VECTORS; h++) {
@@ -142,7 +144,7 @@ static void block_rows(const Linear& w, int64_t block, const Activations& a, int
 }
 
 template <int KIND>
-static void block_all_rows(const Linear& w, int64_t block, const Activations& a, float* out, int64_t stride) {
+static void block_all_rows(const LinearSpec& w, int64_t block, const Activations& a, float* out, int64_t stride) {
     int64_t row = 0;
     for (; row + MANY <= a.rows; row += MANY) block_rows<KIND, MANY>(w, block, a, row, out, stride);
     if (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
@@ -176,8 +178,8 @@ static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const fl
     for (; n < count; n++) bf16_tile<1, R>(w + n * inputs, inputs, x, out + n, stride);
 }
 
-// out [rows, outputs] with `stride` floats a row.
-static void apply(Pool& pool, const Linear& w, const Activations& a, float* out, int64_t stride) {
+// out: [rows, outputs], `stride` floats per row.
+static void apply(Pool& pool, const LinearSpec& w, const Activations& a, float* out, int64_t stride) {
     if (w.kind == BF16) {
         int64_t before = 0;
         for (int part = 0; part < MAX_PARTS && w.part_rows[part]; before += w.part_rows[part++]) {

@@ -1,4 +1,4 @@
-"""Weights in the layout of linear.h, kept as tensors, with the structure that the library reads them through."""
+"""Weights in the layout of linear.h, held as tensors, with the structure through which the library reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,34 +8,33 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.native.library import Library
-from gemma_awq_cli.kernels.native.structures import MAX_PARTS, LinearSpec
+from gemma_awq_cli.kernels.native.structures import BF16, BLOCK, INT4, MAX_PARTS, LinearSpec
 
-INT4, INT8, BF16 = 0, 1, 2
-BLOCK = 32  # outputs a block
 _GROUP_SIZES = (32, 64, 128, 256)
 
 
 @dataclass(frozen=True)
 class NativeLinear:
-    """spec: what C++ reads; tensors: what keeps its memory alive; nbytes: what one row of activations must read."""
+    """spec: what C++ reads; tensors: the owners of the memory that it points to."""
 
     spec: LinearSpec
     tensors: tuple[Tensor, ...]
 
     @property
     def nbytes(self) -> int:
+        """Bytes of weights that one row of activations reads."""
         return sum(tensor.nbytes for tensor in self.tensors)
 
 
 def refusal(inputs: int, group_size: int) -> str | None:
     """Why the native integer kernels cannot take a linear, or None."""
     if group_size not in _GROUP_SIZES or inputs % group_size:
-        return f"groups of {group_size} of {inputs} inputs do not fit its tiles"
+        return f"{inputs} inputs in groups of {group_size} do not fit its tiles"
     return None
 
 
 class Arena:
-    """Memory for packed weights, taken once, in large pages where the system has them."""
+    """Memory for packed weights, allocated once, in large pages where the system has them."""
 
     def __init__(self, library: Library, nbytes: int) -> None:
         self._memory = torch.empty(nbytes, dtype=torch.uint8)
@@ -43,7 +42,7 @@ class Arena:
         self._used = 0
 
     def take(self, nbytes: int) -> Tensor:
-        """The next bytes, from a multiple of 64 on (torch's own memory begins at one)."""
+        """The next `nbytes` bytes, aligned to 64 bytes (as torch aligns its own memory)."""
         taken = self._memory[self._used : self._used + nbytes]
         assert taken.numel() == nbytes
         self._used += _rounded(nbytes)
@@ -58,12 +57,12 @@ def packed_bytes(kind: int, inputs: int, outputs: int, group: int) -> tuple[int,
 
 
 def arena_bytes(kind: int, inputs: int, outputs: int, group: int) -> int:
-    """What one linear takes of an `Arena`."""
+    """How many bytes of an `Arena` one linear takes."""
     return sum(map(_rounded, packed_bytes(kind, inputs, outputs, group)))
 
 
 def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLinear:
-    """AutoAWQ's tensors -> int4 blocks."""
+    """Repack AutoAWQ's tensors into int4 blocks."""
     inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
     group = inputs // packed.scales.shape[0]
     data, zeros = map(arena.take, packed_bytes(INT4, inputs, outputs, group))
@@ -77,7 +76,7 @@ def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLine
 
 
 def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:
-    """A 16-bit weight [N, K] -> int4 (asymmetric, the best of three ranges) or int8 (symmetric), in groups."""
+    """Quantize a 16-bit weight [N, K] in groups to int4 (asymmetric, the best of three ranges) or int8 (symmetric)."""
     weight = weight.to(torch.bfloat16).contiguous()
     outputs, inputs = weight.shape
     data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
@@ -88,7 +87,7 @@ def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Ar
 
 
 def dense(weights: Sequence[Tensor]) -> NativeLinear:
-    """bfloat16 weights [N, K] with one input, side by side, read where they lie."""
+    """bfloat16 weights [N, K] that share an input, their outputs side by side, read where they are in memory."""
     assert len(weights) <= MAX_PARTS
     assert all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in weights)
     spec = LinearSpec(kind=BF16, inputs=weights[0].shape[1], outputs=sum(weight.shape[0] for weight in weights))

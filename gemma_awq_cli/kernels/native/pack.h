@@ -1,16 +1,16 @@
-// Into the layout of linear.h: from AutoAWQ's tensors, and from a bf16 weight that is quantized on the way.
+// Packing into the layout of linear.h: AutoAWQ's tensors, and bf16 weights that are quantized on the way.
 #pragma once
 
 #include "linear.h"
 
-// q[32][g] (values 0..15 or 0..255) -> one block's group.
+// q[32][g] (values 0..15 or 0..255) -> one group of a block.
 template <int KIND> static void place(const uint8_t (*q)[256], int64_t group, uint8_t* to) {
     for (int64_t k = 0; k < group; k += KIND == INT4 ? 8 : 4)
         for (int lane = 0; lane < BLOCK; lane++, to += 4) {
             uint32_t bytes, high = 0;
             memcpy(&bytes, &q[lane][k], 4);
             if (KIND == INT4) memcpy(&high, &q[lane][k + 4], 4);
-            bytes |= high << 4;  // no byte is larger than 15: nothing is carried from one to the next
+            bytes |= high << 4;  // no byte is larger than 15, so no bit is carried into the next byte
             memcpy(to, &bytes, 4);
         }
 }
@@ -18,7 +18,7 @@ template <int KIND> static void place(const uint8_t (*q)[256], int64_t group, ui
 // qweight [K, N/8], qzeros [K/g, N/8] int32, scales [K/g, N] float16 -> `data` and `zeros`.
 static void pack_awq(Pool& pool, const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs,
                      int64_t outputs, int64_t group, uint8_t* data, uint8_t* zeros) {
-    static const int column[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // of nibble i
+    static const int column[8] = {0, 2, 4, 6, 1, 3, 5, 7};  // that nibble i holds
     const int64_t groups = inputs / group, bytes = group_bytes(INT4, group), words = outputs / 8;
     pool.run(blocks_of(outputs), [&](int64_t b, int) {
         uint8_t q[BLOCK][256];
@@ -60,7 +60,8 @@ static uint16_t quantize8(const float* x, int64_t group, uint8_t* q) {
     return half;
 }
 
-// One group of one output to 4 bits with a zero point; of three ranges the one with the least squared error.
+// One group of one output to 4 bits with a zero point: of three ranges, the one with the least squared error. Returns
+// the scale's float16.
 static uint16_t quantize4(const float* x, int64_t group, uint8_t* q, uint8_t* zero) {
     float low = 0, high = 0, best = INFINITY;
     for (int64_t k = 0; k < group; k++) low = std::min(low, x[k]), high = std::max(high, x[k]);

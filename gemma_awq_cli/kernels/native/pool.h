@@ -1,5 +1,5 @@
-// Worker threads that wait by spinning for a moment and then sleep: a token has a hundred parallel steps of some ten
-// microseconds, too short to wake a sleeping thread for.
+// Worker threads that wait by spinning for a moment before they sleep: a token has about a hundred parallel steps of
+// ten microseconds each, too short to wake a sleeping thread for.
 #pragma once
 
 #include <atomic>
@@ -29,7 +29,8 @@ class Pool {
     }
     int threads() const { return threads_; }
 
-    // Calls body(item, thread) for every item in 0 .. items - 1, in any order, on all threads; returns when all are done.
+    // Calls body(item, thread) for every item in 0 .. items - 1, in any order, on all threads; returns when all have
+    // returned.
     template <class Body> void run(int64_t items, const Body& body) {
         if (threads_ == 1 || items <= 1) {
             for (int64_t i = 0; i < items; i++) body(i, 0);
@@ -53,7 +54,8 @@ class Pool {
   private:
     typedef void (*Call)(const void*, int64_t, int);
 
-    // Only a thread that has claimed an item may believe what it read of the step: the claim proves the step is open.
+    // What a thread read about the step is valid only once it has claimed an item: the claim proves that the step is
+    // open.
     void take(int thread) {
         uint64_t state = state_.load(std::memory_order_acquire);
         while ((uint32_t)state) {
@@ -95,7 +97,7 @@ class Pool {
     const int threads_;
     std::vector<std::thread> workers_;
     std::atomic<bool> stop_{false};
-    alignas(64) std::atomic<uint64_t> state_{0};  // number of the step << 32 | items not yet claimed
+    alignas(64) std::atomic<uint64_t> state_{0};  // number of the step << 32 | items that are not claimed yet
     alignas(64) std::atomic<int64_t> done_{0};
     alignas(64) std::atomic<int> sleepers_{0};
     std::atomic<Call> call_{nullptr};

@@ -1,16 +1,17 @@
-// A coarse head's logits made exact where probability lies: those near the largest are computed again from 16 bits.
+// Makes a coarse head's largest logits exact, which hold practically all of the probability: it recomputes those near
+// the largest one from the 16-bit weight.
 #pragma once
 
 #include "linear.h"
 
 #include <array>
 
-constexpr float REACH = 10.0f;  // below the largest logit: what lies further has less than e^-10 of its probability
+constexpr float REACH = 10.0f;  // below the largest logit; a logit further away has less than e^-10 of its probability
 constexpr int BINS = 40;
-constexpr int64_t MOST = 2048;  // entries that are computed again: if more lie within reach, the nearest bins of them
+constexpr int64_t MOST = 2048;  // entries that are recomputed; if more are within reach, the nearest bins of them
 
-// exact: bf16 [entries, inputs]; x: [inputs], the head's input; logits: [entries], soft-capped if there is a cap, of which
-// some are replaced.
+// exact: bf16 [entries, inputs]; x: [inputs], the head's input; cap: the final soft-cap, 0: none; logits: [entries],
+// soft-capped, of which some are replaced.
 static void refine(Pool& pool, const uint16_t* exact, int64_t inputs, int64_t entries, float cap, const float* x,
                    float* logits) {
     const int64_t step = 4096, items = (entries + step - 1) / step;
@@ -26,7 +27,7 @@ static void refine(Pool& pool, const uint16_t* exact, int64_t inputs, int64_t en
     });
     const float top = *std::max_element(tops.begin(), tops.end());
     const auto bin_of = [&](float logit) { return std::min(BINS - 1, (int)((top - logit) * (BINS / REACH))); };
-    // body(i) for each logit of an item that is within reach; NaN never is
+    // calls body(i) for each logit of an item that is within reach; NaN never is
     const auto each_near = [&](int64_t item, const auto& body) {
         const int64_t end = std::min(entries, (item + 1) * step);
         for (int64_t i = item * step; i < end; i += LANES) {
@@ -49,7 +50,7 @@ static void refine(Pool& pool, const uint16_t* exact, int64_t inputs, int64_t en
         each_near(item, [&](int64_t i) {
             if (bin_of(logits[i]) >= bins) return;
             bf16_tile<1, 1>(exact + i * inputs, inputs, x, logits + i, 1);
-            if (cap > 0) logits[i] = std::tanh(logits[i] / cap) * cap;
+            if (cap > 0) logits[i] = soft_cap(logits[i], cap);
         });
     });
 }

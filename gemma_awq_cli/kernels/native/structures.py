@@ -1,7 +1,7 @@
-"""What the compiled library takes, in ctypes: the structures of linear.h and engine.cpp, field by field.
+"""The structures that the compiled library takes, in ctypes: those of linear.h and specs.h, field by field.
 
-ctypes by itself cuts off what a field or an argument does not hold. Here each number arrives whole or is an
-OverflowError, whatever let it come so far.
+ctypes by itself truncates a number that a field or an argument cannot hold. Here each number arrives whole or raises
+OverflowError, wherever it came from. `layout_mismatch` compares the fields with what a library says of its own.
 """
 
 import ctypes
@@ -11,7 +11,10 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-MAX_PARTS = 3
+INT4, INT8, BF16 = 0, 1, 2  # a linear's kind
+BLOCK = 32  # outputs per block of an integer linear
+MAX_PARTS = 3  # weights that a bf16 linear joins
+MAX_HEAD_DIM = 512
 
 
 class _Checked(ctypes.Structure):
@@ -34,7 +37,7 @@ def _kinds(structure: type[ctypes.Structure]) -> dict[str, Any]:
 
 
 class Int32(c_int32):
-    """An argument of 32 bits."""
+    """A 32-bit argument."""
 
     @classmethod
     def from_param(cls, value: Any) -> c_int32:  # type: ignore[override]
@@ -42,7 +45,7 @@ class Int32(c_int32):
 
 
 class Int64(c_int64):
-    """An argument of 64 bits."""
+    """A 64-bit argument."""
 
     @classmethod
     def from_param(cls, value: Any) -> c_int64:  # type: ignore[override]
@@ -57,11 +60,13 @@ def int64s(values: Iterable[int]) -> Any:
 
 def _within(value: int, bits: int) -> int:
     if not -(2 ** (bits - 1)) <= value < 2 ** (bits - 1):
-        raise OverflowError(f"{value} does not fit {bits} bits")
+        raise OverflowError(f"{value} does not fit into {bits} bits")
     return value
 
 
 class LinearSpec(_Checked):
+    """One linear: kind is INT4, INT8 or BF16; group is 0 for BF16."""
+
     _fields_ = [
         ("kind", c_int32), ("group", c_int64), ("inputs", c_int64), ("outputs", c_int64),
         ("data", c_void_p), ("zeros", c_void_p),
@@ -70,36 +75,44 @@ class LinearSpec(_Checked):
 
 
 class LayerSpec(_Checked):
+    """One decoder layer; see specs.h for what the fields mean."""
+
     _fields_ = [
+        ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("intermediate", c_int64),
+        ("window", c_int64),
         ("qkv", LinearSpec), ("o", LinearSpec), ("gate_up", LinearSpec), ("down", LinearSpec),
         ("input_norm", c_void_p), ("attention_norm", c_void_p), ("mlp_norm", c_void_p), ("post_mlp_norm", c_void_p),
         ("q_norm", c_void_p), ("k_norm", c_void_p), ("inv_freq", c_void_p),
-        ("rope_factor", c_float), ("window", c_int64),
+        ("rope_factor", c_float), ("query_scale", c_float),
     ]  # fmt: skip
 
 
 class ModelSpec(_Checked):
+    """A language model: what its layers have in common, the embedding and the head."""
+
     _fields_ = [
-        ("hidden", c_int64), ("intermediate", c_int64), ("heads", c_int64), ("kv_heads", c_int64),
-        ("head_dim", c_int64), ("layers", c_int64),
-        ("eps", c_float), ("embed_scale", c_float), ("query_scale", c_float),
-        ("attention_softcap", c_float), ("final_softcap", c_float),
+        ("hidden", c_int64), ("layers", c_int64),
+        ("eps", c_float), ("embed_scale", c_float), ("attention_softcap", c_float), ("final_softcap", c_float),
         ("embedding", c_void_p), ("norm", c_void_p), ("head", LinearSpec), ("layer", POINTER(LayerSpec)),
         ("exact", c_void_p),
     ]  # fmt: skip
 
 
 class CacheSpec(_Checked):
+    """A KV cache: a pointer per layer, and how many slots it has."""
+
     _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("slots", POINTER(c_int64))]
 
 
-class PieceSpec(_Checked):
+class ChunkSpec(_Checked):
+    """A `RowChunk`, and where its tokens begin in the flat batch."""
+
     _fields_ = [("row", c_int64), ("start", c_int64), ("count", c_int64), ("offset", c_int64)]
 
 
 ARGUMENTS = {
     "gaq_forward": (
-        POINTER(ModelSpec), POINTER(CacheSpec), POINTER(PieceSpec), Int64, c_void_p, Int64, POINTER(c_int64),
+        POINTER(ModelSpec), POINTER(CacheSpec), POINTER(ChunkSpec), Int64, c_void_p, Int64, POINTER(c_int64),
         c_void_p, Int32,
     ),
     "gaq_large_pages": (c_void_p, Int64),
@@ -107,3 +120,27 @@ ARGUMENTS = {
     "gaq_pack_awq": (c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
 }  # fmt: skip
+
+STRUCTURES = (LinearSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
+CONSTANTS = ("INT4", "INT8", "BF16", "BLOCK", "MAX_PARTS", "MAX_HEAD_DIM")
+
+
+def layout() -> dict[str, str]:
+    """Name -> numbers, as the lines of `gaq_layout`: sizes, offsets and sizes of fields, and constants."""
+    found = {name: str(globals()[name]) for name in CONSTANTS}
+    for structure in STRUCTURES:
+        found[structure.__name__] = str(ctypes.sizeof(structure))
+        for name in _kinds(structure):
+            field = getattr(structure, name)
+            found[f"{structure.__name__}.{name}"] = f"{field.offset} {field.size}"
+    return found
+
+
+def layout_mismatch(text: str) -> str | None:
+    """The first difference between what a library says of its structures and these, or None. text: `gaq_layout`'s."""
+    theirs = dict(line.split(" ", 1) for line in text.splitlines())
+    ours = layout()
+    for name in sorted(theirs.keys() | ours.keys()):
+        if theirs.get(name) != ours.get(name):
+            return f"{name} is {theirs.get(name, 'absent')} in C++ and {ours.get(name, 'absent')} in structures.py"
+    return None

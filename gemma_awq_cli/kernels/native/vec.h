@@ -1,5 +1,6 @@
-// Sixteen or eight lanes at a time, one register each. The compiler's own vectors carry the arithmetic on every processor; only what they cannot
-// say (dot products of bytes, narrow floats) is written in intrinsics where the processor has them.
+// Vectors of sixteen or eight lanes, one register each. The compiler's vector extensions do the arithmetic on every
+// processor; only what they cannot express (dot products of bytes, narrow floats) is written in intrinsics, where the
+// processor has them.
 #pragma once
 
 #include <cmath>
@@ -65,7 +66,7 @@ INLINE float largest(Floats v) {
     return m;
 }
 
-// Compilers take convertvector between lanes of unlike widths apart, lane by lane: hence intrinsics where there are any.
+// Compilers split convertvector between lanes of different widths into single lanes: hence the intrinsics.
 INLINE Floats load_bf16(const uint16_t* p) {
 #if defined(__AVX512F__)
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
@@ -84,7 +85,7 @@ INLINE Floats load_u8(const uint8_t* p) {
     return __builtin_convertvector(load_as<LaneBytes>(p), Floats);
 #endif
 }
-// the low byte of each lane
+// Stores the low byte of each lane.
 INLINE void store_bytes(int8_t* p, Ints v) {
 #if defined(__AVX512F__)
     const __m128i narrow = _mm512_cvtepi32_epi8((__m512i)v);
@@ -93,7 +94,7 @@ INLINE void store_bytes(int8_t* p, Ints v) {
     for (int i = 0; i < LANES; i++) p[i] = (int8_t)v[i];
 #endif
 }
-// bf16 of each lane: to nearest, ties to even; NaN stays NaN
+// Stores each lane as bf16, rounded to nearest, ties to even; NaN stays NaN.
 INLINE void store_bf16(uint16_t* p, Floats x) {
     const Words bits = (Words)x;
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
@@ -162,7 +163,7 @@ template <bool SMALL> INLINE Ints dot4(Ints acc, Bytes w, int32_t a) {
 #elif defined(__AVX2__)
     const __m256i ones = _mm256_set1_epi16(1), as = _mm256_set1_epi32(a);
     if (SMALL) return acc + (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)w, as), ones);
-    // pairs of larger products saturate at 16 bits: the bytes' two halves go separately
+    // pairs of larger products would saturate at 16 bits, so the two halves of the bytes go separately
     const Bytes low = w & 15, high = (Bytes)((Words)w >> 4) & 15;
     const Ints lows = (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)low, as), ones);
     const Ints highs = (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)high, as), ones);
@@ -176,7 +177,7 @@ template <bool SMALL> INLINE Ints dot4(Ints acc, Bytes w, int32_t a) {
 #endif
 }
 
-// exp by a polynomial on [-ln2/2, ln2/2]; relative error below 2e-7 where the result is a normal float, 0 below -87
+// exp by a polynomial on [-ln2/2, ln2/2]: relative error below 2e-7 where the result is a normal float; 0 below -87.
 INLINE Floats exponential(Floats x) {
     const Floats clamped = smaller(larger(x, splat(-87.0f)), splat(88.0f));
     const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
@@ -196,6 +197,8 @@ INLINE Floats exponential(Floats x) {
     return x == x ? result : x;
 }
 INLINE Floats hyperbolic_tangent(Floats x) { return splat(1.0f) - splat(2.0f) / (exponential(x + x) + splat(1.0f)); }
+INLINE float soft_cap(float logit, float cap) { return std::tanh(logit / cap) * cap; }
+INLINE Floats soft_cap(Floats scores, float cap) { return hyperbolic_tangent(scores / cap) * cap; }
 INLINE Floats gelu_tanh(Floats x) {
     const Floats inner = splat(0.7978845608f) * fma(splat(0.044715f) * x * x, x, x);
     return splat(0.5f) * x * (splat(1.0f) + hyperbolic_tangent(inner));

@@ -1,7 +1,4 @@
-"""A checkpoint's language model as the decode paths want it: joined linears and norm gains, layer by layer.
-
-The torch decoder and the compiled one both read through `LayerReader`.
-"""
+"""A checkpoint's language model as the torch and the compiled decoder want it: joined linears and the norms' gains."""
 
 from dataclasses import dataclass
 
@@ -10,61 +7,81 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD, linear_shapes, norm_names
+from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
 from gemma_awq_cli.models.gemma.architecture import Architecture
+from gemma_awq_cli.models.gemma.layers import LayerLayout
 
-JOINED = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+JOINED = ("qkv", "o", "gate_up", "down")  # the groups of linears with one input, by their names in a layout
+GAINS = ("input_norm", "attention_norm", "mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
 
 
 @dataclass(frozen=True)
 class LayerReader:
-    """Reads one layer's tensors. group_size: None for a 16-bit checkpoint."""
+    """Reads the tensors of layer `index`. group_size: None for a 16-bit checkpoint."""
 
     checkpoint: Checkpoint
     arch: Architecture
     index: int
     group_size: int | None
 
-    def packed(self, kind: str) -> PackedWeight:
-        """The linears of a kind of `JOINED` as one, their outputs side by side: only artifacts."""
+    @property
+    def layout(self) -> LayerLayout:
+        return self.arch.layouts[self.index]
+
+    @property
+    def _prefix(self) -> str:
+        return f"model.layers.{self.index}."
+
+    def packed(self, joined: str) -> PackedWeight:
+        """The linears of one of `JOINED` as one, their outputs side by side: of artifacts only."""
         assert self.group_size is not None
         parts = []
-        for name in JOINED[kind]:
-            outputs, inputs = linear_shapes(self.arch)[name]
-            full = f"model.layers.{self.index}.{name}"
-            parts.append(read_packed(self.checkpoint, full, inputs, outputs, self.group_size))
+        for name in joined_linears(self.layout)[joined]:
+            linear = self.layout.linears[name]
+            parts.append(
+                read_packed(self.checkpoint, self._prefix + name, linear.inputs, linear.outputs, self.group_size)
+            )
         if len(parts) == 1:
             return parts[0]
         return PackedWeight(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
-    def dense(self, kind: str) -> list[Tensor]:
-        """The weights [N, K] of a kind of `JOINED`, where they lie in the file: only 16-bit checkpoints."""
-        names = [f"model.layers.{self.index}.{name}.weight" for name in JOINED[kind]]
+    def dense(self, joined: str) -> list[Tensor]:
+        """The weights [N, K] of one of `JOINED`, mapped from the file: of 16-bit checkpoints only."""
+        names = [f"{self._prefix}{name}.weight" for name in joined_linears(self.layout)[joined]]
         read = self.checkpoint.read(names)
         return [read[name] for name in names]
 
     def gains(self) -> dict[str, Tensor | None]:
-        """The gains [N] float32 of the norms, by the decode paths' names; None where the family has none."""
-        names = norm_names(self.arch)
-        read = self.checkpoint.read(f"model.layers.{self.index}.{name}.weight" for name in names.values())
-        gains: dict[str, Tensor | None] = dict.fromkeys(("attention_norm", "post_mlp_norm", "q_norm", "k_norm"))
-        for kind, name in names.items():
-            gains[kind] = self.arch.gain_offset + read[f"model.layers.{self.index}.{name}.weight"].to(torch.float32)
-        return gains
+        """The gains [N] float32 of the norms in `GAINS`; None for those that the layer does not have."""
+        names = {slot: f"{self._prefix}{norm.name}.weight" for slot, norm in self.layout.norms.items()}
+        read = self.checkpoint.read(names.values())
+        gains: dict[str, Tensor | None] = dict.fromkeys(GAINS)
+        return gains | {slot: _gain(read[name], self.arch) for slot, name in names.items()}
+
+
+def joined_linears(layout: LayerLayout) -> dict[str, tuple[str, ...]]:
+    """The linears of each of `JOINED`, in the order of their outputs."""
+    groups = {group.name: group.linears for group in layout.groups}
+    return {name: groups[name] for name in JOINED}
 
 
 def read_embedding(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
-    """The embedding and the head [V, hidden], the same tensor where they are tied."""
+    """The embedding and the head [V, hidden]; they are the same tensor if the checkpoint ties them."""
     read = checkpoint.read([EMBEDDING] if checkpoint.tied_head else [EMBEDDING, HEAD])
     return read[EMBEDDING], read.get(HEAD, read[EMBEDDING])
 
 
 def read_final_gain(checkpoint: Checkpoint, arch: Architecture) -> Tensor:
     """The gain [hidden] float32 of the last norm."""
-    return arch.gain_offset + checkpoint.read([FINAL_NORM])[FINAL_NORM].to(torch.float32)
+    return _gain(checkpoint.read([FINAL_NORM])[FINAL_NORM], arch)
+
+
+def embed_scale(arch: Architecture, dtype: torch.dtype) -> Tensor:
+    """What the embedding's rows are multiplied by: rounded to the activations' dtype, as transformers does it."""
+    return torch.tensor(arch.embed_scale, dtype=dtype)
+
+
+def _gain(weight: Tensor, arch: Architecture) -> Tensor:
+    """What an RMSNorm with this stored weight multiplies by."""
+    return arch.gain_offset + weight.to(torch.float32)

@@ -1,7 +1,7 @@
-"""Keys and values of what was read, in memory taken once: sliding layers keep their window and no more.
+"""Keys and values of the tokens that were read, in memory allocated once: sliding layers keep only their window.
 
-A layer's slots are a ring: position p lies in slot p % slots. A layer that sees everything has a slot for every
-position, so its ring never turns.
+A layer's slots are a ring: position p is in slot p % slots. A layer without a window has a slot for every position, so
+its ring never wraps around.
 """
 
 from collections.abc import Sequence
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.models.gemma.architecture import Architecture
+from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values: one [R, kv_heads, slots, head_dim] a layer; lengths: tokens read so far, one a row."""
+    """keys, values: [R, kv_heads, slots, head_dim] per layer; lengths: how many tokens each row has read."""
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -27,33 +27,37 @@ class KVCache:
         return 2 * sum(layer.nbytes for layer in self.keys)
 
     def repeated(self, rows: int) -> "KVCache":
-        """The one row of this cache as `rows` equal ones."""
+        """A cache of `rows` equal rows, from this cache of one row."""
         keys, values = (tuple(layer.repeat(rows, 1, 1, 1) for layer in part) for part in (self.keys, self.values))
         return KVCache(keys, values, self.lengths * rows, self.capacity)
 
     def require_room(self, tokens: Sequence[Sequence[int]], vocabulary: int) -> None:
-        """An error of the caller's: rows, tokens or positions that are not there. Compiled code checks nothing."""
-        if len(tokens) != len(self.lengths) or not any(tokens):
-            raise ValueError(f"{len(tokens)} rows, all of them empty perhaps, for a cache of {len(self.lengths)}")
+        """Raise ValueError for rows, tokens or positions that do not exist: the compiled code checks nothing."""
+        if len(tokens) != len(self.lengths):
+            raise ValueError(f"tokens for {len(tokens)} rows; the cache has {len(self.lengths)} rows")
+        if not any(tokens):
+            raise ValueError("no tokens for any of the rows")
         if any(length + len(new) > self.capacity for length, new in zip(self.lengths, tokens, strict=True)):
             raise ValueError(f"more tokens than the cache's capacity of {self.capacity}")
         if any(not 0 <= token < vocabulary for new in tokens for token in new):
-            raise ValueError(f"a token that is not in the vocabulary of {vocabulary}")
+            raise ValueError(f"a token outside the vocabulary of {vocabulary}")
 
 
-def make_cache(arch: Architecture, rows: int, capacity: int, device: torch.device, dtype: torch.dtype) -> KVCache:
+def make_cache(
+    layouts: Sequence[LayerLayout], rows: int, capacity: int, device: torch.device, dtype: torch.dtype
+) -> KVCache:
     """An empty cache of `rows` rows, each of at most `capacity` tokens."""
 
-    def layer(window: int | None) -> Tensor:
-        slots = min(window or capacity, capacity)
-        return torch.zeros(rows, arch.kv_heads, slots, arch.head_dim, device=device, dtype=dtype)
+    def layer(layout: LayerLayout) -> Tensor:
+        slots = min(layout.window or capacity, capacity)
+        return torch.zeros(rows, layout.kv_heads, slots, layout.head_dim, device=device, dtype=dtype)
 
-    keys, values = (tuple(layer(window) for window in arch.windows) for _ in range(2))
+    keys, values = (tuple(map(layer, layouts)) for _ in range(2))
     return KVCache(keys, values, [0] * rows, capacity)
 
 
 def slot_positions(ends: Tensor, slots: int) -> Tensor:
-    """Which position each slot of a ring holds when positions 0 .. ends - 1 were written: [B] -> [B, slots].
+    """The position that each slot of a ring holds after positions 0 .. ends - 1 were written: [B] -> [B, slots].
 
     Negative where nothing was written yet.
     """

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.gemma.architecture import final_softcap
 from gemma_awq_cli.models.gemma.config_values import HINT
@@ -177,7 +178,4 @@ class TextStack:
     def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int = LOGIT_CHUNK) -> Iterator[Tensor]:
         """Yield float32 logits [R, <= chunk] of normed final states [R, hidden], `chunk` entries at a time."""
         for part in head.split(chunk):
-            logits = normed @ part.to(self.device, torch.float32).t()
-            if self.softcap is not None:
-                logits = logits.div_(self.softcap).tanh_().mul_(self.softcap)
-            yield logits
+            yield soft_cap(normed @ part.to(self.device, torch.float32).t(), self.softcap)

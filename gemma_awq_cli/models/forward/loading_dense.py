@@ -1,8 +1,8 @@
-"""Opening a 16-bit Gemma: in the dtype, with the quantization on loading and with the attention that are asked for."""
+"""Opening a 16-bit Gemma in the dtype, with the quantization on loading and with the attention that the user chose."""
 
 import importlib.util
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,19 +13,20 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.forward.memory import require_memory
+from gemma_awq_cli.models.forward.transformers_model import finish_model, layer_linears
 
 SMALLER = "Use --quantization nf4 or int8, a 4-bit artifact of it (`gemma-awq quantize`), or another --device."
-INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bit (arXiv:2208.07339)
-NF4_BLOCK = 64  # bitsandbytes' kernels for CPUs take whole ones only
-BYTES_A_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # nf4: half a byte, and a scale of a byte for every 64 weights
+INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bits (arXiv:2208.07339)
+NF4_BLOCK = 64  # bitsandbytes' kernels for CPUs take only whole blocks
+BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # nf4: half a byte, and a scale of one byte per 64 weights
 
 
 @dataclass(frozen=True)
 class Precision:
-    """How a 16-bit checkpoint is opened; None: what suits the device and the model.
+    """How to open a 16-bit checkpoint; None: what suits the device and the model.
 
-    quantization: `int8` or `nf4`, of the layers' linears on loading, by bitsandbytes. attention: transformers' name for
-    an implementation.
+    quantization: `int8` or `nf4`, which bitsandbytes applies to the layers' linears on loading; attention: the name
+    that transformers has for an implementation.
     """
 
     dtype: torch.dtype | None = None
@@ -34,35 +35,34 @@ class Precision:
 
 
 def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """bfloat16, but on CUDA a float16 checkpoint stays what it is if the family's activations fit float16."""
+    """bfloat16; or float16 for a float16 checkpoint on CUDA, if the family's activations fit float16."""
     # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
     dtype = checkpoint.declared_dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 
 def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: Precision) -> Any:
-    """transformers' causal model with real weights, over as many of `devices` as it needs."""
+    """transformers' causal model with its weights loaded, over as many of `devices` as it needs."""
     dtype = precision.dtype or default_dtype(checkpoint, devices[0])
     model = meta_model(checkpoint.text_config)
     _set_attention(model, precision.attention, devices[0])
     shapes = parameter_shapes(model, checkpoint.tied_head)
+    quantized: Collection[str] = ()
     if precision.quantization is not None:
         _require_bitsandbytes()
-    needed = memory_needed(shapes, dtype, precision.quantization)
-    places = _places(model, checkpoint, devices, dtype, needed, precision.quantization)
+        quantized = layer_linears(checkpoint).keys()
+    needed = memory_needed(shapes, dtype, precision.quantization, quantized)
+    places = _places(model, checkpoint, devices, dtype, needed, quantized)
     for name in shapes:
+        module_name, _, kind = name.rpartition(".")
         device = place_of(name, places)
         weight = checkpoint.read([name])[name]
-        module = model.get_submodule(name.rpartition(".")[0])
-        if precision.quantization is not None and isinstance(module, nn.Linear) and name.startswith("model.layers."):
-            made = _quantized(module, weight, device, dtype, precision.quantization)
-            model.set_submodule(name.rpartition(".")[0], made)
+        if precision.quantization is not None and module_name in quantized and kind == "weight":
+            linear = model.get_submodule(module_name)
+            model.set_submodule(module_name, _quantized(linear, weight, device, dtype, precision.quantization))
         else:
             model.load_state_dict({name: weight.to(device, dtype)}, strict=False, assign=True)
-    if checkpoint.tied_head:
-        model.lm_head.weight = model.model.embed_tokens.weight
-    make_buffers_real(model, place_of("model.embed_tokens", places))
-    model.requires_grad_(False)
+    model = finish_model(model, checkpoint, place_of("model.embed_tokens", places))
     if len(set(places.values())) > 1:
         from accelerate import dispatch_model
 
@@ -70,21 +70,18 @@ def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: P
     return model
 
 
-def memory_needed(shapes: Mapping[str, torch.Size], dtype: torch.dtype, quantization: str | None) -> int:
-    """Bytes of the weights as they will lie in memory: the least that the model takes."""
+def memory_needed(
+    shapes: Mapping[str, torch.Size], dtype: torch.dtype, quantization: str | None, quantized: Collection[str]
+) -> int:
+    """Bytes of the weights as they will be held in memory: the least that the model needs.
+
+    quantized: the names of the linears that are quantized on loading.
+    """
     total = 0.0
     for name, shape in shapes.items():
-        quantized = quantization is not None and name.startswith("model.layers.") and len(shape) == 2
-        total += shape.numel() * (BYTES_A_WEIGHT[quantization] if quantized and quantization else dtype.itemsize)
+        small = quantization is not None and name.removesuffix(".weight") in quantized
+        total += shape.numel() * (BYTES_PER_WEIGHT[str(quantization)] if small else dtype.itemsize)
     return int(total)
-
-
-def make_buffers_real(model: Any, device: torch.device) -> None:
-    """Rotary tables and the embedding's scale are computed from the config, not stored."""
-    text = model.model
-    with torch.device(device):
-        text.rotary_emb = type(text.rotary_emb)(text.config)
-    text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
 
 
 def _set_attention(model: Any, attention: str | None, device: torch.device) -> None:
@@ -105,21 +102,21 @@ def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise GemmaAwqError(
             "--quantization needs bitsandbytes, which is not installed.",
-            "Install it: pip install 'gemma-awq[bnb]'. A 4-bit artifact needs nothing: `gemma-awq quantize`.",
+            "Install it: pip install 'gemma-awq[bnb]'. A 4-bit artifact (`gemma-awq quantize`) does not need it.",
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it laments optional kernels that it could download
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels that it could download
 
 
 def _quantized(
     linear: nn.Linear, weight: Tensor, device: torch.device, dtype: torch.dtype, quantization: str
 ) -> nn.Module:
-    """bitsandbytes' linear of this weight; it quantizes as it is moved to the device."""
+    """bitsandbytes' linear with this weight, which it quantizes when it is moved to the device."""
     import bitsandbytes as bnb
 
     if quantization == "nf4" and linear.in_features % NF4_BLOCK:
         raise GemmaAwqError(
             f"nf4 has blocks of {NF4_BLOCK} weights, and a linear of this model has {linear.in_features} inputs.",
-            "Use --quantization int8, or none.",
+            "Use --quantization int8, or leave --quantization out.",
         )
     with torch.device("meta"):
         if quantization == "nf4":
@@ -135,7 +132,7 @@ def _quantized(
     else:
         held = bnb.nn.Int8Params(weight.to(dtype), requires_grad=False, has_fp16_weights=False)
     made.weight = held.to(device)
-    return made.eval()  # bitsandbytes rounds otherwise while it trains
+    return made.eval()  # bitsandbytes rounds differently in training
 
 
 def _places(
@@ -144,9 +141,9 @@ def _places(
     devices: list[torch.device],
     dtype: torch.dtype,
     needed: int,
-    quantization: str | None,
+    quantized: Collection[str],
 ) -> dict[str, torch.device]:
-    """Module name -> device; all on the first one if it has room for the whole model or if it is the only one."""
+    """Module name -> device. All on the first device if it is the only one or has room for the whole model."""
     name = f"{checkpoint.folder.name} in {str(dtype).removeprefix('torch.')}"
     if len(devices) == 1:
         require_memory(needed, devices[0], name, SMALLER)
@@ -159,25 +156,19 @@ def _places(
             f"{name} needs {needed / 1e9:.1f} GB, more than one GPU has free, and spreading it needs accelerate.",
             f"Install it: pip install 'gemma-awq[multi-gpu]'. Or: {SMALLER}",
         )
-    spread = spread_over(model, free, dtype, quantization)
+    spread = spread_over(model, free, dtype, quantized)
     return {module: devices[index] for module, index in spread.items()}
 
 
-def spread_over(model: Any, free: Mapping[int, int], dtype: torch.dtype, quantization: str | None) -> dict[str, int]:
-    """Module name -> index of a GPU with `free` bytes, decoder layers whole and in order, by accelerate.
+def spread_over(model: Any, free: Mapping[int, int], dtype: torch.dtype, quantized: Collection[str]) -> dict[str, int]:
+    """Module name -> index of a GPU with `free` bytes, decoder layers whole and in order, as accelerate places them.
 
-    A tenth of each stays free for the cache and the activations; an error if that does not hold the model.
+    A tenth of each GPU stays free for the cache and the activations. Raises GemmaAwqError if the model does not fit.
+    quantized: the names of the linears that are quantized on loading.
     """
     from accelerate import infer_auto_device_map
 
-    special = {}
-    if quantization is not None:  # what accelerate takes a quantized weight for: its nearest dtype from above
-        stored = torch.int8
-        special = {
-            f"{name}.weight": stored
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear) and name.startswith("model.layers.")
-        }
+    special = {f"{name}.weight": torch.int8 for name in quantized}  # the nearest size that accelerate knows, from above
     model.tie_weights()
     found: dict[str, Any] = infer_auto_device_map(
         model,
@@ -187,11 +178,11 @@ def spread_over(model: Any, free: Mapping[int, int], dtype: torch.dtype, quantiz
         special_dtypes=special,
     )
     if any(not isinstance(place, int) for place in found.values()):
-        raise GemmaAwqError(f"The model does not fit {len(free)} GPUs together.", SMALLER)
+        raise GemmaAwqError(f"The model does not fit into {len(free)} GPUs together.", SMALLER)
     return found
 
 
 def place_of(name: str, places: Mapping[str, torch.device]) -> torch.device:
-    """The device of a parameter or module: that of the longest module name that holds it."""
+    """The device of a parameter or module: the device of the innermost module that holds it and has one."""
     holders = [module for module in places if module == "" or name == module or name.startswith(f"{module}.")]
     return places[max(holders, key=len)]

@@ -1,4 +1,4 @@
-"""How much memory there is, and what a refusal of it says to the user."""
+"""How much memory there is, and errors that tell the user what to do when there is too little."""
 
 import sys
 from collections.abc import Iterator
@@ -11,7 +11,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 
 
 def available_memory() -> int | None:
-    """Bytes that the system could give now, where it tells (Linux)."""
+    """Bytes that the system could allocate now; None where it does not tell (all but Linux)."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
     except OSError:
@@ -20,27 +20,27 @@ def available_memory() -> int | None:
 
 
 def require_memory(needed: int, device: torch.device, what: str, hint: str) -> None:
-    """An error if `needed` bytes are more than the device has now: before the system starts to kill processes."""
+    """Raise GemmaAwqError if `what` needs more bytes than the device has free, before the system kills processes."""
     if device.type == "cuda":
-        there: int | None = torch.cuda.mem_get_info(device)[0]
+        free: int | None = torch.cuda.mem_get_info(device)[0]
     else:
-        there = available_memory()
-    if there is not None and needed > there:
+        free = available_memory()
+    if free is not None and needed > free:
         raise GemmaAwqError(
-            f"{what} needs at least {needed / 1e9:.1f} GB of memory, and {device} has {there / 1e9:.1f} GB free.", hint
+            f"{what} needs at least {needed / 1e9:.1f} GB of memory, and {device} has {free / 1e9:.1f} GB free.", hint
         )
 
 
 def is_refusal(error: BaseException) -> bool:
-    """Whether an allocator refused: Python's, a GPU's, PyTorch's own on the CPU, or the system's mapping of a file."""
+    """Whether an allocator failed: Python's, a GPU's, PyTorch's on the CPU, or the system's mapping of a file."""
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        said in str(error) for said in ("can't allocate memory", "Cannot allocate memory")
+        words in str(error) for words in ("can't allocate memory", "Cannot allocate memory")
     )
 
 
 @contextmanager
 def memory_errors(what: str, hint: str) -> Iterator[None]:
-    """Turn the allocators' refusals into an error that says what to make smaller."""
+    """Turn allocators' failures into `GemmaAwqError("Out of memory while {what}.", hint)`."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
@@ -50,10 +50,10 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
 
 
 def peak_memory() -> int | None:
-    """This process's largest resident set in bytes, where the system tells."""
+    """This process's largest resident set in bytes; None where the system does not tell (Windows)."""
     try:
         import resource
-    except ImportError:  # Windows
+    except ImportError:
         return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

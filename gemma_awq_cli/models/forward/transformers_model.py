@@ -1,40 +1,70 @@
-"""transformers' own causal model of a checkpoint's text side, with an artifact's linears left packed."""
+"""transformers' own causal model of a checkpoint's language model, with an artifact's linears left packed."""
 
 from typing import Any
 
 import torch
 from torch import nn
 
-from gemma_awq_cli.kernels import make_linear
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
-from gemma_awq_cli.models.forward.loading_dense import make_buffers_real
+from gemma_awq_cli.models.gemma.layers import Linear, layers_of
 
 
 @torch.inference_mode()
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model on `device`, every parameter and buffer real, nothing trainable."""
+    """The model on `device`, with every parameter and buffer loaded and nothing trainable."""
     model = meta_model(checkpoint.text_config)
     if checkpoint.quantization is not None:
         _replace_linears(model, checkpoint, device, dtype)
     shapes = parameter_shapes(model, checkpoint.tied_head)
     weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
     model.load_state_dict(weights, strict=False, assign=True)
+    return finish_model(model, checkpoint, device)
+
+
+def finish_model(model: Any, checkpoint: Checkpoint, device: torch.device) -> Any:
+    """Complete a model whose stored tensors are loaded: tie the head, compute what is not stored, freeze it all.
+
+    device: of the embedding and of the buffers that are computed.
+    """
     if checkpoint.tied_head:
         model.lm_head.weight = model.model.embed_tokens.weight
-    make_buffers_real(model, device)
+    _compute_buffers(model, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
-        raise AssertionError(f"never made real: {left[:3]}")
-    model.requires_grad_(False)
-    return model
+        raise AssertionError(f"never loaded: {left[:3]}")
+    return model.requires_grad_(False)
+
+
+def layer_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
+    """Every linear of every layer, by its name in transformers' causal model (`model.layers.0.self_attn.q_proj`)."""
+    layouts = layers_of(checkpoint.facts, checkpoint.family)
+    return {
+        f"model.layers.{index}.{name}": linear
+        for index, layout in enumerate(layouts)
+        for name, linear in layout.linears.items()
+    }
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Compute the rotary tables and the embedding's scale, which follow from the config and are not stored."""
+    text = model.model
+    with torch.device(device):
+        text.rotary_emb = type(text.rotary_emb)(text.config)
+    text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
 
 
 def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
-    """Put packed linears where the artifact has them."""
+    """Put packed linears in place of the layers' own."""
     group_size = require_awq(checkpoint)
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and name.startswith("model.layers."):
-            packed = read_packed(checkpoint, name, module.in_features, module.out_features, group_size)
-            model.set_submodule(name, make_linear(packed, device, dtype))
+    for name, linear in layer_linears(checkpoint).items():
+        if linear.bias:
+            raise GemmaAwqError(
+                f"{name} of {checkpoint.folder} has a bias, which packed linears cannot hold.",
+                "Use the 16-bit model instead.",
+            )
+        packed = read_packed(checkpoint, name, linear.inputs, linear.outputs, group_size)
+        model.set_submodule(name, make_linear(packed, device, dtype))

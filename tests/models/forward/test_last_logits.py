@@ -7,12 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.models.forward import torch_decoder
+from gemma_awq_cli.models.forward import prefill
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
-from gemma_awq_cli.models.forward.native_decoder import NativeSession, NativeText
-from gemma_awq_cli.models.forward.session import Session, TransformersSession
+from gemma_awq_cli.models.forward.native_session import NativeSession
+from gemma_awq_cli.models.forward.native_weights import NativeText
+from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from tests.conftest import FAMILIES
 from tests.models.forward.test_session import apart
 
@@ -57,7 +59,7 @@ def widened(opened: OpenModel) -> OpenModel:
 def test_both_forwards_in_float32(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_decoder, "CHUNK", chunk)
+    monkeypatch.setattr(prefill, "CHUNK", chunk)
     opened = open_model(checkpoints(kind), CPU, Precision(dtype=torch.float32))
     assert isinstance(opened.session(1, 1), DecoderSession)
     expected = one_by_one(lambda: opened.session(1, 64))
@@ -87,5 +89,5 @@ def test_rows_that_were_padded_are_refused(checkpoints: Callable[[str], Path]) -
     opened = open_model(checkpoints("gemma"), CPU)
     session = TransformersSession(opened.model, 2, 16, CPU)
     session.next_logits([[2, 7], [2]])
-    with pytest.raises(ValueError, match="different lengths"):
+    with pytest.raises(ValueError, match="different numbers of tokens"):
         session.last_logits([[7], [7]], [1, 1])

@@ -18,6 +18,7 @@ from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision, memory_needed, place_of, spread_over
 from gemma_awq_cli.models.forward.memory import memory_errors
+from gemma_awq_cli.models.forward.transformers_model import layer_linears
 from tests import tiny
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights, make_checkpoint
@@ -160,9 +161,10 @@ def test_what_a_precision_takes(checkpoints: Callable[[str], Path]) -> None:
     shapes = parameter_shapes(meta_model(checkpoint.text_config), tied_head=True)
     weights = sum(shape.numel() for shape in shapes.values())
     linears = sum(shape.numel() for name, shape in shapes.items() if name.endswith("_proj.weight"))
-    assert memory_needed(shapes, torch.float32, None) == 4 * weights
-    assert memory_needed(shapes, torch.bfloat16, "int8") == 2 * weights - linears
-    assert memory_needed(shapes, torch.bfloat16, "nf4") < 2 * weights - 1.4 * linears
+    quantized = layer_linears(checkpoint).keys()
+    assert memory_needed(shapes, torch.float32, None, ()) == 4 * weights
+    assert memory_needed(shapes, torch.bfloat16, "int8", quantized) == 2 * weights - linears
+    assert memory_needed(shapes, torch.bfloat16, "nf4", quantized) < 2 * weights - 1.4 * linears
 
 
 @pytest.mark.skipif(find_spec("accelerate") is None, reason="the extra multi-gpu is not installed")
@@ -171,8 +173,8 @@ def test_layers_spread_over_several_gpus_whole_and_in_order(kind: str, checkpoin
     checkpoint = Checkpoint(checkpoints(kind))
     model = meta_model(checkpoint.text_config)
     shapes = parameter_shapes(model, tied_head=True)
-    size = memory_needed(shapes, torch.bfloat16, None)
-    spread = spread_over(model, {0: int(size * 0.8), 1: size}, torch.bfloat16, None)
+    size = memory_needed(shapes, torch.bfloat16, None, ())
+    spread = spread_over(model, {0: int(size * 0.8), 1: size}, torch.bfloat16, ())
     devices = {module: torch.device("cuda", index) for module, index in spread.items()}
     places = [place_of(name, devices).index for name in shapes]
     layers = [place_of(f"model.layers.{index}", devices).index for index in range(3)]
@@ -182,5 +184,5 @@ def test_layers_spread_over_several_gpus_whole_and_in_order(kind: str, checkpoin
         if name.startswith("model.layers."):
             assert place == layers[int(name.split(".")[2])]
     assert place_of("lm_head", devices) == place_of("model.embed_tokens", devices)  # they are one tensor
-    with pytest.raises(GemmaAwqError, match="does not fit 2 GPUs"):
-        spread_over(meta_model(checkpoint.text_config), {0: size // 8, 1: size // 8}, torch.bfloat16, None)
+    with pytest.raises(GemmaAwqError, match="does not fit into 2 GPUs"):
+        spread_over(meta_model(checkpoint.text_config), {0: size // 8, 1: size // 8}, torch.bfloat16, ())

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.session import Session, TransformersSession
+from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")

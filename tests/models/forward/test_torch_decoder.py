@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -11,15 +12,18 @@ from torch import Tensor, nn
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward import torch_decoder
+from gemma_awq_cli.models.forward import native_weights, prefill, torch_decoder, transformers_session
 from gemma_awq_cli.models.forward.kv_cache import make_cache, slot_positions
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.native_decoder import NativeSession, NativeText
+from gemma_awq_cli.models.forward.native_session import NativeSession
+from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
-from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
+from gemma_awq_cli.models.forward.transformers_session import TransformersSession
+from gemma_awq_cli.models.gemma.architecture import architecture_of
+from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from tests.conftest import FAMILIES
 from tests.kernels.test_native import in_int8
 
@@ -60,7 +64,7 @@ def apart(given: Tensor, expected: Tensor) -> Tensor:
 def test_in_float32_it_is_transformers(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_decoder, "CHUNK", chunk)
+    monkeypatch.setattr(prefill, "CHUNK", chunk)
     checkpoint = Checkpoint(checkpoints(kind))
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
     session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 3, CAPACITY)
@@ -173,7 +177,7 @@ def test_without_a_compiler_torch_decodes(
 def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint(checkpoints("gemma2"))
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
-    cache = make_cache(arch, 2, 100, CPU, torch.bfloat16)
+    cache = make_cache(arch.layouts, 2, 100, CPU, torch.bfloat16)
     assert [layer.shape[2] for layer in cache.keys] == [16, 100, 16]
     assert slot_positions(torch.tensor([3, 21]), 4).tolist() == [[0, 1, 2, -1], [20, 17, 18, 19]]
 
@@ -187,10 +191,25 @@ def test_what_is_not_there_is_refused(tokens: list[list[int]], artifacts: Callab
 
 
 def test_configs_beyond_what_we_know_go_to_transformers(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
-    config = Checkpoint(checkpoints("gemma3_text")).text_config
-    assert refusal(config) is None
+    checkpoint = Checkpoint(checkpoints("gemma3_text"))
+    config = checkpoint.text_config
+    assert features_of(config, checkpoint.family) <= torch_decoder.FEATURES
     config.use_bidirectional_attention = True
-    assert "both ways" in str(refusal(config))
+    needed = features_of(config, checkpoint.family)
+    for known in (torch_decoder.FEATURES, native_weights.FEATURES):
+        assert missing_features(needed, known) == "no support for bidirectional attention"
+    assert missing_features(needed, transformers_session.FEATURES) is None
+
+
+@pytest.mark.parametrize("decoder", [torch_decoder, native_weights])
+def test_a_decoder_that_lacks_a_feature_is_passed_over(
+    decoder: ModuleType, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(decoder, "FEATURES", decoder.FEATURES - {"qk_norm"})
+    opened = open_model(artifacts("gemma3_text"), CPU)
+    taken = DecoderSession if decoder is native_weights else TransformersSession
+    assert isinstance(opened.session(1, CAPACITY), taken)
+    assert "no support for normalized queries and keys" in opened.kernel_report()[0]
 
 
 def test_the_report_names_kernels_and_head(artifacts: Callable[[str], Path]) -> None:
@@ -200,4 +219,4 @@ def test_the_report_names_kernels_and_head(artifacts: Callable[[str], Path]) -> 
     forward, linears, head = opened.kernel_report()
     assert "compiled C++" in forward
     assert "int4" in linears
-    assert "int4 in groups of" in head.replace(", activations in int8 a group", "")
+    assert "int4 in groups of" in head

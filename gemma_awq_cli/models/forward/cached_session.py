@@ -1,0 +1,47 @@
+"""What the sessions of the torch and the compiled decoder have in common: a KV cache, read in flat batches."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from gemma_awq_cli.models.forward.kv_cache import KVCache
+from gemma_awq_cli.models.forward.prefill import FlatBatch, flat_batches
+
+
+class CachedSession(ABC):
+    """A `Session` whose rows are independent. vocabulary: how many tokens the model knows."""
+
+    independent_rows = True
+
+    def __init__(self, cache: KVCache, vocabulary: int) -> None:
+        self._cache = cache
+        self._vocabulary = vocabulary
+
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+        """See `Session.next_logits`."""
+        return self.last_logits(tokens, [1] * len(tokens))
+
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+        """See `Session.last_logits`."""
+        lengths = self._cache.lengths
+        self._cache.require_room(tokens, self._vocabulary)
+        parts = [self._read(batch) for batch in flat_batches(tokens, lengths, counts)]
+        lengths[:] = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
+        return self._logits(parts)
+
+    def reset_row(self, row: int) -> None:
+        """See `Session.reset_row`."""
+        self._cache.lengths[row] = 0
+
+    def repeat_row(self, rows: int) -> None:
+        """See `Session.repeat_row`."""
+        self._cache = self._cache.repeated(rows)
+
+    @abstractmethod
+    def _read(self, batch: FlatBatch) -> Tensor:
+        """Read a batch into the cache. What `_logits` makes logits of: a row for each wanted token, in their order."""
+
+    @abstractmethod
+    def _logits(self, parts: list[Tensor]) -> Tensor:
+        """The logits [R, V] float32 of what `_read` returned for each batch."""

@@ -1,0 +1,111 @@
+"""Which forward runs a model, best first: the compiled decoder, the torch decoder, transformers' own modules.
+
+Each declares the features that it implements; a model that needs more goes to the next one.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+from gemma_awq_cli.awq.packing import PackedWeight
+from gemma_awq_cli.kernels import packed_linear
+from gemma_awq_cli.kernels.head import DENSE_HEAD, head_group
+from gemma_awq_cli.kernels.native import library as native_library
+from gemma_awq_cli.kernels.native.library import Library, Unavailable
+from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.forward import native_weights, torch_decoder
+from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.native_weights import NativeText, native_refusal, native_report, read_native_text
+from gemma_awq_cli.models.forward.torch_decoder import TextWeights
+from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
+from gemma_awq_cli.models.gemma.features import features_of, missing_features
+from gemma_awq_cli.models.gemma.layers import layers_of
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What runs the model. text: the weights of a decoder of our own; None: transformers' modules run it.
+
+    report: how it was chosen, line by line; slow: why it is slower than it could be, or None; head: how the head is
+    held, one of `kernels.head.HEADS`.
+    """
+
+    text: NativeText | TextWeights | None
+    report: tuple[str, ...]
+    slow: str | None = None
+    head: str = DENSE_HEAD
+
+
+def choose_forward(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: Precision, head: str
+) -> Forward:
+    """The fastest forward that can run this model as it was asked for, with its weights read."""
+    group_size = require_awq(checkpoint) if checkpoint.quantization is not None else None
+    needed = features_of(checkpoint.facts, checkpoint.family)
+    if refusal := _decoders_refusal(device, precision, needed):
+        report, slow = linear_report(checkpoint, group_size, device, dtype)
+        return Forward(None, (f"forward: transformers' modules ({refusal})", *report), slow)
+    arch = architecture_of(checkpoint.facts, checkpoint.family)
+    if head != DENSE_HEAD and head_group(head, arch.hidden) is None:
+        head = DENSE_HEAD
+    library = _native_library(checkpoint, arch, group_size, dtype, needed)
+    if isinstance(library, Library):
+        text = read_native_text(library, checkpoint, arch, group_size, head)
+        return Forward(text, tuple(native_report(text)), head=head)
+    report, slow = linear_report(checkpoint, group_size, device, dtype)
+    decoder = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
+    if dtype == torch.bfloat16 and group_size is not None:
+        slow = f"the compiled forward, several times as fast, is not used: {library}" + (f"; {slow}" if slow else "")
+    return Forward(decoder, (f"forward: torch (not the compiled one: {library})", *report), slow, head)
+
+
+def _decoders_refusal(device: torch.device, precision: Precision, needed: frozenset[str]) -> str | None:
+    """Why neither decoder of our own can run the model, or None."""
+    if missing := missing_features(needed, torch_decoder.FEATURES):
+        return missing
+    if device.type != "cpu":
+        return f"our own decoders run on the CPU, and this is {device.type}"
+    if precision.quantization or precision.attention:
+        return "they implement --quantization and --attn"
+    return None
+
+
+def _native_library(
+    checkpoint: Checkpoint, arch: Architecture, group_size: int | None, dtype: torch.dtype, needed: frozenset[str]
+) -> Library | Unavailable:
+    """The compiled decoder's library, compiled now if need be, if the decoder can run this model."""
+    if dtype != torch.bfloat16:
+        return Unavailable(f"it computes in bfloat16 and float32, not {dtype}")
+    reason = missing_features(needed, native_weights.FEATURES) or native_refusal(checkpoint, arch, group_size)
+    return Unavailable(reason) if reason else native_library.load(cache_folder() / "native")
+
+
+def linear_report(
+    checkpoint: Checkpoint, group_size: int | None, device: torch.device, dtype: torch.dtype
+) -> tuple[list[str], str | None]:
+    """Which torch kernel each kind of linear gets, line by line; and why one is slow, or None."""
+    if group_size is None:
+        return [f"linears: PyTorch's own products in {str(dtype).removeprefix('torch.')}"], None
+    lines, slow = [], None
+    for name, packed in _distinct_linears(checkpoint, group_size):
+        kernel, refused = packed_linear.choose(packed, device, dtype)
+        lines.append(f"{name}: {packed_linear.describe(packed, device, dtype)}")
+        if kernel is packed_linear.KERNELS[-1]:
+            slow = f"the slow reference kernel ({'; '.join(refused)})"
+    return lines, slow
+
+
+def _distinct_linears(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple[str, PackedWeight]]:
+    """The first linear of each name and shape, by the last part of its name (`q_proj`)."""
+    known = set()
+    for index, layout in enumerate(layers_of(checkpoint.facts, checkpoint.family)):
+        for name, linear in layout.linears.items():
+            if (name, linear) not in known:
+                known.add((name, linear))
+                full = f"model.layers.{index}.{name}"
+                packed = read_packed(checkpoint, full, linear.inputs, linear.outputs, group_size)
+                yield name.rpartition(".")[2], packed
