@@ -96,7 +96,7 @@ def _drop(name: str) -> Callable[[dict[str, Tensor]], object]:
             ),
             "is stored as torch.bfloat16",
         ),
-        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}), "its report tells of"),
+        (lambda t: t.update({"model.norm.weight": t["model.norm.weight"].float()}), "but its report says"),
     ],
 )
 def test_weights_that_are_not_whole(
@@ -141,7 +141,7 @@ def test_an_index_that_is_not_complete(
     assert main(["push", "me/x", str(folder), *SAID]) == 0
     index = folder / "model.safetensors.index.json"
     edit_json(index, lambda i: i["weight_map"].pop("model.norm.weight"))
-    assert "says nothing of model.norm.weight" in refused(folder, capsys)
+    assert "places model.norm.weight in no file" in refused(folder, capsys)
 
 
 def test_a_chat_template_that_cannot_be_used(artifact: Path, capsys: Capture) -> None:

@@ -160,8 +160,8 @@ CASES = [
     Case("create", 403, r"may not write to me/tiny-AWQ \(HTTP 403\)", "organization of your own"),
     Case("create", 401, r"does not accept this login", "HF_TOKEN"),
     Case("preupload", 404, "hub answered HTTP 404", "again"),
-    Case("batch", 413, r"larger than me/tiny-AWQ takes \(HTTP 413\)", "limits"),
-    Case("put", 403, r"may not write to me/tiny-AWQ \(HTTP 403\)", "token that may write"),
+    Case("batch", 413, r"larger than me/tiny-AWQ accepts \(HTTP 413\)", "limits"),
+    Case("put", 403, r"may not write to me/tiny-AWQ \(HTTP 403\)", "token that can write"),
     Case("put", 503, "hub answered HTTP 503", "not sent a second time"),
     Case("put", 429, "hub answered HTTP 429", "not sent a second time"),
     Case("verify", 500, "hub answered HTTP 500", "not sent a second time"),
@@ -280,7 +280,10 @@ def test_a_branch_that_moved_meanwhile_is_not_overwritten(
 
     monkeypatch.setattr(upload, "_commit", late)
     assert push(artifact) == 1
-    assert "was changed by someone else meanwhile (HTTP 412), so nothing was committed" in capsys.readouterr().err
+    assert (
+        "Someone else changed me/tiny-AWQ in the meantime (HTTP 412), so nothing was committed"
+        in capsys.readouterr().err
+    )
     assert hub.read(REPO, "config.json") == b"someone else's"
 
 
@@ -354,10 +357,10 @@ def test_private_is_private(hub: WritingHub, artifact: Path, capsys: Capture) ->
     ("token", "repo", "message", "hint"),
     [
         ("", REPO, "There is no login for the hub", "hf auth login"),
-        (READ_TOKEN, REPO, "may not write to me/tiny-AWQ", "token that may write"),
+        (READ_TOKEN, REPO, "may not write to me/tiny-AWQ", "token that can write"),
         (TOKEN, "someone/tiny", "may not write to someone/tiny", "--create-pr"),
         ("hf_expired" + "y" * 30, REPO, "does not accept this login", "hf auth login"),
-        (f"{TOKEN}…", REPO, "token holds characters that no token has", "HF_TOKEN again"),
+        (f"{TOKEN}…", REPO, "token contains characters that no token can have", "HF_TOKEN again"),
     ],
 )
 def test_a_login_that_does_not_do(

@@ -1,4 +1,4 @@
-"""What the tool keeps for the user between two commands: its cache folder, and which artifact was written last."""
+"""The tool's cache folder, and the artifact that was written last, remembered between commands."""
 
 import json
 import os
@@ -16,7 +16,7 @@ ENVIRONMENT = "GEMMA_AWQ_CACHE"
 
 
 def cache_folder() -> Path:
-    """`GEMMA_AWQ_CACHE`, by default the user's cache folder + gemma-awq. Not created here."""
+    """The folder that `GEMMA_AWQ_CACHE` names; by default `gemma-awq` in the user's cache folder. Not created here."""
     configured = os.environ.get(ENVIRONMENT)
     if not configured:
         return Path(platformdirs.user_cache_dir("gemma-awq", False))
@@ -28,11 +28,11 @@ def _last_artifact_file() -> Path:
 
 
 def remember_artifact(folder: Path) -> str | None:
-    """Make `folder` what `run` takes when none is named. Returns why that failed, if it did: the artifact is whole."""
+    """Make `folder` the default model of later commands. Returns the reason if that failed; the artifact is whole."""
     path = _last_artifact_file()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # escaped: a name that is no UTF-8 is kept too
+        # escaped, so that a name that is not UTF-8 is kept too
         write_whole(path, json.dumps({"artifact": str(folder.resolve())}).encode("ascii"))
     except OSError as error:
         return f"{path} cannot be written ({reason_of(error)})"
@@ -40,13 +40,13 @@ def remember_artifact(folder: Path) -> str | None:
 
 
 def last_artifact() -> Path | None:
-    """The last artifact written, if it is remembered (it may have been moved since). What is damaged is forgotten."""
+    """The last artifact written, which may have been moved since; None if none is remembered or the note is damaged."""
     try:
         kept = json.loads(read_bytes(_last_artifact_file(), "", _REMEMBERED_BYTES))
         name = kept.get("artifact") if isinstance(kept, dict) else None
         if not isinstance(name, str) or not os.path.isabs(name):
             return None
-        Path(name).exists()  # raises for what can be no name
+        Path(name).exists()  # raises for an impossible name
     except (GemmaAwqError, OSError, ValueError, RecursionError):
         return None
     return None if "\0" in name else Path(name)

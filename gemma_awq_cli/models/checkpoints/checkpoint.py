@@ -1,6 +1,6 @@
-"""A checkpoint folder read lazily: its config, which tensor lies in which safetensors file, and the tensors one by one.
+"""A checkpoint folder, read lazily: its config, the places of its tensors in the files, and the tensors one by one.
 
-Knows the files and the family's key layout; knows nothing of modules, devices or quantization.
+Knows the files and the family's key layouts; knows nothing of modules, devices or how to quantize.
 """
 
 import hashlib
@@ -42,12 +42,12 @@ _DTYPES = ("dtype", "torch_dtype")
 class Checkpoint:
     """A Gemma checkpoint folder.
 
-    raw_config: config.json; facts: the language model's config, with the values at least that architecture.py reads;
-    layout: what the language model's keys are called; tensors: every tensor by its name in the files; quantization: the
-    config's section, None for a 16-bit checkpoint; tied_head: whether the head is the embedding; notes: what a user
-    should know of how it was read, a line each.
+    raw_config: config.json; facts: the language model's config, with at least the values that `models.gemma` reads;
+    shape: the sizes and layers that follow from it; key_layout: how the files name the language model's tensors;
+    tensors: every tensor by its name in the files; quantization: the config's section, None for a 16-bit checkpoint;
+    tied_head: whether the head is the embedding; notes: lines on how it was read that the user should see.
 
-    A 16-bit multimodal checkpoint without its vision tower is read as the text model that it is.
+    A 16-bit multimodal checkpoint without its vision tower is read as a text model.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -65,11 +65,11 @@ class Checkpoint:
         if self.family.text_section and self.quantization is None and not self.companions():
             self.raw_config = _text_part(config, self.family)
             self.family = family_of(self.family.text_type)
-            notes = (*notes, f"{folder.name} has no vision tower: it is read as a text model ({self.family.title}).")
+            notes = (*notes, f"{folder.name} has no vision tower and is read as a text model ({self.family.title}).")
         self.key_layout = find_key_layout(self.family, self.tensors, folder)
         self._require_weights_as_declared()
         self.tied_head = is_tied(config, self.key_layout, self.tensors, str(folder))
-        # after the headers: what the config asks for is held against what is there before anything is built from it
+        # after the headers: the config is compared with what is there before anything is built from it
         layers = count_layers(self.key_layout, self.tensors)
         values = text_values(self.raw_config, self.family, folder / CONFIG, layers)
         self._values = {**values, TIE: self.tied_head}
@@ -80,14 +80,14 @@ class Checkpoint:
 
     @cached_property
     def text_config(self) -> Any:
-        """transformers' config of the language model, made when it is first asked for: importing takes a second."""
+        """transformers' config of the language model, made on first use: importing it takes a second."""
         return transformers_text_config(self._values, self.folder / CONFIG)
 
     def _require_text(self, layers: int) -> None:
-        """An error unless config and tensors agree in all that a forward relies on. Everything after trusts it."""
+        """An error unless config and tensors agree on all that a forward relies on. Everything after this trusts it."""
         where = self.folder / CONFIG
         require_sound(self.facts, where)
-        if self.layers != layers:  # by default: what config.json itself says was compared before
+        if self.layers != layers:  # by default; a value in config.json was compared before
             raise GemmaAwqError(
                 f"{where} has no num_hidden_layers, which means {self.layers}, but the files hold {layers} layers.",
                 f"Set num_hidden_layers to {layers}, or use the {CONFIG} that belongs to the weights.",
@@ -97,18 +97,18 @@ class Checkpoint:
             require_rope(self.facts, self.family, self.shape.layouts, where)
 
     def text_tensors(self) -> dict[str, Expected]:
-        """What the language model needs of the files, by the names there: all of it is in `tensors`."""
+        """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
         group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
         expected = text_tensors(self.shape, self.tied_head, group_size)
         return {self.key(name): one for name, one in expected.items()}
 
     def _require_weights_as_declared(self) -> None:
-        """An error if the weights are packed and the config does not say so, or the other way round."""
+        """An error if the weights are packed and the config does not say so, or the reverse."""
         packed = next((name for name in self.tensors if name.endswith(".qweight")), None)
         if packed is not None and self.quantization is None:
             raise GemmaAwqError(
                 f"{self.folder} holds quantized weights ({packed}), but its {CONFIG} has no {SECTION}.",
-                f"Copy {CONFIG} from where the weights come from.",
+                f"Copy {CONFIG} from the place that the weights come from.",
             )
         if packed is None and self.quantization is not None and names_awq(self.quantization):
             raise GemmaAwqError(
@@ -117,12 +117,12 @@ class Checkpoint:
             )
 
     def _unread(self) -> list[str]:
-        """A note on the tensors that nobody reads, here or in transformers; known buffers apart."""
+        """A note on tensors that nobody reads, neither this tool nor transformers, except known buffers."""
         if self.quantization is not None and not is_awq(self.quantization):
             return []
         known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
         names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
-        return [f"Tensors that this model does not have, and that are not read: {few(names)}."] if names else []
+        return [f"Ignored tensors, which do not belong to this model: {few(names)}."] if names else []
 
     @property
     def layers(self) -> int:
@@ -130,31 +130,31 @@ class Checkpoint:
 
     @property
     def vocabulary(self) -> int:
-        """How many tokens have an embedding."""
+        """The number of tokens that have an embedding."""
         return int(self.facts.vocab_size)
 
     @property
     def declared_dtype(self) -> torch.dtype:
-        """The dtype that the config declares at its top level, as transformers takes it, else the weights'."""
+        """The dtype that the config declares at its top level, where transformers reads it, or else the weights'."""
         dtype = getattr(torch, str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")), None)
         return dtype if isinstance(dtype, torch.dtype) else self.tensors[self.key(f"model.{EMBEDDING}")].dtype
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""
         key = _key(module_name, self.key_layout)
-        # a head that is the embedding may be what is stored of the two
+        # of a tied head and embedding, the head may be the one that is stored
         swapped = self.tied_head and key not in self.tensors and module_name == f"model.{EMBEDDING}"
         return self.key_layout.head if swapped else key
 
     def artifact_key(self, module_name: str) -> str:
-        """What an artifact calls it: the key here, unless other readers do not know this layout."""
+        """The key that an artifact uses: the key here, unless other readers do not know this layout."""
         known = self.key_layout.prefix in (layout.prefix for layout in self.family.key_layouts)
         return _key(module_name, self.key_layout if known else self.family.key_layouts[0])
 
     def identity(self) -> str:
-        """A hash of the config and of every tensor's name, dtype, shape and middle row: tells one model from another.
+        """A hash of the config and of every tensor's name, dtype, shape and middle row, to tell models apart.
 
-        Not a hash of all weights: that would read a whole 27B checkpoint for an answer that is the same in practice.
+        Not a hash of all weights: that would read a whole 27B checkpoint, and the answer is the same in practice.
         """
         digest = hashlib.sha256(read_bytes(self.folder / CONFIG, CORRECT))
         for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
@@ -163,11 +163,11 @@ class Checkpoint:
         return digest.hexdigest()
 
     def companions(self) -> list[str]:
-        """The tensors that are copied as they are: vision tower and projector of a multimodal checkpoint."""
+        """Names of the tensors that are copied as they are: a multimodal checkpoint's vision tower and projector."""
         return sorted(name for name in self.tensors if name.startswith(self.family.companions or ("\0",)))
 
     def read(self, module_names: Iterable[str]) -> dict[str, Tensor]:
-        """Tensors by their names inside transformers' causal model, as stored, checked to be finite."""
+        """Read tensors by their names inside transformers' causal model, as stored, checked to be finite."""
         keys = {name: self.key(name) for name in module_names}
         stored = read_tensors(self.tensors, keys.values())
         for key, tensor in stored.items():

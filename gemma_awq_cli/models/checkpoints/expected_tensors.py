@@ -1,7 +1,7 @@
 """The tensors that a checkpoint's language model must have: names, shapes and dtypes, 16-bit or packed.
 
-The one check of them for whatever opens a checkpoint; it reads the files' headers alone, and what has passed it may be
-read without a look at sizes or dtypes.
+Everything that opens a checkpoint uses this one check. It reads only the files' headers; tensors that passed it can be
+read without looking at their sizes or dtypes again.
 """
 
 from collections.abc import Mapping
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 FINAL_NORM = "model.norm.weight"
-FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # a weight that is not packed
-INTEGERS = (torch.int32,)  # eight 4-bit integers in each
-SCALES = (torch.float16, torch.bfloat16, torch.float32)  # float16 is the format's; other writers store the others
+FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of a weight that is not packed
+INTEGERS = (torch.int32,)  # of packed weights: eight 4-bit integers in each
+SCALES = (torch.float16, torch.bfloat16, torch.float32)  # the format has float16; some writers store the others
 OTHER_SOURCE = f"Take {CONFIG} and the weights from the same checkpoint."
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What a tensor must be."""
+    """The shape of a tensor, and the dtypes that it may have."""
 
     shape: tuple[int, ...]
     dtypes: tuple[torch.dtype, ...] = FLOATS
@@ -46,7 +46,7 @@ def norm_names(shape: TextShape) -> dict[str, str]:
 
 
 def packed_tensors(name: str, in_features: int, out_features: int, group_size: int) -> dict[str, Expected]:
-    """What one packed linear consists of; an error if its sizes do not fit the layout."""
+    """The tensors of one packed linear; an error if its sizes do not fit the layout."""
     if in_features % group_size or out_features % PACK:
         raise GemmaAwqError(
             f"{name} has {in_features} inputs and {out_features} outputs, which the AutoAWQ layout cannot hold in "
@@ -61,9 +61,9 @@ def packed_tensors(name: str, in_features: int, out_features: int, group_size: i
 
 
 def text_tensors(shape: TextShape, tied_head: bool, group_size: int | None) -> dict[str, Expected]:
-    """Every tensor of a language model by its name in transformers' causal model. group_size: None for 16-bit linears.
+    """Every tensor of a language model by its name in transformers' causal model.
 
-    A tied head is the embedding and has no tensor of its own.
+    group_size: None for 16-bit linears. A tied head is the embedding and has no tensor of its own.
     """
     expected = {EMBEDDING: Expected((shape.vocabulary, shape.hidden)), FINAL_NORM: Expected((shape.hidden,))}
     if not tied_head:
@@ -83,14 +83,14 @@ def text_tensors(shape: TextShape, tied_head: bool, group_size: int | None) -> d
 
 
 def require_tensors(tensors: Mapping[str, "TensorInfo"], expected: Mapping[str, Expected], where: object) -> None:
-    """An error unless every expected tensor is there, of its shape and of a dtype that is read.
+    """An error unless every expected tensor is there, with its shape and one of its dtypes.
 
     expected: by the names in the files; where: the checkpoint, for errors.
     """
     if missing := [name for name in expected if name not in tensors]:
-        said = f"the tensor {missing[0]}" if len(missing) == 1 else f"{len(missing)} tensors: {', '.join(missing[:3])}"
-        more = " and so on" if len(missing) > 3 else ""
-        raise GemmaAwqError(f"{where} lacks {said}{more}, which {CONFIG} asks for.", REDOWNLOAD)
+        names = ", ".join(missing[:3]) + (", ..." if len(missing) > 3 else "")
+        what = f"the tensor {names}" if len(missing) == 1 else f"{len(missing)} tensors ({names})"
+        raise GemmaAwqError(f"{where} lacks {what}, which {CONFIG} asks for.", REDOWNLOAD)
     for name, one in expected.items():
         info = tensors[name]
         if info.shape != one.shape:

@@ -1,4 +1,4 @@
-"""A checkpoint folder's files by name, what they may be links to, and its JSON files read. Imports nothing heavy."""
+"""The names of a checkpoint folder's files, the check of links among them, and reading its JSON files."""
 
 import os
 from pathlib import Path
@@ -12,13 +12,13 @@ CONFIG = "config.json"
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 # Weights: nobody corrects them by hand, but some save them themselves.
-REDOWNLOAD = "Download, copy or save the checkpoint again; compare the sizes of its files with the source's."
+REDOWNLOAD = "Download, copy or save the checkpoint again, and compare the sizes of its files with the source's."
 CORRECT = "Correct the file, or copy it from the original model again."
 
 
 def read_json(path: Path, hint: str = CORRECT) -> dict[str, Any]:
     """A JSON object from a file of a checkpoint; a clear error if it is missing or damaged."""
-    if not os.path.exists(path):  # a name that is too long is not there either
+    if not os.path.exists(path):  # False for a name that is too long
         raise GemmaAwqError(f"{path} does not exist.", "Give a folder that holds a Hugging Face checkpoint.")
     return parse_json_object(read_text(path, hint, JSON_BYTES), path, hint)
 
@@ -26,9 +26,9 @@ def read_json(path: Path, hint: str = CORRECT) -> dict[str, Any]:
 def require_inside(folder: Path, path: Path) -> None:
     """An error if `path`, a file of a checkpoint folder, is a link to something outside.
 
-    Whoever made the folder chose what its links lead to, but what they lead to is the reader's own: a private key, say,
-    or another model. Allowed outside: a blob of a hub cache, which is named after its contents' hash, so that nobody
-    can name one whose contents are a secret to them. The folder itself may be a link.
+    Whoever made the folder chose where its links lead, but the files there are the reader's own: a private key, say, or
+    another model. The one place allowed outside is a blob of a hub cache: it is named after the hash of its contents,
+    so nobody can name one whose contents they do not know. The folder itself may be a link.
     """
     target = Path(os.path.realpath(path))
     if target.is_relative_to(os.path.realpath(folder)):

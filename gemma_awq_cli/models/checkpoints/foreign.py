@@ -1,6 +1,6 @@
-"""What a file or a folder is that is not a checkpoint we read, and what its owner can do about it.
+"""What a file or folder is that is not a checkpoint we can read, and what its owner can do about it.
 
-Only told from names, and from an adapter's config: nothing here opens weights. Imports nothing heavy.
+Decided from names and an adapter's config; nothing here opens weights.
 """
 
 import os
@@ -17,29 +17,29 @@ MERGE = (
     "Merge the adapter into its base model with PEFT (`merge_and_unload()`, then `save_pretrained(FOLDER)`), and give "
     "that folder."
 )
-_GGUF = "GGUF files are not read. Give the model that they were made from: a safetensors checkpoint, or its hub id."
+_GGUF = "GGUF is not supported. Give the model that the file was made from: a safetensors checkpoint or its hub id."
 _PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 FILE_SUFFIXES = (*_PICKLED, ".gguf", ".safetensors", ".json")  # no hub id ends like this
 _CONVERT = (
-    "Only safetensors are read. Convert the checkpoint with transformers: `AutoModelForCausalLM.from_pretrained(FOLDER)"
-    ".save_pretrained(NEW_FOLDER)`."
+    "Only safetensors files are supported. Convert the checkpoint with transformers: "
+    "`AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER)`."
 )
 _SHARD = re.compile(r".+-\d+-of-\d+\.safetensors")
 
 
 def explain_no_weights(folder: Path) -> GemmaAwqError:
-    """What a folder without `model.safetensors` and without an index holds instead."""
+    """The error for a folder without `model.safetensors` and without an index: it says what is there instead."""
     names = _names(folder)
     for name in (SINGLE, INDEX):
-        if name in names:  # a link to nothing, as a download that broke off leaves it in the hub's cache
+        if name in names:  # a broken download leaves a link to nothing in the hub's cache
             return GemmaAwqError(f"{folder / name} is a link to a file that does not exist.", REDOWNLOAD)
     if ADAPTER_CONFIG in names:
         return _adapter(folder)
     found = [name for name in names if name.endswith(".safetensors")]
     if shards := [name for name in found if _SHARD.fullmatch(name)]:
         return GemmaAwqError(
-            f"{folder} has no {INDEX}, which says what lies in {shards[0]} and the other shards.",
-            f"Copy {INDEX} from where the shards come from.",
+            f"{folder} has no {INDEX}, which lists the contents of {shards[0]} and the other shards.",
+            f"Copy {INDEX} from the place that the shards come from.",
         )
     missing = f"{folder} has no {SINGLE} and no {INDEX}"
     if len(found) == 1:
@@ -48,7 +48,7 @@ def explain_no_weights(folder: Path) -> GemmaAwqError:
         )
     if found:
         return GemmaAwqError(
-            f"{missing}; it holds {', '.join(found[:3])}.", f"Copy {INDEX} from where these files come from."
+            f"{missing}; it holds {', '.join(found[:3])}.", f"Copy {INDEX} from the place that these files come from."
         )
     return _other_format(
         folder, names, missing, "Copy the weights (*.safetensors), and their index if there is one, into the folder."
@@ -56,7 +56,7 @@ def explain_no_weights(folder: Path) -> GemmaAwqError:
 
 
 def explain_no_config(folder: Path) -> GemmaAwqError:
-    """What a folder without a config.json holds instead."""
+    """The error for a folder without a config.json: it says what is there instead."""
     names = _names(folder)
     missing = f"{folder} has no {CONFIG}"
     if ADAPTER_CONFIG in names:
@@ -66,12 +66,12 @@ def explain_no_config(folder: Path) -> GemmaAwqError:
         more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
         return GemmaAwqError(f"{missing}; {inner[0]}{more} has one.", f"Give that folder: {inner[0]}")
     if any(name.endswith((".safetensors", *_PICKLED)) for name in names):
-        return GemmaAwqError(f"{missing}.", f"Copy {CONFIG} from where the weights come from.")
+        return GemmaAwqError(f"{missing}.", f"Copy {CONFIG} from the place that the weights come from.")
     return _other_format(folder, names, missing, A_CHECKPOINT)
 
 
 def explain_file(path: Path, asked: str) -> GemmaAwqError:
-    """What to give instead of a file."""
+    """The error for a path that is a file: it says what to give instead."""
     message = f"{asked} is a file."
     if path.suffix.lower() == ".gguf":
         return GemmaAwqError(message, _GGUF)
@@ -89,13 +89,13 @@ def _adapter(folder: Path) -> GemmaAwqError:
     return GemmaAwqError(f"{folder} holds a LoRA adapter{of}, not a whole model.", MERGE)
 
 
-def _other_format(folder: Path, names: list[str], missing: str, otherwise: str) -> GemmaAwqError:
+def _other_format(folder: Path, names: list[str], missing: str, hint: str) -> GemmaAwqError:
     suffixes = {Path(name).suffix.lower(): name for name in reversed(names)}
     if ".gguf" in suffixes:
         return GemmaAwqError(f"{missing}; it holds {suffixes['.gguf']}.", _GGUF)
     if pickled := next((suffixes[suffix] for suffix in _PICKLED if suffix in suffixes), None):
         return GemmaAwqError(f"{missing}; it holds {pickled}.", _CONVERT)
-    return GemmaAwqError(f"{missing}.", otherwise)
+    return GemmaAwqError(f"{missing}.", hint)
 
 
 def _names(folder: Path) -> list[str]:

@@ -1,6 +1,6 @@
-"""The hub's refusals in the user's terms, for fetching and for pushing alike.
+"""Errors of the hub explained in the user's terms, for fetching and for pushing.
 
-The client's own text stays out where it may quote the request: addresses, headers, a token.
+The client's own text is left out where it may quote the request: addresses, headers, a token.
 """
 
 import errno
@@ -13,36 +13,36 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.failures import first_line
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-UNUSABLE = (ValueError, TypeError, LookupError, AttributeError)  # of the client, over an answer that is not a hub's
+UNUSABLE = (ValueError, TypeError, LookupError, AttributeError)  # the client's, when a hub's answer makes no sense
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
 _ELSEWHERE = "Give another repository or --revision, or a folder that holds the files."
 
 
 @contextmanager
 def fetch_errors(repo: str, revision: str | None) -> Iterator[None]:
-    """Explain what keeps `repo` from being fetched."""
+    """Turn whatever keeps `repo` from being fetched into a clear error."""
     # the HTTP library of the installed client: httpx up to 1.x, httpx2 after it
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     try:
         with _malformed(repo):
             yield
-    except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # every error of the client's own is one of these
+    except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # the client's own errors are all among these
         raise _fetch_explained(error, repo, revision) from None
-    except UNUSABLE as error:  # file names that lead out of the cache, or an answer of another form
+    except UNUSABLE as error:  # file names that lead out of the cache, or a malformed answer
         raise _unusable(error, repo) from None
 
 
 @contextmanager
 def push_errors(repo: str, revision: str) -> Iterator[None]:
-    """Explain what keeps `repo` from being written to."""
+    """Turn whatever keeps `repo` from being written to into a clear error."""
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     try:
         with _malformed(repo):
             yield
     except (httpx.HTTPError, OSError, RuntimeError, ValueError) as error:
-        # the client wraps what stops an upload in a RuntimeError, and tells an LFS refusal by a ValueError
+        # the client wraps what stops an upload in a RuntimeError, and reports an error of LFS as a ValueError
         raise _push_explained(error, repo, revision) from None
 
 
@@ -60,9 +60,10 @@ def _malformed(repo: str) -> Iterator[None]:
     except UnicodeEncodeError as error:
         if error.encoding != "ascii":
             raise
-        # of the Authorization header
+        # raised for the Authorization header
         raise GemmaAwqError(
-            "The hub token holds characters that no token has.", "Set HF_TOKEN again, or log in with `hf auth login`."
+            "The hub token contains characters that no token can have.",
+            "Set HF_TOKEN again, or log in with `hf auth login`.",
         ) from None
 
 
@@ -71,7 +72,7 @@ def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> G
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
-        error = error.__cause__  # nothing in the cache to fall back on: what kept the client from the hub is the reason
+        error = error.__cause__  # not in the cache either: the reason is what kept the client from the hub
     if isinstance(error, RemoteEntryNotFoundError):
         return GemmaAwqError(f"The hub lists a file of {repo} that it does not have (HTTP 404).", _ELSEWHERE)
     if (refusal := _refusal(error, repo, revision)) is not None:
@@ -99,7 +100,7 @@ def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> G
 
 def _unusable(error: BaseException, repo: str) -> GemmaAwqError:
     reason = first_line(error).rstrip(".")
-    return GemmaAwqError(f"What the hub says of {repo} cannot be used: {reason}.", _ELSEWHERE)
+    return GemmaAwqError(f"The hub's answer about {repo} cannot be used: {reason}.", _ELSEWHERE)
 
 
 def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqError:
@@ -111,19 +112,19 @@ def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqE
     )
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
-    again = "Run the command again: what has arrived is not sent a second time."
+    again = "Run the command again: files that have arrived are not sent a second time."
     if isinstance(error, (RuntimeError, LocalEntryNotFoundError)) and error.__cause__ is not None:
-        error = error.__cause__  # "Error while uploading ...": what stopped it is the reason
+        error = error.__cause__  # "Error while uploading ...": the cause is the reason
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if status in (409, 412):
             return GemmaAwqError(
-                f"{repo} was changed by someone else meanwhile (HTTP {status}), so nothing was committed.",
+                f"Someone else changed {repo} in the meantime (HTTP {status}), so nothing was committed.",
                 f"Look at what changed on {revision}, then run the command again.",
             )
         if status == 413:
             return GemmaAwqError(
-                f"A file is larger than {repo} takes (HTTP 413).",
+                f"A file is larger than {repo} accepts (HTTP 413).",
                 "Check the hub's file and storage limits for this account.",
             )
         if status == 401:
@@ -131,7 +132,7 @@ def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqE
         if status == 403:
             return GemmaAwqError(
                 f"This login may not write to {repo} (HTTP 403).",
-                "Push to an account or organization of your own with a token that may write, or propose the files with "
+                "Push to an account or organization of your own with a token that can write, or propose the files with "
                 "--create-pr.",
             )
         if isinstance(error, BadRequestError):
@@ -152,7 +153,7 @@ def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqE
 
 
 def _refusal(error: BaseException, repo: str, revision: str | None) -> GemmaAwqError | None:
-    """What a hub's answer says of access and existence; None for any other trouble."""
+    """The error for a repository that does not exist or that the user may not access; None for any other trouble."""
     from huggingface_hub.errors import (
         FileMetadataError,
         GatedRepoError,
@@ -167,7 +168,9 @@ def _refusal(error: BaseException, repo: str, revision: str | None) -> GemmaAwqE
             f"Accept its terms at https://huggingface.co/{repo}. {LOGIN}",
         )
     if isinstance(error, RevisionNotFoundError):
-        return GemmaAwqError(f"{repo} has no revision {revision or 'main'!r}.", "Give a branch, tag or commit it has.")
+        return GemmaAwqError(
+            f"{repo} has no revision {revision or 'main'!r}.", "Give an existing branch, tag or commit."
+        )
     if isinstance(error, HfHubHTTPError):
         status = error.response.status_code
         if isinstance(error, RepositoryNotFoundError) and status == 401:
@@ -178,7 +181,9 @@ def _refusal(error: BaseException, repo: str, revision: str | None) -> GemmaAwqE
             return GemmaAwqError(f"The hub refused access to {repo} (HTTP {status}).", f"Check the token. {LOGIN}")
         return GemmaAwqError(f"The hub answered HTTP {status} for {repo}.", "Try again later.")
     if isinstance(error, (FileMetadataError, json.JSONDecodeError)):
-        return GemmaAwqError(f"What answered for {repo} is not a hub.", "Check HF_ENDPOINT, and any proxy or firewall.")
+        return GemmaAwqError(
+            f"The server that answered for {repo} is not a hub.", "Check HF_ENDPOINT, and any proxy or firewall."
+        )
     return None
 
 

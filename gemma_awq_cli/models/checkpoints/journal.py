@@ -1,7 +1,7 @@
-"""What lets an interrupted quantization go on: a journal of the layers that are done, and what they depend on.
+"""The journal that lets an interrupted quantization resume: the layers that are done, and what they depend on.
 
-A line is appended and forced to the disk only after everything it speaks of is there, so that a process killed at any
-moment leaves a journal that is true. A line cut off by the kill is no line.
+A line is appended and forced to the disk only after everything that it describes is there, so a process killed at any
+moment leaves a true journal. A line that the kill cut off does not count.
 """
 
 import json
@@ -14,11 +14,11 @@ from gemma_awq_cli.system.json_input import parse_json
 from gemma_awq_cli.system.reading import read_bytes
 
 JOURNAL = "journal.jsonl"
-ANEW = "Begin anew with --force."
-JOURNAL_BYTES = 64 * 1024 * 1024  # a layer takes some kilobytes
+ANEW = "Start over with --force."
+JOURNAL_BYTES = 64 * 1024 * 1024  # each layer takes a few kilobytes
 Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by a name that a user understands
 
-# What a record of a layer holds, and what each of its groups does; the artifact's report is made of them.
+# The keys of a layer's record and of each of its groups; the artifact's report is made of them.
 _RECORD = {"groups": list, "seconds": (int, float)}
 _GROUP = {
     "name": str, "linears": list, "method": str, "exponents": list, "error": (int, float), "rtn_error": (int, float),
@@ -29,7 +29,7 @@ _GROUP = {
 class Journal:
     """The first line holds the fingerprint, every further line a record of one finished layer.
 
-    To read it writes nothing, so that a process may look while another one works. Whoever adds to it holds the lock of
+    Reading it writes nothing, so a process may look while another one works. Whoever adds to it must hold the lock of
     its folder.
     """
 
@@ -37,7 +37,7 @@ class Journal:
         self.path = folder / JOURNAL
         self.fingerprint: Fingerprint | None = None
         self.records: list[dict[str, Any]] = []
-        self._whole = 0  # bytes that are lines
+        self._whole = 0  # bytes of complete lines
         if not os.path.lexists(self.path):
             return
         content = read_bytes(self.path, ANEW, JOURNAL_BYTES)
@@ -47,20 +47,20 @@ class Journal:
             self.fingerprint, self.records = lines[0], lines[1:]
 
     def begin(self, fingerprint: Fingerprint) -> None:
-        """Start anew."""
+        """Start over with a new fingerprint."""
         self.path.unlink(missing_ok=True)
         self.fingerprint, self.records, self._whole = fingerprint, [], 0
         self._append(fingerprint)
 
     def add(self, record: dict[str, Any]) -> None:
-        """One more layer is done, and all of its files are on the disk."""
+        """Record that one more layer is done and that all of its files are on the disk."""
         self._append(record)
         self.records.append(record)
 
     def require_at_most(self, layers: int) -> None:
-        """An error if it speaks of more layers than there are."""
+        """An error if it records more layers than the model has."""
         if len(self.records) > layers:
-            raise GemmaAwqError(f"{self.path} speaks of {len(self.records)} layers; the model has {layers}.", ANEW)
+            raise GemmaAwqError(f"{self.path} records {len(self.records)} layers; the model has {layers}.", ANEW)
 
     def _append(self, line: dict[str, Any]) -> None:
         # a line that a kill cut off is overwritten
@@ -81,7 +81,7 @@ class Journal:
         value = parse_json(text, where, ANEW)
         is_sound = isinstance(value, dict) if number == 1 else _is_record(value)
         if not is_sound:
-            raise GemmaAwqError(f"{where} is damaged: it is no record of a layer.", ANEW)
+            raise GemmaAwqError(f"{where} is damaged: it is not the record of a layer.", ANEW)
         return dict(value)
 
 
@@ -103,7 +103,7 @@ def _is(value: Any, kind: Any) -> bool:
 
 
 def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """What changed between two runs: `seed: 0 then, 1 now`."""
+    """The differences between two runs, such as `seed: 0 then, 1 now`."""
     names = list(dict.fromkeys([*then, *now]))
     return [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names
             if then.get(name) != now.get(name)]  # fmt: skip
@@ -113,8 +113,8 @@ def require_same(then: Fingerprint, now: Fingerprint, where: Path) -> None:
     """An error that names what differs, unless both runs would end in the same bytes."""
     if changed := differences(then, now):
         raise GemmaAwqError(
-            f"{where} was begun under other conditions: {'; '.join(changed)}.",
-            "Give the same again to resume it, or begin anew with --force.",
+            f"{where} was started under other conditions: {'; '.join(changed)}.",
+            "Give the same options again to resume it, or start over with --force.",
         )
 
 

@@ -1,6 +1,6 @@
-"""Places of a user's machine in JSON that others will read: where they are, and the same JSON without them.
+"""Paths of a user's machine in JSON that others will read: finding them, and removing them.
 
-Tokens and templates are apart: `/home` is a word of many vocabularies, and `~/` may stop a generation.
+Tokens and templates are treated differently: `/home` is a word of many vocabularies, and `~/` may stop a generation.
 """
 
 import json
@@ -10,8 +10,8 @@ from typing import Any
 
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 
-# Where the home of a user, or the disk of a shared machine, is named. Inside a text only these count, because a slash
-# alone is in many texts that are no path.
+# Folders that hold users' homes, or the disks of shared machines. Inside a text only these count, because many texts
+# that are not paths contain a slash.
 _HOMES = (
     r"(?:home|Users|root|mnt|media|tmp|var|opt|srv|data|private|Volumes|workspace|scratch|content|kaggle|gpfs|lustre"
     r"|nfs|net|export|usr|etc|dev|run|work|teamspace|fsx|efs|s3|datasets?|models?|checkpoints?|projects?|raid|ssd|hdd)"
@@ -27,14 +27,14 @@ _WHOLE = re.compile(
     r"file:.*|~[\w.\-]*(?:[/\\].*)?|[A-Za-z]:[\\/](?!/).*|\\\\\?\\.*|\\\\[^\\\s]+\\.*|/(?!/)[^\0\n<>]*[\w][^\0\n<>]*",
     re.IGNORECASE,
 )
-# What is said to be the name of a model may be a path that begins nowhere: out/my-secret-model
+# The name of a model in these fields may be a relative path: out/my-secret-model
 _NAMES = ("name_or_path", "_name_or_path")
-# Fields whose texts are tokens, words or templates. `content`: of an added token.
+# Fields whose texts are tokens, words or templates. `content` belongs to an added token.
 _WORDS = frozenset(
     ("vocab", "merges", "added_tokens", "added_tokens_decoder", "content", "additional_special_tokens",
      "extra_special_tokens", "stop_strings", "chat_template", "pattern", "Regex", "String", "bad_words")
 )  # fmt: skip
-# They name other files of a folder by their whole paths, and a reader finds these by itself
+# Fields that name other files of the folder by absolute paths; a reader finds these files by itself
 _FILES = re.compile(r".*_(?:file|path|dir|folder)")
 
 Place = tuple[str, ...]
@@ -46,7 +46,7 @@ def is_local_path(text: str) -> bool:
 
 
 def find_local_path(text: str) -> str | None:
-    """The first path of a machine that a text mentions, or is."""
+    """The first path of a machine in a text, which may be the whole text."""
     return text if is_local_path(text) else mentioned_path(text)
 
 
@@ -57,23 +57,23 @@ def mentioned_path(text: str) -> str | None:
 
 
 def base_name(text: str) -> str:
-    """A path's last part, whatever system it is of."""
+    """A path's last part, for the paths of any system."""
     parts = [part for part in re.split(r"[/\\]+", re.sub(r"(?i)\Afile:", "", text)) if part not in ("", "~", ".", "..")]
     return parts[-1] if parts else "model"
 
 
 def without_local_paths(value: Any) -> tuple[Any, list[str]]:
-    """JSON without the folders of a machine, and the names of the fields that were changed.
+    """Return JSON without the folders of a machine, and the names of the fields that were changed.
 
-    The name of a model keeps its last part; a field that names a file is left out; other texts that are a path keep
-    their last part, and those that mention one keep that one's.
+    The name of a model keeps its last part, a field that names a file is left out, and any other path keeps its last
+    part.
     """
     changed: list[str] = []
     return _cleaned(value, (), changed), changed
 
 
 def local_paths(value: Any) -> Iterator[tuple[str, str]]:
-    """The fields of JSON whose text is, or mentions, a path of a machine: their names and the paths."""
+    """Yield the name and the path of each field whose text is, or contains, a path of a machine."""
     for place, text in _texts(value, ()):
         if (path := _path_of(place, text)) is not None:
             yield ".".join(place), path
@@ -83,7 +83,7 @@ def _path_of(place: Place, text: str) -> str | None:
     key = place[-1] if place else ""
     if key in _NAMES and text and not REPO_ID.fullmatch(text) and re.search(r"[/\\]", text):
         return text
-    if _is_word(place):  # it may be a path's beginning, or a comment may speak of one
+    if _is_word(place):  # a token may look like a path, but a comment in a template may contain one
         return mentioned_path(text) if key == "chat_template" else None
     return find_local_path(text)
 
@@ -93,13 +93,13 @@ def _is_word(place: Place) -> bool:
 
 
 def _texts(value: Any, place: Place) -> Iterator[tuple[Place, str]]:
-    if place[-1:] in (("vocab",), ("merges",)):  # half a million words and pairs of words
+    if place[-1:] in (("vocab",), ("merges",)):  # half a million words and pairs
         return
     if isinstance(value, str):
         yield place, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield (*place, key), key  # a name that a user gave can be a path too
+            yield (*place, key), key  # a key that a user chose can be a path too
             yield from _texts(item, (*place, key))
     elif isinstance(value, list):
         for index, item in enumerate(value):
@@ -136,5 +136,5 @@ def _cleaned_text(text: str, place: Place, changed: list[str]) -> str:
 
 
 def to_json(value: Any) -> bytes:
-    """As the tool writes its JSON files."""
+    """JSON as the tool writes it into files."""
     return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()

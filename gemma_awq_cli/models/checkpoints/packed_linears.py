@@ -1,4 +1,4 @@
-"""An artifact's packed linears, read and checked one by one."""
+"""Reading an artifact's packed linears, each checked."""
 
 import torch
 
@@ -17,7 +17,7 @@ def require_awq(checkpoint: Checkpoint) -> int:
 def read_packed(
     checkpoint: Checkpoint, name: str, in_features: int, out_features: int, group_size: int
 ) -> PackedWeight:
-    """One linear's packed tensors: int32 integers, and scales in float16, finite there, whatever the file has."""
+    """Read one linear: packed int32 integers, and scales converted to float16 and checked to be finite."""
     base = checkpoint.key(f"{name}.weight").removesuffix(".weight")
     expected = packed_tensors(base, in_features, out_features, group_size)
     require_tensors(checkpoint.tensors, expected, checkpoint.folder)

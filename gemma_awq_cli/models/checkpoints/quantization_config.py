@@ -1,4 +1,4 @@
-"""What a config says of how a checkpoint is quantized, in one spelling; and what to tell of what we do not read."""
+"""A config's quantization section, in one spelling, and a description of kinds that are not supported."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,15 @@ from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, r
 
 SECTION = "quantization_config"
 GROUP_MULTIPLE = 8  # no writer of the layout makes smaller groups, and no kernel reads others
-QUANT_CONFIG = "quant_config.json"  # where llm-awq and early AutoAWQ said it
-# Of AWQ alone, as AutoAWQ spells them in its quant_config.json, and GPTQModel in config.json -> as transformers does.
+QUANT_CONFIG = "quant_config.json"  # where llm-awq and early AutoAWQ stored the section
+# Keys of AWQ as AutoAWQ spells them in quant_config.json, and GPTQModel in config.json -> as transformers does.
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
-_DEFAULTS = {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}  # transformers' AwqConfig
+_DEFAULTS = {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}  # of transformers' AwqConfig
 ORIGINAL = "Give the original 16-bit checkpoint: `gemma-awq quantize` makes a 4-bit artifact of it."
 
 
 def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The quantization section; None for a checkpoint that is not quantized. AWQ's keys are transformers' own."""
+    """The quantization section with AWQ's keys as transformers spells them; None for a 16-bit checkpoint."""
     section = config.get(SECTION)
     if section is None:
         section = _beside(folder)
@@ -41,7 +41,7 @@ def names_awq(section: Mapping[str, Any]) -> bool:
 
 
 def is_awq(section: Mapping[str, Any]) -> bool:
-    """Whether the section names the one layout that is read: AutoAWQ's 4-bit GEMM."""
+    """Whether the section names the one supported layout: AutoAWQ's 4-bit GEMM."""
     bits = section.get("bits")
     return names_awq(section) and section.get("version") == "gemm" and type(bits) is int and bits == 4
 
@@ -49,7 +49,9 @@ def is_awq(section: Mapping[str, Any]) -> bool:
 def awq_group_size(section: Mapping[str, Any], where: object) -> int:
     """The group size; an error for any other kind of quantization. where: the checkpoint, for errors."""
     if not is_awq(section):
-        raise GemmaAwqError(f"{where} is quantized as {describe(section)}; only 4-bit AWQ (gemm) is read.", ORIGINAL)
+        raise GemmaAwqError(
+            f"{where} is quantized as {describe(section)}; only 4-bit AWQ (gemm) is supported.", ORIGINAL
+        )
     group_size = section.get("group_size")
     if type(group_size) is not int or group_size <= 0 or group_size % GROUP_MULTIPLE:
         raise GemmaAwqError(

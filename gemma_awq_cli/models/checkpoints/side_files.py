@@ -1,6 +1,6 @@
-"""The files of an artifact beside its tensors and its config: which there are, by their exact names, and their copies.
+"""The files of an artifact beside its tensors and its config: their exact names, and copying them from a source.
 
-What a source folder holds beside them stays there: nobody knows what it is.
+All other files of a source folder stay there: nobody knows what they are.
 """
 
 import re
@@ -12,7 +12,7 @@ from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, SINGLE, read_j
 from gemma_awq_cli.models.checkpoints.local_paths import to_json, without_local_paths
 from gemma_awq_cli.system.reading import require_regular
 
-# As transformers writes them and the hub's Gemma repositories have them
+# As transformers writes them, and as the hub's Gemma repositories have them
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
     "chat_template.jinja", "chat_template.json", "generation_config.json", "processor_config.json",
@@ -30,7 +30,7 @@ LICENCE_FILES = (
 SIDE_FILES = frozenset((*TOKENIZER_FILES, *LICENCE_FILES))
 WEIGHT_FILE = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 
-# Left by systems and by programs that copy folders. They belong to nobody's model, so that they are passed over.
+# Left by systems and by programs that copy folders. They belong to no model and are ignored.
 _LEFTOVERS = frozenset((
     ".DS_Store", ".AppleDouble", ".LSOverride", ".Spotlight-V100", ".Trashes", ".fseventsd", ".TemporaryItems",
     ".DocumentRevisions-V100", ".VolumeIcon.icns", "__MACOSX", "Icon\r", "Thumbs.db", "Thumbs.db:encryptable",
@@ -38,7 +38,8 @@ _LEFTOVERS = frozenset((
     ".ipynb_checkpoints", "@eaDir",
 ))  # fmt: skip
 _LEFTOVER_NAMES = re.compile(r"\._.+|\.Trash-\d+|\.nfs[0-9a-f]+|\.fuse_hidden[0-9a-f]+|.+:Zone\.Identifier")
-# Of a source: what is written anew, other forms of the same weights, and what a hub's repository has for its page
+# Files of a source that need no mention when they are not copied: those written anew, those of the hub's page, and
+# other forms of the same weights
 _WRITTEN_ANEW = frozenset((CONFIG, INDEX, SINGLE, "README.md", ".gitattributes", ".gitignore", ".git", ".cache"))
 _OTHER_WEIGHTS = re.compile(r".*\.(safetensors|bin|gguf|pt|pth|h5|msgpack|onnx|ot|index\.json)", re.IGNORECASE)
 
@@ -53,10 +54,10 @@ def is_licence_file(name: str) -> bool:
 
 
 def side_files(folder: Path) -> dict[str, Path | bytes]:
-    """Tokenizer, chat template, generation config, processor and licence files of a checkpoint, as they are passed on.
+    """A checkpoint's tokenizer, chat template, generation config, processor and licence files, by name.
 
-    JSON that names places of this machine comes as bytes without them, all else as a file. An error for a link that
-    leads out of the folder, for what is no regular file, and for JSON that is none.
+    JSON that contains paths of this machine is given as bytes without them, everything else as the file's path. An
+    error for a link that leads out of the folder, for anything but a regular file, and for invalid JSON.
     """
     gathered: dict[str, Path | bytes] = {}
     for path in sorted(folder.iterdir()):
@@ -73,7 +74,7 @@ def side_files(folder: Path) -> dict[str, Path | bytes]:
 
 
 def copy_side_files(gathered: Mapping[str, Path | bytes], folder: Path) -> None:
-    """Write what `side_files` gave into an artifact."""
+    """Write the result of `side_files` into an artifact."""
     for name, content in gathered.items():
         if isinstance(content, bytes):
             (folder / name).write_bytes(content)
@@ -82,7 +83,7 @@ def copy_side_files(gathered: Mapping[str, Path | bytes], folder: Path) -> None:
 
 
 def not_copied(folder: Path) -> list[str]:
-    """What a source's folder holds that an artifact will not, weights and the like apart, for the user to know."""
+    """Names in a source folder that the user should know an artifact will not have; weights do not count."""
     return [
         path.name
         for path in sorted(folder.iterdir())

@@ -1,4 +1,4 @@
-"""Where a model comes from: a local folder, a hub repository, or the embedded demo. Ends in a local folder."""
+"""Finding a model: a local folder, a hub repository or the demo. The result is always a local folder."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ from gemma_awq_cli.system.reading import home_path
 
 DEMO = "demo"
 _GIVE = "Give a checkpoint folder or a hub id"
-# Weights other than safetensors, and framework exports, stay on the hub.
+# Other weights than safetensors, and exports for frameworks, stay on the hub.
 _HUB_FILES = [
     "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*",
 ]  # fmt: skip
@@ -24,9 +24,9 @@ _HUB_FILES = [
 
 @dataclass(frozen=True)
 class Source:
-    """A model on this machine: the folder, what the user called it, and a short name for files made from it.
+    """A model on this machine: its folder, the user's name for it, and a short name for files made from it.
 
-    revision: the commit of a hub repository, however it was asked for.
+    revision: the commit of a hub repository, even if the user named a branch or nothing.
     """
 
     folder: Path
@@ -36,10 +36,10 @@ class Source:
 
 
 def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -> Source:
-    """The local folder of a MODEL argument, fetched or made if need be. `note` is told what takes long."""
+    """The local folder of a MODEL argument, fetched or made if necessary. `note` gets a line before long work."""
     if asked == DEMO:  # a folder of that name is ./demo
         if revision:
-            raise UsageError("--revision goes with a hub id, and the demo model has none.")
+            raise UsageError("--revision only applies to a hub id; the demo model has no revisions.")
         from gemma_awq_cli.models.checkpoints.demo import NAME, demo_checkpoint
 
         return Source(demo_checkpoint(note), DEMO, NAME)
@@ -49,7 +49,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
     mode = _mode(path, asked)
     if stat.S_ISDIR(mode):
         if revision:
-            raise UsageError(f"--revision goes with a hub id, and {asked} is a local folder.")
+            raise UsageError(f"--revision only applies to a hub id; {asked} is a local folder.")
         if not (path / CONFIG).is_file():
             raise explain_no_config(path)
         return Source(path, asked, path.resolve().name)
@@ -63,7 +63,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
     except GemmaAwqError as error:
         if not path.parent.is_dir():
             raise
-        # as likely a misspelt folder of this machine as a hub id
+        # a misspelt folder of this machine is as likely as a hub id
         raise GemmaAwqError(
             f"There is no folder {asked} here{_like(path)}. As a hub id: {error.message}",
             f"Correct the folder's name. If a model on the hub is meant: {error.hint}",
@@ -84,7 +84,7 @@ def _path_of(asked: str) -> Path:
 
 
 def _mode(path: Path, asked: str) -> int:
-    """What kind of file lies at a path; 0 if there is none."""
+    """The mode of the file at a path, links followed; 0 if there is none."""
     with system_errors(_short(asked), f"{_GIVE}.", "looked up"):  # no permission, or too long for a name
         try:
             return path.stat().st_mode
@@ -95,7 +95,7 @@ def _mode(path: Path, asked: str) -> int:
 
 
 def _like(path: Path) -> str:
-    """The folder beside a path that is not there whose name is most like its own, for an error."""
+    """A suggestion for an error: the folder whose name is most like that of a path that does not exist."""
     try:
         close = get_close_matches(path.name, os.listdir(path.parent), 5)
     except OSError:

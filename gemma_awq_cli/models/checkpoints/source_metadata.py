@@ -1,7 +1,7 @@
-"""What a source checkpoint's own model card says of its licence and its base: the YAML at the top of its README.md.
+"""The licence and the base model that a source checkpoint's model card declares in the YAML at the top of README.md.
 
-The file is a stranger's. It is read before anything is computed, and of YAML only what is needed: texts and short lists
-of texts. An alias, which may stand for gigabytes, is refused, and so is a card too large to be one.
+The file is untrusted. It is read before anything is computed, and only the YAML that is needed is accepted: texts and
+short lists of texts. An alias, which may stand for gigabytes, is an error, and so is a card of unreasonable size.
 """
 
 import re
@@ -16,18 +16,18 @@ from gemma_awq_cli.system.text_input import decode
 
 README = "README.md"
 DECLARED = ("license", "license_name", "license_link", "base_model")
-UNREADABLE = "unreadable"  # the key under which a report says why nothing is known
+UNREADABLE = "unreadable"  # the key of a report that holds the reason why nothing is known
 README_BYTES = 16 * 1024 * 1024
 METADATA_CHARACTERS = 64 * 1024
-LONGEST, MOST = 500, 20  # characters of a text, texts of a list
+LONGEST, MOST = 500, 20  # characters in a text, texts in a list
 _BEGIN, _END = re.compile(r"\s*---[ \t]*\r?\n"), re.compile(r"^---[ \t]*\r?$", re.MULTILINE)
 _NOTHING = ("", "~", "null", "Null", "NULL")
 
 
 def source_card(folder: Path) -> dict[str, Any] | None:
-    """What the card in `folder` declares, by the names in DECLARED; None if there is no card, or no metadata in it.
+    """The values that the card in `folder` declares under the names in DECLARED; None without a card or metadata.
 
-    If it cannot be read, UNREADABLE alone, and why: nothing is concluded from a card that nobody understood.
+    For a card that cannot be read, only UNREADABLE with the reason: nothing is concluded from such a card.
     """
     path = folder / README
     if not path.is_file():
@@ -67,7 +67,7 @@ def _mapping(text: str) -> dict[Any, Any]:
     import yaml
 
     class Loader(yaml.BaseLoader):  # type: ignore[misc]
-        """Knows no types but text, list and mapping, and no aliases."""
+        """Accepts only texts, lists and mappings, and no aliases."""
 
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):

@@ -1,8 +1,8 @@
-"""Building a model folder so that nothing half-written ever looks whole, and nothing a user had is lost.
+"""Building a model folder so that nothing half-written ever looks complete, and nothing that a user had is lost.
 
 A folder is built beside its final place, under a name that no reader takes for a model, and renamed when it is
-complete. What was worth keeping of an interrupted run stays there for a later one. Whoever makes, renames or removes
-anything there holds the lock; whoever does not only looks.
+complete. What an interrupted run may resume from stays there. Whoever makes, renames or removes anything there holds
+the lock; anyone else only looks.
 """
 
 import errno
@@ -21,16 +21,17 @@ from gemma_awq_cli.system.saving import ELSEWHERE, named, sync_folder, write_err
 __all__ = ["ELSEWHERE", "REPORT", "StagedFolder", "require_space", "write_errors"]
 
 REPORT = "quantization_report.json"
-_BETWEEN = 1.0  # seconds in which a folder that others remove again and again is made again and again
+_BETWEEN = 1.0  # seconds of trying to make a folder that other processes keep removing
 
 
 class StagedFolder:
     """A folder that appears at `target` complete, or not at all.
 
-    While it is entered, `folder` is what becomes `target`, and `state` beside it is what its maker notes for itself.
-    An existing non-empty `target` is refused unless `force`, and then only replaced if it holds a model that this tool
-    wrote; it stays in place until its successor is complete. What an earlier maker left is thrown away unless `resume`
-    or `keeps_earlier`. On an exception everything goes, unless the maker has set `keep`. To make one writes nothing.
+    While it is entered, `folder` is what becomes `target`, and `state` beside it holds the maker's own notes. An
+    existing non-empty `target` is an error unless `force`; even then it is replaced only if it holds a model that this
+    tool wrote, and it stays in place until its successor is complete. What an earlier maker left is thrown away unless
+    `resume` or `keeps_earlier`. An exception removes everything unless the maker has set `keep`. The constructor
+    writes nothing.
     """
 
     def __init__(self, target: Path, force: bool = False, resume: bool = False, elsewhere: str = ELSEWHERE) -> None:
@@ -64,7 +65,7 @@ class StagedFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        # a half-done removal or replacement is worse than a second of waiting
+        # a half-done removal or replacement is worse than waiting for a second
         with finishing():
             published = False
             try:
@@ -82,19 +83,19 @@ class StagedFolder:
             self._make()
 
     def abandon(self) -> None:
-        """Nothing is to become `target`: it is whole already. What is beside it goes."""
+        """Do not replace `target`, which is complete already; remove what lies beside it."""
         self._abandoned = True
 
     def is_being_written(self) -> bool:
-        """Whether another process holds the lock now."""
+        """Whether another process holds the lock at this moment."""
         return self._lock.is_held()
 
     def size(self) -> int:
-        """Bytes on the disk that an earlier maker left here, and that are gone on with."""
+        """Bytes on the disk that an earlier maker left here to resume from."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     def _require_place(self) -> None:
-        """An error if `target` cannot become a folder of ours, or holds what must not be replaced."""
+        """An error if `target` cannot become our folder, or holds something that must not be replaced."""
         target, hint = self.target, "Choose another folder with -o."
         if target.name in ("", "..") or os.path.ismount(target):
             what = "does not name a new folder" if target.name in ("", "..") else "is a mount point"
@@ -103,7 +104,7 @@ class StagedFolder:
                 f"Give a folder in it: -o {target / 'NAME'}.",
             )
         with named(target):
-            _is_there(self._replaced)  # the longest name that will be used
+            _is_there(self._replaced)  # an error if this name, the longest one used, is too long
             _require_writable(target.absolute().parent)
         if not (names := self._names(hint)):
             return
@@ -118,7 +119,7 @@ class StagedFolder:
             )
 
     def _names(self, hint: str) -> list[str]:
-        """What is in `target`, or in what was there until a process was killed while it replaced it."""
+        """The names in `target`, or in its former self if a process was killed while replacing it."""
         for _ in range(1000):
             there = self._replaced if not _is_there(self.target) and _is_there(self._replaced) else self.target
             if not _is_there(there):
@@ -140,7 +141,7 @@ class StagedFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
                 taken = self._lock.acquire()
                 break
-            except (FileNotFoundError, FileExistsError):  # its last owner has just removed the folder, or never will
+            except (FileNotFoundError, FileExistsError):  # its last owner is just removing the folder
                 if time.monotonic() > deadline:
                     raise
                 time.sleep(0.001)
@@ -169,9 +170,9 @@ class StagedFolder:
         sync_folder(self.target.parent)
 
     def _let_go(self, remove: bool) -> None:
-        """Release the lock. It goes last of all that is removed, and while it is held: then nobody else has it."""
+        """Release the lock. It is removed last and while it is held: then nobody else can have it."""
         if remove:
-            with suppress(OSError):  # what cannot be removed is in nobody's way
+            with suppress(OSError):  # what cannot be removed does no harm
                 self._discard()
                 if _is_there(self.target):
                     _remove(self._replaced)
@@ -181,7 +182,7 @@ class StagedFolder:
                 self.path.rmdir()
 
     def _discard(self) -> None:
-        # the notes first: they must never speak of files that are gone
+        # the notes first: they must never describe files that are gone
         for path in (self.state, self.folder):
             gone = path.with_suffix(".gone")
             _remove(gone)
@@ -191,7 +192,7 @@ class StagedFolder:
 
 
 def _require_writable(folder: Path) -> None:
-    """OSError unless the nearest folder that is there can be written."""
+    """OSError unless the nearest existing folder can be written to."""
     while not _is_there(folder):
         folder = folder.parent
     if not folder.is_dir():
@@ -201,7 +202,7 @@ def _require_writable(folder: Path) -> None:
 
 
 def _is_there(path: Path) -> bool:
-    """Whether anything has this name, a link that leads nowhere included. Raises OSError for an impossible name."""
+    """Whether anything has this name, even a broken link. Raises OSError for an impossible name."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError):
@@ -210,7 +211,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """A folder with all that is in it, or a link to one, as far as that is possible."""
+    """Remove a folder and everything in it, or a link to one, as far as possible."""
     if path.is_symlink():
         path.unlink()
     else:

@@ -1,8 +1,8 @@
-"""Whether a checkpoint's head is its embedding, from its config and its files, as transformers decides it.
+"""Whether a checkpoint's head is its embedding, decided from its config and its files as transformers decides it.
 
-transformers asks the class that loads the model, so of a multimodal config the top level counts and `text_config` does
-not. Where the config says tied and the files hold a head of its own, it uses that head and only warns; here the user
-has to say which one is meant, because other readers would drop it.
+transformers asks the class that loads the model, so the top level of a multimodal config counts and `text_config` does
+not. If the config says tied and the files hold a different head, transformers uses that head and only warns; here the
+user has to say which one is meant, because other readers would drop it.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, 
     """
     declared = config.get(TIE, True)  # the default of every Gemma
     if declared is not None and not isinstance(declared, bool):
-        raise GemmaAwqError(f"{where}: {CONFIG} has {TIE} {declared!r:.50}.", "It is true or false.")
+        raise GemmaAwqError(f"{where}: {CONFIG} has {TIE} {declared!r:.50}.", f"Set {TIE} to true or false.")
     section = config.get("text_config")
     below = section.get(TIE) if isinstance(section, dict) else None
     embedding = f"{layout.prefix}{EMBEDDING}"
@@ -50,7 +50,7 @@ def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, 
 
 
 def with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
-    """A config that says at all its levels whether the head is the embedding: readers ask different ones."""
+    """A config that says at each of its levels whether the head is the embedding: readers look at different ones."""
     stated = dict(config)
     if not tied or TIE in stated:
         stated[TIE] = tied

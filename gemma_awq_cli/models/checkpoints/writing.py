@@ -1,6 +1,7 @@
-"""Writing safetensors files that are planned first: names, dtypes, shapes.
+"""Writing safetensors files whose names, dtypes and shapes are planned first.
 
-Each tensor goes to its final place in its file as soon as it is known, in any order, and none has to stay in memory.
+Each tensor is written to its final place in its file as soon as it is known, in any order, so none has to stay in
+memory.
 """
 
 import json
@@ -36,7 +37,7 @@ class PlannedTensor:
 class TensorWriter:
     """The safetensors files of one folder, written tensor by tensor in any order.
 
-    begun: an earlier writer made the files by the same plan; they are gone on with, and `keep` says what is done.
+    begun: an earlier writer made the files by the same plan; continue them, and name finished tensors with `keep`.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class TensorWriter:
             self._place[tensor.name] = (path, len(head) + start)
 
     def keep(self, names: Iterable[str]) -> None:
-        """These were written by an earlier writer of the same files."""
+        """Name the tensors that an earlier writer of the same files has written."""
         for name in names:
             del self._pending[name]
 
@@ -118,7 +119,7 @@ def _require_begun(path: Path, head: bytes, size: int) -> None:
         with path.open("rb") as file:
             whole = file.read(len(head)) == head
     if not whole:
-        raise GemmaAwqError(f"{path} is missing or was changed since.", "Begin anew with --force.")
+        raise GemmaAwqError(f"{path} is missing or has changed since.", "Start over with --force.")
 
 
 def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
@@ -134,13 +135,13 @@ def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[Planned
 
 
 def write_json(path: Path, value: Any) -> None:
-    """A readable JSON file, see `json_bytes`. In a folder that is being built; elsewhere there is `write_whole`."""
+    """Write a JSON file (see `json_bytes`) in a folder that is being built; elsewhere use `write_whole`."""
     path.write_bytes(json_bytes(value))
 
 
 def json_bytes(value: Any) -> bytes:
-    """A readable JSON text: two spaces, a newline at its end."""
+    """Readable JSON: indented by two spaces, with a newline at its end."""
     try:
         return f"{json.dumps(value, indent=2, ensure_ascii=False)}\n".encode()
-    except UnicodeEncodeError:  # half of a surrogate pair, as in a file name that is not UTF-8
+    except UnicodeEncodeError:  # half a surrogate pair, as in a file name that is not UTF-8
         return f"{json.dumps(value, indent=2)}\n".encode()

@@ -1,4 +1,4 @@
-"""Reading a finished artifact back from the disk, as a stranger would, before it gets its name."""
+"""Reading a finished artifact back from the disk, as any other reader would."""
 
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,24 @@ from gemma_awq_cli.models.text.prompter import Prompter
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:
-    """Check that every tensor is there, of its shape and finite; AutoAWQ's own code must read layer 0 as we do.
+    """Check that every tensor is there, has its shape and is finite, and that AutoAWQ's code reads layer 0 as we do.
 
-    Returns what the report says of it.
+    Returns the report's `verification` section.
     """
-    checkpoint = Checkpoint(folder)
+    return _verify(Checkpoint(folder))
+
+
+def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
     group_size = require_awq(checkpoint)
-    require_loadable(checkpoint.raw_config, folder / CONFIG)
-    model = meta_model(checkpoint.text_config)
+    require_loadable(checkpoint.raw_config, checkpoint.folder / CONFIG)
+    linears = {
+        f"model.layers.{index}.{name}": linear
+        for index, layout in enumerate(checkpoint.shape.layouts)
+        for name, linear in layout.linears.items()
+    }
     compared = 0
-    linears = [(n, m) for n, m in model.named_modules() if n.startswith("model.layers.") and hasattr(m, "in_features")]
-    for name, module in linears:
-        packed = read_packed(checkpoint, name, module.in_features, module.out_features, group_size)
+    for name, linear in linears.items():
+        packed = read_packed(checkpoint, name, linear.inputs, linear.outputs, group_size)
         if not name.startswith("model.layers.0."):
             continue
         theirs = dequantize_with_autoawq(packed, group_size)
@@ -38,11 +44,12 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
             ours = dequantize(*unpack_weight(packed)).t()
             if not torch.equal(theirs.to(torch.float32), ours.to(theirs.dtype).to(torch.float32)):
                 raise GemmaAwqError(
-                    f"AutoAWQ reads {name} otherwise than it was written.", "This is a bug: please report it."
+                    f"AutoAWQ reads other weights from {name} than were written.", "This is a bug: please report it."
                 )
             compared += 1
-    dense = parameter_shapes(model, checkpoint.tied_head)
-    rest = [name for name in dense if name.removesuffix(".weight") not in {linear for linear, _ in linears}]
+    # the names of the rest are transformers' own, not those of our layouts
+    dense = parameter_shapes(meta_model(checkpoint.text_config), checkpoint.tied_head)
+    rest = [name for name in dense if name.removesuffix(".weight") not in linears]
     for name in rest:
         checkpoint.read([name])
     return {
@@ -57,17 +64,17 @@ REMAKE = "Quantize the model again, or download the artifact again."
 
 
 def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Prompter]:
-    """All that strangers' readers ask of an artifact, beyond `verify_artifact`: nothing more, less or else in it.
+    """An error unless an artifact has exactly the tensors and files that other readers need; see `verify_artifact` too.
 
-    declared_bytes: of all tensors, as the report says. Returns what was opened for the check.
+    declared_bytes: of all tensors, from the report. Returns the checkpoint and the prompter that the check opened.
     """
-    verify_artifact(folder)
     checkpoint = Checkpoint(folder)
+    _verify(checkpoint)
     _require_index(checkpoint)
     expected = checkpoint.text_tensors()
     for name in expected:
         if name.endswith(".scales") and (dtype := checkpoint.tensors[name].dtype) != torch.float16:
-            raise GemmaAwqError(f"{name} is stored as {dtype}, not as torch.float16, the format's own.", REMAKE)
+            raise GemmaAwqError(f"{name} is stored as {dtype}; the format requires torch.float16.", REMAKE)
     known = expected.keys() | set(checkpoint.companions())
     if extra := sorted(checkpoint.tensors.keys() - known):
         raise GemmaAwqError(
@@ -80,8 +87,8 @@ def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Pro
         require_finite(name, read_tensors(checkpoint.tensors, [name])[name])
     if (stored := sum(info.nbytes for info in checkpoint.tensors.values())) != declared_bytes:
         raise GemmaAwqError(
-            f"{folder} holds {stored} bytes of tensors, but its report tells of {declared_bytes}.",
-            "The report and the weights are of different artifacts. " + REMAKE,
+            f"{folder} holds {stored} bytes of tensors, but its report says {declared_bytes}.",
+            "The report and the weights belong to different artifacts. " + REMAKE,
         )
     return checkpoint, _require_tokenizer(checkpoint)
 
@@ -95,23 +102,25 @@ def _require_index(checkpoint: Checkpoint) -> None:
     for name, info in checkpoint.tensors.items():
         if weight_map.get(name) != info.file.name:
             raise GemmaAwqError(
-                f"{index} says {weight_map.get(name, 'nothing')} of {name}, which lies in {info.file.name}.", REMAKE
+                f"{index} places {name} in {weight_map.get(name, 'no file')}, but it lies in {info.file.name}.", REMAKE
             )
     metadata = declared.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
     if total != (stored := sum(info.nbytes for info in checkpoint.tensors.values())):
-        raise GemmaAwqError(f"{index} says {total} bytes of tensors; the files hold {stored}.", REMAKE)
+        raise GemmaAwqError(f"{index} declares {total} bytes of tensors; the files hold {stored}.", REMAKE)
 
 
 def _require_tokenizer(checkpoint: Checkpoint) -> Prompter:
     prompter = Prompter(checkpoint.folder)
     entries = int(checkpoint.text_config.vocab_size)
-    if len(prompter.tokenizer) > entries + 64:  # the released multimodal tokenizers name one image token beyond
+    if (
+        len(prompter.tokenizer) > entries + 64
+    ):  # the released multimodal tokenizers have an image token beyond the vocabulary
         raise GemmaAwqError(
-            f"The tokenizer knows {len(prompter.tokenizer)} tokens, the model {entries}.",
+            f"The tokenizer has {len(prompter.tokenizer)} tokens, but the model has {entries}.",
             "Copy the tokenizer files of the original model.",
         )
-    prompter.prompt_ids("Hello")  # an error if it gives tokens that the model has no embedding of
+    prompter.prompt_ids("Hello")  # an error if it gives tokens that the model has no embedding for
     if prompter.is_chat:
         prompter.chat([{"role": "user", "content": "Hello"}], answer_next=True)
     return prompter

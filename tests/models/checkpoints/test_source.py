@@ -79,7 +79,7 @@ CASES = [
     Case("online", "org/broken", "hub answered HTTP 500 for org/broken", "later"),
     Case("online", "org/busy", "hub answered HTTP 429 for org/busy", "later"),
     Case("online", "org/forbidden", r"refused access to org/forbidden \(HTTP 403\)", "HF_TOKEN"),
-    Case("online", "org/portal", "What answered for org/portal is not a hub", "HF_ENDPOINT.*proxy"),
+    Case("online", "org/portal", "server that answered for org/portal is not a hub", "HF_ENDPOINT.*proxy"),
     Case("online", "org/cut", "connection to the hub broke off while fetching org/cut", "Run the command again"),
     Case("online", "org/gguf-only", "org/gguf-only has no config.json on the hub", "safetensors"),
     Case("online", "org/two--dashes", "'org/two--dashes' cannot be a hub id", "Check the name"),
@@ -87,13 +87,13 @@ CASES = [
     Case("online", "org/gated", "org/gated is gated", "terms at https://huggingface.co/org/gated", token=TOKEN),
     Case("online", "org/misspelt", "hub has no repository org/misspelt", "Check the name.*private", token=TOKEN),
     Case("online", "org/good", r"refused access to org/good \(HTTP 401\)", "Check the token.*login", token=STALE),
-    Case("online", "org/good", "token holds characters that no token has", "HF_TOKEN again", token=f"{TOKEN}…"),
+    Case("online", "org/good", "token contains characters that no token can have", "HF_TOKEN again", token=f"{TOKEN}…"),
     Case("offline", "org/good", "org/good is not in .*cache, and HF_HUB_OFFLINE", "Unset HF_HUB_OFFLINE", token=TOKEN),
     Case(
         "unreachable", "org/good", "org/good is not in .*, and the hub cannot be", "network.*HF_ENDPOINT", token=TOKEN
     ),
     *(
-        Case("online", f"org/listed-{name}", f"hub says of org/listed-{name} cannot be used", "another repository")
+        Case("online", f"org/listed-{name}", f"answer about org/listed-{name} cannot be used", "another repository")
         for name in LISTED
     ),
     Case("online", "org/gone", r"lists a file of org/gone that it does not have \(HTTP 404\)", "another repository"),
@@ -329,8 +329,8 @@ def test_a_file_or_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) ->
     [
         (["adapter_config.json", "adapter_model.safetensors"], "", "holds a LoRA adapter, not a whole model", "PEFT"),
         (["config.json", "adapter_config.json"], "config.json", r"config\.json is a file", "{root}"),
-        (["gemma.Q4_K_M.gguf"], "", r"no config\.json; it holds gemma\.Q4_K_M\.gguf", "GGUF files are not read"),
-        (["gemma.GGUF"], "gemma.GGUF", "is a file", "GGUF files are not read"),
+        (["gemma.Q4_K_M.gguf"], "", r"no config\.json; it holds gemma\.Q4_K_M\.gguf", "GGUF is not supported"),
+        (["gemma.GGUF"], "gemma.GGUF", "is a file", "GGUF is not supported"),
         (["pytorch_model.bin"], "", r"no config\.json", "Copy config.json"),
         (["checkpoint-5/config.json"], "", r"checkpoint-5 has one", "{root}/checkpoint-5"),
         (["snapshots/abc/config.json", "refs/main"], "", r"snapshots/abc has one", "{root}/snapshots/abc"),
@@ -351,7 +351,7 @@ def test_what_is_no_checkpoint_is_told_what_it_is(
     ("files", "message", "hint"),
     [
         (["pytorch_model.bin"], r"it holds pytorch_model\.bin", "save_pretrained"),
-        (["gemma.gguf"], r"it holds gemma\.gguf", "GGUF files are not read"),
+        (["gemma.gguf"], r"it holds gemma\.gguf", "GGUF is not supported"),
         (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "merge_and_unload"),
         ([], "no model.safetensors and no model.safetensors.index.json", "Copy the weights"),
     ],
@@ -398,6 +398,6 @@ def test_what_is_no_folder(tmp_path: Path, make: str) -> None:
 @pytest.mark.parametrize("asked", ["folder", "demo"])
 def test_a_revision_of_what_has_none_is_wrong_usage(asked: str, tmp_path: Path) -> None:
     model = str(tmp_path) if asked == "folder" else asked
-    with pytest.raises(UsageError, match="--revision goes with a hub id") as caught:
+    with pytest.raises(UsageError, match="--revision only applies to a hub id") as caught:
         find_source(model, "v1", pytest.fail)
     assert caught.value.exit_code == 2
