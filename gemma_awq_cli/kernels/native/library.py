@@ -20,8 +20,8 @@ from functools import cache
 from pathlib import Path
 
 from gemma_awq_cli.kernels.native.structures import ARGUMENTS, layout_mismatch
+from gemma_awq_cli.system.failures import first_line, reason_of
 from gemma_awq_cli.system.processor import processor_features
-from gemma_awq_cli.system.reading import first_line, reason_of
 
 SOURCES = Path(__file__).parent
 COMPILE_SECONDS = 600  # it takes about twenty

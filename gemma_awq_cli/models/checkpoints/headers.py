@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import explain_no_weights
-from gemma_awq_cli.system.reading import first_line, reason_of, require_regular
+from gemma_awq_cli.system.failures import first_line, reason_of
+from gemma_awq_cli.system.reading import require_regular
 
 if TYPE_CHECKING:
     import torch

@@ -18,7 +18,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.gemma.architecture import final_softcap
 from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.models.gemma.layers import LayerLayout
-from gemma_awq_cli.system.reading import library_errors
+from gemma_awq_cli.system.failures import library_errors
 
 LOGIT_CHUNK = 512  # vocabulary entries whose logits are computed at a time: they stay in the processor's cache
 
