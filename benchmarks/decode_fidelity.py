@@ -27,7 +27,7 @@ from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import JoinedLinear, read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
-from gemma_awq_cli.models.gemma.architecture import architecture_of
+from gemma_awq_cli.models.gemma.architecture import architecture_of, final_softcap
 from gemma_awq_cli.models.text.prompter import Prompter
 
 CPU = torch.device("cpu")
@@ -49,7 +49,7 @@ def main() -> None:
     source, artifact = Checkpoint(args.checkpoint), Checkpoint(args.artifact)
     reference = build_model(source, CPU, torch.float32)
     states = [reference.model(torch.tensor([window])).last_hidden_state[0] for window in windows]
-    softcap = getattr(source.text_config, "final_logit_softcapping", None)
+    softcap = final_softcap(source.text_config)
 
     def expected(window: int, first: int) -> Tensor:
         logits = F.linear(states[window][first : first + BLOCK], reference.lm_head.weight)

@@ -22,6 +22,7 @@ from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.gemma.architecture import final_softcap
 
 CHUNKS = 64  # parts of the vocabulary that a draw first chooses among
 
@@ -93,7 +94,7 @@ def sample_rows(
             past_key_values=cache,
             use_cache=True,
         ).last_hidden_state[:, -1]
-        logits = soft_cap(model.lm_head(states), getattr(model.config, "final_logit_softcapping", None))
+        logits = soft_cap(model.lm_head(states), final_softcap(model.config))
         ids[:, position + 1] = draw(logits, generator)
         on_token(position + 1)
     return ids.cpu()

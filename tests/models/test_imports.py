@@ -15,6 +15,12 @@ WITH_TORCH = {
         "checkpoint", "companions", "demo", "expected_tensors", "packed_linears", "weight_files", "writing",
     },
     "models.text": set(),
+    "models.forward": {
+        "cached_session", "decoder_weights", "forward_choice", "hidden_states", "kv_cache", "layerwise", "loading",
+        "loading_dense", "memory", "native_session", "native_weights", "torch_decoder", "torch_weights",
+        "transformers_model", "transformers_session", "verification",
+    },
+    "kernels.native": {"linear"},
 }  # fmt: skip
 
 

@@ -23,7 +23,6 @@ from gemma_awq_cli.models.forward.torch_decoder import TextWeights
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
-from gemma_awq_cli.models.gemma.layers import layers_of
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ def linear_report(
 def _distinct_linears(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple[str, PackedWeight]]:
     """The first linear of each name and shape, by the last part of its name (`q_proj`)."""
     known = set()
-    for index, layout in enumerate(layers_of(checkpoint.facts, checkpoint.family)):
+    for index, layout in enumerate(checkpoint.shape.layouts):
         for name, linear in layout.linears.items():
             if (name, linear) not in known:
                 known.add((name, linear))

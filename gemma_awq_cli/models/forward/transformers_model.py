@@ -10,7 +10,7 @@ from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
-from gemma_awq_cli.models.gemma.layers import Linear, layers_of
+from gemma_awq_cli.models.gemma.layers import Linear
 
 
 @torch.inference_mode()
@@ -41,10 +41,9 @@ def finish_model(model: Any, checkpoint: Checkpoint, device: torch.device) -> An
 
 def layer_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
     """Every linear of every layer, by its name in transformers' causal model (`model.layers.0.self_attn.q_proj`)."""
-    layouts = layers_of(checkpoint.facts, checkpoint.family)
     return {
         f"model.layers.{index}.{name}": linear
-        for index, layout in enumerate(layouts)
+        for index, layout in enumerate(checkpoint.shape.layouts)
         for name, linear in layout.linears.items()
     }
 

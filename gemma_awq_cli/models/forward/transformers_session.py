@@ -8,6 +8,7 @@ from torch import Tensor
 
 from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.gemma import features
+from gemma_awq_cli.models.gemma.architecture import final_softcap
 
 FEATURES = frozenset(features.FEATURES)  # all of them
 
@@ -77,4 +78,4 @@ class TransformersSession:
         states = self._model.model(ids.to(self._device), past_key_values=self._cache, use_cache=True).last_hidden_state
         parts = [states[row, len(new) - n : len(new)] for row, (new, n) in enumerate(zip(tokens, counts, strict=True))]
         logits: Tensor = self._model.lm_head(torch.cat(parts)).to(torch.float32)
-        return soft_cap(logits, getattr(self._model.config, "final_logit_softcapping", None))
+        return soft_cap(logits, final_softcap(self._model.config))

@@ -15,7 +15,6 @@ from gemma_awq_cli.models.forward import loading_dense, transformers_model
 from gemma_awq_cli.models.forward.layerwise import meta_model
 from gemma_awq_cli.models.forward.loading_dense import Precision, open_dense
 from gemma_awq_cli.models.forward.transformers_model import build_model, layer_linears
-from gemma_awq_cli.models.gemma.layers import layers_of
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")
@@ -81,8 +80,7 @@ def test_a_bias_is_not_dropped_without_a_word(
     artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(artifacts("gemma"))
-    first, *rest = layers_of(checkpoint.facts, checkpoint.family)
-    linears = {name: replace(linear, bias=name.endswith("q_proj")) for name, linear in first.linears.items()}
-    monkeypatch.setattr(transformers_model, "layers_of", lambda *_: (replace(first, linears=linears), *rest))
+    linears = {name: replace(linear, bias=True) for name, linear in layer_linears(checkpoint).items()}
+    monkeypatch.setattr(transformers_model, "layer_linears", lambda _: linears)
     with pytest.raises(GemmaAwqError, match=r"model.layers.0.self_attn.q_proj of .* has a bias"):
         build_model(checkpoint, CPU, torch.bfloat16)

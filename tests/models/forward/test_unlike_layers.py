@@ -23,8 +23,9 @@ from gemma_awq_cli.models.forward.native_weights import native_refusal, read_nat
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
-from gemma_awq_cli.models.gemma.architecture import Architecture, Rope, architecture_of
+from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, Norm
+from gemma_awq_cli.models.gemma.rotary import Rope
 from tests.kernels.test_native import in_int8
 
 CPU = torch.device("cpu")
