@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
@@ -263,22 +264,22 @@ def test_an_interrupted_push_says_that_it_can_be_repeated(
 
     monkeypatch.setattr(HfApi, "create_commit", interrupted)
     assert push(artifact) == 130
-    assert "Repeat the command to go on" in capsys.readouterr().err
+    assert "Run the command again to go on" in capsys.readouterr().err
 
 
 def test_a_branch_that_moved_meanwhile_is_not_overwritten(
     hub: WritingHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from gemma_awq_cli.publish import upload
+    from huggingface_hub import HfApi
 
     hub.create(REPO)
-    commit = upload._commit
+    create_commit = HfApi.create_commit
 
-    def late(*arguments: object) -> object:
+    def late(*arguments: Any, **more: Any) -> object:
         hub.edit(REPO, {"config.json": b"someone else's"})
-        return commit(*arguments)  # type: ignore[arg-type]
+        return create_commit(*arguments, **more)
 
-    monkeypatch.setattr(upload, "_commit", late)
+    monkeypatch.setattr(HfApi, "create_commit", late)
     assert push(artifact) == 1
     assert "was changed by someone else meanwhile (HTTP 412), so nothing was committed" in capsys.readouterr().err
     assert hub.read(REPO, "config.json") == b"someone else's"
@@ -289,7 +290,7 @@ def test_what_the_hub_stores_otherwise_is_found_out(hub: WritingHub, artifact: P
     assert push(artifact) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "is not what was sent: config.json" in captured.err
+    assert "does not hold what was sent: config.json" in captured.err
 
 
 def test_a_card_that_was_edited_on_the_hub_is_kept(hub: WritingHub, artifact: Path, capsys: Capture) -> None:
@@ -332,10 +333,10 @@ def test_another_model_is_not_replaced_and_older_weights_do_not_stay(
     hub.create(REPO)
     hub.edit(REPO, {"model-00001-of-00002.safetensors": b"theirs"})
     assert push(artifact) == 1
-    assert "holds another model already (model-00001-of-00002.safetensors" in capsys.readouterr().err
+    assert "already holds another model (model-00001-of-00002.safetensors" in capsys.readouterr().err
     hub.edit(REPO, {"quantization_report.json": b"{}", "model.safetensors.index.json": b"{}", "plot.png": b"x"})
     assert push(artifact) == 0
-    assert "belongs to an earlier artifact and is removed" in capsys.readouterr().err
+    assert "belongs to an earlier artifact and will be removed" in capsys.readouterr().err
     assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}.isdisjoint(hub.tree(REPO))
     assert "plot.png" in hub.tree(REPO)
 
@@ -353,7 +354,7 @@ def test_private_is_private(hub: WritingHub, artifact: Path, capsys: Capture) ->
 @pytest.mark.parametrize(
     ("token", "repo", "message", "hint"),
     [
-        ("", REPO, "There is no login for the hub", "hf auth login"),
+        ("", REPO, "not logged in to the hub", "hf auth login"),
         (READ_TOKEN, REPO, "may not write to me/tiny-AWQ", "token that may write"),
         (TOKEN, "someone/tiny", "may not write to someone/tiny", "--create-pr"),
         ("hf_expired" + "y" * 30, REPO, "does not accept this login", "hf auth login"),
@@ -376,7 +377,7 @@ def test_a_login_that_does_not_do(
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "me/ti ny", "https://huggingface.co/me/tiny", "me/a--b", "me/x.git"])
 def test_a_name_that_no_repository_has(repo: str, hub: WritingHub, artifact: Path, capsys: Capture) -> None:
     assert push(artifact, repo=repo) == 1
-    assert re.search(r"is no repository id|cannot be a hub id", capsys.readouterr().err)
+    assert re.search(r"Invalid repository id|cannot be a hub id", capsys.readouterr().err)
     assert hub.repos == {}
 
 
@@ -423,7 +424,7 @@ def test_the_last_artifact_is_the_default(artifact: Path, capsys: Capture) -> No
     from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 
     assert main(["push", REPO, "--dry-run", *SAID]) == 1
-    assert "no last one is there" in capsys.readouterr().err
+    assert "there is no last one" in capsys.readouterr().err
     remember_artifact(artifact)
     assert main(["push", REPO, "--dry-run", *SAID]) == 0
     assert "(the last one)" in capsys.readouterr().err
@@ -434,7 +435,10 @@ def test_what_a_system_left_there_is_named_and_not_sent(hub: WritingHub, artifac
         (artifact / name).write_text("x")
     assert push(artifact) == 0
     said = capsys.readouterr().err
-    assert "Not sent, because the system left it there: .DS_Store, ._model.safetensors, Thumbs.db, desktop.ini" in said
+    assert (
+        "Not sent, because the operating system left it there: .DS_Store, ._model.safetensors, Thumbs.db, desktop.ini"
+        in said
+    )
     assert not {".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors"} & set(hub.tree(REPO))
 
 
@@ -447,7 +451,7 @@ def test_no_place_of_this_machine_gets_there(hub: WritingHub, artifact: Path, ca
     report["run"]["machine"] = "made in /home/ann/private"
     (artifact / "quantization_report.json").write_text(json.dumps(report))
     assert push(artifact) == 0
-    assert "tokenizer_config.json is sent without the places of this machine that it names: name_or_path" in (
+    assert "tokenizer_config.json is sent without the local paths that it names in name_or_path" in (
         capsys.readouterr().err
     )
     for name in hub.tree(REPO):
@@ -493,7 +497,7 @@ def test_a_hub_that_lists_names_that_lead_elsewhere(
     hub.create(REPO)
     monkeypatch.setattr(HfApi, "list_repo_tree", listed)
     assert push(artifact) == 1
-    assert "under a name that no file has" in capsys.readouterr().err
+    assert "under an invalid name" in capsys.readouterr().err
 
 
 def test_what_answers_is_no_hub(
