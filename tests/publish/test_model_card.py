@@ -88,7 +88,7 @@ def test_a_hub_model_calibrated_on_a_hub_dataset(artifacts: Callable[[str], Path
 
     def change(report: dict) -> None:  # type: ignore[type-arg]
         report["source"] |= {"model": "google/gemma-2b", "revision": "0" * 40, "card": {"license": "gemma"}}
-        report["calibration"]["text"] = recipe.described()
+        report["calibration"]["text"] = recipe.description()
         report["arguments"]["calibration"] = "wikitext"
 
     made = prepare(with_report(artifacts("gemma"), tmp_path / "a", change), "me/x", None, None, None)
