@@ -68,18 +68,8 @@ def build_rows(
     Fewer rows if the text has no more; raises if it has not at least one of each. Rows of the text that cannot be used
     are skipped and counted, or raise if `strict`.
     """
-    needed = max(num_samples + heldout_samples, 5 * heldout_samples)
-    characters = max(DRAWN_AT_LEAST, DRAWN_PER_TOKEN * needed * seq_len)
-    for _ in range(GROWTHS):
-        sources = _read(recipe, prompter, num_samples, seq_len, seed, characters, strict)
-        if all(s.reading.complete for s in sources) or sum(len(s.windows) for s in sources) >= needed:
-            break
-        characters *= 4
-    rng = random.Random(seed)
-    windows = [source.windows for source in sources]
-    for own in windows:
-        rng.shuffle(own)
-    chosen = _interleave(windows)
+    sources = _read_enough(recipe, prompter, num_samples, seq_len, seed, heldout_samples, strict)
+    chosen = _shuffled_windows(sources, seed)
     if recipe.heldout is not None:
         reading = Reading(DRAWN_PER_TOKEN * heldout_samples * seq_len, bad=BadRows(strict))
         apart = _source(read_documents(recipe.heldout, reading), prompter, seq_len, reading)
@@ -89,24 +79,51 @@ def build_rows(
         # the recipe has no held-out text: some windows are kept out of the calibration
         spare = min(heldout_samples, max(1, len(chosen) // 5))
         heldout, chosen = chosen[:spare], chosen[spare:]
-    skipped = _skipped(sources)
     if not chosen or not heldout:
-        for source in sources:
-            if not source.documents:
-                source.reading.bad.raise_if_any(recipe.name)
-        tokens = sum(len(own) for own in windows) * (seq_len - 1)
-        bad = _bad(sources)
-        most_are_bad = bad.count > sum(source.documents for source in sources)
-        hint = bad.first[0].hint if most_are_bad else "Give a longer text, or a smaller --seq-len."
-        raise GemmaAwqError(
-            f"The calibration text {recipe.name!r} is too short: it has {tokens} tokens in whole windows, and at least "
-            f"two windows of {seq_len} are needed (one to calibrate, one to measure).{f' {skipped}' if skipped else ''}",
-            hint,
-        )
-    chosen = chosen[:num_samples]
-    ids, heldout_ids = torch.tensor(chosen), torch.tensor(heldout)
+        raise _too_short(recipe, sources, len(chosen) + (0 if recipe.heldout else len(heldout)), seq_len)
+    ids, heldout_ids = torch.tensor(chosen[:num_samples]), torch.tensor(heldout)
     notes = tuple(note for source in sources for note in source.reading.notes)
-    return Rows(ids, heldout_ids, hash_rows(ids), hash_rows(heldout_ids), recipe.description(), notes, skipped)
+    return Rows(
+        ids, heldout_ids, hash_rows(ids), hash_rows(heldout_ids), recipe.description(), notes, _skipped(sources)
+    )
+
+
+def _read_enough(
+    recipe: Recipe, prompter: Prompter, num_samples: int, seq_len: int, seed: int, heldout_samples: int, strict: bool
+) -> list[_Source]:
+    """Read a recipe's sources, more of them as long as they have too few windows and there is more to read."""
+    needed = max(num_samples + heldout_samples, 5 * heldout_samples)
+    characters = max(DRAWN_AT_LEAST, DRAWN_PER_TOKEN * needed * seq_len)
+    for _ in range(GROWTHS):
+        sources = _read(recipe, prompter, num_samples, seq_len, seed, characters, strict)
+        if all(s.reading.complete for s in sources) or sum(len(s.windows) for s in sources) >= needed:
+            break
+        characters *= 4
+    return sources
+
+
+def _shuffled_windows(sources: Sequence[_Source], seed: int) -> list[list[int]]:
+    """Return all windows in the order that the seed decides, each source in proportion to its size."""
+    rng = random.Random(seed)
+    windows = [source.windows for source in sources]
+    for own in windows:
+        rng.shuffle(own)
+    return _interleave(windows)
+
+
+def _too_short(recipe: Recipe, sources: Sequence[_Source], windows: int, seq_len: int) -> GemmaAwqError:
+    """Return the error for a text with too few windows; raises the reason if a source has no document at all."""
+    for source in sources:
+        if not source.documents:
+            source.reading.bad.raise_if_any(recipe.name)
+    bad, skipped = _bad(sources), _skipped(sources)
+    most_are_bad = bad.count > sum(source.documents for source in sources)
+    return GemmaAwqError(
+        f"The calibration text {recipe.name!r} is too short: it has {windows * (seq_len - 1)} tokens in whole windows, "
+        f"and at least two windows of {seq_len} are needed (one to calibrate, one to measure)."
+        + (f" {skipped}" if skipped else ""),
+        bad.first[0].hint if most_are_bad else "Give a longer text, or a smaller --seq-len.",
+    )
 
 
 def hash_rows(ids: Tensor) -> str:

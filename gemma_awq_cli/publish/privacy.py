@@ -1,4 +1,4 @@
-"""Secrets and paths of this machine are kept out of what is uploaded: removed where they can be, refused elsewhere."""
+"""Keep secrets and local paths out of what is uploaded: paths in JSON are removed, everything else stops the push."""
 
 import hashlib
 import json

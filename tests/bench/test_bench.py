@@ -141,7 +141,7 @@ def test_bounds_end_in_3_with_a_line_each(artifact: Path, tmp_path: Path, capsys
     assert "was measured with prompt_tokens 99" in capsys.readouterr().err
     baseline.write_text("{}")
     assert main([*speed, "--baseline", str(baseline)]) == 1
-    assert "is no document of" in capsys.readouterr().err
+    assert "is not a document of" in capsys.readouterr().err
 
 
 def test_bounds_of_fidelity(artifact: Path, capsys: Capture) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_awq_cli.cli.app import main
@@ -120,28 +121,34 @@ def test_a_report_of_something_else(artifact: Path, capsys: Capture) -> None:
     assert "gives model_type gemma2, but config.json gives gemma" in refused(artifact, capsys)
     report.write_text(whole)
     edit_json(report, lambda r: r["fidelity"].pop("kl"))
-    assert "does not tell fidelity.kl" in refused(artifact, capsys)
+    assert "has no field fidelity.kl" in refused(artifact, capsys)
     report.write_text("{")
     assert "is not valid JSON" in refused(artifact, capsys)
 
 
-def test_an_index_that_is_not_complete(
-    checkpoints: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-) -> None:
-    from gemma_awq_cli.models.checkpoints.writing import TensorWriter
-    from tests.conftest import quantize_arguments
-
-    monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))
-    folder = tmp_path / "sharded"
-    assert main(quantize_arguments(checkpoints("gemma"), folder, text_file)) == 0
-    assert main(["push", "me/x", str(folder), *SAID]) == 0
-    index = folder / "model.safetensors.index.json"
+def test_an_index_that_is_not_complete(artifact: Path, capsys: Capture) -> None:
+    split_weights(artifact)
+    assert main(["push", "me/x", str(artifact), *SAID]) == 0
+    index = artifact / "model.safetensors.index.json"
     edit_json(index, lambda i: i["weight_map"].pop("model.norm.weight"))
-    assert "says nothing of model.norm.weight" in refused(folder, capsys)
+    assert "says nothing of model.norm.weight" in refused(artifact, capsys)
+
+
+def split_weights(folder: Path) -> None:
+    """Put the weights of an artifact into two files with an index."""
+    single = folder / "model.safetensors"
+    tensors = load_file(single)
+    names = sorted(tensors)
+    shards = {
+        "model-00001-of-00002.safetensors": names[: len(names) // 2],
+        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
+    }
+    for file, own in shards.items():
+        save_file({name: tensors[name] for name in own}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, own in shards.items() for name in own}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    single.unlink()
 
 
 def test_a_chat_template_that_cannot_be_used(artifact: Path, capsys: Capture) -> None:

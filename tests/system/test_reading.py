@@ -70,7 +70,7 @@ def test_what_need_not_end_is_not_read(tmp_path: Path) -> None:
 
 def test_large_files_and_missing_ones_are_refused(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"x" * 11)
-    with pytest.raises(GemmaAwqError, match="has 11 bytes; at most 10"):
+    with pytest.raises(GemmaAwqError, match="has 11 bytes, more than the limit of 10"):
         read_text(tmp_path / "large", HINT, limit=10)
     for name in ("none.json", "x" * 300):
         with pytest.raises(GemmaAwqError, match="does not exist"):
