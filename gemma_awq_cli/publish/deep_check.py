@@ -61,7 +61,7 @@ def original_checkpoint(report: Mapping[str, Any], given: str | None, note: Call
     name = given or str(source["model"])
     hint = "Name the original 16-bit checkpoint with --source (a folder or a hub id), or push without --deep."
     if given is None and not source["revision"] and name != DEMO and not home_path(name).is_dir():
-        raise GemmaAwqError(f"--deep needs the original checkpoint, and {name} is not on this machine.", hint)
+        raise GemmaAwqError(f"The 16-bit original, {name}, is not on this machine.", hint)
     found = find_source(name, None if given else source["revision"], note)
     checkpoint = Checkpoint(found.folder)
     if checkpoint.identity() != report["fingerprint"]["model"]:

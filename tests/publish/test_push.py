@@ -20,6 +20,11 @@ from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.publish.events import Event, Note, UploadStarted
+from gemma_awq_cli.publish.push import PushRequest
+from gemma_awq_cli.publish.push import push as push_artifact
+from gemma_awq_cli.publish.upload_plan import UploadPlan
 from tests.writing_hub import READ_TOKEN, TOKEN, Fault, WritingHub, writing_hub
 
 Capture = pytest.CaptureFixture[str]
@@ -99,6 +104,27 @@ def test_the_artifact_arrives_whole_and_a_second_push_sends_nothing(
     assert "Nothing had to be sent" in captured.err
     assert {"put", "commit", "create", "batch"}.isdisjoint(steps(hub))
     assert hub.repos[REPO]["refs"]["main"] == head
+
+
+def test_push_is_one_call_that_reports_events(hub: WritingHub, artifact: Path) -> None:
+    request = PushRequest(artifact, REPO, base_model="org/tiny", licence="gemma", message="as asked")
+    events: list[Event] = []
+    with pytest.raises(GemmaAwqError, match="Nothing was pushed"):
+        push_artifact(request, events.append, lambda _: False)
+    assert hub.repos == {}
+    assert UploadStarted() not in events
+    plans: list[UploadPlan] = []
+    pushed = push_artifact(request, events.append, lambda plan: plans.append(plan) or True)
+    assert pushed.url == f"{hub.url}/{REPO}"
+    assert pushed.commit == hub.repos[REPO]["refs"]["main"]
+    assert pushed.verified == len(pushed.prepared.files) == len(plans[0].sent)
+    assert events[-1] == UploadStarted()
+    assert Note(f"Checking {artifact}.") in events
+    # what is on the hub already needs nobody's consent
+    again = push_artifact(request, events.append, lambda _: False)
+    assert again.commit == pushed.commit
+    assert again.plan.sent == ()
+    assert events.count(UploadStarted()) == 1
 
 
 def test_only_what_changed_is_sent(hub: WritingHub, artifact: Path, capsys: Capture) -> None:
