@@ -17,9 +17,9 @@ from markdown_it import MarkdownIt
 from gemma_awq_cli.bench import html_page
 from gemma_awq_cli.cli.bench_table import table_rows
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.publish.licensing import Own, decide
-from gemma_awq_cli.publish.model_card import Subject, render
-from gemma_awq_cli.publish.upload_files import published_bench, published_report
+from gemma_awq_cli.publish.licensing import GEMMA_TERMS, DerivedLicence, decide_licence
+from gemma_awq_cli.publish.model_card import CardFacts, render_card
+from gemma_awq_cli.publish.public_documents import public_bench, public_report
 from gemma_awq_cli.reports.markup import code, escape, one_line
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 from tests.documents import Place, full_bench, full_report, leaves, planted
@@ -42,9 +42,9 @@ def strings(document: Any) -> list[Place]:
 
 
 def card(report: dict[str, Any], bench: dict[str, Any], base: str = "google/x") -> str:
-    licence = decide("gemma", {"license": "gemma"}, {}, "changed", None, None)
-    shown = published_report(report)
-    return render(Subject("me/x", base, shown, licence, False, True, "changed", "", published_bench(bench)))
+    licence = decide_licence(GEMMA_TERMS, {"license": "gemma"}, {}, "changed", None, None)
+    shown = public_report(report)
+    return render_card(CardFacts("me/x", base, shown, licence, False, True, "changed", "", public_bench(bench)))
 
 
 def structure(text: str) -> list[Any]:
@@ -220,9 +220,11 @@ def test_the_name_of_a_licence_of_ones_own() -> None:
     for attack in ATTACKS:
         cards = []
         for name in ("mine", attack):
-            licence = decide("gemma", None, {}, "changed", name, Own(name, b"text"))
-            report = published_report(full_report())
-            cards.append(structure(render(Subject("me/x", "google/x", report, licence, False, True, "changed", ""))))
+            licence = decide_licence(GEMMA_TERMS, None, {}, "changed", name, DerivedLicence(name, b"text"))
+            report = public_report(full_report())
+            cards.append(
+                structure(render_card(CardFacts("me/x", "google/x", report, licence, False, True, "changed", "")))
+            )
         assert cards[0] == cards[1], attack
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import DENSE_HEAD
-from gemma_awq_cli.system.failures import unforeseen
+from gemma_awq_cli.system.failures import unforeseen_error
 
 
 class _Server:
@@ -112,7 +112,7 @@ def serve() -> None:
                 except BrokenPipeError:
                     raise
                 except (OSError, MemoryError) as error:
-                    refused = unforeseen(error)
+                    refused = unforeseen_error(error)
                     answer = {"error": refused.message, "hint": refused.hint}
                 send(answer)
 

@@ -1,1 +1,1 @@
-"""The documents that a model is calibrated and measured on, as rows of tokens."""
+"""The documents that a model is calibrated and measured on, read and turned into rows of tokens."""

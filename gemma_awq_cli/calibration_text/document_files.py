@@ -1,6 +1,7 @@
-"""One file of texts, row by row: JSON lines, a JSON array, CSV, parquet, plain or gzipped; never held as a whole.
+"""The rows of one file: JSON lines, a JSON array, CSV or parquet, gzipped or not, never in memory as a whole.
 
-A row is what `document_forms` reads, or the error that one row is; an error of the whole file is raised.
+A row that cannot be read is yielded as its error, so that the others can still be used; an error of the whole file is
+raised. What a row holds is the matter of `document_forms`.
 """
 
 import csv
@@ -27,32 +28,32 @@ GZIP = ".gz"
 FILE_KINDS = (*TEXT, *LINES, *JSON, *TABLES, *PARQUET)
 KINDS_NAMED = f"{', '.join(FILE_KINDS)}; all but .parquet also as .gz"
 HINT = "Check the path and its permissions."
-_LINES_HINT = "Write one JSON object a line."
-_JSON_HINT = "Write a JSON array of objects, or one object a line."
-_TABLE_HINT = "The first line names the columns; a field with line ends or quotes is quoted."
+_LINES_HINT = "Write one JSON object per line."
+_JSON_HINT = "Write a JSON array of objects, or one object per line."
+_TABLE_HINT = "The first line must name the columns, and a field with line breaks or quotes must be quoted."
 _DELIMITERS = ",;\t|"
-_UNDECODED = re.compile("[\udc80-\udcff]")  # how surrogateescape keeps a byte that is no UTF-8
+_UNDECODED = re.compile("[\udc80-\udcff]")  # how surrogateescape keeps a byte that is not UTF-8
 _BATCH = 256  # parquet rows at a time
-_PARQUET_BUFFER = 1 << 20
-# A gzipped file is read up to this many bytes; beyond the first of them, as long as it unpacks to no more than RATIO
-# times its size: text unpacks to some ten times, a bomb to a thousand.
+_PARQUET_BUFFER = 1 << 20  # bytes
+# Unpacked bytes of a gzipped file: up to the first bound it is read freely; up to the second as long as it has unpacked
+# to at most RATIO times its size. Text unpacks to some ten times its size, a decompression bomb to a thousand.
 UNPACKED_FREELY, UNPACKED = 1 << 22, 1 << 30
-PADDING = 1 << 16  # zeros behind a gzip file, as tapes have them
+PADDING = 1 << 16  # most zero bytes after the end of a gzip file, as tapes have them
 RATIO = 200
 
-Row = tuple[object, Any]  # where it is, and what it is: a JSON value, or a GemmaAwqError that says why it is none
+Row = tuple[object, Any]  # its place, and a JSON value or the GemmaAwqError that says why there is none
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What a file's name says of it. suffix: one of FILE_KINDS; packed: whether it is gzipped."""
+    """The kind of a file. suffix: one of FILE_KINDS; packed: whether it is gzipped."""
 
     suffix: str
     packed: bool
 
 
 def kind_of(path: PurePath) -> Kind | None:
-    """The kind of a file by its name, in whatever case; None if it is none that is read."""
+    """Return the kind of a file by its name, upper or lower case; None if it is not supported."""
     name = path.name.lower()
     packed = name.endswith(GZIP)
     suffix = PurePath(name.removesuffix(GZIP) if packed else name).suffix
@@ -61,18 +62,20 @@ def kind_of(path: PurePath) -> Kind | None:
 
 @contextmanager
 def unpacked(path: Path, kind: Kind) -> Iterator[BinaryIO]:
-    """The file's bytes, unpacked if it is gzipped; what goes wrong in reading them inside is an error of the file."""
+    """Open a file's bytes, unpacked if it is gzipped. Errors of reading them inside become ones that name the file."""
     with open_regular(path, HINT) as file:
         try:
-            yield cast(BinaryIO, _Unpacked(file, path)) if kind.packed else file
+            yield cast(BinaryIO, _BoundedGzipFile(file, path)) if kind.packed else file
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise GemmaAwqError(f"{path} is not a sound gzip file: {first_line(error)}.", "Pack it again.") from None
+            raise GemmaAwqError(
+                f"{path} is not a valid gzip file: {first_line(error)}.", "Compress it again."
+            ) from None
         except OSError as error:
             raise GemmaAwqError(f"{path} cannot be read: {reason_of(error)}.", HINT) from error
 
 
-class _Packed:
-    """A gzip file's bytes. Zeros may follow its end, which gzip reads one by one; not without end."""
+class _PackedBytes:
+    """A gzip file's own bytes. gzip reads zeros after its end one by one, so their number is bounded."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file = file
@@ -82,34 +85,34 @@ class _Packed:
         data = self._file.read(size)
         self._zeros = self._zeros + 1 if size == 1 and data == b"\0" else 0
         if self._zeros > PADDING:
-            raise gzip.BadGzipFile("zeros without end follow it")
+            raise gzip.BadGzipFile("too many zeros follow its end")
         return data
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._file, name)
 
 
-class _Unpacked(gzip.GzipFile):
-    """A gzip file that ends in an error where it unpacks to so much that nobody can have meant it."""
+class _BoundedGzipFile(gzip.GzipFile):
+    """A gzip file that raises when it unpacks to more than any text would."""
 
     def __init__(self, file: BinaryIO, path: Path) -> None:
-        super().__init__(fileobj=cast(BinaryIO, _Packed(file)), mode="rb")
+        super().__init__(fileobj=cast(BinaryIO, _PackedBytes(file)), mode="rb")
         self._file, self._path = file, path
 
     def read(self, size: int | None = -1) -> bytes:
         at = self.tell()
         if at > UNPACKED_FREELY and (at > UNPACKED or at > RATIO * self._file.tell()):
             raise GemmaAwqError(
-                f"{self._path} unpacks to {at} bytes and more with too little text in them.",
-                "Unpack it yourself, and give the text that is meant.",
+                f"{self._path} unpacks to {at} bytes and more, far too many for its size.",
+                "Unpack it yourself, and give the part that is text.",
             )
         return super().read(size)
 
 
 def rows_of(path: Path, kind: Kind, column: str | None = None, rng: random.Random | None = None) -> Iterator[Row]:
-    """All rows of a file that is no plain text. column: of a parquet file, the only one that is wanted.
+    """Yield all rows of a file that is not plain text.
 
-    rng: takes the row groups of a parquet file in an order of its own.
+    column: the only column to read of a parquet file; rng: shuffles the order of a parquet file's row groups.
     """
     if kind.suffix in PARQUET:
         yield from _parquet_rows(path, column, rng)
@@ -124,7 +127,7 @@ def rows_of(path: Path, kind: Kind, column: str | None = None, rng: random.Rando
 
 
 def line_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
-    """The rows of JSON lines."""
+    """Yield the rows of JSON lines."""
     for number, line in byte_lines(stream, path, _LINES_HINT):
         if number == 1:
             require_utf8_mark(line, path)
@@ -134,15 +137,15 @@ def line_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 
 def line_of_json(line: bytes, where: object) -> Any:
-    """One line's JSON value, or the error that it is."""
+    """Return a line's JSON value, or the error that says why it has none."""
     try:
         return parse_json(decode(line, where), where, _LINES_HINT)
     except GemmaAwqError as error:
         return error
 
 
-class _Rest:
-    """A stream of which the beginning was read already."""
+class _Unread:
+    """A stream with bytes put back that were read from its beginning."""
 
     def __init__(self, begun: bytes, stream: BinaryIO) -> None:
         self._begun, self._stream = begun, stream
@@ -155,15 +158,15 @@ class _Rest:
 
 
 def _json_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
-    """The items of an array, or of the one list that an object holds; or JSON lines, which many call .json."""
+    """Yield the items of an array, or of an object's only list, or JSON lines, which are often named .json."""
     begun = b""
     while (line := stream.readline(LINE_BYTES)) and not begun.strip(b"\xef\xbb\xbf \t\r\n"):
         begun += line
         if len(begun) > LINE_BYTES:
-            raise GemmaAwqError(f"{path} begins with more than {LINE_BYTES} bytes of nothing.", _JSON_HINT)
+            raise GemmaAwqError(f"{path} begins with more than {LINE_BYTES} bytes of white space.", _JSON_HINT)
     require_utf8_mark(begun, path)
     first = begun.removeprefix(b"\xef\xbb\xbf").strip()
-    rest = cast(BinaryIO, _Rest(begun + line, stream))
+    rest = cast(BinaryIO, _Unread(begun + line, stream))
     if first.startswith(b"["):
         for number, text in json_items(rest, path, _JSON_HINT):
             where = f"{path}, item {number}"
@@ -194,7 +197,7 @@ def _value_rows(value: Any, path: Path) -> Iterator[Row]:
 
 
 def _table_rows(stream: BinaryIO, path: Path, delimiter: str | None) -> Iterator[Row]:
-    """The rows of a table with a header, as objects of texts."""
+    """Yield the rows of a table with a header, as objects of strings."""
     csv.field_size_limit(LINE_BYTES)
     read = 0  # bytes since the last row
 
@@ -205,8 +208,10 @@ def _table_rows(stream: BinaryIO, path: Path, delimiter: str | None) -> Iterator
                 require_utf8_mark(line, path)
             read += len(line)
             if read > LINE_BYTES:
-                raise GemmaAwqError(f"{path}, line {number} is in a row of more than {LINE_BYTES} bytes.", _TABLE_HINT)
-            # bytes that are no UTF-8 become surrogates, which make this one row an error
+                raise GemmaAwqError(
+                    f"{path}, line {number} belongs to a row of more than {LINE_BYTES} bytes.", _TABLE_HINT
+                )
+            # bytes that are not UTF-8 become surrogates, so that only this row is an error
             yield line.decode("utf-8", "surrogateescape") + "\n"
 
     text = lines()
@@ -227,8 +232,8 @@ def _table_rows(stream: BinaryIO, path: Path, delimiter: str | None) -> Iterator
             return
         except csv.Error as error:
             if columns is None:
-                raise GemmaAwqError(f"{path} has no header that can be read: {error}.", _TABLE_HINT) from None
-            yield where, GemmaAwqError(f"{where} is not a row of a table: {error}.", _TABLE_HINT)
+                raise GemmaAwqError(f"{path} has an invalid header: {error}.", _TABLE_HINT) from None
+            yield where, GemmaAwqError(f"{where} is not a valid row: {error}.", _TABLE_HINT)
             continue
         if columns is None:
             columns = [name.strip() for name in fields]
@@ -238,7 +243,7 @@ def _table_rows(stream: BinaryIO, path: Path, delimiter: str | None) -> Iterator
 
 def _table_row(columns: Sequence[str], fields: Sequence[str], where: str) -> Any:
     if len(fields) > len(columns):
-        return GemmaAwqError(f"{where} has {len(fields)} fields, and the header has {len(columns)}.", _TABLE_HINT)
+        return GemmaAwqError(f"{where} has {len(fields)} fields, but the header has {len(columns)}.", _TABLE_HINT)
     row = dict(zip(columns, fields, strict=False))
     if any(_UNDECODED.search(field) for field in fields):
         return GemmaAwqError(f"{where} is not UTF-8.", "Convert the file to UTF-8.")
@@ -252,13 +257,11 @@ def _parquet_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except (*VALIDATION_ERRORS, pyarrow.lib.ArrowException) as error:
-        raise GemmaAwqError(
-            f"{path} is not a readable parquet file: {first_line(error)}.", "Write it again."
-        ) from error
+        raise GemmaAwqError(f"{path} is not a valid parquet file: {first_line(error)}.", "Write it again.") from error
 
 
 def _parquet_rows(path: Path, column: str | None, rng: random.Random | None) -> Iterator[Row]:
-    """The rows of a parquet file: the columns that say something, a few rows in memory at a time."""
+    """Yield the rows of a parquet file: only the columns that can hold a text, a few rows in memory at a time."""
     require_regular(path, HINT)
     with _parquet_errors(path):
         import pyarrow.parquet
@@ -269,7 +272,7 @@ def _parquet_rows(path: Path, column: str | None, rng: random.Random | None) -> 
     if column is not None and column not in names:
         raise GemmaAwqError(f"{path} has no text column {column!r}.", f"It has: {', '.join(names[:20])}.")
     wanted = [column] if column is not None else [name for name in names if name in KEYS]
-    if not wanted:  # the error that every row would be
+    if not wanted:  # every row would be this error
         yield path, dict.fromkeys(names)
         return
     order = list(range(len(counts)))

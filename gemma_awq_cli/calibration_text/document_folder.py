@@ -1,4 +1,4 @@
-"""The files of a folder of texts: those that are read, and the names of those that are not."""
+"""The files of a folder of texts: those of a supported kind, and the names of all others."""
 
 import os
 from pathlib import Path
@@ -7,15 +7,15 @@ from gemma_awq_cli.calibration_text.document_files import HINT, kind_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.failures import system_errors
 
-FILES = 100_000  # of one folder
-# What lies beside data and is none: a data set's card, its licence, and what libraries write of it.
+FILES = 100_000  # most files of one folder
+# Names, without suffixes, of files that lie beside data: a dataset's card, its licence, and a library's bookkeeping
 _NO_DATA = ("readme", "license", "licence", "dataset_info", "dataset_infos", "dataset_dict", "state")
 
 
 def files_of(folder: Path) -> tuple[list[Path], list[str]]:
-    """A folder's files that are read, in the order of their names, and the names of all others.
+    """Return a folder's files that can be read, sorted by name, and the names of all others.
 
-    Hidden files, kinds that are not read and links that lead out of the folder are left out.
+    The others are hidden files, files of unsupported kinds and links that lead out of the folder. Searches subfolders.
     """
     files: list[Path] = []
     left: list[str] = []
@@ -35,7 +35,7 @@ def files_of(folder: Path) -> tuple[list[Path], list[str]]:
                 else:
                     left.append(str(path.relative_to(folder)))
             if len(files) + len(left) > FILES:
-                raise GemmaAwqError(f"{folder} holds more than {FILES} files.", "Name a smaller folder.")
+                raise GemmaAwqError(f"{folder} holds more than {FILES} files.", "Give a smaller folder.")
     return sorted(files), sorted(left)
 
 

@@ -1,6 +1,6 @@
-"""What a row of a data set says: a text, or a conversation, in any of the forms in which people keep them.
+"""The forms of a dataset's row: a text or a conversation, under any of the keys that are in common use.
 
-One place knows the forms, for calibration, for the text of a bench and for files of prompts.
+The one place that knows these forms, for calibration, for the text of a bench and for files of prompts.
 """
 
 from collections.abc import Iterable, Mapping
@@ -10,7 +10,7 @@ from typing import Any
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.text.prompter import Message
 
-# Keys of a question and of its answer. The first pair is what `chat` saves.
+# Keys of a question and its answer. A saved chat has the first pair.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
 TURNS = ("messages", "conversations", "conversation")
 INSTRUCTION_INPUTS = ("input", "context")
@@ -22,44 +22,48 @@ FORMS = (
     "text or content; prompt, question or query with response, completion or answer; instruction (and input) with "
     "output; messages with role and content; conversations with from and value"
 )
-FORMS_HINT = f"Name the column of the text or the messages with --text-column. Read without it: {FORMS}."
+FORMS_HINT = (
+    f"Name the column that holds the text or the messages with --text-column. Without it, rows may have {FORMS}."
+)
 # Who speaks in ShareGPT's conversations -> the chat templates' role.
 _SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "chatgpt": "assistant", "bing": "assistant", "bard": "assistant", "system": "system",
 }  # fmt: skip
 _TOOLS = ("tool", "function", "function_call", "function_response", "observation", "ipython")
-_TOOLS_HINT = "Leave out conversations with tools: this tool reads what user, assistant and system say."
-_MESSAGES_HINT = 'A message is {"role": "user", "content": "..."}; its content a text, or a list of text parts.'
-_SHOWN = 12  # keys of a row that an error names
-_LONG = 40  # characters of one of them
+_TOOLS_HINT = "Leave out conversations with tools: only turns of the user, the assistant and the system are read."
+_MESSAGES_HINT = 'A message is {"role": "user", "content": "..."}; its content is a string or a list of text parts.'
+_SHOWN = 12  # keys of a row that an error lists
+_LONG = 40  # characters of each that it shows
 
 
 @dataclass(frozen=True)
 class Document:
-    """A text or a conversation. where: its file and line, or whatever tells a person where it is."""
+    """A text or a conversation. where: its place in an error message, such as its file and line."""
 
     content: str | list[Message]
     where: object
 
     @property
     def characters(self) -> int:
+        """Length of its text, without roles."""
         if isinstance(self.content, str):
             return len(self.content)
         return sum(len(message["content"]) for message in self.content)
 
 
-def document_of(row: Any, column: str | None, where: object) -> Document:
-    """What a row says. column: the one that holds the text or the messages, if a user named it.
+def document_from_row(row: Any, column: str | None, where: object) -> Document:
+    """Return the document that a row holds: a string, a list of messages, or an object with either.
 
-    A row may be a text, a list of messages or an object. An error names what is wrong with it, or the keys that it has.
+    column: the key that holds the text or the messages, None to look for the known ones. Raises with what is wrong with
+    the row, or the keys that it has.
     """
     if isinstance(row, str):
         return Document(require_sound(row, where), where)
     if isinstance(row, list):
         return Document(read_messages(row, where), where)
     if not isinstance(row, dict):
-        raise GemmaAwqError(f"{where} is {_kind(row)}, and no object with a text.", FORMS_HINT)
+        raise GemmaAwqError(f"{where} is {_kind(row)}; an object with a text is needed.", FORMS_HINT)
     if column is not None:
         return Document(_of_column(row, column, where), where)
     if isinstance(row.get("text"), str):
@@ -69,21 +73,22 @@ def document_of(row: Any, column: str | None, where: object) -> Document:
         return Document(_after_system(row, turns, where), where)
     if isinstance(row.get("content"), str):
         return Document(require_sound(row["content"], where), where)
-    raise GemmaAwqError(f"{where} has no text in a form that is read; it has {named_keys(row)}.", FORMS_HINT)
+    raise GemmaAwqError(f"{where} has no text in a known form; it has {named_keys(row)}.", FORMS_HINT)
 
 
 def read_messages(value: Any, where: object) -> list[Message]:
-    """Chat messages from a list of `role` and `content`, or ShareGPT's `from` and `value`; an error if it is none.
+    """Return chat messages from a list of `role` and `content`, or of ShareGPT's `from` and `value`.
 
-    A content that is a list of text parts is joined, as Gemma's own template does; other parts are an error.
+    A content that is a list of text parts is joined, as Gemma's own template does. Raises for other parts, and for what
+    is not a list of messages.
     """
     if not isinstance(value, list) or not value:
-        raise GemmaAwqError(f"{where} has no messages but {_kind(value)}.", _MESSAGES_HINT)
+        raise GemmaAwqError(f"{where} has {_kind(value)} instead of messages.", _MESSAGES_HINT)
     return [_message(message, f"{where}, message {number}") for number, message in enumerate(value, 1)]
 
 
 def require_sound(text: str, where: object) -> str:
-    """`text`; an error for what is no text in it: a NUL character or half of a surrogate pair."""
+    """Return `text`; raises if it holds a NUL character or half of a surrogate pair."""
     if "\0" in text:
         raise GemmaAwqError(f"{where} has a NUL character in its text.", "Remove it.")
     try:
@@ -117,7 +122,7 @@ def _content(content: Any, where: str) -> str:
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise GemmaAwqError(f"{where} has {_kind(content)} for its text.", _MESSAGES_HINT)
+        raise GemmaAwqError(f"{where} has {_kind(content)} as its content.", _MESSAGES_HINT)
     texts = []
     for part in content:
         kind = part.get("type", "text") if isinstance(part, dict) else "text"
@@ -125,7 +130,7 @@ def _content(content: Any, where: str) -> str:
         if kind != "text":
             raise GemmaAwqError(f"{where} has a part of type {_short(kind)}; only text is read.", _MESSAGES_HINT)
         if not isinstance(text, str):
-            raise GemmaAwqError(f"{where} has a part without a text.", _MESSAGES_HINT)
+            raise GemmaAwqError(f"{where} has a part without text.", _MESSAGES_HINT)
         texts.append(text)
     return "".join(texts)
 
@@ -139,7 +144,7 @@ def _of_column(row: Mapping[str, Any], column: str, where: object) -> str | list
     if column not in row:
         raise GemmaAwqError(f"{where} has no text column {_short(column)!r}.", f"It has {named_keys(row)}.")
     raise GemmaAwqError(
-        f"{where} has {_kind(value)} in the column {_short(column)!r}, and neither text nor messages.",
+        f"{where} has {_kind(value)} in the column {_short(column)!r}; a text or messages are needed.",
         f"Name another column with --text-column; it has {named_keys(row)}.",
     )
 
@@ -150,7 +155,7 @@ def _turns(row: Mapping[str, Any], where: object) -> list[Message] | None:
 
 
 def _pair(row: Mapping[str, Any], pairs: Iterable[tuple[str, str]], where: object) -> list[Message] | None:
-    """The first question and its answer whose keys the row has; each is a text or messages."""
+    """Return the first question and answer whose keys the row has. Each may be a string or a list of messages."""
     for asked, answered in pairs:
         if isinstance(row.get(asked), str | list) and isinstance(row.get(answered), str | list):
             return [*_side(row[asked], "user", where), *_side(row[answered], "assistant", where)]
@@ -158,7 +163,7 @@ def _pair(row: Mapping[str, Any], pairs: Iterable[tuple[str, str]], where: objec
 
 
 def _task(row: Mapping[str, Any], where: object) -> list[Message] | None:
-    """Alpaca's form: an instruction, what it is to be done with, and the answer."""
+    """Return a row in Alpaca's form: an instruction, its input if there is one, and the answer."""
     answer = next((row[name] for name in INSTRUCTION_ANSWERS if isinstance(row.get(name), str)), None)
     if not isinstance(row.get("instruction"), str) or answer is None:
         return None
@@ -174,7 +179,7 @@ def _side(value: str | list[Any], role: str, where: object) -> list[Message]:
 
 
 def _after_system(row: Mapping[str, Any], turns: list[Message], where: object) -> list[Message]:
-    """The turns, after what the row's `system` says if they begin without a system message."""
+    """Put the row's `system` before the turns, unless they begin with a system message."""
     system = row.get("system")
     if not isinstance(system, str) or not system or turns[0]["role"] == "system":
         return turns
@@ -182,16 +187,17 @@ def _after_system(row: Mapping[str, Any], turns: list[Message], where: object) -
 
 
 def _kind(value: Any) -> str:
-    """What a value of JSON or of a table is, for a person."""
+    """Return what kind of value this is, in words."""
     if value is None:
         return "null"
     if isinstance(value, list):
         return "a list" if value else "an empty list"
-    names = {bool: "a truth value", int: "a number", float: "a number", str: "a text", dict: "an object"}
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", dict: "an object"}
     return names.get(type(value), f"a value of type {type(value).__name__}")
 
 
 def named_keys(keys: Iterable[Any]) -> str:
+    """Return the first keys of a row as a list for an error message."""
     named = [_short(key) for key in keys]
     if not named:
         return "no keys"
@@ -199,7 +205,7 @@ def named_keys(keys: Iterable[Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A stranger's word in an error: on one line, and not long."""
+    """Return a stranger's word for an error message: on one line, and shortened."""
     text = value if isinstance(value, str) else repr(value)
     text = "".join(c if c.isprintable() else "?" for c in text)
     return text if len(text) <= _LONG else f"{text[:_LONG]}..."

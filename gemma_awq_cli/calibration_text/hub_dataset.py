@@ -7,33 +7,36 @@ from dataclasses import dataclass
 
 from gemma_awq_cli.calibration_text.document_files import Row
 from gemma_awq_cli.calibration_text.document_forms import Document
-from gemma_awq_cli.calibration_text.document_reading import BadRows, Wanted, documents_of
+from gemma_awq_cli.calibration_text.document_reading import BadRows, Reading, documents_from_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.failures import VALIDATION_ERRORS, first_line
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A hub dataset as a recipe names it. evaluation_split: what is measured on by itself, if not `split`."""
+    """A hub dataset as a recipe names it. evaluation_split: the split to measure on, if it is not `split`."""
 
     dataset: str
     config: str | None = None
     split: str = "train"
-    text_column: str | None = None
     evaluation_split: str | None = None
 
 
-def read_dataset(dataset: Dataset, characters: int | None, bad: BadRows) -> list[Document]:
-    """The first documents of a dataset that say anything, up to about so many characters, None for all."""
-    if os.path.exists(dataset.dataset):  # the library would read it in the hub's stead
+def read_dataset(dataset: Dataset, characters: int | None, bad: BadRows, column: str | None = None) -> list[Document]:
+    """Return a dataset's first documents that are not empty.
+
+    characters: about how many to read, None for all; bad: collects the rows that cannot be used; column: the one that
+    holds the text, None to look for the known ones. Raises if the dataset cannot be read.
+    """
+    if os.path.exists(dataset.dataset):  # the library would read it instead of the hub's
         raise GemmaAwqError(
-            f"{dataset.dataset} is a file or a folder here, and no hub dataset.",
+            f"{dataset.dataset} is a file or a folder here, so it cannot name a hub dataset.",
             f"Give it as --calibration ./{dataset.dataset}, or run the command from another folder.",
         )
     documents: list[Document] = []
     size = 0
-    wanted = Wanted(0, column=dataset.text_column, bad=bad)
-    for document in documents_of(f"The dataset {dataset.dataset}", _rows(dataset), wanted):
+    reading = Reading(0, column=column, bad=bad)
+    for document in documents_from_rows(f"The dataset {dataset.dataset}", _rows(dataset), reading):
         if document.characters:
             documents.append(document)
         size += document.characters
@@ -60,7 +63,7 @@ def _rows(dataset: Dataset) -> Iterator[Row]:
 
 @contextmanager
 def _dataset_errors(name: str) -> Iterator[None]:
-    """Turn what the libraries below raise over a dataset, its files or the network into an error that names it."""
+    """Turn what the libraries raise over a dataset, its files or the network into an error that names the dataset."""
     import datasets
     import pyarrow
     import yaml

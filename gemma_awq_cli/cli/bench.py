@@ -85,7 +85,7 @@ def command(
     from gemma_awq_cli.bench import thresholds
     from gemma_awq_cli.bench.benchmark import Bench
     from gemma_awq_cli.bench.entries import BenchOptions
-    from gemma_awq_cli.calibration_text.recipes import spelled
+    from gemma_awq_cli.calibration_text.recipes import reported_name
     from gemma_awq_cli.reports.stored_documents import read_bench_document
 
     limits = {
@@ -97,7 +97,7 @@ def command(
         speed=speed or both, fidelity=fidelity or both, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         batches=tuple(batch or [1]), repetitions=repetitions, warmup=warmup, threads=threads, device=device.value,
         tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,
-        text=spelled(text), window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
+        text=reported_name(text), window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
     )  # fmt: skip
     for figure in bounds:
         if not getattr(settings, figure.part):

@@ -2,122 +2,190 @@
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_awq_cli.cli.console import Output, human_bytes
-from gemma_awq_cli.cli.options import Device, DeviceOption, JsonOption, QuietOption
+from gemma_awq_cli.cli.console import Output, Progress, human_bytes
+from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.publish.upload import Prepared, Step
-    from gemma_awq_cli.publish.upload_files import OutgoingFile
+    from gemma_awq_cli.publish.events import Event
+    from gemma_awq_cli.publish.preparation import Prepared
+    from gemma_awq_cli.publish.push import Pushed, PushRequest
+    from gemma_awq_cli.publish.upload_file import UploadFile
+    from gemma_awq_cli.publish.upload_plan import UploadPlan
+
+EXAMPLES = """
+gemma-awq push you/gemma-3-270m-AWQ --dry-run
+gemma-awq push you/gemma-3-270m-AWQ ./gemma-3-270m-awq --private --yes
+gemma-awq push you/my-gemma-AWQ ./my-awq --base-model google/gemma-3-1b-it --license gemma --deep
+"""
+
+_REPOSITORY = "Repository"
+_CARD = "Licence and model card"
+_CHECKS = "Checks"
+_OUTPUT = "Output"
 
 
 def command(
-    repo_id: Annotated[str, typer.Argument(help="OWNER/NAME on the hub; made if it is not there.", metavar="REPO_ID")],
-    folder: Annotated[Path | None, typer.Argument(help="The artifact.  [default: the last one]", metavar="DIR")] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make a new repository private.")] = False,
-    revision: Annotated[str, typer.Option(help="Branch to push to; made if it is not there.", metavar="REV")] = "main",
-    create_pr: Annotated[bool, typer.Option("--create-pr", help="Open a pull request instead.")] = False,
+    repo_id: Annotated[
+        str, typer.Argument(help="Repository on the hub, OWNER/NAME. Created if it does not exist.", metavar="REPO_ID")
+    ],
+    folder: Annotated[
+        Path | None, typer.Argument(help="Folder of the artifact.  [default: the last artifact]", metavar="DIR")
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as private.", rich_help_panel=_REPOSITORY)
+    ] = False,
+    revision: Annotated[
+        str,
+        typer.Option(
+            help="Branch to push to. Created if it does not exist.", metavar="REV", rich_help_panel=_REPOSITORY
+        ),
+    ] = "main",
+    create_pr: Annotated[
+        bool,
+        typer.Option(
+            "--create-pr", help="Open a pull request instead of pushing to the branch.", rich_help_panel=_REPOSITORY
+        ),
+    ] = False,
     message: Annotated[
-        str | None, typer.Option("--message", "-m", help="Of the commit.  [default: says what was pushed]")
+        str | None,
+        typer.Option(
+            "--message", "-m", help="Commit message.  [default: the version and the base model]",
+            rich_help_panel=_REPOSITORY,
+        ),
     ] = None,
     base_model: Annotated[
         str | None,
-        typer.Option(help="The source's hub id, where it was quantized from a local folder.", metavar="OWNER/NAME"),
+        typer.Option(
+            help="Hub id of the base model, for an artifact that was quantized from a local folder.",
+            metavar="OWNER/NAME", rich_help_panel=_CARD,
+        ),
     ] = None,
     licence: Annotated[
-        str | None, typer.Option("--license", help="The licence, where the source declares none.", metavar="ID")
+        str | None,
+        typer.Option(
+            "--license", help="Licence of the source, if its card declares none.", metavar="ID", rich_help_panel=_CARD
+        ),
     ] = None,
     licence_file: Annotated[
         Path | None,
-        typer.Option("--license-file", help="Text of a derived model's own licence, with --license.", metavar="FILE"),
+        typer.Option(
+            "--license-file", help="Text of a derived model's own licence. Needs --license.", metavar="FILE",
+            rich_help_panel=_CARD,
+        ),
     ] = None,
     replace_card: Annotated[
-        bool, typer.Option("--replace-card", help="Replace a card that was edited by hand on the hub.")
+        bool,
+        typer.Option(
+            "--replace-card", help="Replace the model card even if it was edited on the hub.", rich_help_panel=_CARD
+        ),
     ] = False,
     deep: Annotated[
-        bool, typer.Option("--deep", help="First generate some tokens and measure the KL divergence again.")
+        bool,
+        typer.Option(
+            "--deep", help="First generate some tokens and measure the KL divergence again.", rich_help_panel=_CHECKS
+        ),
     ] = False,
     source: Annotated[
-        str | None, typer.Option(help="The original 16-bit checkpoint, for --deep.", metavar="MODEL")
+        str | None,
+        typer.Option(
+            help="Original 16-bit checkpoint for --deep: a folder or a hub id.  [default: the one in the report]",
+            metavar="MODEL", rich_help_panel=_CHECKS,
+        ),
     ] = None,
-    device: DeviceOption = Device.auto,
+    device: Annotated[
+        Device, typer.Option(help="Where to compute for --deep.", rich_help_panel=_CHECKS)
+    ] = Device.auto,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check, list the files, print the card, and stop: no network, no login.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Check the artifact, list the files and print the card. Needs no network and no login.",
+            rich_help_panel=_CHECKS,
+        ),
     ] = False,
-    yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
+    yes: Annotated[
+        bool, typer.Option("--yes", "-y", help="Push without asking for confirmation.", rich_help_panel=_CHECKS)
+    ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
-) -> None:
-    """Publish an artifact on the hub: checked, with its card and its licence, and compared with the hub's copy after.
+) -> None:  # fmt: skip
+    """Publish an artifact on the Hugging Face hub.
 
-    Prints the page's URL on stdout.
+    Checks the artifact for damage, secrets and local paths, adds its model card and licence, uploads what differs from
+    the hub's copy in one commit, and compares every file on the hub with the local one afterwards. Prints the page's
+    URL on stdout.
     """
     out = Output(quiet)
     if quiet:
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if source is not None and not deep:
-        raise UsageError("--source goes with --deep.")
-    chosen = folder or _last_artifact(out)
-    from gemma_awq_cli.publish import upload
-    from gemma_awq_cli.publish.licensing import read_own
+        raise UsageError("--source needs --deep.")
+    artifact = folder or _last_artifact(out)
+    from gemma_awq_cli.publish.push import PushRequest, check, push
 
-    own = read_own(licence, licence_file)
-    out.note(f"Checking {chosen}.")
-    prepared = upload.prepare(chosen, repo_id, base_model, licence, own)
-    for line in prepared.notes:
-        out.note(line)
-    if deep:
-        _check_deeply(out, prepared, source, device.value)
-    target = f"{repo_id}, {'a pull request to ' if create_pr else ''}{revision}"
-    if dry_run:
-        _show_files(out, f"Would be pushed to {target}{' (private if new)' if private else ''}", prepared.files)
-        if as_json:
-            out.document({**_described(prepared, prepared.files), "card": prepared.card})
-        else:
-            out.result(prepared.card.rstrip("\n"))
-        return
-    if not yes and not sys.stdin.isatty():
-        raise UsageError("There is nobody to ask.", "Look at it with --dry-run, then push with --yes.")
-    api = upload.hub_client()
-    sending = False
+    request = PushRequest(
+        artifact, repo_id, revision, private, create_pr, message, base_model, licence, licence_file, replace_card, deep,
+        source, device.value,
+    )  # fmt: skip
+    with _Reporter(out) as report:
+        if dry_run:
+            _print_preview(out, request, check(request, report), as_json)
+            return
+        if not yes and not sys.stdin.isatty():
+            raise UsageError(
+                "Pushing needs your confirmation, and standard input is not a terminal.",
+                "Look at it with --dry-run, then push with --yes.",
+            )
 
-    def agree(step: "Step") -> None:
-        nonlocal sending
-        _show_step(out, step, target)
-        if not yes and not out.confirm("Push?"):
-            raise GemmaAwqError("Nothing was pushed.", "Push with --yes, or answer y.")
-        sending = True
+        def confirm(plan: "UploadPlan") -> bool:
+            _show_plan(out, request, plan)
+            return yes or out.confirm("Push?")
 
-    summary = message or f"gemma-awq {prepared.report['versions']['gemma_awq']}: {prepared.base_model} in 4 bits"
-    try:
-        result = upload.push(api, prepared, revision, private, create_pr, replace_card, summary, agree)
-    except (KeyboardInterrupt, Terminated):
-        if sending:
-            out.note("Repeat the command to go on: what has arrived is not sent again.")
-        raise
-    step = result.step
-    if step.card_kept:
-        out.warning("The card on the hub was edited by hand and is kept as it is; --replace-card replaces it.")
-    done = f"{len(step.sent)} files, {human_bytes(step.bytes)} committed" if step.sent else "Nothing had to be sent"
-    out.note(f"{done}; size and hash of {result.verified} files on the hub compared with the local ones.")
-    if result.pull_request:
-        number = result.pull_request.rstrip("/").rsplit("/", 1)[1]
-        out.note(f"To change this pull request: gemma-awq push {repo_id} --revision refs/pr/{number}")
-    if as_json:
-        out.document(
-            {
-                **_described(prepared, step.sent), "url": result.url, "commit": result.commit,
-                "pull_request": result.pull_request, "private": step.private, "removed": list(step.removed),
-                "card_kept": step.card_kept, "verified": result.verified,
-            }
-        )  # fmt: skip
-    else:
-        out.result(result.url)
+        pushed = push(request, report, confirm)
+    _print_result(out, request, pushed, as_json)
+
+
+class _Reporter:
+    """Shows the events of a push: notes, a progress bar for the deep check, and what an interrupt leaves behind."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._bars = ExitStack()
+        self._bar: Progress | None = None
+        self._uploading = False
+
+    def __call__(self, event: "Event") -> None:
+        from gemma_awq_cli.publish import events
+
+        match event:
+            case events.Note(text):
+                self._out.note(text)
+            case events.MeasuringStarted(steps):
+                self._bar = self._bars.enter_context(self._out.progress("Measuring again", steps))
+            case events.MeasuringStep():
+                assert self._bar is not None, "a step follows the start"
+                self._bar.step()
+            case events.MeasuringFinished():
+                self._bars.close()
+            case events.UploadStarted():
+                self._uploading = True
+
+    def __enter__(self) -> "_Reporter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bars.close()
+        if self._uploading and isinstance(error, KeyboardInterrupt | Terminated):
+            self._out.note("Run the command again to go on: files that have arrived are not sent again.")
 
 
 def _last_artifact(out: Output) -> Path:
@@ -125,31 +193,59 @@ def _last_artifact(out: Output) -> Path:
 
     last = last_artifact()
     if last is None or not last.is_dir():
-        raise GemmaAwqError("No artifact is named and no last one is there.", "Name it: gemma-awq push REPO_ID DIR.")
+        raise GemmaAwqError(
+            "No artifact is named, and there is no last one.", "Name its folder: gemma-awq push REPO_ID DIR."
+        )
     out.note(f"Artifact: {last} (the last one)")
     return last
 
 
-def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:
-    from gemma_awq_cli.fidelity.comparison import steps
-    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-    from gemma_awq_cli.models.forward.loading import pick_device
-    from gemma_awq_cli.models.text.prompter import Prompter
-    from gemma_awq_cli.publish import deep_check
-
-    chosen = pick_device(device)
-    report = prepared.report
-    original = deep_check.original_checkpoint(report, source, out.note)
-    artifact = Checkpoint(prepared.folder)
-    rows = deep_check.heldout_rows(report, Prompter(prepared.folder))
-    with out.progress("Measuring again", steps(rows, artifact.layers)) as progress:
-        measured = deep_check.remeasure(artifact, original, rows, chosen, progress.step)
-    deep_check.require_recorded(measured, report)
-    out.note(f"KL divergence measured again: {measured.kl:.4f} (the report tells {report['fidelity']['kl']:.4f}).")
-    out.note(f"It continues {deep_check.PROMPT!r} with {deep_check.generate(prepared.folder, chosen)!r}.")
+def _print_preview(out: Output, request: "PushRequest", prepared: "Prepared", as_json: bool) -> None:
+    private = " (private if new)" if request.private else ""
+    _show_files(out, f"Would be pushed to {_target(request)}{private}", prepared.files)
+    if as_json:
+        out.document({**_document(prepared, prepared.files), "card": prepared.card})
+    else:
+        out.result(prepared.card.rstrip("\n"))
 
 
-def _described(prepared: "Prepared", files: "tuple[OutgoingFile, ...]") -> dict[str, Any]:
+def _show_plan(out: Output, request: "PushRequest", plan: "UploadPlan") -> None:
+    kind = "private" if plan.private else "public"
+    if plan.sent:
+        _show_files(out, f"To {_target(request)} ({'new, ' if plan.creates else ''}{kind})", plan.sent)
+    for name in plan.removed:
+        out.note(f"{name} on the hub belongs to an earlier artifact and will be removed.")
+    if not plan.private:
+        out.note("Everyone will be able to read it.")
+
+
+def _print_result(out: Output, request: "PushRequest", pushed: "Pushed", as_json: bool) -> None:
+    plan = pushed.plan
+    if plan.card_kept:
+        out.warning("The card on the hub was edited by hand and is kept; --replace-card replaces it.")
+    done = f"Committed {len(plan.sent)} files, {human_bytes(plan.bytes)}" if plan.sent else "Nothing had to be sent"
+    out.note(f"{done}; size and hash of {pushed.verified} files on the hub match the local ones.")
+    if pushed.pull_request:
+        number = pushed.pull_request.rstrip("/").rsplit("/", 1)[1]
+        out.note(f"To change this pull request: gemma-awq push {request.repo} --revision refs/pr/{number}")
+    if as_json:
+        out.document(
+            {
+                **_document(pushed.prepared, plan.sent), "url": pushed.url, "commit": pushed.commit,
+                "pull_request": pushed.pull_request, "private": plan.private, "removed": list(plan.removed),
+                "card_kept": plan.card_kept, "verified": pushed.verified,
+            }
+        )  # fmt: skip
+    else:
+        out.result(pushed.url)
+
+
+def _target(request: "PushRequest") -> str:
+    return f"{request.repo}, {'a pull request to ' if request.create_pr else ''}{request.revision}"
+
+
+def _document(prepared: "Prepared", files: "tuple[UploadFile, ...]") -> dict[str, Any]:
+    """The part of the JSON document that a dry run and a push share."""
     return {
         "repo": prepared.repo,
         "artifact": str(prepared.folder),
@@ -158,18 +254,8 @@ def _described(prepared: "Prepared", files: "tuple[OutgoingFile, ...]") -> dict[
     }
 
 
-def _show_files(out: Output, title: str, files: "tuple[OutgoingFile, ...]") -> None:
+def _show_files(out: Output, title: str, files: "tuple[UploadFile, ...]") -> None:
     rows = [(file.name, human_bytes(file.size)) for file in files]
     total = human_bytes(sum(file.size for file in files))
     out.note(title)
     out.table("", (*rows, (f"{len(files)} files", total)), header=("file", "size"))
-
-
-def _show_step(out: Output, step: "Step", target: str) -> None:
-    kind = "private" if step.private else "public"
-    if step.sent:
-        _show_files(out, f"To {target} ({'new, ' if step.creates else ''}{kind})", step.sent)
-    for name in step.removed:
-        out.note(f"{name} on the hub belongs to an earlier artifact and is removed.")
-    if not step.private:
-        out.note("Everyone will be able to read it.")

@@ -89,7 +89,7 @@ def command(
     out = Output(quiet)
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
-    from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe, spelled
+    from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe, reported_name
     from gemma_awq_cli.calibration_text.rows import build_rows
     from gemma_awq_cli.models.checkpoints.cache import remember_artifact
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -150,8 +150,8 @@ def command(
         _finish_dry_run(out, plan, target, as_json)
         return
     arguments = {
-        "quality": quality.value, "group_size": size, "calibration": spelled(calibration), "num_samples": num_samples,
-        "seq_len": seq_len, "seed": seed,
+        "quality": quality.value, "group_size": size, "calibration": reported_name(calibration),
+        "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
         "dataset_config": dataset_config, "dataset_split": dataset_split, "text_column": text_column,
         "device": chosen.type, "dtype": dtype and dtype.value, "max_memory": memory,
     }  # fmt: skip

@@ -1,7 +1,7 @@
-"""The deep check of an artifact: some tokens are generated, and the divergence that its report tells is measured again.
+"""The deep check of an artifact: it generates some tokens, and its reported divergence is measured again.
 
-Both models' layers run side by side on the held-out rows, one layer in memory at a time. The rows are rebuilt from the
-calibration that the report tells of, and are known to be the same by their hash.
+The layers of both models run side by side on the held-out rows, one layer in memory at a time. The rows are rebuilt
+from the calibration text that the report names; their hash shows that they are the same.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,30 +14,54 @@ from torch import Tensor
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.fidelity.comparison import measure
+from gemma_awq_cli.fidelity.comparison import measure, steps
 from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.generate.local_engine import complete
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
-from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading import open_model, pick_device
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.publish.events import Event, MeasuringFinished, MeasuringStarted, MeasuringStep, Note
+from gemma_awq_cli.publish.preparation import Prepared
 from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
 from gemma_awq_cli.system.reading import home_path
 
-# Relative: another processor, thread count or torch build rounds otherwise.
-TOLERANCE = 0.02
+TOLERANCE = 0.02  # relative: another processor, thread count or torch build rounds differently
+SMALLEST = 1e-4  # nats per token: a smaller difference is rounding
 PROMPT = "The three primary colours are"
-SMALLEST = 1e-4  # nats a token: below this the difference is rounding
+NEW_TOKENS = 12
+
+
+def check_deeply(prepared: Prepared, source: str | None, device: str, on_event: Callable[[Event], None]) -> None:
+    """Measure the artifact's fidelity again and let it generate; raises if either is not as it should be.
+
+    source: the original 16-bit checkpoint, None for the one that the report names.
+    """
+    chosen = pick_device(device)
+    report = prepared.report
+    original = original_checkpoint(report, source, lambda text: on_event(Note(text)))
+    artifact = Checkpoint(prepared.folder)
+    rows = heldout_rows(report, Prompter(prepared.folder))
+    on_event(MeasuringStarted(steps(rows, artifact.layers)))
+    # in the precision that quantizing measures with
+    measured = measure(
+        artifact, original, rows, chosen, lambda: on_event(MeasuringStep()), precision="medium"
+    ).summary()
+    on_event(MeasuringFinished())
+    require_recorded(measured, report)
+    recorded = report["fidelity"]["kl"]
+    on_event(Note(f"KL divergence measured again: {measured.kl:.4f} (the report says {recorded:.4f})."))
+    on_event(Note(f"It continues {PROMPT!r} with {generate(prepared.folder, chosen)!r}."))
 
 
 def original_checkpoint(report: Mapping[str, Any], given: str | None, note: Callable[[str], None]) -> Checkpoint:
-    """The 16-bit checkpoint that the artifact was made of: `given`, else where the report says it came from."""
+    """Return the 16-bit checkpoint that the artifact was made from: `given`, else the one that the report names."""
     source = report["source"]
     name = given or str(source["model"])
     hint = "Name the original 16-bit checkpoint with --source (a folder or a hub id), or push without --deep."
     if given is None and not source["revision"] and name != DEMO and not home_path(name).is_dir():
-        raise GemmaAwqError(f"The original checkpoint, {name}, is not here, and --deep compares with it.", hint)
+        raise GemmaAwqError(f"The 16-bit original, {name}, is not on this machine.", hint)
     found = find_source(name, None if given else source["revision"], note)
     checkpoint = Checkpoint(found.folder)
     if checkpoint.identity() != report["fingerprint"]["model"]:
@@ -46,7 +70,7 @@ def original_checkpoint(report: Mapping[str, Any], given: str | None, note: Call
 
 
 def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:
-    """The rows [R, S] that the report's fidelity was measured on."""
+    """Return the rows [R, S] int64 that the report's fidelity was measured on; raises if their text has changed."""
     arguments = report["arguments"]
     asked = arguments["calibration"]
     recipe = find_recipe(
@@ -59,21 +83,14 @@ def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:
     rows = build_rows(recipe, prompter, arguments["num_samples"], arguments["seq_len"], arguments["seed"], count)
     if rows.heldout_sha256 != report["fidelity"]["heldout_sha256"]:
         raise GemmaAwqError(
-            f"The text {asked} is not what it was when this artifact was measured, so it cannot be measured again.",
-            "Bring the text back, or push without --deep.",
+            f"The calibration text {asked} has changed since this artifact was measured on it.",
+            "Restore the text, or push without --deep.",
         )
     return rows.heldout
 
 
-def remeasure(
-    artifact: Checkpoint, original: Checkpoint, rows: Tensor, device: torch.device, on_step: Callable[[], None]
-) -> Fidelity:
-    """The artifact's fidelity on `rows` [R, S], in the precision that quantizing measures with."""
-    return measure(artifact, original, rows, device, on_step, precision="medium").summary()
-
-
 def require_recorded(measured: Fidelity, report: Mapping[str, Any]) -> None:
-    """An error if what was measured again is not what the report tells."""
+    """Raise if what was measured again differs from what the report says."""
     recorded = report["fidelity"]
     for name, now, then in (
         ("a KL divergence", measured.kl, recorded["kl"]),
@@ -82,16 +99,16 @@ def require_recorded(measured: Fidelity, report: Mapping[str, Any]) -> None:
     ):
         if not abs(now - then) <= TOLERANCE * abs(then) + SMALLEST:
             raise GemmaAwqError(
-                f"The report tells {name} of {then:.4f}; measured again it is {now:.4f}.",
-                "The weights, the tokenizer or the report were changed since. Quantize the model again.",
+                f"The report gives {name} of {then:.4f}, but measuring again gives {now:.4f}.",
+                "The weights, the tokenizer or the report have changed since. Quantize the model again.",
             )
 
 
 def generate(folder: Path, device: torch.device) -> str:
-    """A few tokens from the packed artifact, greedily; an error if the model computes NaN or says nothing."""
+    """Return a few tokens from the packed artifact, decoded greedily; raises if it computes NaN or only padding."""
     opened = open_model(folder, device)
     ids = opened.prompter.prompt_ids(PROMPT)
-    result = complete(opened, ids, 12, Sampling(), (), lambda _: None)
+    result = complete(opened, ids, NEW_TOKENS, Sampling(), (), lambda _: None)
     if not result.tokens or set(result.tokens) == {opened.prompter.tokenizer.special_id("pad_token")}:
         raise GemmaAwqError("The artifact generates nothing but padding.", "Quantize the model again.")
     return result.text

@@ -1,7 +1,7 @@
-"""What passing a quantized Gemma on asks for: which licence, by generation, and the files that must go with it.
+"""Which licence a quantized Gemma is passed on under, and the files that must go with it.
 
-Facts, not advice: each generation's duties are written out as data, with their source. What the source checkpoint
-declares is compared with them; nothing is guessed where it declares nothing, or something else.
+Facts, not advice: each licence's duties are written out as data, with their source. What the source checkpoint declares
+is compared with them; nothing is guessed where it declares nothing, or something else.
 """
 
 from collections.abc import Mapping
@@ -19,17 +19,17 @@ TEXTS = Path(__file__).parent / "licences"
 
 @dataclass(frozen=True)
 class Terms:
-    """One licence of Google's. sentence: what its `Notice` file must say; restrictions: where use is restricted."""
+    """A licence that Google releases Gemma models under."""
 
     id: str  # as the hub's card metadata writes it
     title: str
     url: str
-    text: str  # the file of its full text beside this module
-    copy_name: str  # what that file is called in a repository
-    known_as: tuple[str, ...]  # patterns of files that are a copy of it already
-    opening: str  # words by which its text is known
-    sentence: str = ""
-    restrictions: str = ""
+    text: str  # name of the file in `TEXTS` that holds its full text
+    copy_name: str  # name of that file in a repository
+    known_as: tuple[str, ...]  # glob patterns of files that may already be a copy of it
+    opening: str  # words that identify its text
+    sentence: str = ""  # what the `Notice` file must say, if anything
+    restrictions: str = ""  # URL of the policy that restricts the use, if there is one
 
 
 GEMMA_TERMS = Terms(
@@ -54,16 +54,19 @@ APACHE = Terms(
     opening="Apache License",
 )
 
-# By `model_type`. The Terms' appendix names every generation up to 3n; Gemma 4 is released under Apache-2.0.
-TERMS: Mapping[str, Terms] = {
-    "gemma": GEMMA_TERMS,
-    "gemma2": GEMMA_TERMS,
-    "gemma3_text": GEMMA_TERMS,
-    "gemma3": GEMMA_TERMS,
-    "gemma3n": GEMMA_TERMS,
-    "gemma3n_text": GEMMA_TERMS,
-    "gemma4": APACHE,
-    "gemma4_text": APACHE,
+# By licence key, which is the hub's id of the licence.
+LICENCES: Mapping[str, Terms] = {terms.id: terms for terms in (GEMMA_TERMS, APACHE)}
+
+# model_type -> licence key. The Terms' appendix names every generation up to 3n; Gemma 4 is released under Apache-2.0.
+FAMILY_LICENCES: Mapping[str, str] = {
+    "gemma": "gemma",
+    "gemma2": "gemma",
+    "gemma3_text": "gemma",
+    "gemma3": "gemma",
+    "gemma3n": "gemma",
+    "gemma3n_text": "gemma",
+    "gemma4": "apache-2.0",
+    "gemma4_text": "apache-2.0",
 }
 
 LICENCE_FILE = "LICENSE"
@@ -72,8 +75,8 @@ NOTICE = "Notice"
 
 
 @dataclass(frozen=True)
-class Own:
-    """The licence that a derived model (a fine-tune) has of its own, given by the user. text: of its LICENSE file."""
+class DerivedLicence:
+    """A derived model's (a fine-tune's) own licence, as the user gave it. text: the content of its LICENSE file."""
 
     id: str
     text: bytes
@@ -81,23 +84,27 @@ class Own:
 
 @dataclass(frozen=True)
 class Licence:
-    """Under what an artifact is passed on. files: what has to be there beside the artifact's own files."""
+    """The licence that an artifact is passed on under.
+
+    files: what has to be added to the artifact's own files, or replaced among them; copies: names of the files that
+    hold the text of the terms.
+    """
 
     terms: Terms
-    own: Own | None
+    derived: DerivedLicence | None
     files: Mapping[str, bytes]
-    copies: tuple[str, ...]  # the files that hold the terms' text
+    copies: tuple[str, ...]
 
     @property
     def metadata(self) -> dict[str, Any]:
-        """The card's licence fields."""
-        if self.own is None:
+        """The licence fields of the card's metadata."""
+        if self.derived is None:
             return {"license": self.terms.id}
-        return {"license": "other", "license_name": one_line(self.own.id), "license_link": LICENCE_FILE}
+        return {"license": "other", "license_name": one_line(self.derived.id), "license_link": LICENCE_FILE}
 
 
-def read_own(licence: str | None, file: Path | None) -> Own | None:
-    """The options that give a derived model's own licence; `--license gemma` alone gives none."""
+def read_derived_licence(licence: str | None, file: Path | None) -> DerivedLicence | None:
+    """Return the derived model's own licence that --license and --license-file give; None without --license-file."""
     if file is None:
         return None
     if licence is None:
@@ -105,33 +112,41 @@ def read_own(licence: str | None, file: Path | None) -> Own | None:
     text = read_bytes(file, "Check the path and its permissions.", LICENCE_BYTES)
     if not text.strip():
         raise GemmaAwqError(f"{file} is empty.", "Give the licence's full text.")
-    return Own(licence, text)
+    return DerivedLicence(licence, text)
 
 
-def decide(
-    model_type: str,
+def terms_of(model_type: str) -> Terms:
+    """Return the terms of a family's models; raises for an unknown one."""
+    key = FAMILY_LICENCES.get(model_type)
+    if key is None:
+        raise GemmaAwqError(
+            f"The licence of models of type {model_type!r} is unknown.", "Such a model cannot be pushed."
+        )
+    return LICENCES[key]
+
+
+def decide_licence(
+    terms: Terms,
     declared: Mapping[str, Any] | None,
     present: Mapping[str, bytes],
-    changed: str,
+    notice: str,
     given: str | None,
-    own: Own | None,
+    derived: DerivedLicence | None,
 ) -> Licence:
-    """The licence of an artifact, or an error where what is known of it is missing or contradicts itself.
+    """Return an artifact's licence; raises where what is known of it is incomplete or contradictory.
 
-    declared: the source card's metadata; present: the artifact's licence files; changed: the sentence that says what
-    was modified; given, own: what the user says of it.
+    terms: of the model's family; declared: metadata of the source's card; present: the artifact's licence files;
+    notice: the sentence on what was modified; given, derived: --license, and its text.
     """
-    terms = TERMS.get(model_type)
-    if terms is None:
-        raise GemmaAwqError(f"The licence of model_type {model_type!r} is not known.", "This model cannot be pushed.")
-    if given is not None and own is None and given != terms.id:
+    if given is not None and derived is None and given != terms.id:
         raise UsageError(
-            f"--license {given} needs the licence's text, and {terms.title} stays in force beside it.",
-            f"Give the text with --license-file FILE; or --license {terms.id} for a model without terms of its own.",
+            f"--license {given} needs the licence's text, because {terms.title} stays in force beside it.",
+            f"Give the text with --license-file FILE, or give --license {terms.id} if the model has no licence of its "
+            "own.",
         )
     if given is None:
         _require_consistent(terms, declared, present)
-    return _with_files(terms, own if own is not None and own.id != terms.id else None, present, changed)
+    return _with_files(terms, derived if derived is not None and derived.id != terms.id else None, present, notice)
 
 
 def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, present: Mapping[str, bytes]) -> None:
@@ -141,7 +156,7 @@ def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, presen
     )
     if declared is not None and UNREADABLE in declared:
         raise GemmaAwqError(
-            f"The source's licence is not known: {declared[UNREADABLE]}", f"Read it, and give {options}."
+            f"The source's licence is unknown: {declared[UNREADABLE]}", f"Read its card, and give {options}."
         )
     licence = (declared or {}).get("license")
     if isinstance(licence, list) and len(licence) == 1:
@@ -158,19 +173,23 @@ def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, presen
             f"({terms.id}).",
             f"Read both. Then give {options}.",
         )
-    for other in {t.id: t for t in TERMS.values() if t is not terms}.values():
+    for other in LICENCES.values():
         for name, text in present.items():
-            if other.opening.encode() in text[:2000] and terms.opening.encode() not in text[:2000]:
+            if other is not terms and _begins_as(other, text) and not _begins_as(terms, text):
                 raise GemmaAwqError(
                     f"The source declares the licence {licence}, but its file {name} is {other.title}.",
                     f"Read both. Then give {options}.",
                 )
 
 
-def _with_files(terms: Terms, own: Own | None, present: Mapping[str, bytes], changed: str) -> Licence:
+def _begins_as(terms: Terms, text: bytes) -> bool:
+    return terms.opening.encode() in text[:2000]
+
+
+def _with_files(terms: Terms, derived: DerivedLicence | None, present: Mapping[str, bytes], notice: str) -> Licence:
     files: dict[str, bytes] = {}
-    if own is not None:
-        files[LICENCE_FILE] = own.text
+    if derived is not None:
+        files[LICENCE_FILE] = derived.text
     copies = tuple(
         name
         for name, text in present.items()
@@ -183,15 +202,15 @@ def _with_files(terms: Terms, own: Own | None, present: Mapping[str, bytes], cha
     # one `Notice`: a second one that differs in case alone would be lost on some file systems
     name = next((n for n in present if n.lower() in ("notice", "notice.txt")), NOTICE)
     kept = present.get(name, b"")
-    notice = _notice(terms, changed)
-    if notice not in kept:
-        files[name] = notice + (b"\n" + kept if kept else b"")
-    return Licence(terms, own, files, copies)
+    text = _notice_text(terms, notice)
+    if text not in kept:
+        files[name] = text + (b"\n" + kept if kept else b"")
+    return Licence(terms, derived, files, copies)
 
 
-def _notice(terms: Terms, changed: str) -> bytes:
+def _notice_text(terms: Terms, notice: str) -> bytes:
     paragraphs = [f"{terms.sentence}."] if terms.sentence else []
-    paragraphs.append(changed)
+    paragraphs.append(notice)
     if terms.restrictions:
         paragraphs.append(
             f"Use is subject to the use restrictions of Section 3.2 of the {terms.title} and to the Prohibited Use "

@@ -1,10 +1,10 @@
-"""The page of a pushed artifact: its card, written from the quantization report and the licence and nothing else.
+"""The model card of a pushed artifact, written from the quantization report, the bench document and the licence alone.
 
-The report's texts are a stranger's: the template's environment escapes all that is not marked as Markdown here, words
-of the command are quoted for the shell, and YAML is written by its library, of texts without line breaks.
+The report's texts are a stranger's: the template's environment escapes everything that is not marked as Markdown here,
+the words of the command are quoted for the shell, and a library writes the YAML, from texts without line breaks.
 
-The same artifact gives the same card, so that a second push finds it unchanged. Its last line holds a hash of all that
-is above it: a card that a person has edited is known by that, and is left to that person.
+The same artifact gives the same card, so that a second push finds it unchanged. The card's last line holds a hash of
+everything above it: it shows whether a person has edited the card, and an edited card is left alone.
 """
 
 import hashlib
@@ -17,23 +17,27 @@ from pathlib import Path, PurePath
 from statistics import median
 from typing import Any
 
+from gemma_awq_cli.calibration_text.recipes import public_name
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.licensing import Licence
-from gemma_awq_cli.publish.upload_files import calibration_name, source_name
+from gemma_awq_cli.publish.public_documents import source_name
 from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
 
 HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _MARK = re.compile(r"\n<!-- gemma-awq card, sha256 of the above: ([0-9a-f]{64}) -->\n\Z")
-_DATASET = re.compile(r"\(hub dataset ([^,)]+)")  # as calibration rows are described
+_DATASET = re.compile(r"\(hub dataset ([^,)]+)")  # in the description of the calibration rows
 PROMPTS = {True: "Write a haiku about rivers.", False: "The three primary colours are"}
 
 
 @dataclass(frozen=True)
-class Subject:
-    """What a card is about. report: the artifact's; chat: whether it comes with a chat template; tied: whether
-    its head is the embedding.
+class CardFacts:
+    """What a card is written from.
+
+    report: the artifact's, as it is published; chat: whether it has a chat template; tied: whether its head is the
+    embedding; notice: the sentence on what was modified; provenance: a remark on where the weights came from, "" for
+    none; bench: the stored document of `gemma-awq bench --save` as it is published, if there is one.
     """
 
     repo: str
@@ -42,19 +46,19 @@ class Subject:
     licence: Licence
     chat: bool
     tied: bool
-    changed: str
+    notice: str
     provenance: str
-    bench: Mapping[str, Any] | None = None  # what `gemma-awq bench --save` kept, if it did
+    bench: Mapping[str, Any] | None = None
 
 
-def render(subject: Subject) -> str:
-    """The whole card: metadata, text, and the mark by which an unedited card is known."""
-    card = f"---\n{_metadata(subject)}\n---\n\n{_body(subject)}"
+def render_card(facts: CardFacts) -> str:
+    """Return the whole card: metadata, text, and the mark that shows whether it was edited."""
+    card = f"---\n{_metadata(facts)}\n---\n\n{_body(facts)}"
     return f"{card}\n<!-- gemma-awq card, sha256 of the above: {_digest(card)} -->\n"
 
 
 def is_unedited(card: str) -> bool:
-    """Whether a card is as this tool wrote it."""
+    """Whether a card is exactly as this tool wrote it."""
     text = card.replace("\r\n", "\n")
     mark = _MARK.search(text)
     return mark is not None and mark[1] == _digest(text[: mark.start()])
@@ -64,8 +68,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def changed_sentence(report: Mapping[str, Any], base_model: str, weights: list[str]) -> str:
-    """The statement that files were modified, which ones and how."""
+def modification_notice(report: Mapping[str, Any], base_model: str, weights: list[str]) -> str:
+    """Return the statement that files were modified: which ones, and how."""
     files = f"{', '.join(weights)} and config.json"
     version = report["versions"]["gemma_awq"]
     return (
@@ -75,14 +79,14 @@ def changed_sentence(report: Mapping[str, Any], base_model: str, weights: list[s
 
 
 def quantize_command(report: Mapping[str, Any]) -> str:
-    """The command that made the artifact, without the folders of the machine it ran on."""
+    """Return the command that made the artifact, without the folders of the machine that it ran on."""
     model = source_name(report)
     words = ["gemma-awq", "quantize", f"./{model}" if model.startswith("-") else model]
     if report["source"]["revision"]:
         words += ["--revision", report["source"]["revision"]]
     for name, value in report["arguments"].items():
         if value is not None:
-            shown = calibration_name(value) if name == "calibration" else str(value)
+            shown = public_name(value) if name == "calibration" else str(value)
             words += [f"--{name.replace('_', '-')}", shown]
     lines, line = [], ""
     for word in (shlex.quote(one_line(word)) for word in words):
@@ -93,10 +97,10 @@ def quantize_command(report: Mapping[str, Any]) -> str:
     return " \\\n".join([*lines, line])
 
 
-def _metadata(subject: Subject) -> str:
+def _metadata(facts: CardFacts) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
-    report = subject.report
+    report = facts.report
     fidelity = report["fidelity"]
     dataset = _dataset(report)
     results = [
@@ -110,7 +114,7 @@ def _metadata(subject: Subject) -> str:
             metric_value=round(value, 5),
         )
         for kind, name, value in (
-            ("kl_divergence", "KL divergence to the 16-bit model, nats a token", fidelity["kl"]),
+            ("kl_divergence", "KL divergence to the 16-bit model, nats per token", fidelity["kl"]),
             ("perplexity", "Perplexity", fidelity["perplexity_4bit"]),
             ("perplexity", "Perplexity of the 16-bit model", fidelity["perplexity_16bit"]),
             ("accuracy", "Agreement with the 16-bit model on the most likely token", fidelity["top1_agreement"]),
@@ -118,27 +122,27 @@ def _metadata(subject: Subject) -> str:
     ]
     multimodal = bool(FAMILIES[report["source"]["model_type"]].companions)
     data = ModelCardData(
-        base_model=subject.base_model,
+        base_model=facts.base_model,
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
         tags=["gemma", "awq", "4-bit", "int4", "gemma-awq"],
         datasets=[dataset] if dataset else None,
-        model_name=subject.repo.split("/")[1],
+        model_name=facts.repo.split("/")[1],
         eval_results=results,
-        **subject.licence.metadata,
+        **facts.licence.metadata,
     )
     return str(data.to_yaml()).strip()
 
 
 def _dataset(report: Mapping[str, Any]) -> str | None:
-    """The hub's data set that was calibrated on, as its metadata names it."""
+    """Return the id of the hub dataset that was calibrated on, if it was one."""
     found = _DATASET.search(report["calibration"]["text"])
     return found[1] if found is not None and REPO_ID.fullmatch(found[1]) else None
 
 
-def _body(subject: Subject) -> str:
-    report, licence = subject.report, subject.licence
+def _body(facts: CardFacts) -> str:
+    report, licence = facts.report, facts.licence
     fidelity, artifact, calibration = report["fidelity"], report["artifact"], report["calibration"]
     family = FAMILIES[report["source"]["model_type"]]
     multimodal = bool(family.companions)
@@ -149,11 +153,11 @@ def _body(subject: Subject) -> str:
         .from_string(TEMPLATE.read_text(encoding="utf-8"))
         .render(
             hub=HUB,
-            repo_id=Markdown(subject.repo),  # inside code: it was compared with what a hub id may be
-            name=subject.repo.split("/")[1],
-            base_model=subject.base_model,
-            changed=subject.changed,
-            provenance=subject.provenance,
+            repo_id=Markdown(facts.repo),  # inside code: it was checked to be a hub id
+            name=facts.repo.split("/")[1],
+            base_model=facts.base_model,
+            notice=facts.notice,
+            provenance=facts.provenance,
             source_size=_size(report["source"]["bytes"]),
             artifact_size=_size(artifact["bytes"]),
             heldout_tokens=fidelity["heldout_tokens"],
@@ -162,10 +166,10 @@ def _body(subject: Subject) -> str:
             perplexity_4bit=f"{fidelity['perplexity_4bit']:.2f}",
             kl=f"{fidelity['kl']:.4f}",
             top1=f"{100 * fidelity['top1_agreement']:.1f} %",
-            reading=_reading(subject),
-            speed=_speed(subject.bench),
-            prompt_quoted=Markdown(json.dumps(PROMPTS[subject.chat])),
-            chat=subject.chat,
+            reading=_reading(facts),
+            speed=_speed(facts.bench),
+            prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
+            chat=facts.chat,
             auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
             dtype=artifact["dtype"],
             float16=family.float16,
@@ -173,7 +177,7 @@ def _body(subject: Subject) -> str:
             source=_source(report),
             group_size=artifact["group_size"],
             linears=artifact["quantized_linears"],
-            left=_left(subject.tied, multimodal),
+            left=_left(facts.tied, multimodal),
             calibration_rows=calibration["rows"],
             calibration_seq_len=calibration["seq_len"],
             calibration_text=_calibration(report),
@@ -181,7 +185,7 @@ def _body(subject: Subject) -> str:
             heldout_sha256=fidelity["heldout_sha256"],
             versions=", ".join(f"{name.replace('_', '-')} {versions[name]}" for name in named),
             made=f"{report['run']['finished'][:10]} on {report['run']['machine']}",
-            gained=_gained(report["layers"]),
+            gain=_median_gain(report["layers"]),
             restrictions=Markdown(licence.terms.restrictions),
             licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
             licence_text=_licence(licence),
@@ -190,17 +194,17 @@ def _body(subject: Subject) -> str:
     return text
 
 
-def _reading(subject: Subject) -> str:
-    fidelity = subject.report["fidelity"]
+def _reading(facts: CardFacts) -> str:
+    fidelity = facts.report["fidelity"]
     ratio = fidelity["perplexity_4bit"] / fidelity["perplexity_16bit"] - 1
     return (
         f"Perplexity is {100 * abs(ratio):.1f} % {'higher' if ratio >= 0 else 'lower'} than the 16-bit model's. "
-        "Perplexity depends on the text and the tokenizer: compare it with nothing but the figure beside it."
+        "Perplexity depends on the text and the tokenizer: compare it only with the figure beside it."
     )
 
 
 def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
-    """The measured speed as a table, and on what machine; None if none was measured."""
+    """Return the measured speed as a table, and the machine; None if no speed was measured."""
     models = [model for model in bench["models"] if model["speed"]] if bench is not None else []
     if bench is None or not models:
         return None
@@ -224,7 +228,7 @@ def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _left(tied: bool, multimodal: bool) -> str:
-    parts = ["embedding (which is the head too, stored once)" if tied else "embedding, head", "norms"]
+    parts = ["embedding (also the head, stored once)" if tied else "embedding, head", "norms"]
     return ", ".join(parts + (["vision tower", "projector"] if multimodal else []))
 
 
@@ -232,7 +236,7 @@ def _heldout(report: Mapping[str, Any]) -> str:
     asked = report["arguments"]["calibration"]
     if asked in ("embedded", "self"):
         return "the embedded held-out text of gemma-awq"
-    return calibration_name(asked)
+    return public_name(asked)
 
 
 def _calibration(report: Mapping[str, Any]) -> str:
@@ -250,27 +254,29 @@ def _source(report: Mapping[str, Any]) -> Markdown:
     return Markdown(f"{escape(source_name(report))} (config SHA-256 {code(source['config_sha256'])})")
 
 
-def _gained(layers: list[list[Mapping[str, Any]]]) -> str:
+def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:
     gains = [1 - group["error"] / group["rtn_error"] for layer in layers for group in layer if group["rtn_error"]]
-    return f"{100 * median(gains):.0f} %" if gains else "no"
+    return f"{100 * median(gains):.0f} %" if gains else "0 %"
 
 
 def _licence(licence: Licence) -> Markdown:
     copies = " and ".join(f"[{code(name)}]({escape(name)})" for name in licence.copies)
     terms = f"[{licence.terms.title}]({licence.terms.url})"
+    stays = "stay" if licence.terms.restrictions else "stays"
+    beside = f", which {stays} in force beside it" if licence.derived is not None else ""
     parts = []
-    if licence.own is not None:
+    if licence.derived is not None:
         parts.append(
-            f"The model that was quantized has a licence of its own, {escape(licence.own.id)}: see "
+            f"The model that was quantized has a licence of its own, {escape(licence.derived.id)}: see "
             "[`LICENSE`](LICENSE)."
         )
-    beside = ", which stay in force beside it" if licence.own is not None else ""
     if licence.terms.restrictions:
         parts.append(
             f"This model is a derivative of Gemma, provided under and subject to the {terms}{beside}; {copies} is a "
-            f"copy of them. By using it you agree to them, their use restrictions (Section 3.2) and the [Prohibited "
-            f"Use Policy]({licence.terms.restrictions}) included. Whoever passes this model or a derivative of it on "
-            "must pass these on too, with a copy of the terms, the `Notice` file, and a statement of what was modified."
+            "copy of them. By using it you agree to them, including their use restrictions (Section 3.2) and the "
+            f"[Prohibited Use Policy]({licence.terms.restrictions}). Whoever passes on this model or a derivative of "
+            "it must pass on these restrictions too, with a copy of the terms, the `Notice` file, and a statement of "
+            "what was modified."
         )
     else:
         parts.append(f"The weights are under the {terms}{beside}; {copies} is a copy of it.")
@@ -278,10 +284,7 @@ def _licence(licence: Licence) -> Markdown:
 
 
 def _size(count: float) -> str:
-    return (
-        f"{count / 1e9:.2f} GB"
-        if count >= 1e9
-        else f"{count / 1e6:.0f} MB"
-        if count >= 1e6
-        else f"{count / 1e3:.0f} kB"
-    )
+    """1234567 -> `1 MB`."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} GB"
+    return f"{count / 1e6:.0f} MB" if count >= 1e6 else f"{count / 1e3:.0f} kB"

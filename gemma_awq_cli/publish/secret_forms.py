@@ -1,7 +1,7 @@
-"""The forms in which providers issue keys and tokens, as their documentation and public scanners tell of them.
+"""The forms in which providers issue keys and tokens, from their documentation and public scanners.
 
-What begins a key, what follows it, and what it is. The beginnings are literals, so that a large file is searched
-quickly; none may follow a letter or a digit.
+Each is a prefix, a pattern of what follows it, and what it is. The prefixes are literals, so that a large file is
+searched quickly; a match may not follow a letter or a digit.
 """
 
 _WORD = r"[A-Za-z0-9_-]"

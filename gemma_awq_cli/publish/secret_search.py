@@ -1,12 +1,12 @@
-"""What looks like a key, a token or a password in files that are about to be published.
+"""Search files that are about to be published for what looks like a key, a token or a password.
 
-Three ways, from sure to less sure: the forms in which providers issue keys, as a table; a value that is called a
-password, or stands where an address has one; and, in JSON, a text that looks like nothing but chance. Vocabularies are
-full of odd words, so that of tokenizers only the first is asked, and addresses.
+Three searches, from certain to less certain: the forms in which providers issue keys, as a table; a value whose name
+says that it is secret, or that stands where an address has a password; and, in JSON, text that looks random.
+Vocabularies are full of odd words, so tokenizers are searched only for the first, and for passwords in addresses.
 
-detect-secrets finds 24,000 secrets in 30,000 lines of a vocabulary and had its last release in 2024; kingfisher and
-betterleaks are fast or thorough, but carry 16 to 29 MB of compiled code and let tokens pass whose checksums they doubt.
-What is refused here by mistake can be edited by hand; what is published by mistake cannot be taken back.
+Why not a library: detect-secrets finds 24,000 secrets in 30,000 lines of a vocabulary and had its last release in 2024;
+kingfisher and betterleaks are fast or thorough, but carry 16 to 29 MB of compiled code and let tokens pass whose
+checksums they doubt. A false alarm can be edited away by hand; what was published by mistake cannot be taken back.
 """
 
 import base64
@@ -41,7 +41,7 @@ _NAMED = (
 )
 _VALUE = r"[\"']?\s*(?:[:=]|=>|:=)\s*[\"']?(?P<value>[^\s\"'<>,;)}]{6,})"
 _ASSIGNED = re.compile(rf"(?<![A-Za-z])(?:[\w.-]*[_.-])?(?:{_NAMED}){_VALUE}", re.IGNORECASE)
-# Of every kind of key, and of bos_token and its like
+# Any kind of key, but also bos_token and the like
 _KEYED = re.compile(rf"(?<![A-Za-z])(?:[\w.-]*[_.-])?(?:key|token){_VALUE}", re.IGNORECASE)
 _HEXADECIMAL = re.compile(r"[0-9a-f]{32,}|[0-9A-F]{32,}")
 _KEY = re.compile(
@@ -51,12 +51,12 @@ _KEY_CAMEL = re.compile(r".*(?:apiKey|ApiKey|accessKey|AccessKey|Secret|Token|Pa
 _RUN = re.compile(r"[A-Za-z0-9+/]{24,}")
 _BASE64 = re.compile(r"[A-Za-z0-9+/]{32,}={0,2}")
 _ESCAPE = re.compile(r"\\u00([0-7][0-9a-fA-F])|\\x([0-7][0-9a-fA-F])|\\([/\"])")
-# Keys without a beginning of their own: a bot's of Telegram's, and of Discord's
+# Keys without a prefix: those of Telegram's and Discord's bots
 _BOTS = re.compile(
     r"(?<![0-9A-Za-z])(?:[0-9]{8,10}:AA[\w-]{32,34}(?![\w-])|[MNO][\w-]{23,27}\.[\w-]{6}\.[\w-]{27,38}(?![\w-]))",
     re.ASCII,
 )
-_PRIVATE = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----")  # the one form with blanks in it
+_PRIVATE = re.compile(r"-----BEGIN [A-Z0-9 ]*PRIVATE KEY(?: BLOCK)?-----")  # the one form that contains spaces
 _LONG_WORD = re.compile(r"[^\s\"]{20,}")
 _PLACEHOLDER = re.compile(
     r"[*xX.\-_]+|your[\w -]*|<.*>|\{.*\}|\$.*|none|null|true|false|changeme|example\w*", re.IGNORECASE
@@ -65,21 +65,21 @@ _PLACEHOLDER = re.compile(
 
 @dataclass(frozen=True)
 class Found:
-    """What was found and where, without the secret itself. place: a field, or a line."""
+    """What was found and where, without the secret itself. place: a field or a line, "" if unknown."""
 
     what: str
     place: str
 
 
 def find_secret(data: bytes, is_json: bool = False, vocabulary: bool = False) -> Found | None:
-    """The first thing in a file that looks like a secret.
+    """Return the first thing in a file that looks like a secret, None if nothing does.
 
-    vocabulary: of a tokenizer, where only the forms of providers' keys and addresses count. UTF-16 and UTF-32, escapes
-    of JSON, HTML and addresses, and base64 hide nothing.
+    vocabulary: the file is a tokenizer's, and is searched only for the forms of providers' keys and for passwords in
+    addresses. Sees through UTF-16 and UTF-32, escapes of JSON, HTML and URLs, and base64.
     """
-    # what keys are made of is ASCII: the zero bytes are all that UTF-16 and UTF-32 add to it
+    # keys are ASCII, to which UTF-16 and UTF-32 add nothing but zero bytes
     text = (data.replace(b"\0", b"") if b"\0" in data else data).decode("latin-1")
-    if vocabulary:  # 33 MB of words, of which few are as long as a key
+    if vocabulary:  # 33 MB of words, only a few of them as long as a key
         private = _PRIVATE.findall(text) if "-----BEGIN " in text else []
         text = "\n".join(private + _LONG_WORD.findall(text))
     plain = _plain(text)
@@ -96,7 +96,7 @@ def find_secret(data: bytes, is_json: bool = False, vocabulary: bool = False) ->
 
 
 def _find_named(text: str) -> Found | None:
-    """What is called a secret, in a text of any kind."""
+    """Search a text of any kind for values whose name says that they are secret."""
     for pattern, what in ((_BOTS, "a bot's token"), (_NETRC, "a login with its password")):
         if (match := pattern.search(text)) is not None:
             return Found(what, _line(text, match.start()))
@@ -115,7 +115,7 @@ def _find_named(text: str) -> Found | None:
 def _find_in_json(data: bytes) -> Found | None:
     try:
         value = json.loads(data)
-    except (ValueError, RecursionError):  # whoever sends the file says what is wrong with it
+    except (ValueError, RecursionError):  # the code that uploads the file reports what is wrong with it
         return None
     for place, key, text in _fields(value, "", ""):
         if (_KEY.fullmatch(key) or _KEY_CAMEL.fullmatch(key)) and _may_be_secret(key, text):
@@ -126,7 +126,7 @@ def _find_in_json(data: bytes) -> Found | None:
 
 
 def _plain(text: str) -> str:
-    """A text as whoever resolves its escapes reads it."""
+    """Return a text with its escapes resolved."""
     if "\\" in text:
         text = _ESCAPE.sub(lambda m: m[3] or chr(int(m[1] or m[2], 16)), text)
     if "&#" in text:
@@ -135,7 +135,7 @@ def _plain(text: str) -> str:
 
 
 def _decoded(word: str) -> str:
-    """What a base64 word says, if that is text."""
+    """Return the text that a base64 word encodes, "" if it is not text."""
     try:
         data = base64.b64decode(word + "=" * (-len(word) % 4), validate=True)
     except (binascii.Error, ValueError):
@@ -144,6 +144,7 @@ def _decoded(word: str) -> str:
 
 
 def _keys(text: str) -> Iterator[tuple[int, str]]:
+    """Yield the position and the kind of everything that has the form of a provider's key."""
     for start, pattern, what in _COMPILED:
         if start not in text:
             continue
@@ -166,7 +167,7 @@ def _is_jwt(text: str) -> bool:
 
 
 def _fields(value: Any, place: str, key: str) -> Iterator[tuple[str, str, str]]:
-    """Each text of JSON: where it is, what it is called, and what it says."""
+    """Yield each string of a JSON value: its place, its key, and the string."""
     if isinstance(value, str):
         yield place or "the text", key, value
     elif isinstance(value, list):
@@ -189,17 +190,17 @@ def _is_password(text: str) -> bool:
 
 
 def _is_random(text: str) -> bool:
-    """Whether a word that is called a secret may be one: letters and digits, and not a few of them again and again."""
+    """Whether a value that is named a secret may be one: letters and digits, and not just a few different ones."""
     if _PLACEHOLDER.fullmatch(text) or len(text) < 8 or text.startswith(("<", "{", "$", "[")):
         return False
     return any(c.isdigit() for c in text) and any(c.isalpha() for c in text) and entropy(text) >= 2.75
 
 
 def looks_random(word: str) -> bool:
-    """Whether a word of letters and digits is none of a language, of code, or a hash in hexadecimal digits.
+    """Whether a word of letters and digits looks random: not like a word, an identifier, or a hexadecimal hash.
 
-    In what chance writes, six characters of ten differ in kind (upper case, lower case, digit) from the one before; in
-    the longest names of classes it is three.
+    In random text, six of ten characters differ in kind (upper case, lower case, digit) from the one before; in the
+    longest class names, three do.
     """
     if entropy(word) < 3.8 or sum(c.isdigit() for c in word) < 2:
         return False
@@ -209,7 +210,7 @@ def looks_random(word: str) -> bool:
 
 
 def entropy(text: str) -> float:
-    """Shannon's, bits per character."""
+    """Return the Shannon entropy in bits per character."""
     return -sum(n / len(text) * math.log2(n / len(text)) for n in Counter(text).values())
 
 

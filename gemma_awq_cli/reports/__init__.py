@@ -1,1 +1,1 @@
-"""The JSON documents beside an artifact, checked when they come back, and strangers' text made safe to show."""
+"""The JSON documents beside an artifact, checked when they are read, and strangers' text made safe to show."""

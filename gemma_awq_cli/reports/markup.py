@@ -1,36 +1,36 @@
-"""Text of strangers on its way into Markdown: made one line, and escaped so that it can be nothing but text.
+"""Strangers' text for a Markdown page: put on one line, and escaped so that it can only be text.
 
-`Markdown` marks what is written as Markdown on purpose; `markdown_environment` escapes everything else that a template
-puts in, so that no place can forget to.
+`Markdown` marks what is Markdown on purpose; `markdown_environment` escapes everything else that a template puts in, so
+that no place can forget to.
 """
 
 import re
 from typing import Any
 
-_BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they reorder what is shown
+_BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that change the direction of text
 _UNSEEN = re.compile(f"[\x00-\x1f\x7f-\x9f\u2028\u2029\ufeff\ufffe\uffff{_BIDI}]+")
 _SURROGATES = re.compile("[\ud800-\udfff]")
-# What is markup anywhere in a line, and an underscore that is not inside a word, where it is no emphasis
+# What is markup anywhere in a line. An underscore is not inside a word.
 _ACTIVE = re.compile(r"[\\`*\[\]<>|&$~]|(?<![0-9A-Za-z])_|_(?![0-9A-Za-z])")
 _LEADING = re.compile(r"\A(?:#(?=#{0,5}(?:\s|\Z))|[-+](?=\s)|(?P<number>\d{1,9})(?P<dot>[.)])(?=\s|\Z))")
-# GitHub's and the hub's readers make links and mentions of bare text
+# GitHub and the hub turn bare addresses and names into links and mentions
 _LINKED = re.compile(r":(?=//)|(?<=\bwww)\.|@", re.IGNORECASE)
 
 
 class Markdown(str):
-    """Text that is Markdown already."""
+    """Text that is Markdown on purpose."""
 
     __slots__ = ()
 
 
 def one_line(text: str, limit: int | None = None) -> str:
-    """Text without line breaks, control characters and half surrogates, and at most `limit` characters of it."""
+    """Return text without line breaks, control characters and half surrogates, at most `limit` characters of it."""
     line = _UNSEEN.sub(" ", _SURROGATES.sub("\ufffd", text)).strip()
     return line if limit is None or len(line) <= limit else f"{line[:limit]}..."
 
 
 def escape(text: object) -> Markdown:
-    """Anything as text of one line of Markdown."""
+    """Return any value as one line of Markdown text; `Markdown` stays as it is."""
     if isinstance(text, Markdown):
         return text
     line = _ACTIVE.sub(r"\\\g<0>", one_line(str(text)))
@@ -39,7 +39,7 @@ def escape(text: object) -> Markdown:
 
 
 def code(text: object) -> Markdown:
-    """A code span that its text cannot end, in a table's cell as well."""
+    """Return a code span that its text cannot end, also in the cell of a table."""
     line = one_line(str(text)).replace("|", "\\|")
     longest = max(map(len, re.findall("`+", line)), default=0)
     fence = "`" * (longest + 1)
@@ -48,7 +48,7 @@ def code(text: object) -> Markdown:
 
 
 def markdown_environment() -> Any:
-    """A jinja2 environment for our own Markdown templates: whatever is not `Markdown` is escaped."""
+    """Return a jinja2 environment for our own Markdown templates, which escapes everything that is not `Markdown`."""
     import jinja2
     from markupsafe import Markup
 

@@ -1,7 +1,6 @@
-"""Whether a JSON value is what its schema promises: jsonschema says so, and bounds hold where a schema has none.
+"""JSON values checked against a schema, and against bounds that hold where a schema sets none.
 
-A schema says nothing of how long a text or how large a number may be; here every text and list is bounded, every
-integer fits 64 bits, and every number is finite.
+Every text and list is bounded in length, every integer fits in 64 bits, and every number is finite.
 """
 
 import json
@@ -13,14 +12,14 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 
-LONGEST_TEXT = 10_000
-LONGEST_LIST = 200_000
+LONGEST_TEXT = 10_000  # characters
+LONGEST_LIST = 200_000  # entries
 MAX_INTEGER = 2**63 - 1
 
 
 @cache
 def load_schema(name: str) -> dict[str, Any]:
-    """A schema of docs/: inside the installed package, or beside it in a clone."""
+    """Return a schema of docs/, by file name: from the installed package, or from beside it in a clone."""
     package = Path(__file__).parent.parent
     installed = package / "schemas"
     folder = installed if installed.is_dir() else package.parent / "docs"
@@ -29,19 +28,21 @@ def load_schema(name: str) -> dict[str, Any]:
 
 
 def require_schema(value: Any, schema: Mapping[str, Any], where: str | Path, hint: str) -> None:
-    """An error that names the field of `value` that is not as `schema` says. where: what `value` was read from."""
+    """Raise with the name of the field of `value` that does not match `schema`. where: what `value` was read from."""
     if (unbounded := next(_unbounded(value, ""), None)) is not None:
         raise GemmaAwqError(f"{where}: {unbounded}.", hint)
     error = next(_validator(json.dumps(schema)).iter_errors(value), None)
     if error is None:
         return
-    while error.context:  # of several choices, the one that got furthest into the value is what its writer meant
+    while (
+        error.context
+    ):  # of several alternatives, the one that matched furthest into the value is what its writer meant
         error = max(error.context, key=lambda choice: (len(choice.absolute_path), choice.validator != "type"))
     field = error.json_path.removeprefix("$").removeprefix(".")[:200]
     if error.validator == "required":
         missing = next(name for name in error.validator_value if name not in error.instance)
-        raise GemmaAwqError(f"{where} does not tell {f'{field}.{missing}'.removeprefix('.')}.", hint)
-    raise GemmaAwqError(f"{where}: {field or 'the document'} {_said(error)}.", hint)
+        raise GemmaAwqError(f"{where} has no field {f'{field}.{missing}'.removeprefix('.')}.", hint)
+    raise GemmaAwqError(f"{where}: {field or 'the document'} {_demand(error)}.", hint)
 
 
 @cache
@@ -49,13 +50,13 @@ def _validator(schema: str) -> Any:
     from jsonschema import Draft202012Validator
     from jsonschema.validators import extend
 
-    # 2.0 is an integer to JSON Schema, and to nobody who counts with it
+    # JSON Schema takes 2.0 for an integer; the code that counts with it does not
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
     return extend(Draft202012Validator, type_checker=types)(json.loads(schema))
 
 
-def _said(error: Any) -> str:
-    """What a schema asks for, in a few words: jsonschema's own message quotes the value, however long it is."""
+def _demand(error: Any) -> str:
+    """Return what the schema demands, in a few words: jsonschema's own message quotes the value, however long it is."""
     asked = error.validator_value
     match error.validator:
         case "type":
@@ -68,15 +69,15 @@ def _said(error: Any) -> str:
             words = {"minimum": "at least", "maximum": "at most", "exclusiveMinimum": "more than"}
             return f"must be {words[error.validator]} {asked}"
         case "pattern":
-            return f"is not of the form {asked}"
+            return f"does not match the pattern {asked}"
         case "additionalProperties" | "propertyNames":
             return "has a field that is not in its schema"
         case rule:
-            return f"breaks the rule {rule} of its schema"
+            return f"violates the rule {rule} of its schema"
 
 
 def _unbounded(value: Any, field: str) -> Iterator[str]:
-    """What no reader should have to hold, or to count with."""
+    """Yield what is wrong with values that no reader should have to hold, or to calculate with."""
     place = field.removeprefix(".") or "the document"
     if isinstance(value, str):
         if len(value) > LONGEST_TEXT:
@@ -88,7 +89,7 @@ def _unbounded(value: Any, field: str) -> Iterator[str]:
             yield from _unbounded(item, f"{field}[{index}]")
     elif isinstance(value, dict):
         if len(value) > LONGEST_LIST or any(len(name) > LONGEST_TEXT for name in value):
-            yield f"{place} has too many or too long names"
+            yield f"{place} has too many fields, or too long names of fields"
         for name, item in value.items():
             yield from _unbounded(item, f"{field}.{name[:80]}")
     elif isinstance(value, float) and not math.isfinite(value):

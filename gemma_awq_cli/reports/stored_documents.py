@@ -1,7 +1,7 @@
-"""Reports and benches as they come back from a disk: a stranger's files, checked once against their schemas.
+"""Stored reports and bench documents: files of strangers, checked against their schemas when they are read.
 
-After this their fields are there, of their types, finite and bounded. What their texts say is still a stranger's: it
-is escaped wherever it is shown.
+Afterwards all fields exist, have their types, and are finite and bounded. Their texts are still a stranger's, and have
+to be escaped wherever they are shown.
 """
 
 from pathlib import Path
@@ -17,21 +17,21 @@ REMEASURE = "Measure again with `gemma-awq bench --json`."
 
 
 def read_quantization_report(folder: Path, hint: str = REQUANTIZE) -> dict[str, Any]:
-    """The report that lies in an artifact."""
+    """Return the report of an artifact; raises if it does not match its schema."""
     path = folder / REPORT
     report = read_json(path, hint)
     if (schema := report.get("schema")) != 2:
-        raise GemmaAwqError(f"{path} is of schema {schema!r}, not 2.", hint)
+        raise GemmaAwqError(f"{path} has schema {schema!r}, not 2.", hint)
     require_schema(report, load_schema("report-schema.json"), path, hint)
     return report
 
 
 def read_bench_document(path: Path, hint: str = REMEASURE) -> dict[str, Any]:
-    """What `bench --json` printed or `bench --save` kept."""
+    """Return a document that `bench --json` or `bench --save` wrote; raises if it does not match its schema."""
     document = read_json(path, hint)
     schema = load_schema("bench-schema.json")
     number = schema["properties"]["schema"]["const"]
     if document.get("schema") != number or not isinstance(document.get("models"), list):
-        raise GemmaAwqError(f"{path} is no document of `gemma-awq bench --json` with schema {number}.", hint)
+        raise GemmaAwqError(f"{path} is not a document of `gemma-awq bench --json` with schema {number}.", hint)
     require_schema(document, schema, path, hint)
     return document

@@ -1,1 +1,1 @@
-"""Where the program meets the operating system: files read and written, locks, and signals."""
+"""The program and its operating system: files read and written, locks, and signals."""

@@ -1,8 +1,8 @@
-"""Ctrl-C, SIGTERM and SIGHUP: what the program does about them, and what must not be left half-done by them.
+"""Ctrl-C, SIGTERM and SIGHUP: how they end the program, and what they must not leave half-done.
 
-The first unwinds the program, so that what is done is kept and said. One that comes while something is being finished
-(`finishing`) or imported waits for it; one more ends the process at once. What was ignored when the process began, as
-under nohup or in the background of a script, stays ignored.
+The first signal raises, so that the program can keep and report what is done. A signal that comes during work that has
+to be completed (`finishing`) or during an import waits for its end; a second one ends the process at once. Signals that
+were ignored when the process began, as under nohup or in the background of a script, stay ignored.
 """
 
 import os
@@ -17,15 +17,15 @@ from typing import Any
 from gemma_awq_cli.errors import Terminated
 
 _HEEDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-_depth = 0  # of `finishing`
-_held: int | None = None  # a signal that waits
-_AGAIN_SECONDS = 0.05  # after which a signal that came during an import is looked at again
+_depth = 0  # of nested `finishing` blocks
+_held: int | None = None  # the signal that waits
+_AGAIN_SECONDS = 0.05  # after which a signal that came during an import is sent again
 _returns = False  # whether the next signal is one that waited
 
 
 def heed() -> dict[int, Any]:
-    """Let the signals unwind the program. Returns the handlers that were there."""
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's alone
+    """Let the signals raise. Returns the earlier handlers, by signal."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
         return {}
     sys.unraisablehook = _on_unraisable
     before = {number: signal.getsignal(number) for number in _HEEDED}
@@ -37,7 +37,7 @@ def heed() -> dict[int, Any]:
 
 @contextmanager
 def heeded() -> Iterator[None]:
-    """The signals are heeded inside, and treated as before after it."""
+    """Let the signals raise inside, and restore the earlier handlers afterwards."""
     global _depth, _held
     before = heed()
     try:
@@ -46,13 +46,13 @@ def heeded() -> Iterator[None]:
         _depth, _held = 0, None
         sys.unraisablehook = sys.__unraisablehook__
         for number, handler in before.items():
-            if handler is not None:  # one that was not Python's cannot be set again
+            if handler is not None:  # a handler from outside Python cannot be set again
                 signal.signal(number, handler)
 
 
 @contextmanager
 def finishing() -> Iterator[None]:
-    """What is inside is done to its end: a signal waits until then, a second one ends the process."""
+    """Complete the work inside: a signal waits until it is done, a second one ends the process."""
     global _depth, _held
     _depth += 1
     try:
@@ -60,7 +60,7 @@ def finishing() -> Iterator[None]:
     except BaseException:
         _depth -= 1
         if not _depth:
-            _held = None  # it unwinds already
+            _held = None  # an exception is on its way already
         raise
     _depth -= 1
     if not _depth and _held is not None:
@@ -69,13 +69,13 @@ def finishing() -> Iterator[None]:
 
 
 def end() -> None:
-    """Nothing but the process's end is left: signals wait from here on, a second one ends it."""
+    """Mark that only the process's end is left: from here on a signal waits, and a second one ends the process."""
     global _depth
     _depth += 1
 
 
 def exit_code(number: int) -> int:
-    """What a shell gives a process that a signal ended."""
+    """Return the exit code that a shell reports for a process that a signal ended."""
     return 128 + number
 
 
@@ -87,7 +87,7 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
     if _depth:
         _held = number
     elif _is_importing(frame):
-        # A module whose import is broken off cannot be imported again, and libraries try.
+        # A module whose import was interrupted cannot be imported again, but libraries try.
         _held = number
         _send_again(number)
     else:
@@ -106,7 +106,7 @@ def _is_importing(frame: FrameType | None) -> bool:
 def _send_again(number: int) -> None:
     def send() -> None:
         global _returns
-        if _held is None:  # the command has ended meanwhile
+        if _held is None:  # the command has ended in the meantime
             return
         _returns = True
         os.kill(os.getpid(), number)
@@ -117,7 +117,7 @@ def _send_again(number: int) -> None:
 
 
 def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
-    """A signal that came while an object was being destroyed unwinds nothing there: it is sent again."""
+    """Send a signal again that came while an object was being destroyed, where an exception has no effect."""
     global _held
     if not isinstance(unraisable.exc_value, KeyboardInterrupt | Terminated):
         sys.__unraisablehook__(unraisable)

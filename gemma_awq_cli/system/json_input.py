@@ -11,17 +11,17 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.failures import first_line
 from gemma_awq_cli.system.text_input import LINE_BYTES, require_utf8_mark
 
-JSON_BYTES = 64 * 1024 * 1024  # the largest released tokenizer.json has 33 MB, everything else is far smaller
-JSON_DEPTH = 64
-_BLOCK = 1 << 16
+JSON_BYTES = 64 * 1024 * 1024  # the largest released tokenizer.json has 33 MB; other files are far smaller
+JSON_DEPTH = 64  # levels of nesting
+_BLOCK = 1 << 16  # bytes
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str, where: object, hint: str, depth: int = JSON_DEPTH) -> Any:
-    """A JSON value; an error that names `where` for what is not JSON, or cannot be held as text again.
+    """Return a JSON value. Raises with `where` for what is not JSON, or holds half of a surrogate pair.
 
-    Bounded: nesting by `depth`, integers by Python's own limit of digits. NaN and Infinity are not JSON.
+    Nesting is bounded by `depth`, integers by Python's own limit of digits. NaN and Infinity are not JSON.
     """
     try:
         value = json.loads(text, parse_constant=_refuse_constant)
@@ -30,14 +30,14 @@ def parse_json(text: str, where: object, hint: str, depth: int = JSON_DEPTH) -> 
     except json.JSONDecodeError as error:
         place = f"line {error.lineno} column {error.colno}" if "\n" in text else f"character {error.colno}"
         raise GemmaAwqError(f"{where} is not valid JSON: {error.msg} at {place}.", hint) from None
-    except ValueError as error:  # an integer of too many digits, or a constant
+    except ValueError as error:  # an integer with too many digits, or NaN or Infinity
         raise GemmaAwqError(f"{where} is not valid JSON: {first_line(error)}.", hint) from None
     _require_sound(value, where, hint, depth, surrogates=_ESCAPED_SURROGATE.search(text) is not None)
     return value
 
 
 def parse_json_object(text: str, where: str | Path, hint: str) -> dict[str, Any]:
-    """A JSON object; see `parse_json`."""
+    """Return a JSON object; see `parse_json`."""
     value = parse_json(text, where, hint)
     if not isinstance(value, dict):
         raise GemmaAwqError(f"{where} does not hold a JSON object.", hint)
@@ -45,9 +45,9 @@ def parse_json_object(text: str, where: str | Path, hint: str) -> dict[str, Any]
 
 
 def json_items(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYTES) -> Iterator[tuple[int, str]]:
-    """The items of a JSON array, one at a time: their numbers from 1 and their text, for `parse_json`.
+    """Yield the items of a JSON array: their numbers from 1 and their text, for `parse_json`.
 
-    An error for what is no array, and for an item of more than `limit` characters. Raises what the stream raises.
+    Raises for what is not an array, for an item of more than `limit` characters, and what reading the stream raises.
     """
     items = _ArrayText(stream, where, hint)
     if items.take() != "[":
@@ -69,7 +69,7 @@ def json_items(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYT
 
 
 class _ArrayText:
-    """The text of a JSON array, of which no more is held than the item that is read."""
+    """The text of a JSON array, of which only the part around the current item is held."""
 
     def __init__(self, stream: BinaryIO, where: object, hint: str) -> None:
         self._stream, self._where, self._hint = stream, where, hint
@@ -78,7 +78,7 @@ class _ArrayText:
         self._text, self._at, self._ended, self._bytes = "", 0, False, 0
 
     def peek(self) -> str:
-        """The next character that is no white space, "" at the end; it is read again."""
+        """Return the next character that is not white space, "" at the end, without consuming it."""
         while True:
             while self._at < len(self._text) and self._text[self._at] in " \t\r\n":
                 self._at += 1
@@ -87,13 +87,13 @@ class _ArrayText:
             self._more()
 
     def take(self) -> str:
-        """The next character that is no white space, "" at the end."""
+        """Consume and return the next character that is not white space, "" at the end."""
         found = self.peek()
         self._at += len(found)
         return found
 
     def value(self, number: int, limit: int) -> str:
-        """The text of the JSON value that comes next."""
+        """Consume the next JSON value and return its text."""
         self.peek()
         while True:
             reason = ""
@@ -103,9 +103,9 @@ class _ArrayText:
                 raise GemmaAwqError(f"{self._where}, item {number} is nested too deeply.", self._hint) from None
             except json.JSONDecodeError as error:
                 end, reason = -1, error.msg
-            except ValueError as error:  # an integer of too many digits
+            except ValueError as error:  # an integer with too many digits
                 end, reason = -1, first_line(error)
-            # a number at the end of what was read may go on
+            # a number at the end of what was read may continue
             if end >= 0 and (end < len(self._text) or self._ended):
                 value, self._at = self._text[self._at : end], end
                 return value
@@ -119,7 +119,7 @@ class _ArrayText:
             self._more()
 
     def _more(self) -> None:
-        """Read on, at least as much again as is held: so an item is parsed few times, however long it is."""
+        """Read on, at least as much as is held: so even a long item is parsed only a few times."""
         held = self._text[self._at :]
         block = self._stream.read(max(_BLOCK, len(held)))
         if not self._bytes:
@@ -138,7 +138,7 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 def _require_sound(value: Any, where: object, hint: str, depth: int, surrogates: bool) -> None:
-    """Nesting within `depth`, and no half of a surrogate pair in any text."""
+    """Raise for nesting beyond `depth`, and for half of a surrogate pair in any string."""
     level = [value]
     for levels_left in range(depth, -1, -1):
         below: list[Any] = []

@@ -1,8 +1,8 @@
-"""A lock that can be removed with the folder that it is in.
+"""A lock file that can be removed together with its folder.
 
-The lock of a file is the file's, not its name's: whoever waits at a name may find that the file under it has been
-removed, and that another process has locked a new one. So the file is removed while it is locked, and whoever has
-locked one makes sure that it still has its name.
+A lock belongs to a file, not to its name: while one process waits for the lock, another may remove the file, and a
+third may lock a new one of the same name. So a lock file is removed only while it is locked, and a process that has
+locked a file then checks that the file still has its name.
 """
 
 import errno
@@ -11,19 +11,19 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
-# file systems without locks: nothing can be done there, and nobody is kept from working
+# on file systems without locks every process gets the lock, so that it can work at all
 _NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP)
 
 
 class Lock:
-    """An exclusive lock between processes. It ends with the process, however that ends."""
+    """An exclusive lock between processes. The operating system releases it when the process ends, even by a crash."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         self._descriptor: int | None = None
 
     def acquire(self) -> bool:
-        """Take the lock; False if somebody else has it. FileNotFoundError if its folder is not there."""
+        """Take the lock. Returns False if another process has it; raises FileNotFoundError if its folder is missing."""
         assert self._descriptor is None, "a lock is taken once"
         while True:
             descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
@@ -40,13 +40,13 @@ class Lock:
             os.close(descriptor)
 
     def release(self, remove: bool = False) -> None:
-        """Give the lock back, with its file if `remove`."""
+        """Release the lock, and remove its file if `remove`."""
         if self._descriptor is None:
             return
         descriptor, self._descriptor = self._descriptor, None
         try:
             if remove:
-                with suppress(OSError):  # Windows removes no open file
+                with suppress(OSError):  # Windows cannot remove an open file
                     self.path.unlink()
         finally:
             os.close(descriptor)
@@ -55,7 +55,7 @@ class Lock:
                 self.path.unlink()
 
     def is_held(self) -> bool:
-        """Whether somebody has the lock now. Writes nothing."""
+        """Whether a process has the lock now. Writes nothing."""
         try:
             descriptor = os.open(self.path, os.O_RDWR)
         except OSError:

@@ -11,21 +11,21 @@ from gemma_awq_cli.system.failures import system_errors
 
 
 def home_path(text: str) -> Path:
-    """A path as people write it: `~` is the home folder. The home of nobody is a path that is not there."""
-    return Path(os.path.expanduser(text))  # Path.expanduser raises for it
+    """Return a path as people write it, with `~` replaced by the home folder; `~nobody` stays as it is."""
+    return Path(os.path.expanduser(text))  # Path.expanduser would raise for an unknown user
 
 
 def read_bytes(path: Path, hint: str, limit: int | None = None) -> bytes:
-    """A regular file's bytes, at most `limit`. A device or a pipe, which need not end, is an error."""
+    """Return a regular file's bytes. Raises for more than `limit`, and for a device or a pipe, which may not end."""
     with system_errors(path, hint), open(path, "rb", opener=_open_regular) as file:
         size = os.fstat(file.fileno()).st_size
         if limit is not None and size > limit:
-            raise GemmaAwqError(f"{path} has {size} bytes; at most {limit} are read.", hint)
+            raise GemmaAwqError(f"{path} has {size} bytes, more than the limit of {limit}.", hint)
         return file.read()
 
 
 def require_regular(path: Path, hint: str) -> None:
-    """An error unless `path` is a regular file, through whatever links; opens nothing."""
+    """Raise unless `path` is a regular file, or a link to one. Opens nothing."""
     with system_errors(path, hint):
         mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
@@ -33,13 +33,13 @@ def require_regular(path: Path, hint: str) -> None:
 
 
 def open_regular(path: Path, hint: str) -> BinaryIO:
-    """A regular file, open for reading; a device or a pipe, which need not end, is an error."""
+    """Open a regular file for reading. Raises for a device or a pipe, which may not end."""
     with system_errors(path, hint):
         return open(path, "rb", opener=_open_regular)
 
 
 def _open_regular(path: str, flags: int) -> int:
-    # a pipe without a writer would keep open() waiting
+    # opening a pipe without a writer would block
     descriptor = os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)

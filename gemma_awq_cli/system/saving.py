@@ -1,4 +1,4 @@
-"""Files that the user names for a result: checked before anything is computed, then written whole or not at all."""
+"""Files that the user names for results: checked before anything is computed, then written whole or not at all."""
 
 import errno
 import os
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import IO
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.failures import disk_is_full, is_refused, reason_of, system_errors
+from gemma_awq_cli.system.failures import disk_is_full, is_permission_error, reason_of, system_errors
 from gemma_awq_cli.system.interruption import finishing
+from gemma_awq_cli.system.reading import home_path
 
 ELSEWHERE = "choose another folder with -o"
-MOST_PARTS = 256  # of a path: folders are made one in another
+MOST_PARTS = 256  # of a path, because missing folders are created one inside another
 _KINDS = (
     (stat.S_ISDIR, "a folder"), (stat.S_ISCHR, "a device"), (stat.S_ISBLK, "a device"), (stat.S_ISFIFO, "a pipe"),
     (stat.S_ISSOCK, "a socket"),
@@ -23,9 +24,9 @@ _KINDS = (
 
 @contextmanager
 def write_errors(place: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
-    """Turn whatever the operating system refuses while writing `place`, or below it, into a clear error.
+    """Turn OSErrors raised while writing `place`, or below it, into clear errors.
 
-    elsewhere: what the user can do to have it written somewhere else.
+    elsewhere: how the user can choose another place, as the end of a hint.
     """
     try:
         yield
@@ -41,20 +42,20 @@ def write_errors(place: Path, elsewhere: str = ELSEWHERE) -> Iterator[None]:
 def _explained(error: OSError, place: Path, elsewhere: str) -> tuple[str, str]:
     if disk_is_full(error):
         return f"The disk of {place} is full.", f"Free some space, or {elsewhere}."
-    # what is refused may be another file than the one that was to be written
+    # the error may be about another file than the one to be written
     named = error.filename if isinstance(error.filename, str) else str(place)
     hints = {
         errno.EFBIG: "Raise the limit (ulimit -f)",
         errno.EMFILE: "Raise the limit (ulimit -n)",
         errno.ENAMETOOLONG: "Give a shorter name",
     } | dict.fromkeys((errno.ENOTDIR, errno.EEXIST, errno.ENOENT, errno.ELOOP), "Check the path")
-    hint = "Change its permissions" if is_refused(error) else hints.get(error.errno or 0, "Check the disk")
+    hint = "Change its permissions" if is_permission_error(error) else hints.get(error.errno or 0, "Check the disk")
     return f"{named} cannot be written: {reason_of(error)}.", f"{hint}, or {elsewhere}."
 
 
 @contextmanager
-def named(path: Path) -> Iterator[None]:
-    """What is refused of a file beside `path` is said of `path`."""
+def errors_about(path: Path) -> Iterator[None]:
+    """Let OSErrors about a temporary file beside `path` name `path`."""
     try:
         yield
     except OSError as error:
@@ -67,13 +68,13 @@ def _upper(text: str) -> str:
 
 
 def scratch_errors() -> AbstractContextManager[None]:
-    """Refusals of the operating system in the folder for temporary files, as errors."""
+    """Turn OSErrors in the folder for temporary files into clear errors."""
     return system_errors("The folder for temporary files", "Set TMPDIR to a folder with space for them.", "used")
 
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A folder for temporary files, gone afterwards."""
+    """Create a folder for temporary files, which is removed afterwards."""
     with scratch_errors():
         folder = tempfile.TemporaryDirectory(prefix="gemma-awq-", ignore_cleanup_errors=True)
     with folder as name:
@@ -81,25 +82,25 @@ def scratch_folder() -> Iterator[Path]:
 
 
 def scratch_file() -> IO[bytes]:
-    """An open file for temporary data without a name, gone when it is closed."""
+    """Open a file without a name for temporary data. It is gone when it is closed."""
     with scratch_errors():
         return tempfile.TemporaryFile()
 
 
 def local_path(path: Path, elsewhere: str) -> Path:
-    """A path as the user means it: `~` is a home folder."""
+    """Return the path of a result, with `~` replaced by the home folder; raises for an unknown user's."""
     if len(path.parts) > MOST_PARTS:
         raise GemmaAwqError(f"The path {str(path)[:100]}... has {len(path.parts)} parts.", _upper(elsewhere))
-    try:
-        return path.expanduser()
-    except RuntimeError:
-        raise GemmaAwqError(f"{path}: there is no such user, or no home folder.", _upper(elsewhere)) from None
+    expanded = home_path(str(path))
+    if str(expanded).startswith("~"):
+        raise GemmaAwqError(f"{path}: there is no such user, or no home folder.", _upper(elsewhere))
+    return expanded
 
 
 def require_file_place(path: Path, elsewhere: str) -> None:
-    """An error unless a file can be written at `path`: in a folder that is there, over nothing or a regular file.
+    """Raise unless a file can be written at `path`: in an existing folder, over nothing or over a regular file.
 
-    A device, a pipe or a socket need not end, and cannot be replaced. Opens nothing.
+    A device, a pipe or a socket may not end, and cannot be replaced. Opens nothing.
     """
     with write_errors(path, elsewhere):
         try:
@@ -114,9 +115,9 @@ def require_file_place(path: Path, elsewhere: str) -> None:
                 kind = next((name for is_kind, name in _KINDS if is_kind(there.st_mode)), "no file")
                 raise GemmaAwqError(f"{path} is {kind}; a regular file is needed.", _upper(elsewhere))
             if any(os.path.samestat(there, stream) for stream in _standard_streams()):
-                raise GemmaAwqError(f"{path} is where the command's own messages go.", _upper(elsewhere))
+                raise GemmaAwqError(f"{path} is where the command writes its own messages.", _upper(elsewhere))
         if not folder.is_dir():
-            raise GemmaAwqError(f"The folder {folder} does not exist.", f"Make it first, or {elsewhere}.")
+            raise GemmaAwqError(f"The folder {folder} does not exist.", f"Create it first, or {elsewhere}.")
         if not os.access(folder if there is None else path, os.W_OK):
             raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
@@ -128,9 +129,9 @@ def _standard_streams() -> Iterator[os.stat_result]:
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file that is there whole or not at all: what was there stays until its successor is on the disk.
+    """Write a file whole or not at all: an earlier file stays until the new one is on the disk.
 
-    A link keeps leading where it leads, and a file keeps its mode. Raises OSError.
+    A link stays a link, and its target is replaced; a file keeps its mode. Raises OSError.
     """
     path = Path(os.path.realpath(path))
     with _beside(path, content) as partial:
@@ -142,8 +143,8 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def write_new(path: Path, content: bytes) -> None:
-    """As `write_whole`, where nothing is; FileExistsError if something is. Raises OSError."""
-    if os.path.lexists(path):  # and nothing is written beside it, in /dev say
+    """Write a file as `write_whole` does, but only where there is none. Raises FileExistsError, and other OSErrors."""
+    if os.path.lexists(path):  # first, so that nothing is written beside it, in /dev for example
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
     with _beside(path, content) as partial:
         try:
@@ -157,11 +158,11 @@ def write_new(path: Path, content: bytes) -> None:
 
 @contextmanager
 def _beside(path: Path, content: bytes) -> Iterator[Path]:
-    """A file with `content` in the same folder, on the disk, under a free name; it is gone afterwards."""
-    # no longer than names may be, and no two processes' at once
+    """Write a file with `content` to the same folder, under a free name, and remove what is left of it afterwards."""
+    # short enough for a file name, and different in every process
     partial = path.with_name(f".{path.name[:32]}.{os.getpid()}.{os.urandom(4).hex()}.partial")
     try:
-        with named(path):
+        with errors_about(path):
             with partial.open("xb") as file:
                 file.write(content)
                 file.flush()
@@ -173,8 +174,8 @@ def _beside(path: Path, content: bytes) -> Iterator[Path]:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make sure that a rename in `folder` is on the disk, where the system can."""
-    with suppress(OSError):  # Windows opens no folders, and some file systems sync none
+    """Make sure that a rename in `folder` is on the disk, where the system supports that."""
+    with suppress(OSError):  # Windows cannot open folders, and some file systems cannot sync them
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)

@@ -7,15 +7,15 @@ from typing import BinaryIO
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.reading import read_bytes
 
-LINE_BYTES = 16 * 1024 * 1024  # of one line of a file of many
-_BLOCK = 1 << 16
+LINE_BYTES = 16 * 1024 * 1024  # the longest line that is read
+_BLOCK = 1 << 16  # bytes
 _BOMS = {
     b"\xff\xfe\x00\x00": "UTF-32", b"\x00\x00\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16",
 }  # fmt: skip
 
 
 def decode(data: bytes, where: object, hint: str = "Convert it to UTF-8.") -> str:
-    """UTF-8 text, without the byte order mark that some editors put before it; line ends stay as they are."""
+    """Return UTF-8 text without the byte order mark that some editors put before it. Line ends stay as they are."""
     require_utf8_mark(data, where, hint)
     try:
         return data.decode("utf-8-sig")
@@ -26,19 +26,19 @@ def decode(data: bytes, where: object, hint: str = "Convert it to UTF-8.") -> st
 
 
 def require_utf8_mark(data: bytes, where: object, hint: str = "Convert it to UTF-8.") -> None:
-    """An error if the bytes begin as UTF-16 or UTF-32 text does."""
+    """Raise if the bytes begin with the mark of UTF-16 or UTF-32."""
     for mark, name in _BOMS.items():
         if data.startswith(mark):
             raise GemmaAwqError(f"{where} is {name}, not UTF-8.", hint)
 
 
 def read_text(path: Path, hint: str, limit: int | None = None) -> str:
-    """A regular file's UTF-8 text; see `read_bytes` and `decode`."""
+    """Return a regular file's UTF-8 text; see `read_bytes` and `decode`."""
     return decode(read_bytes(path, hint, limit), path)
 
 
 def require_text(text: str, where: object, hint: str = "Convert it to UTF-8 text.") -> str:
-    """`text`; an error if it holds a NUL, as binary files do and UTF-16 without its mark does."""
+    """Return `text`; raises if it holds a NUL, as binary files do, and UTF-16 without its mark."""
     if (at := text.find("\0")) >= 0:
         line = text.count("\n", 0, at) + 1
         raise GemmaAwqError(f"{where} is not text: it has a NUL character in line {line}.", hint)
@@ -46,24 +46,23 @@ def require_text(text: str, where: object, hint: str = "Convert it to UTF-8 text
 
 
 def plain_lines(text: str) -> str:
-    """The text with \\n at the end of every line, where it has \\r\\n or an old Mac's \\r."""
+    """Return the text with \\n at the end of every line instead of \\r\\n or an old Mac's \\r."""
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def byte_lines(stream: BinaryIO, where: object, hint: str, limit: int = LINE_BYTES) -> Iterator[tuple[int, bytes]]:
-    """The lines of a stream, one at a time, blank ones too: their numbers from 1 and their bytes.
+    """Yield the lines of a stream, also blank ones: their numbers from 1 and their bytes.
 
-    Only \\n and \\r\\n end a line, and \\r where the text begins without any \\n: U+2028, U+0085 and the like are
-    characters of the text, inside JSON strings too. A byte order mark before a line, as joined files have it, is left
-    out.
-    A line of more than `limit` bytes is an error. Raises what reading the stream raises.
+    Only \\n and \\r\\n end a line, and \\r where the first block has no \\n: U+2028, U+0085 and the like are
+    characters of the text, also inside JSON strings. A byte order mark before a line, as joined files have it, is
+    dropped. Raises for a line of more than `limit` bytes, and what reading the stream raises.
     """
     block = stream.read(_BLOCK)
     end = b"\r" if b"\n" not in block and b"\r" in block else b"\n"
     mark = "\ufeff".encode()
     number, begun = 0, b""
     while block:
-        if block.isspace() and not begun:  # pages of blank lines are nobody's text
+        if block.isspace() and not begun:  # a block of blank lines
             number += block.count(end)
             block = stream.read(_BLOCK)
             continue

@@ -141,7 +141,7 @@ def test_bounds_end_in_3_with_a_line_each(artifact: Path, tmp_path: Path, capsys
     assert "was measured with prompt_tokens 99" in capsys.readouterr().err
     baseline.write_text("{}")
     assert main([*speed, "--baseline", str(baseline)]) == 1
-    assert "is no document of" in capsys.readouterr().err
+    assert "is not a document of" in capsys.readouterr().err
 
 
 def test_bounds_of_fidelity(artifact: Path, capsys: Capture) -> None:
@@ -332,9 +332,9 @@ def test_what_was_saved_is_on_the_card_and_only_of_these_weights(artifact: Path,
     assert "| | this model | bf16 |\n|:---|---:|---:|\n| Prompt of 12 tokens" in captured.out
     assert f"| Decoding 3 tokens, tokens/s | {rate:.1f} |" in captured.out
     assert "bench.json" in captured.err
-    from gemma_awq_cli.publish.upload_files import published_bench
+    from gemma_awq_cli.publish.public_documents import public_bench
 
-    assert str(artifact.parent) not in json.dumps(published_bench(saved))
+    assert str(artifact.parent) not in json.dumps(public_bench(saved))
     edit_weights(artifact, lambda tensors: tensors["model.norm.weight"].add_(0.5))
     assert main(push) == 1
     assert "was measured on other weights" in capsys.readouterr().err

@@ -16,8 +16,8 @@ import pyarrow.parquet
 import pytest
 
 from gemma_awq_cli.calibration_text import document_files, document_reading
-from gemma_awq_cli.calibration_text.document_forms import Document, document_of
-from gemma_awq_cli.calibration_text.document_reading import BadRows, Wanted, read_documents
+from gemma_awq_cli.calibration_text.document_forms import Document, document_from_row
+from gemma_awq_cli.calibration_text.document_reading import BadRows, Reading, read_documents
 from gemma_awq_cli.errors import GemmaAwqError
 
 USER, ANSWER = {"role": "user", "content": "ask"}, {"role": "assistant", "content": "told"}
@@ -27,12 +27,12 @@ ALL = 1 << 30
 
 
 def read(path: Path, characters: int = ALL, **more: Any) -> list[Any]:
-    return [document.content for document in read_documents(path, Wanted(characters, **more))]
+    return [document.content for document in read_documents(path, Reading(characters, **more))]
 
 
-def drawn(path: Path, characters: int, seed: int = 0, **more: Any) -> tuple[list[Document], Wanted]:
-    wanted = Wanted(characters, random.Random(seed), **more)
-    return read_documents(path, wanted), wanted
+def drawn(path: Path, characters: int, seed: int = 0, **more: Any) -> tuple[list[Document], Reading]:
+    reading = Reading(characters, random.Random(seed), **more)
+    return read_documents(path, reading), reading
 
 
 @pytest.mark.parametrize(
@@ -76,7 +76,7 @@ def drawn(path: Path, characters: int, seed: int = 0, **more: Any) -> tuple[list
     ],
 )
 def test_forms_that_are_read(row: Any, content: Any) -> None:
-    assert document_of(row, None, "here").content == content
+    assert document_from_row(row, None, "here").content == content
 
 
 @pytest.mark.parametrize(
@@ -88,20 +88,20 @@ def test_forms_that_are_read(row: Any, content: Any) -> None:
         ({"\x1b]0;title\x07": 1}, r"it has \?\]0;title\?\."),
         ({"text": 3}, "it has text"),
         ({"text": ["a"]}, "it has text"),
-        ({"messages": []}, "no messages but an empty list"),
-        ({"messages": ["x"]}, "message 1 is a text"),
+        ({"messages": []}, "an empty list instead of messages"),
+        ({"messages": ["x"]}, "message 1 is a string"),
         ({"messages": [USER, {"content": "x"}]}, "message 2 has no role"),
         ({"messages": [{"role": 3, "content": "x"}]}, "unknown role 3"),
-        ({"messages": [{"role": "user", "content": None}]}, "message 1 has null for its text"),
+        ({"messages": [{"role": "user", "content": None}]}, "message 1 has null as its content"),
         ({"messages": [{"role": "user", "content": [PART, {"type": "image_url"}]}]}, "part of type image_url"),
         ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]}, "part of type image"),
-        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part without a text"),
+        ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "part without text"),
         ({"messages": [USER, {"role": "assistant", "content": None, "tool_calls": [1]}]}, "message 2 has tool_calls"),
         ({"messages": [USER, {"role": "tool", "content": "x"}]}, "message 2 is a tool turn"),
         ({"conversations": [{"from": "function_call", "value": "x"}]}, "is a function_call turn"),
         ({"conversations": [{"from": "alien", "value": "x"}]}, "unknown role alien"),
         ({"conversations": [{"from": ["x"], "value": "x"}]}, "unknown role"),
-        ({"conversations": [{"from": "human", "value": 3}]}, "a number for its text"),
+        ({"conversations": [{"from": "human", "value": 3}]}, "a number as its content"),
         ({"text": "a\0b"}, "NUL character"),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, "surrogate"),
         (3, "is a number"),
@@ -112,7 +112,7 @@ def test_forms_that_are_read(row: Any, content: Any) -> None:
 )
 def test_what_is_no_text_is_named(row: Any, says: str) -> None:
     with pytest.raises(GemmaAwqError, match=says) as error:
-        document_of(row, None, "t.jsonl, line 3")
+        document_from_row(row, None, "t.jsonl, line 3")
     assert error.value.message.startswith("t.jsonl, line 3")
     assert error.value.hint
 
@@ -120,9 +120,9 @@ def test_what_is_no_text_is_named(row: Any, says: str) -> None:
 @pytest.mark.parametrize("value", [3, 1.5, True, None, {"a": 1}, b"x", [], [3], object()])
 def test_a_named_column_of_another_type(value: Any) -> None:
     with pytest.raises(GemmaAwqError, match="here"):
-        document_of({"body": value}, "body", "here")
+        document_from_row({"body": value}, "body", "here")
     with pytest.raises(GemmaAwqError, match="no text column 'other'") as error:
-        document_of({"body": value}, "other", "here")
+        document_from_row({"body": value}, "other", "here")
     assert "body" in error.value.hint
 
 
@@ -177,9 +177,9 @@ def array(rows: Any = ROWS, **how: Any) -> bytes:
 )
 def test_kinds_that_are_read(name: str, data: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(data)
-    wanted = [row["text"] for row in ROWS]
-    assert read(tmp_path / name) == wanted
-    assert [document.content for document in drawn(tmp_path / name, 1000)[0]] == wanted
+    reading = [row["text"] for row in ROWS]
+    assert read(tmp_path / name) == reading
+    assert [document.content for document in drawn(tmp_path / name, 1000)[0]] == reading
 
 
 @pytest.mark.parametrize(
@@ -207,7 +207,7 @@ def test_parquet_reads_only_the_columns_that_say_something(tmp_path: Path) -> No
     columns = {"when": times, "text": [None, "words"], "messages": messages, "blob": [b"\xff", None]}
     pyarrow.parquet.write_table(pyarrow.table(columns), path, row_group_size=1)
     assert read(path) == [[USER, ANSWER], "words"]
-    for column, says in (("when", "not a readable parquet file"), ("blob", "type bytes"), ("none", "no text column")):
+    for column, says in (("when", "not a valid parquet file"), ("blob", "type bytes"), ("none", "no text column")):
         with pytest.raises(GemmaAwqError, match=says):
             read(path, column=column, bad=BadRows(strict=True))
 
@@ -230,15 +230,15 @@ def test_parquet_reads_only_the_columns_that_say_something(tmp_path: Path) -> No
         ("a.json", b"[" + b"9" * 5000 + b"]", "item 1 is not valid JSON"),
         ("a.json", b"", "not valid JSON"),
         ("a.json", b"{", "not valid JSON"),
-        ("a.txt.gz", b"no gzip", "not a sound gzip file"),
-        ("a.txt.gz", gzip.compress(b"words " * 9999)[:-20], "not a sound gzip file"),
-        ("a.jsonl.gz", gzip.compress(lines())[:-9], "not a sound gzip file"),
-        ("a.csv.gz", gzip.compress(table())[:20] + b"\0" * 20, "not a sound gzip file"),
-        ("a.parquet", b"PAR1 no more", "not a readable parquet file"),
-        ("a.parquet", b"", "not a readable parquet file"),
-        ("a.csv", b'"text', "no header that can be read"),
-        ("a.pdf", b"%PDF", "not a text this tool reads"),
-        ("a.txt.zip", b"PK", "not a text this tool reads"),
+        ("a.txt.gz", b"no gzip", "not a valid gzip file"),
+        ("a.txt.gz", gzip.compress(b"words " * 9999)[:-20], "not a valid gzip file"),
+        ("a.jsonl.gz", gzip.compress(lines())[:-9], "not a valid gzip file"),
+        ("a.csv.gz", gzip.compress(table())[:20] + b"\0" * 20, "not a valid gzip file"),
+        ("a.parquet", b"PAR1 no more", "not a valid parquet file"),
+        ("a.parquet", b"", "not a valid parquet file"),
+        ("a.csv", b'"text', "an invalid header"),
+        ("a.pdf", b"%PDF", "not a supported text file"),
+        ("a.txt.zip", b"PK", "not a supported text file"),
     ],
 )
 def test_files_that_cannot_be_read_are_named(name: str, data: bytes, says: str, tmp_path: Path) -> None:
@@ -269,10 +269,10 @@ def test_one_bad_row_is_skipped_counted_and_named(
     head = b"text,id\n" if name == "a.csv" else b""
     path = tmp_path / name
     path.write_bytes(head + good * 2 + bad + b"\n" + good)
-    wanted = Wanted(ALL)
-    assert [document.content for document in read_documents(path, wanted)] == ["fine"] * 3
-    assert wanted.bad.count == 1
-    assert wanted.bad.described(3).startswith(f"1 of 4 rows were skipped: {path}, line {line}")
+    reading = Reading(ALL)
+    assert [document.content for document in read_documents(path, reading)] == ["fine"] * 3
+    assert reading.bad.count == 1
+    assert reading.bad.summary(3).startswith(f"1 of 4 rows were skipped: {path}, line {line}")
     with pytest.raises(GemmaAwqError, match=f"line {line}"):
         read(path, bad=BadRows(strict=True))
 
@@ -280,7 +280,7 @@ def test_one_bad_row_is_skipped_counted_and_named(
 def test_a_file_of_bad_rows_alone_is_given_up_soon(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"title": "x"}\n' * 5000)
-    with pytest.raises(GemmaAwqError, match=r"no row that can be used: .*line 1 has .* it has title") as error:
+    with pytest.raises(GemmaAwqError, match=r"no usable row: .*line 1 has .* it has title") as error:
         read(path)
     assert "--text-column" in error.value.hint
 
@@ -302,19 +302,19 @@ def test_a_folder_is_all_its_texts(tmp_path: Path) -> None:
     for name in ("README.md", "x.pdf", ".env.txt"):
         (folder / name).write_text("x")
     os.mkfifo(folder / "pipe.txt")
-    wanted = Wanted(ALL)
+    reading = Reading(ALL)
     texts = [row["text"] for row in ROWS]
-    assert [d.content for d in read_documents(folder, wanted)] == ["one", *texts, "one", *texts]
-    assert wanted.notes == [
+    assert [d.content for d in read_documents(folder, reading)] == ["one", *texts, "one", *texts]
+    assert reading.notes == [
         f"Not read in {folder}: .env.txt, .git/, README.md, broken.txt, link.txt, pipe.txt, up/, x.pdf."
     ]
     (folder / "bad.txt").write_bytes(b"\xff")
-    assert len(read_documents(folder, wanted)) == 6
-    assert "bad.txt" in wanted.bad.first[0].message
+    assert len(read_documents(folder, reading)) == 6
+    assert "bad.txt" in reading.bad.first[0].message
     with pytest.raises(GemmaAwqError, match=r"bad.txt"):
         read(folder, bad=BadRows(strict=True))
     (tmp_path / "empty").mkdir()
-    with pytest.raises(GemmaAwqError, match="holds no file that is read"):
+    with pytest.raises(GemmaAwqError, match="holds no text file"):
         read(tmp_path / "empty")
 
 
@@ -351,9 +351,9 @@ def test_of_a_long_text_a_bounded_part_is_drawn_by_the_seed(
     monkeypatch.setattr(document_reading, "BLOCK", 2048)
     path = tmp_path / name
     MAKERS[name](path, 40_000)  # 800 kB of text
-    found, wanted = drawn(path, 20_000, whole=50_000)
-    assert not wanted.complete
-    assert not wanted.bad.count
+    found, reading = drawn(path, 20_000, whole=50_000)
+    assert not reading.complete
+    assert not reading.bad.count
     assert 10_000 < sum(document.characters for document in found) < 60_000
     numbers = [int(line[:9]) for d in found for line in str(d.content).splitlines() if line.endswith("words")]
     assert len(set(numbers)) > 500
@@ -363,7 +363,7 @@ def test_of_a_long_text_a_bounded_part_is_drawn_by_the_seed(
     other, _ = drawn(path, 20_000, seed=1, whole=50_000)
     assert [d.content for d in found] == [d.content for d in again] != [d.content for d in other]
     # and from the beginning, to measure on
-    first = Wanted(20_000, whole=0)
+    first = Reading(20_000, whole=0)
     text = "\n".join(str(document.content) for document in read_documents(path, first))
     assert text.startswith("000000000 some words\n000000001")
     assert 15_000 < len(text) < 25_000
@@ -373,10 +373,10 @@ def test_of_a_long_text_a_bounded_part_is_drawn_by_the_seed(
 def test_a_bad_line_far_inside_a_long_file_is_named_by_its_number(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(b"".join(b'{"text": "%09d"}\n' % i if i % 100 else b'{"no": %d}\n' % i for i in range(60_000)))
-    _, wanted = drawn(path, 30_000, whole=30_000)
+    _, reading = drawn(path, 30_000, whole=30_000)
     text = path.read_text().split("\n")
-    assert wanted.bad.count > 3
-    for error in wanted.bad.first:
+    assert reading.bad.count > 3
+    for error in reading.bad.first:
         number = int(error.message.split("line ")[1].split(" ")[0])
         assert text[number - 1].startswith('{"no"')
 
@@ -398,7 +398,7 @@ def test_a_bomb_takes_neither_memory_nor_time(tmp_path: Path, monkeypatch: pytes
         if name == "a.txt.gz":
             assert sum(document.characters for document in drawn(tmp_path / name, 1000, whole=1 << 16)[0]) < 1 << 17
             continue
-        with pytest.raises(GemmaAwqError, match=r"too little text"):
+        with pytest.raises(GemmaAwqError, match=r"far too many for its size"):
             drawn(tmp_path / name, 1000, whole=1 << 16)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
@@ -408,8 +408,8 @@ def test_a_bomb_takes_neither_memory_nor_time(tmp_path: Path, monkeypatch: pytes
 def test_many_files_are_drawn_from_many(tmp_path: Path) -> None:
     for number in range(200):
         (tmp_path / f"{number:03d}.txt").write_text(f"{number:03d} word\n" * 1000)
-    found, wanted = drawn(tmp_path, 200_000, whole=200_000)
-    assert not wanted.complete
+    found, reading = drawn(tmp_path, 200_000, whole=200_000)
+    assert not reading.complete
     assert len({str(document.where) for document in found}) > 15
     assert sum(document.characters for document in found) < 300_000
 
@@ -425,8 +425,8 @@ def test_what_need_not_end_is_refused(tmp_path: Path) -> None:
 def test_zeros_behind_a_gzip_file_are_padding_but_not_without_end(tmp_path: Path) -> None:
     path = tmp_path / "a.txt.gz"
     path.write_bytes(gzip.compress(b"some words\n") + bytes(1000))
-    assert [str(document.content) for document in read_documents(path, Wanted(100))] == ["some words\n"]
+    assert [str(document.content) for document in read_documents(path, Reading(100))] == ["some words\n"]
     with path.open("r+b") as file:
         file.truncate(1 << 30)
-    with pytest.raises(GemmaAwqError, match="is not a sound gzip file: zeros without end"):
-        read_documents(path, Wanted(100))
+    with pytest.raises(GemmaAwqError, match="is not a valid gzip file: too many zeros"):
+        read_documents(path, Reading(100))

@@ -12,7 +12,7 @@ import yaml
 
 from gemma_awq_cli.calibration_text.document_reading import BadRows
 from gemma_awq_cli.calibration_text.hub_dataset import Dataset, read_dataset
-from gemma_awq_cli.calibration_text.recipes import evaluation_documents, find_recipe, public_name, spelled
+from gemma_awq_cli.calibration_text.recipes import evaluation_documents, find_recipe, public_name, reported_name
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 
 BOM = b"\xef\xbb\xbf"
@@ -31,9 +31,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_folder_that_is_here_is_no_hub_dataset(asked: str, here: Path) -> None:
     recipe = find_recipe(asked)
     assert recipe.dataset is None
-    assert recipe.described() == f"{Path(asked).name} (folder of 1 file)"
+    assert recipe.description() == f"{Path(asked).name} (folder of 1 file)"
     assert [d.content for d in evaluation_documents(recipe, None).documents] == ["words of mine"]
-    with pytest.raises(UsageError, match="go with a hub dataset"):
+    with pytest.raises(UsageError, match="need a hub dataset"):
         find_recipe(asked, split="train")
     assert find_recipe(asked, text_column="body").column == "body"
 
@@ -65,12 +65,12 @@ def test_a_dataset_that_a_recipe_names_is_not_read_from_a_folder(here: Path) -> 
 def test_reports_tell_folders_from_datasets_and_no_path_is_published(
     asked: str, said: str, published: str, here: Path
 ) -> None:
-    assert spelled(asked) == said
+    assert reported_name(asked) == said
     assert public_name(said) == published
 
 
 def test_this_folder_has_a_name(here: Path) -> None:
-    assert public_name(spelled(".")) == here.name
+    assert public_name(reported_name(".")) == here.name
     assert find_recipe(".").name == here.name
 
 
@@ -83,7 +83,7 @@ def test_this_folder_has_a_name(here: Path) -> None:
     ],
 )  # fmt: skip
 def test_what_is_nothing_is_said_so(asked: str, here: Path) -> None:
-    with pytest.raises(GemmaAwqError, match=r"does not exist|No calibration recipe") as error:
+    with pytest.raises(GemmaAwqError, match=r"does not exist|no calibration recipe") as error:
         find_recipe(asked)
     assert error.value.hint
 
@@ -111,7 +111,7 @@ def test_texts_of_a_recipe_are_a_list_of_names(texts: Any, tmp_path: Path) -> No
 @pytest.mark.parametrize("dataset", ["name", "a/b/c", "/a", "../a", "a/", "a b/c"])
 def test_a_dataset_of_a_recipe_is_an_id(dataset: str, tmp_path: Path) -> None:
     (tmp_path / "mine.json").write_text(json.dumps({"dataset": dataset}))
-    with pytest.raises(GemmaAwqError, match="no id owner/name"):
+    with pytest.raises(GemmaAwqError, match="must be an id owner/name"):
         find_recipe(str(tmp_path / "mine.json"))
 
 
@@ -143,7 +143,7 @@ def test_rows_that_are_left_out_are_said_in_what_is_measured_on(tmp_path: Path) 
     text = evaluation_documents(find_recipe(str(tmp_path / "a.jsonl")), None)
     assert text.description == "a.jsonl, without 1 of 2 rows"
     (tmp_path / "a.jsonl").write_text('{"no": 1}\n{"no": 1}\n')
-    with pytest.raises(GemmaAwqError, match="no row that can be used"):
+    with pytest.raises(GemmaAwqError, match="no usable row"):
         evaluation_documents(find_recipe(str(tmp_path / "a.jsonl")), None)
 
 

@@ -85,7 +85,7 @@ def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
 
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["some words " * 20] * 4}), path)
-    with pytest.raises(GemmaAwqError, match="no text in a form that is read; it has body") as error:
+    with pytest.raises(GemmaAwqError, match="no text in a known form; it has body") as error:
         rows_of(prompter, path)
     assert "--text-column" in error.value.hint
     recipe = find_recipe(str(path), text_column="body")
@@ -134,7 +134,7 @@ def test_bad_files_are_named(tmp_path: Path, prompter: Prompter) -> None:
         rows_of(prompter, tmp_path / "t.jsonl")
     with pytest.raises(GemmaAwqError, match="does not exist"):
         find_recipe(str(tmp_path / "absent.txt"))
-    with pytest.raises(GemmaAwqError, match="No calibration recipe") as error:
+    with pytest.raises(GemmaAwqError, match="no calibration recipe") as error:
         find_recipe("embeded")
     assert "embedded" in error.value.hint
     with pytest.raises(UsageError):
@@ -238,7 +238,7 @@ def test_what_the_template_refuses_is_named_by_file_and_line(tmp_path: Path) -> 
     with pytest.raises(GemmaAwqError, match=r"t.jsonl, line 21: .*odd turns"):
         build_rows(recipe, chat_prompter, 8, 16, 0, 2, strict=True)
     write_jsonl(path, *conversations(refused, refused))
-    with pytest.raises(GemmaAwqError, match=r"no row that can be used: .*line 1: .*line 2: "):
+    with pytest.raises(GemmaAwqError, match=r"no usable row: .*line 1: .*line 2: "):
         build_rows(recipe, chat_prompter, 8, 16, 0, 2)
 
 
@@ -247,7 +247,7 @@ def test_a_bad_row_is_left_out_said_and_an_error_if_strict(tmp_path: Path, promp
     path = write_jsonl(tmp_path / "t.jsonl", good, {"body": "x"}, good, 3)
     rows = build_rows(find_recipe(str(path)), prompter, 8, 16, 0, 2)
     assert rows.skipped.startswith("2 of 4 rows were skipped: ")
-    assert "line 2 has no text in a form that is read; it has body." in rows.skipped
+    assert "line 2 has no text in a known form; it has body." in rows.skipped
     without = write_jsonl(tmp_path / "u.jsonl", good, good)
     assert rows.text_sha256 == build_rows(find_recipe(str(without)), prompter, 8, 16, 0, 2).text_sha256
     with pytest.raises(GemmaAwqError, match="line 2 "):
@@ -301,7 +301,7 @@ def test_the_command_says_what_it_skips_and_refuses_rows_beyond_the_context(
     assert main([*command, "--seq-len", "40"]) == 0
     assert "warning: 1 of 10 rows were skipped: " in capsys.readouterr().err
     assert main([*command, "--seq-len", "40", "--strict"]) == 1
-    assert "line 10 has no text in a form that is read; it has body" in capsys.readouterr().err
+    assert "line 10 has no text in a known form; it has body" in capsys.readouterr().err
     assert main([*command, "--seq-len", "256"]) == 0
     assert main([*command, "--seq-len", "257"]) == 2
     assert "--seq-len 257 is more than this model's context of 256 tokens" in capsys.readouterr().err

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_awq_cli.cli.app import main
@@ -43,7 +44,7 @@ def test_the_divergence_is_measured_again(kind: str, artifacts: Callable[[str], 
     assert main(["push", "me/x", str(folder), *SAID, "--deep"]) == 0
     captured = capsys.readouterr()
     kl = json.loads((folder / "quantization_report.json").read_text())["fidelity"]["kl"]
-    assert f"(the report tells {kl:.4f})" in captured.err
+    assert f"(the report says {kl:.4f})" in captured.err
     again = float(captured.err.split("measured again: ")[1].split()[0])
     assert again == pytest.approx(kl, rel=0.002, abs=1e-4)
     assert "It continues" in captured.err
@@ -52,7 +53,7 @@ def test_the_divergence_is_measured_again(kind: str, artifacts: Callable[[str], 
 def test_a_weight_that_was_changed_since_is_found_by_measuring(artifact: Path, capsys: Capture) -> None:
     edit_weights(artifact, lambda t: t["model.layers.1.mlp.down_proj.scales"].mul_(1.5))
     assert main(["push", "me/x", str(artifact), *SAID]) == 0  # every file is well formed
-    assert "The report tells a KL divergence of" in refused(artifact, capsys, "--deep")
+    assert "The report gives a KL divergence of" in refused(artifact, capsys, "--deep")
 
 
 def test_the_original_must_be_there_and_be_the_original(
@@ -63,7 +64,7 @@ def test_the_original_must_be_there_and_be_the_original(
 
     edit_json(artifact / "quantization_report.json", gone)
     said = refused(artifact, capsys, "--deep")
-    assert "The original checkpoint, /no/such/checkpoint, is not here" in said
+    assert "The 16-bit original, /no/such/checkpoint, is not on this machine" in said
     assert "--source" in said
     assert main(["push", "me/x", str(artifact), *SAID, "--deep", "--source", str(checkpoints("gemma"))]) == 0
     other = make_checkpoint(tmp_path / "other", "gemma", seed=5)
@@ -75,7 +76,7 @@ def test_a_text_that_changed_since_is_noticed(artifact: Path, tmp_path: Path, ca
     text = tmp_path / "text.txt"
     text.write_text("Another text. " * 500)
     edit_json(artifact / "quantization_report.json", lambda r: r["arguments"].update(calibration=str(text)))
-    assert "is not what it was when this artifact was measured" in refused(artifact, capsys, "--deep")
+    assert "has changed since this artifact was measured" in refused(artifact, capsys, "--deep")
 
 
 def _drop(name: str) -> Callable[[dict[str, Tensor]], object]:
@@ -117,31 +118,37 @@ def test_a_report_of_something_else(artifact: Path, capsys: Capture) -> None:
     report = artifact / "quantization_report.json"
     whole = report.read_text()
     edit_json(report, lambda r: r["source"].update(model_type="gemma2"))
-    assert "tells model_type gemma2, but config.json says gemma" in refused(artifact, capsys)
+    assert "gives model_type gemma2, but config.json gives gemma" in refused(artifact, capsys)
     report.write_text(whole)
     edit_json(report, lambda r: r["fidelity"].pop("kl"))
-    assert "does not tell fidelity.kl" in refused(artifact, capsys)
+    assert "has no field fidelity.kl" in refused(artifact, capsys)
     report.write_text("{")
     assert "is not valid JSON" in refused(artifact, capsys)
 
 
-def test_an_index_that_is_not_complete(
-    checkpoints: Callable[[str], Path],
-    text_file: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: Capture,
-) -> None:
-    from gemma_awq_cli.models.checkpoints.writing import TensorWriter
-    from tests.conftest import quantize_arguments
-
-    monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))
-    folder = tmp_path / "sharded"
-    assert main(quantize_arguments(checkpoints("gemma"), folder, text_file)) == 0
-    assert main(["push", "me/x", str(folder), *SAID]) == 0
-    index = folder / "model.safetensors.index.json"
+def test_an_index_that_is_not_complete(artifact: Path, capsys: Capture) -> None:
+    split_weights(artifact)
+    assert main(["push", "me/x", str(artifact), *SAID]) == 0
+    index = artifact / "model.safetensors.index.json"
     edit_json(index, lambda i: i["weight_map"].pop("model.norm.weight"))
-    assert "places model.norm.weight in no file" in refused(folder, capsys)
+    assert "places model.norm.weight in no file" in refused(artifact, capsys)
+
+
+def split_weights(folder: Path) -> None:
+    """Put the weights of an artifact into two files with an index."""
+    single = folder / "model.safetensors"
+    tensors = load_file(single)
+    names = sorted(tensors)
+    shards = {
+        "model-00001-of-00002.safetensors": names[: len(names) // 2],
+        "model-00002-of-00002.safetensors": names[len(names) // 2 :],
+    }
+    for file, own in shards.items():
+        save_file({name: tensors[name] for name in own}, folder / file, {"format": "pt"})
+    weight_map = {name: file for file, own in shards.items() for name in own}
+    index = {"metadata": {"total_size": sum(t.nbytes for t in tensors.values())}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    single.unlink()
 
 
 def test_a_chat_template_that_cannot_be_used(artifact: Path, capsys: Capture) -> None:

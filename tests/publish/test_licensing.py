@@ -10,7 +10,16 @@ import pytest
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.demo import PACKAGE
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.publish.licensing import APACHE, GEMMA_TERMS, TERMS, TEXTS, Own, decide, read_own
+from gemma_awq_cli.publish.licensing import (
+    APACHE,
+    GEMMA_TERMS,
+    LICENCES,
+    TEXTS,
+    DerivedLicence,
+    decide_licence,
+    read_derived_licence,
+    terms_of,
+)
 
 CHANGED = "model.safetensors was modified."
 SENTENCE = b"Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"
@@ -18,12 +27,16 @@ GEMMA = {"license": "gemma"}
 
 
 def test_every_family_has_its_terms() -> None:
-    assert FAMILIES.keys() <= TERMS.keys()
+    for model_type in FAMILIES:
+        assert terms_of(model_type) in LICENCES.values()
+    with pytest.raises(GemmaAwqError, match="The licence of models of type 'gpt2' is unknown"):
+        terms_of("gpt2")
 
 
-@pytest.mark.parametrize("model_type", ["gemma", "gemma2", "gemma3_text", "gemma3", "gemma3n"])
-def test_up_to_3n_the_terms_a_notice_and_the_restrictions_go_with_it(model_type: str) -> None:
-    licence = decide(model_type, GEMMA, {}, CHANGED, None, None)
+def test_up_to_3n_the_terms_a_notice_and_the_restrictions_go_with_it() -> None:
+    for model_type in ("gemma", "gemma2", "gemma3_text", "gemma3"):
+        assert terms_of(model_type) is GEMMA_TERMS
+    licence = decide_licence(GEMMA_TERMS, GEMMA, {}, CHANGED, None, None)
     assert licence.metadata == GEMMA
     assert licence.copies == ("GEMMA_TERMS_OF_USE.md",)
     assert b"Section 3: DISTRIBUTION AND RESTRICTIONS" in licence.files["GEMMA_TERMS_OF_USE.md"]
@@ -35,7 +48,7 @@ def test_up_to_3n_the_terms_a_notice_and_the_restrictions_go_with_it(model_type:
 
 
 def test_gemma_4_is_apache() -> None:
-    licence = decide("gemma4", {"license": "apache-2.0"}, {}, CHANGED, None, None)
+    licence = decide_licence(APACHE, {"license": "apache-2.0"}, {}, CHANGED, None, None)
     assert licence.metadata == {"license": "apache-2.0"}
     assert b"Version 2.0, January 2004" in licence.files["LICENSE"]
     assert licence.files["Notice"] == f"{CHANGED}\n".encode()  # section 4 (b)
@@ -43,14 +56,14 @@ def test_gemma_4_is_apache() -> None:
 
 def test_what_the_source_ships_is_kept_and_completed() -> None:
     present = {"GEMMA_TERMS.html": b"<title>Gemma Terms of Use", "NOTICE": b"Copyright someone\n", "NOTICE.md": b"else"}
-    licence = decide("gemma2", GEMMA, present, CHANGED, None, None)
+    licence = decide_licence(GEMMA_TERMS, GEMMA, present, CHANGED, None, None)
     assert licence.copies == ("GEMMA_TERMS.html",)
     assert set(licence.files) == {"NOTICE"}  # no second one that differs in case alone
     assert licence.files["NOTICE"].startswith(SENTENCE)
     assert licence.files["NOTICE"].endswith(b"\n\nCopyright someone\n")
     # a second push of what came down changes nothing
     present["NOTICE"] = licence.files["NOTICE"]
-    assert decide("gemma2", GEMMA, present, CHANGED, None, None).files == {}
+    assert decide_licence(GEMMA_TERMS, GEMMA, present, CHANGED, None, None).files == {}
 
 
 @pytest.mark.parametrize(
@@ -68,39 +81,39 @@ def test_missing_or_contradictory_information_is_no_reason_to_guess(
     declared: dict[str, str] | None, present: dict[str, bytes], message: str
 ) -> None:
     with pytest.raises(GemmaAwqError, match=message) as caught:
-        decide("gemma2", declared, present, CHANGED, None, None)
+        decide_licence(GEMMA_TERMS, declared, present, CHANGED, None, None)
     assert "--license gemma" in caught.value.hint
     assert "--license-file" in caught.value.hint
     # the user may tell
-    assert decide("gemma2", declared, present, CHANGED, "gemma", None).metadata == GEMMA
+    assert decide_licence(GEMMA_TERMS, declared, present, CHANGED, "gemma", None).metadata == GEMMA
 
 
 def test_a_derived_models_own_licence_stands_beside_the_terms(tmp_path: Path) -> None:
     text = tmp_path / "my-licence.txt"
     text.write_text("For research only.")
-    own = read_own("research-only", text)
-    licence = decide("gemma3_text", {"license": "other"}, {}, CHANGED, "research-only", own)
+    own = read_derived_licence("research-only", text)
+    licence = decide_licence(GEMMA_TERMS, {"license": "other"}, {}, CHANGED, "research-only", own)
     assert licence.metadata == {"license": "other", "license_name": "research-only", "license_link": "LICENSE"}
     assert licence.files["LICENSE"] == b"For research only."
     assert licence.files["Notice"].startswith(SENTENCE)
     assert licence.copies == ("GEMMA_TERMS_OF_USE.md",)
-    of_4 = decide("gemma4", None, {"LICENSE": b"Apache License"}, CHANGED, "research-only", own)
+    of_4 = decide_licence(APACHE, None, {"LICENSE": b"Apache License"}, CHANGED, "research-only", own)
     assert of_4.files["LICENSE"] == b"For research only."
     assert of_4.copies == ("LICENSE-apache-2.0",)
 
 
 def test_options_that_do_not_go_together(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--license mit needs the licence's text"):
-        decide("gemma2", GEMMA, {}, CHANGED, "mit", None)
+        decide_licence(GEMMA_TERMS, GEMMA, {}, CHANGED, "mit", None)
     with pytest.raises(UsageError, match="--license-file needs --license"):
-        read_own(None, tmp_path / "x")
+        read_derived_licence(None, tmp_path / "x")
     with pytest.raises(GemmaAwqError, match="cannot be read"):
-        read_own("mit", tmp_path / "x")
+        read_derived_licence("mit", tmp_path / "x")
     (tmp_path / "x").write_text(" \n")
     with pytest.raises(GemmaAwqError, match="is empty"):
-        read_own("mit", tmp_path / "x")
-    assert read_own("gemma", None) is None
-    assert decide("gemma2", None, {}, CHANGED, "gemma", Own("gemma", b"x")).own is None
+        read_derived_licence("mit", tmp_path / "x")
+    assert read_derived_licence("gemma", None) is None
+    assert decide_licence(GEMMA_TERMS, None, {}, CHANGED, "gemma", DerivedLicence("gemma", b"x")).derived is None
 
 
 class _Words(HTMLParser):

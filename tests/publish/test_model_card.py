@@ -11,7 +11,7 @@ from gemma_awq_cli.calibration_text.recipes import Recipe, find_recipe
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.publish.model_card import is_unedited, quantize_command
-from gemma_awq_cli.publish.upload import Prepared, prepare
+from gemma_awq_cli.publish.preparation import Prepared, prepare
 from tests.conftest import FAMILIES
 
 
@@ -52,7 +52,7 @@ def test_what_it_says_is_what_was_measured(prepared: Callable[[str], Prepared]) 
     fidelity, calibration = made.report["fidelity"], made.report["calibration"]
     for text in (
         f"| Perplexity | {fidelity['perplexity_16bit']:.2f} | {fidelity['perplexity_4bit']:.2f} |",
-        f"| KL divergence, nats a token | 0 | {fidelity['kl']:.4f} |",
+        f"| KL divergence, nats per token | 0 | {fidelity['kl']:.4f} |",
         f"on {fidelity['heldout_tokens']} tokens of held-out text (text.txt)",
         f"{calibration['rows']} rows of 40 tokens of text.txt",
         calibration["sha256"],
@@ -88,7 +88,7 @@ def test_a_hub_model_calibrated_on_a_hub_dataset(artifacts: Callable[[str], Path
 
     def change(report: dict) -> None:  # type: ignore[type-arg]
         report["source"] |= {"model": "google/gemma-2b", "revision": "0" * 40, "card": {"license": "gemma"}}
-        report["calibration"]["text"] = recipe.described()
+        report["calibration"]["text"] = recipe.description()
         report["arguments"]["calibration"] = "wikitext"
 
     made = prepare(with_report(artifacts("gemma"), tmp_path / "a", change), "me/x", None, None, None)
@@ -126,7 +126,7 @@ def test_a_local_source_must_be_named(artifacts: Callable[[str], Path], tmp_path
     with pytest.raises(GemmaAwqError) as caught:
         prepare(folder, "me/x", None, "gemma", None)
     assert "names google/gemma-2b as its own base" in caught.value.hint
-    with pytest.raises(GemmaAwqError, match="is no hub id"):
+    with pytest.raises(GemmaAwqError, match="Invalid hub id"):
         prepare(folder, "me/x", "gemma", "gemma", None)
 
 

@@ -13,12 +13,18 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import _http
 
 from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.publish.events import Event, Note, UploadStarted
+from gemma_awq_cli.publish.push import PushRequest
+from gemma_awq_cli.publish.push import push as push_artifact
+from gemma_awq_cli.publish.upload_plan import UploadPlan
 from tests.writing_hub import READ_TOKEN, TOKEN, Fault, WritingHub, writing_hub
 
 Capture = pytest.CaptureFixture[str]
@@ -98,6 +104,27 @@ def test_the_artifact_arrives_whole_and_a_second_push_sends_nothing(
     assert "Nothing had to be sent" in captured.err
     assert {"put", "commit", "create", "batch"}.isdisjoint(steps(hub))
     assert hub.repos[REPO]["refs"]["main"] == head
+
+
+def test_push_is_one_call_that_reports_events(hub: WritingHub, artifact: Path) -> None:
+    request = PushRequest(artifact, REPO, base_model="org/tiny", licence="gemma", message="as asked")
+    events: list[Event] = []
+    with pytest.raises(GemmaAwqError, match="Nothing was pushed"):
+        push_artifact(request, events.append, lambda _: False)
+    assert hub.repos == {}
+    assert UploadStarted() not in events
+    plans: list[UploadPlan] = []
+    pushed = push_artifact(request, events.append, lambda plan: plans.append(plan) or True)
+    assert pushed.url == f"{hub.url}/{REPO}"
+    assert pushed.commit == hub.repos[REPO]["refs"]["main"]
+    assert pushed.verified == len(pushed.prepared.files) == len(plans[0].sent)
+    assert events[-1] == UploadStarted()
+    assert Note(f"Checking {artifact}.") in events
+    # what is on the hub already needs nobody's consent
+    again = push_artifact(request, events.append, lambda _: False)
+    assert again.commit == pushed.commit
+    assert again.plan.sent == ()
+    assert events.count(UploadStarted()) == 1
 
 
 def test_only_what_changed_is_sent(hub: WritingHub, artifact: Path, capsys: Capture) -> None:
@@ -263,22 +290,22 @@ def test_an_interrupted_push_says_that_it_can_be_repeated(
 
     monkeypatch.setattr(HfApi, "create_commit", interrupted)
     assert push(artifact) == 130
-    assert "Repeat the command to go on" in capsys.readouterr().err
+    assert "Run the command again to go on" in capsys.readouterr().err
 
 
 def test_a_branch_that_moved_meanwhile_is_not_overwritten(
     hub: WritingHub, artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from gemma_awq_cli.publish import upload
+    from huggingface_hub import HfApi
 
     hub.create(REPO)
-    commit = upload._commit
+    create_commit = HfApi.create_commit
 
-    def late(*arguments: object) -> object:
+    def late(*arguments: Any, **more: Any) -> object:
         hub.edit(REPO, {"config.json": b"someone else's"})
-        return commit(*arguments)  # type: ignore[arg-type]
+        return create_commit(*arguments, **more)
 
-    monkeypatch.setattr(upload, "_commit", late)
+    monkeypatch.setattr(HfApi, "create_commit", late)
     assert push(artifact) == 1
     assert (
         "Someone else changed me/tiny-AWQ in the meantime (HTTP 412), so nothing was committed"
@@ -292,7 +319,7 @@ def test_what_the_hub_stores_otherwise_is_found_out(hub: WritingHub, artifact: P
     assert push(artifact) == 1
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert "is not what was sent: config.json" in captured.err
+    assert "does not hold what was sent: config.json" in captured.err
 
 
 def test_a_card_that_was_edited_on_the_hub_is_kept(hub: WritingHub, artifact: Path, capsys: Capture) -> None:
@@ -335,10 +362,10 @@ def test_another_model_is_not_replaced_and_older_weights_do_not_stay(
     hub.create(REPO)
     hub.edit(REPO, {"model-00001-of-00002.safetensors": b"theirs"})
     assert push(artifact) == 1
-    assert "holds another model already (model-00001-of-00002.safetensors" in capsys.readouterr().err
+    assert "already holds another model (model-00001-of-00002.safetensors" in capsys.readouterr().err
     hub.edit(REPO, {"quantization_report.json": b"{}", "model.safetensors.index.json": b"{}", "plot.png": b"x"})
     assert push(artifact) == 0
-    assert "belongs to an earlier artifact and is removed" in capsys.readouterr().err
+    assert "belongs to an earlier artifact and will be removed" in capsys.readouterr().err
     assert {"model-00001-of-00002.safetensors", "model.safetensors.index.json"}.isdisjoint(hub.tree(REPO))
     assert "plot.png" in hub.tree(REPO)
 
@@ -379,7 +406,7 @@ def test_a_login_that_does_not_do(
 @pytest.mark.parametrize("repo", ["tiny", "a/b/c", "me/ti ny", "https://huggingface.co/me/tiny", "me/a--b", "me/x.git"])
 def test_a_name_that_no_repository_has(repo: str, hub: WritingHub, artifact: Path, capsys: Capture) -> None:
     assert push(artifact, repo=repo) == 1
-    assert re.search(r"is no repository id|cannot be a hub id", capsys.readouterr().err)
+    assert re.search(r"Invalid repository id|cannot be a hub id", capsys.readouterr().err)
     assert hub.repos == {}
 
 
@@ -426,7 +453,7 @@ def test_the_last_artifact_is_the_default(artifact: Path, capsys: Capture) -> No
     from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 
     assert main(["push", REPO, "--dry-run", *SAID]) == 1
-    assert "no last one is there" in capsys.readouterr().err
+    assert "there is no last one" in capsys.readouterr().err
     remember_artifact(artifact)
     assert main(["push", REPO, "--dry-run", *SAID]) == 0
     assert "(the last one)" in capsys.readouterr().err
@@ -437,7 +464,10 @@ def test_what_a_system_left_there_is_named_and_not_sent(hub: WritingHub, artifac
         (artifact / name).write_text("x")
     assert push(artifact) == 0
     said = capsys.readouterr().err
-    assert "Not sent, because the system left it there: .DS_Store, ._model.safetensors, Thumbs.db, desktop.ini" in said
+    assert (
+        "Not sent, because the operating system left it there: .DS_Store, ._model.safetensors, Thumbs.db, desktop.ini"
+        in said
+    )
     assert not {".DS_Store", "Thumbs.db", "desktop.ini", "._model.safetensors"} & set(hub.tree(REPO))
 
 
@@ -450,7 +480,7 @@ def test_no_place_of_this_machine_gets_there(hub: WritingHub, artifact: Path, ca
     report["run"]["machine"] = "made in /home/ann/private"
     (artifact / "quantization_report.json").write_text(json.dumps(report))
     assert push(artifact) == 0
-    assert "tokenizer_config.json is sent without the places of this machine that it names: name_or_path" in (
+    assert "tokenizer_config.json is sent without the local paths that it names in name_or_path" in (
         capsys.readouterr().err
     )
     for name in hub.tree(REPO):
@@ -496,7 +526,7 @@ def test_a_hub_that_lists_names_that_lead_elsewhere(
     hub.create(REPO)
     monkeypatch.setattr(HfApi, "list_repo_tree", listed)
     assert push(artifact) == 1
-    assert "under a name that no file has" in capsys.readouterr().err
+    assert "under an invalid name" in capsys.readouterr().err
 
 
 def test_what_answers_is_no_hub(

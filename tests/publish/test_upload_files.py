@@ -8,17 +8,11 @@ from pathlib import Path
 import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.publish import upload_files
-from gemma_awq_cli.publish.upload_files import (
-    OutgoingFile,
-    leftovers,
-    outgoing_file,
-    published_bench,
-    published_report,
-    require_nothing_private,
-    require_publishable,
-    require_weights_named,
-)
+from gemma_awq_cli.publish import artifact_folder
+from gemma_awq_cli.publish.artifact_folder import publishable_files, require_weights_in_index, system_leftovers
+from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
+from gemma_awq_cli.publish.public_documents import public_bench, public_report
+from gemma_awq_cli.publish.upload_file import UploadFile
 from tests.documents import full_bench, full_report, leaves, planted
 
 ARTIFACT = ["config.json", "model.safetensors", "quantization_report.json", "tokenizer.json", "tokenizer_config.json"]
@@ -38,7 +32,7 @@ def test_an_artifact_and_what_the_hubs_client_left_in_it(folder: Path) -> None:
     (folder / ".cache" / "huggingface" / "x.lock").touch()
     (folder / ".gitattributes").touch()
     (folder / "GEMMA_TERMS.html").touch()
-    assert [path.name for path in require_publishable(folder)] == ["GEMMA_TERMS.html", *ARTIFACT]
+    assert [path.name for path in publishable_files(folder)] == ["GEMMA_TERMS.html", *ARTIFACT]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +56,7 @@ def test_an_artifact_and_what_the_hubs_client_left_in_it(folder: Path) -> None:
 def test_a_secret_stops_it(name: str, folder: Path) -> None:
     (folder / name).write_text("x")
     with pytest.raises(GemmaAwqError, match=f"looks like a secret: {name}"):
-        require_publishable(folder)
+        publishable_files(folder)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +75,7 @@ def test_what_is_no_part_of_an_artifact_stops_it(name: str, folder: Path) -> Non
     path.parent.mkdir(exist_ok=True)
     path.write_text("x")
     with pytest.raises(GemmaAwqError, match=f"no part of an artifact: {name}"):
-        require_publishable(folder)
+        publishable_files(folder)
 
 
 LEFTOVERS = (
@@ -94,8 +88,8 @@ LEFTOVERS = (
 def test_what_a_system_left_there_is_passed_over(name: str, folder: Path) -> None:
     (folder / name).parent.mkdir(exist_ok=True)
     (folder / name).write_text("x")
-    assert [path.name for path in require_publishable(folder)] == ARTIFACT
-    assert any(left in name for left in leftovers(folder))
+    assert [path.name for path in publishable_files(folder)] == ARTIFACT
+    assert any(left in name for left in system_leftovers(folder))
 
 
 def header(metadata: object) -> bytes:
@@ -128,7 +122,7 @@ def test_a_secret_inside_a_file_stops_it(name: str, content: str | bytes, tmp_pa
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(GemmaAwqError, match=f"{name} holds what looks like") as caught:
-        require_nothing_private([OutgoingFile(name, path)])
+        require_nothing_private([UploadFile(name, path)])
     for secret in (TOKEN, "hunter2"):
         assert secret not in caught.value.message + caught.value.hint
 
@@ -152,28 +146,28 @@ def test_a_place_of_a_machine_stops_it(
     content = make(place)
     path = tmp_path / name
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    with pytest.raises(GemmaAwqError, match=f"{name} names a place of a machine"):
-        require_nothing_private([OutgoingFile(name, path)])
+    with pytest.raises(GemmaAwqError, match=f"{name} names a local path"):
+        require_nothing_private([UploadFile(name, path)])
 
 
 def test_json_is_sent_without_the_places_that_it_names(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer_config.json"
     path.write_text(json.dumps({"name_or_path": "/home/ann/gemma", "vocab_file": "/home/ann/v", "bos_token": "<bos>"}))
-    file, fields = outgoing_file(path)
+    file, fields = without_paths(path)
     require_nothing_private([file])
     assert isinstance(file.content, bytes)
     assert json.loads(file.content) == {"name_or_path": "gemma", "bos_token": "<bos>"}
     assert fields == ["name_or_path", "vocab_file"]
     path.write_text('{"bos_token":   "<bos>"}')
-    assert outgoing_file(path)[0].content == path
+    assert without_paths(path)[0].content == path
     path.write_text("{")
     with pytest.raises(GemmaAwqError, match=r"tokenizer_config.json is not valid JSON"):
-        outgoing_file(path)
+        without_paths(path)
 
 
 def test_no_report_and_no_bench_names_a_place(tmp_path: Path) -> None:
     """In whatever field one was."""
-    for make, published in ((full_report, published_report), (full_bench, published_bench)):
+    for make, published in ((full_report, public_report), (full_bench, public_bench)):
         for place, value in leaves(make()):
             if isinstance(value, str):
                 document = published(planted(make(), place, "/home/ann/secret/thing"))
@@ -184,17 +178,17 @@ def test_links_and_files_too_large(folder: Path, tmp_path: Path, monkeypatch: py
     (tmp_path / "elsewhere").write_text("{}")
     (folder / "generation_config.json").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(GemmaAwqError, match=r"symbolic links: generation_config.json"):
-        require_publishable(folder)
+        publishable_files(folder)
     (folder / "generation_config.json").unlink()
-    monkeypatch.setattr(upload_files, "FILE_LIMIT", 1)
-    with pytest.raises(GemmaAwqError, match="the hub takes"):
-        require_publishable(folder)
+    monkeypatch.setattr(artifact_folder, "FILE_LIMIT", 1)
+    with pytest.raises(GemmaAwqError, match="above the limit of"):
+        publishable_files(folder)
 
 
 def test_weights_that_no_index_names(folder: Path) -> None:
     (folder / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(GemmaAwqError, match=r"its index does not name: model-00001-of-00002.safetensors"):
-        require_weights_named(folder, require_publishable(folder))
+        require_weights_in_index(folder, publishable_files(folder))
 
 
 def test_hashes_are_gits_and_sha256sums(tmp_path: Path) -> None:
@@ -202,12 +196,12 @@ def test_hashes_are_gits_and_sha256sums(tmp_path: Path) -> None:
     path.write_bytes(bytes(range(256)) * 9000)
     run = subprocess.run(["git", "hash-object", str(path)], capture_output=True, text=True, check=True)
     sums = subprocess.run(["sha256sum", str(path)], capture_output=True, text=True, check=True)
-    for file in (OutgoingFile("file", path), OutgoingFile("file", path.read_bytes())):
+    for file in (UploadFile("file", path), UploadFile("file", path.read_bytes())):
         assert file.blob_id == run.stdout.strip()
         assert file.sha256 == sums.stdout.split()[0]
 
 
-def test_the_published_report_names_no_folder_of_this_machine() -> None:
+def test_the_public_report_names_no_folder_of_this_machine() -> None:
     def report(model: str, revision: str | None, calibration: str) -> dict[str, object]:
         return {
             "source": {"model": model, "revision": revision},
@@ -215,10 +209,10 @@ def test_the_published_report_names_no_folder_of_this_machine() -> None:
             "fingerprint": {"calibration": calibration},
         }
 
-    private = json.dumps(published_report(report("/home/ann/secret/gemma-ft", None, "/home/ann/mails.jsonl")))
+    private = json.dumps(public_report(report("/home/ann/secret/gemma-ft", None, "/home/ann/mails.jsonl")))
     assert "ann" not in private
     assert '"gemma-ft"' in private
     assert private.count('"mails.jsonl"') == 2
-    public = json.dumps(published_report(report("google/gemma-3-1b-it", "abc", "Salesforce/wikitext")))
+    public = json.dumps(public_report(report("google/gemma-3-1b-it", "abc", "Salesforce/wikitext")))
     assert '"google/gemma-3-1b-it"' in public
     assert '"Salesforce/wikitext"' in public

@@ -16,9 +16,9 @@ from gemma_awq_cli.bench.thresholds import COMPARED, regressions, violations
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.publish.licensing import decide
-from gemma_awq_cli.publish.model_card import Subject, render
-from gemma_awq_cli.publish.upload_files import published_bench, published_report
+from gemma_awq_cli.publish.licensing import GEMMA_TERMS, decide_licence
+from gemma_awq_cli.publish.model_card import CardFacts, render_card
+from gemma_awq_cli.publish.public_documents import public_bench, public_report
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from tests.documents import Place, full_bench, full_report, places, planted
@@ -31,9 +31,11 @@ SCHEMAS = {"report": (full_report, "report-schema.json"), "bench": (full_bench, 
 
 
 def card(report: dict[str, Any], bench: dict[str, Any] | None) -> str:
-    licence = decide("gemma", {"license": "gemma"}, {}, "changed", None, None)
-    measured = published_bench(bench) if bench is not None else None
-    return render(Subject("me/x", "google/x", published_report(report), licence, True, True, "changed", "", measured))
+    licence = decide_licence(GEMMA_TERMS, {"license": "gemma"}, {}, "changed", None, None)
+    measured = public_bench(bench) if bench is not None else None
+    return render_card(
+        CardFacts("me/x", "google/x", public_report(report), licence, True, True, "changed", "", measured)
+    )
 
 
 def use_report(report: dict[str, Any]) -> None:

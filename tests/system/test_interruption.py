@@ -24,6 +24,7 @@ from gemma_awq_cli.cli import app
 from gemma_awq_cli.models.checkpoints import staging
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.options import Command
 
 def slowly(where, real):
     def do(*given, **more):
@@ -41,7 +42,8 @@ staging._remove = slowly("removing", staging._remove)
 StagedFolder._publish = slowly("publishing", StagedFolder._publish)
 Output.note = slowly("saying", Output.note)
 
-def command(argv):
+@app.app.command("slow", cls=Command)
+def command() -> None:
     global begun
     with StagedFolder(target) as staged:
         begun = True
@@ -50,10 +52,8 @@ def command(argv):
             print("working", flush=True)
             while True:
                 time.sleep(0.01)
-    return 0
 
-app._run = command
-sys.argv = ["gemma-awq"]
+sys.argv = ["gemma-awq", "slow"]
 app.entry()
 """
 

@@ -1,6 +1,7 @@
 """What comes from outside: bytes, text and JSON with bounds, and errors that name the file."""
 
 import io
+import json
 import os
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def test_json_that_cannot_be_used_is_refused(text: str, says: str) -> None:
 
 @pytest.mark.parametrize("text", ["1", '"a"', r'"\ud83d\ude00"', "[[1]]", "[" * 64 + "]" * 64, "null"])
 def test_json_that_is_sound_is_read(text: str) -> None:
-    parse_json(text, "x.json", HINT)
+    assert parse_json(text, "x.json", HINT) == json.loads(text)
 
 
 def test_only_newlines_end_a_line() -> None:
@@ -70,7 +71,7 @@ def test_what_need_not_end_is_not_read(tmp_path: Path) -> None:
 
 def test_large_files_and_missing_ones_are_refused(tmp_path: Path) -> None:
     (tmp_path / "large").write_bytes(b"x" * 11)
-    with pytest.raises(GemmaAwqError, match="has 11 bytes; at most 10"):
+    with pytest.raises(GemmaAwqError, match="has 11 bytes, more than the limit of 10"):
         read_text(tmp_path / "large", HINT, limit=10)
     for name in ("none.json", "x" * 300):
         with pytest.raises(GemmaAwqError, match="does not exist"):

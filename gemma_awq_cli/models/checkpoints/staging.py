@@ -16,7 +16,7 @@ from typing import Self
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.interruption import finishing
 from gemma_awq_cli.system.locking import Lock
-from gemma_awq_cli.system.saving import ELSEWHERE, named, sync_folder, write_errors
+from gemma_awq_cli.system.saving import ELSEWHERE, errors_about, sync_folder, write_errors
 
 __all__ = ["ELSEWHERE", "REPORT", "StagedFolder", "require_space", "write_errors"]
 
@@ -103,7 +103,7 @@ class StagedFolder:
                 f"{target} {what}: a finished folder cannot be put in its place.",
                 f"Give a folder in it: -o {target / 'NAME'}.",
             )
-        with named(target):
+        with errors_about(target):
             _is_there(self._replaced)  # an error if this name, the longest one used, is too long
             _require_writable(target.absolute().parent)
         if not (names := self._names(hint)):

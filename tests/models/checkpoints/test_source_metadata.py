@@ -13,7 +13,7 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
-from gemma_awq_cli.publish.licensing import decide
+from gemma_awq_cli.publish.licensing import GEMMA_TERMS, decide_licence
 from gemma_awq_cli.quantize import pipeline
 from tests.conftest import quantize_arguments
 from tests.tiny import make_checkpoint
@@ -82,10 +82,10 @@ def test_a_card_that_cannot_be_read_says_why(text: str, why: str, tmp_path: Path
     assert card.keys() == {"unreadable"}
     assert time.monotonic() - started < 5
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
-    with pytest.raises(GemmaAwqError, match="licence is not known") as caught:
-        decide("gemma", card, {}, "changed", None, None)
+    with pytest.raises(GemmaAwqError, match="licence is unknown") as caught:
+        decide_licence(GEMMA_TERMS, card, {}, "changed", None, None)
     assert "--license gemma" in caught.value.hint
-    assert decide("gemma", card, {}, "changed", "gemma", None).metadata == {"license": "gemma"}
+    assert decide_licence(GEMMA_TERMS, card, {}, "changed", "gemma", None).metadata == {"license": "gemma"}
 
 
 def test_files_that_are_no_text(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_quantize_reads_it_before_the_first_layer_and_tells_what_it_cannot_read(
     assert "alias" in report["source"]["card"]["unreadable"]
     push = ["push", "me/x", str(tmp_path / "out"), "--dry-run", "--base-model", "org/tiny"]
     assert main(push) == 1
-    assert "licence is not known" in capsys.readouterr().err
+    assert "licence is unknown" in capsys.readouterr().err
     assert main([*push, "--license", "gemma"]) == 0
 
     def read(folder: Path) -> Any:

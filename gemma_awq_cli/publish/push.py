@@ -1,0 +1,114 @@
+"""The verb `push`: an artifact to the hub, all of it or nothing, checked before and after.
+
+`check` needs neither network nor login unless a deep check asks for the original: it validates the artifact and settles
+every byte of the page. `push` compares that with what the hub has, sends what differs in one commit on top of the
+commit it compared with, and then compares every file's size and hash on the hub with the local one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.publish.artifact_folder import CARD
+from gemma_awq_cli.publish.deep_check import check_deeply
+from gemma_awq_cli.publish.events import Event, Note, UploadStarted
+from gemma_awq_cli.publish.hub_repository import (
+    MAIN,
+    commit_plan,
+    create_branch,
+    has_edited_card,
+    hub_client,
+    page_url,
+    read_branch,
+    verify_files,
+)
+from gemma_awq_cli.publish.licensing import read_derived_licence
+from gemma_awq_cli.publish.preparation import Prepared, prepare
+from gemma_awq_cli.publish.upload_plan import UploadPlan, plan_upload
+
+
+@dataclass(frozen=True)
+class PushRequest:
+    """What to push, where, and what to check first.
+
+    repo: OWNER/NAME; private: of a repository that is created; message: of the commit, None for one that names the tool
+    and the base model; base_model: a hub id, needed if the artifact was quantized from a local folder; licence: the id
+    of the source's licence where it declares none; licence_file: the text of a derived model's own licence; deep:
+    generate some tokens and measure the KL divergence again, against `source` or where the report says that the
+    original came from; device: auto, cpu, cuda or mps, for the deep check.
+    """
+
+    folder: Path
+    repo: str
+    revision: str = MAIN
+    private: bool = False
+    create_pr: bool = False
+    message: str | None = None
+    base_model: str | None = None
+    licence: str | None = None
+    licence_file: Path | None = None
+    replace_card: bool = False
+    deep: bool = False
+    source: str | None = None
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Pushed:
+    """The result. url: of the page or the pull request; verified: how many files were compared on the hub."""
+
+    prepared: Prepared
+    plan: UploadPlan
+    url: str
+    commit: str
+    verified: int
+    pull_request: str | None = None
+
+
+def check(request: PushRequest, on_event: Callable[[Event], None]) -> Prepared:
+    """Check the artifact and make its page; sends nothing. Raises if it may not be pushed."""
+    derived = read_derived_licence(request.licence, request.licence_file)
+    on_event(Note(f"Checking {request.folder}."))
+    prepared = prepare(request.folder, request.repo, request.base_model, request.licence, derived)
+    for note in prepared.notes:
+        on_event(Note(note))
+    if request.deep:
+        check_deeply(prepared, request.source, request.device, on_event)
+    return prepared
+
+
+def push(
+    request: PushRequest, on_event: Callable[[Event], None], confirm: Callable[[UploadPlan], bool] = lambda _: True
+) -> Pushed:
+    """Check the artifact, publish it, and verify what arrived.
+
+    confirm: shown what is about to change, if anything is; False ends the push with an error.
+    """
+    prepared = check(request, on_event)
+    api = hub_client()
+    repo, revision = request.repo, request.revision
+    branch = read_branch(api, repo, revision)
+    if request.create_pr and not branch.exists:
+        raise GemmaAwqError(f"{repo} has no {revision} to propose changes to.", "Push without --create-pr.")
+    edited = has_edited_card(api, repo, branch)
+    plan = plan_upload(prepared, branch, edited, request.replace_card, request.private)
+    expected = [file for file in prepared.files if not (plan.card_kept and file.name == CARD)]
+    if branch.commit is not None and branch.exists and not plan.sent and not plan.removed:
+        verified = verify_files(api, repo, branch.commit, expected)
+        return Pushed(prepared, plan, page_url(api, repo, revision), branch.commit, verified)
+    if not confirm(plan):
+        raise GemmaAwqError("Nothing was pushed.", "Push with --yes, or answer y.")
+    on_event(UploadStarted())
+    parent = branch.commit if branch.exists else None
+    if parent is None:
+        parent = create_branch(api, repo, revision, request.private, branch)
+    message = request.message or _default_message(prepared)
+    commit = commit_plan(api, repo, revision, parent, request.create_pr, message, plan)
+    verified = verify_files(api, repo, commit.reference, expected)
+    url = commit.pull_request or page_url(api, repo, revision)
+    return Pushed(prepared, plan, url, commit.id, verified, commit.pull_request)
+
+
+def _default_message(prepared: Prepared) -> str:
+    return f"gemma-awq {prepared.report['versions']['gemma_awq']}: {prepared.base_model} in 4 bits"
