@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_awq_cli.cli.console import Output, human_bytes
+from gemma_awq_cli.cli.default_model import last_artifact_folder
 from gemma_awq_cli.cli.options import Device, DeviceOption, JsonOption, QuietOption
 from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 
@@ -62,7 +63,7 @@ def command(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if source is not None and not deep:
         raise UsageError("--source goes with --deep.")
-    chosen = folder or _last_artifact(out)
+    chosen = folder or last_artifact_folder(out, "artifact")
     from gemma_awq_cli.publish import upload
     from gemma_awq_cli.publish.licensing import read_own
 
@@ -118,16 +119,6 @@ def command(
         )  # fmt: skip
     else:
         out.result(result.url)
-
-
-def _last_artifact(out: Output) -> Path:
-    from gemma_awq_cli.models.checkpoints.cache import last_artifact
-
-    last = last_artifact()
-    if last is None or not last.is_dir():
-        raise GemmaAwqError("No artifact is named and no last one is there.", "Name it: gemma-awq push REPO_ID DIR.")
-    out.note(f"Artifact: {last} (the last one)")
-    return last
 
 
 def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:

@@ -311,7 +311,7 @@ def test_what_may_be_empty() -> None:
 def test_an_empty_variable_is_no_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_AWQ_MODEL", "")
     assert main(["run", "Hello"]) == 2
-    assert "GEMMA_AWQ_MODEL is set, and empty" in capsys.readouterr().err
+    assert "GEMMA_AWQ_MODEL is set but empty" in capsys.readouterr().err
 
 
 def test_a_path_of_too_many_parts_is_an_error() -> None:
