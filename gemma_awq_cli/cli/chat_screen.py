@@ -61,8 +61,8 @@ def _answer(out: Output, chat: Chat, message: str) -> None:
     answer = chat.ask(message, out.piece)
     completion = answer.completion
     out.result("")
-    if answer.forgotten:
-        out.note(f"(The context is full; the oldest {answer.forgotten} messages were dropped.)")
+    if answer.dropped:
+        out.note(f"(The context is full; the oldest {answer.dropped} messages were dropped.)")
     if completion.finish == "interrupted":
         out.note("(stopped)")
     elif completion.finish == "length":

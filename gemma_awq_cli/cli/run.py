@@ -21,6 +21,7 @@ from gemma_awq_cli.cli.options import (
 from gemma_awq_cli.cli.stages import Stages
 from gemma_awq_cli.cli.stdin_prompt import read_prompt
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_CHAT
 from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
@@ -32,8 +33,6 @@ gemma-awq run -m google/gemma-3-1b-it --temperature 0.8 --seed 1 "Write a haiku.
 gemma-awq run --input prompts.txt --output answers.jsonl
 """
 ANOTHER_OUTPUT = "give another --output"
-NEW_TOKENS = 256
-NEW_TOKENS_CHAT = 1024
 MODEL, SAMPLING, FILES, MEMORY, WITH_VLLM, OUTPUT = (
     "Model", "Sampling", "Chat and batch", "Memory and speed", "vLLM", "Output",
 )  # fmt: skip
@@ -52,6 +51,7 @@ def command(
         typer.Option(
             "--model",
             "-m",
+            metavar="MODEL",
             help=f"Artifact, checkpoint folder or hub id.  [default: {MODEL_VARIABLE}, else the last artifact]",
             rich_help_panel=MODEL,
         ),
@@ -70,6 +70,7 @@ def command(
         float | None,
         typer.Option(
             help="Sampling temperature; 0 takes the most likely token.  [default: the model's generation_config]",
+            metavar="T",
             min=0.0,
             rich_help_panel=SAMPLING,
         ),
@@ -89,7 +90,8 @@ def command(
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Random seed.  [default: a new one each time]", rich_help_panel=SAMPLING)
+        int | None,
+        typer.Option(help="Random seed.  [default: a new one each time]", metavar="N", rich_help_panel=SAMPLING),
     ] = None,
     stop: Annotated[
         list[str] | None,

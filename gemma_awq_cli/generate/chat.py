@@ -22,10 +22,10 @@ class MessageTooLongError(GemmaAwqError):
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer. forgotten: how many of the oldest messages were dropped to make room for it."""
+    """An answer. dropped: how many of the oldest messages were dropped to make room for it."""
 
     completion: Completion
-    forgotten: int
+    dropped: int
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Chat:
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
         try:
-            rendered, ids, forgotten = self._next()
+            rendered, ids, dropped = self._next()
             # every turn draws its own random numbers
             completion = self._engine.complete(
                 [ids], self._options, lambda _, piece: on_text(piece), numbers=[self._turns]
@@ -85,12 +85,12 @@ class Chat:
             raise
         if not completion.tokens:  # interrupted before the first token: as if nothing had been asked
             self.messages = before
-            return Answer(completion, forgotten=0)
+            return Answer(completion, dropped=0)
         self._turns += 1
         content = completion.text.strip()
         self.messages.append({"role": "assistant", "content": content})
         self._transcript = self._transcript_of(rendered + content, ids, completion, content)
-        return Answer(completion, forgotten)
+        return Answer(completion, dropped)
 
     def _next(self) -> tuple[str, list[int], int]:
         """Return the next prompt as text and as token ids, and how many messages were dropped to fit an answer."""
@@ -101,7 +101,7 @@ class Chat:
             self._require_room(ids)
             return text, ids, 0
         room = min(self._options.max_new_tokens, context // 4)
-        forgotten = 0
+        dropped = 0
         while True:
             system = [{"role": "system", "content": self.system}] if self.system else []
             text = prompter.chat([*system, *self.messages], answer_next=True)
@@ -111,10 +111,10 @@ class Chat:
                 ids = prompter.prompt_ids(text)
             if len(ids) + room <= context or len(self.messages) == 1:
                 self._require_room(ids)
-                return text, ids, forgotten
+                return text, ids, dropped
             self.messages = self.messages[2:]  # the oldest question and its answer
             self._transcript = None
-            forgotten += 2
+            dropped += 2
 
     def _require_room(self, ids: list[int]) -> None:
         try:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from gemma_awq_cli.calibration_text.document_forms import read_messages
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.generate import NEW_TOKENS
 from gemma_awq_cli.generate.events import Note, OnEvent, ignore
 from gemma_awq_cli.generate.finding import find_model
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
@@ -19,8 +20,6 @@ from gemma_awq_cli.models.text.prompter import Message
 
 if TYPE_CHECKING:
     import torch
-
-NEW_TOKENS = 256
 
 
 def load_model(

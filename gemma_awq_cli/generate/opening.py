@@ -54,6 +54,7 @@ def open_engine(
     from gemma_awq_cli.generate.vllm_engine import VllmEngine
 
     prompter = found.prompter.result()
+    prompter.fit_to(checkpoint.vocabulary)
     context = longest(prompter) if longest else VLLM_CHAT_CONTEXT
     on_event(Note(f"Starting vLLM on {found.folder.name}."))
     return VllmEngine(

@@ -145,7 +145,7 @@ def test_a_message_that_cannot_be_given_leaves_the_conversation_as_it_was(model:
 def test_a_full_context_forgets_the_oldest_turns(model: OpenModel) -> None:
     """The context holds 256 tokens, and a turn here takes some 80."""
     chat, ask = talk(model, system="Be brief.")
-    forgotten = [ask(f"{number}: " + "x" * 40).forgotten for number in range(5)]
+    forgotten = [ask(f"{number}: " + "x" * 40).dropped for number in range(5)]
     assert forgotten[:2] == [0, 0]
     assert sum(forgotten) == 10 - len(chat.messages) > 0
     assert chat.messages[-2]["content"].startswith("4: ")

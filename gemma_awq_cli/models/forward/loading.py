@@ -70,7 +70,9 @@ class OpenModel:
     @cached_property
     def prompter(self) -> Prompter:
         """The tokenizer, which loads on a thread of its own while the weights are packed."""
-        return self.loading.result()
+        prompter = self.loading.result()
+        prompter.fit_to(self.checkpoint.vocabulary)
+        return prompter
 
     def session(self, rows: int, capacity: int) -> Session:
         """A new session of so many rows, each of at most `capacity` tokens."""
