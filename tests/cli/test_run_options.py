@@ -127,6 +127,19 @@ def test_an_artifact_runs_without_the_second_that_transformers_takes(
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
+def test_the_tokenizer_begins_to_load_before_torch_is_imported(artifacts: Callable[[str], Path]) -> None:
+    code = (
+        "import sys\nfrom gemma_awq_cli.cli.app import main\nfrom gemma_awq_cli.generate import finding\n"
+        "begin, torch_was_there = finding.begin_loading, []\n"
+        "def begin_loading(folder):\n    torch_was_there.append('torch' in sys.modules)\n    return begin(folder)\n"
+        "finding.begin_loading = begin_loading\n"
+        f"arguments = ['-m', {str(artifacts('gemma'))!r}, '--device', 'cpu', '--max-new-tokens', '2']\n"
+        "assert main(['run', 'Hi', *arguments]) == 0\n"
+        "assert torch_was_there == [False], torch_was_there\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
 def test_float16_is_warned_about_and_a_nan_is_no_text(tmp_path: Path, capsys: Capture) -> None:
     folder = make_checkpoint(tmp_path / "wide", "gemma3_text")
     edit_weights(folder, lambda tensors: tensors["model.embed_tokens.weight"].fill_(6e4))

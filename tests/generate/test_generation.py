@@ -102,11 +102,12 @@ def test_an_interruption_keeps_what_was_generated(opened: OpenModel) -> None:
     result = complete(opened, [2, 40, 41], 50, Sampling(), (), interrupt)
     assert result.finish == "interrupted"
     assert 1 <= len(result.tokens) < 50
+    assert result.text == "".join(pieces)
 
 
 def test_the_length_limits(opened: OpenModel) -> None:
     result, _ = run(opened, tokens=3)
-    assert len(result.tokens) <= 3
+    assert (len(result.tokens), result.finish) == (3, "length")
     with pytest.raises(GemmaAwqError, match="context holds 256"):
         complete(opened, [2] * 256, 5, Sampling(), (), lambda _: None)
 

@@ -159,7 +159,7 @@ def test_options_that_make_no_sense_are_errors(
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(GemmaAwqError, match="nowhere"):
+    with pytest.raises(GemmaAwqError, match=r"nowhere' is neither a folder nor a hub id"):
         load_model(tmp_path / "nowhere")
 
 

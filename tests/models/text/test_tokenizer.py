@@ -263,7 +263,7 @@ def test_a_damaged_tokenizer_is_an_error(damage: str, tmp_path: Path) -> None:
         for _ in range(100):
             stored["normalizer"] = {"type": "Sequence", "normalizers": [stored["normalizer"] or {"type": "NFC"}]}
     path.write_text(json.dumps(stored), encoding="utf-8")
-    assert "tokenizer" in damaged(tmp_path)
+    assert "tokenizer" in damaged(tmp_path).replace(str(tmp_path), "")
 
 
 def test_a_decoder_that_is_no_use_token_by_token_is_an_error(tmp_path: Path) -> None:
