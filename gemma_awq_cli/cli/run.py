@@ -23,7 +23,6 @@ from gemma_awq_cli.cli.stdin_prompt import read_prompt
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_CHAT
 from gemma_awq_cli.system.saving import local_path, require_file_place
-from gemma_awq_cli.system.text_input import decode, plain_lines, require_text
 
 if TYPE_CHECKING:
     from gemma_awq_cli.generate.running import PromptResult

@@ -3,7 +3,8 @@
 import sys
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.system.reading import decode, plain_lines, require_text, system_errors
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.text_input import decode, plain_lines, require_text
 
 STDIN_BYTES = 8 << 20  # the largest Gemma's context has 131072 tokens; few tokens have more than 64 bytes
 

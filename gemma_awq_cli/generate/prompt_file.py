@@ -9,7 +9,8 @@ from gemma_awq_cli.calibration_text.document_files import TEXT, Kind, kind_of, l
 from gemma_awq_cli.calibration_text.document_forms import named_keys, read_messages, require_sound
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.prompting import Prompt
-from gemma_awq_cli.system.reading import byte_lines, decode, require_utf8_mark, system_errors
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.text_input import byte_lines, decode, require_utf8_mark
 
 INPUT_BYTES = 1 << 28  # the largest file of prompts, unpacked
 _HINT = "Check --input."
