@@ -13,7 +13,8 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gemma_awq_cli.bench.scoring import Continuation, score
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import GenerationOptions, context_of
+from gemma_awq_cli.generate.generation import GenerationOptions
+from gemma_awq_cli.generate.generation_config import context_of
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel

@@ -11,7 +11,7 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.generate.local_engine import require_numbers
+from gemma_awq_cli.generate.local_engine import require_finite_logits
 from gemma_awq_cli.models.forward.loading import OpenModel
 
 MAX_ROWS = 32  # of a batch
@@ -91,7 +91,7 @@ class _Seen:
         self._end = torch.empty(0)  # log probabilities [V] after the last position
 
     def add(self, logits: Tensor) -> None:
-        require_numbers(logits)
+        require_finite_logits(logits)
         totals = logits.logsumexp(1)
         following = torch.tensor(self._ids[self._at + 1 : self._at + 1 + len(logits)], device=logits.device)
         known = logits[: len(following)]

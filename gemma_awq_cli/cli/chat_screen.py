@@ -1,4 +1,4 @@
-"""`gemma-awq run` on a terminal without a prompt: the screen of a chat."""
+"""`gemma-awq run` on a terminal without a prompt: a chat on the screen."""
 
 import contextlib
 from pathlib import Path
@@ -8,80 +8,78 @@ import typer
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.chat import Chat, MessageTooLongError
-from gemma_awq_cli.generate.generation import Engine, GenerationOptions
 from gemma_awq_cli.models.text.prompter import PromptError
 
 PROMPT, MORE = ">>> ", "... "
 FENCE = '"""'
 HELP = '''/reset         forget the conversation
-/system TEXT   begin a new conversation with this system message; without TEXT: show it
-/save FILE     write the conversation as JSON lines
-/help          this list
+/system TEXT   begin a new conversation with this system message; without TEXT, show the present one
+/save FILE     write the conversation to FILE as JSON lines
+/help          show this list
 /exit          end the chat (or Ctrl-D)
-Several lines: end a line with \\, or put """ before the first and after the last.
-Ctrl-C stops the answer; at an empty prompt it ends the chat. A message that begins with /: put a space before it.'''
+For several lines, end each with \\, or put """ before the first and after the last.
+Ctrl-C stops the answer; at an empty prompt it ends the chat. Put a space before a message that begins with /.'''
 
 
-def talk(out: Output, engine: Engine, settings: GenerationOptions, name: str, system: str | None, raw: bool) -> None:
-    """Read messages and answer them until the user leaves."""
+def talk(out: Output, chat: Chat, name: str) -> None:
+    """Read messages and answer them until the user leaves. name: the model, as the user gave it."""
     with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
         import readline  # noqa: F401  (input() then edits lines and remembers them)
-    chat = Chat(engine, settings, system, raw)
     out.note(f"Chat with {Path(name).name}. /help lists the commands, Ctrl-D ends.")
     if not chat.answers:
-        why = "--raw switches the chat template off" if engine.prompter.is_chat else "this is a base model"
+        why = "--raw turns the chat template off" if chat.has_template else "this is a base model"
         out.note(f"It completes rather than answers ({why}): each prompt is continued by itself.")
     while True:
         try:
-            said = read_message(out)
+            message = read_message(out)
         except EOFError:
             out.note("")
             return
         except KeyboardInterrupt:
             out.note("")
             raise typer.Exit(130) from None
-        if said.split(maxsplit=1)[:1] == ["/exit"]:
+        if message.split(maxsplit=1)[:1] == ["/exit"]:
             return
         try:
-            _do(out, chat, said)
-        except KeyboardInterrupt:  # while nothing was generated yet
+            _respond(out, chat, message)
+        except KeyboardInterrupt:  # before anything was generated
             out.note("\n(stopped)")
 
 
-def _do(out: Output, chat: Chat, said: str) -> None:
-    """Carry out a command, or answer."""
+def _respond(out: Output, chat: Chat, message: str) -> None:
+    """Carry out a command, or answer a message."""
     try:
-        if said.startswith("/"):
-            _command(out, chat, said)
-        elif said.strip():
-            _answer(out, chat, said)
-    except (MessageTooLongError, PromptError, UsageError) as error:  # the conversation goes on without it
+        if message.startswith("/"):
+            _command(out, chat, message)
+        elif message.strip():
+            _answer(out, chat, message)
+    except (MessageTooLongError, PromptError, UsageError) as error:  # the conversation continues without the message
         out.error(error)
 
 
-def _answer(out: Output, chat: Chat, said: str) -> None:
-    answer = chat.ask(said, out.piece)
+def _answer(out: Output, chat: Chat, message: str) -> None:
+    answer = chat.ask(message, out.piece)
     completion = answer.completion
     out.result("")
-    if answer.forgotten:
-        out.note(f"(the context is full: the oldest {answer.forgotten} messages were forgotten)")
+    if answer.dropped:
+        out.note(f"(The context is full; the oldest {answer.dropped} messages were dropped.)")
     if completion.finish == "interrupted":
         out.note("(stopped)")
     elif completion.finish == "length":
         out.note(f"(cut at {len(completion.tokens)} tokens; --max-new-tokens sets the limit)")
 
 
-def _command(out: Output, chat: Chat, said: str) -> None:
-    word, _, rest = said.partition(" ")
+def _command(out: Output, chat: Chat, message: str) -> None:
+    word, _, rest = message.partition(" ")
     rest = rest.strip()
     if word == "/help":
         out.note(HELP)
     elif word == "/reset":
         chat.start(chat.system)
-        out.note("The conversation is forgotten" + (", the system message is kept." if chat.system else "."))
+        out.note("The conversation is forgotten" + ("; the system message stays." if chat.system else "."))
     elif word == "/system" and rest:
         chat.start(rest)
-        out.note("A new conversation, with this system message.")
+        out.note("A new conversation with this system message.")
     elif word == "/system":
         out.note(f"System message: {chat.system}" if chat.system else "There is no system message.")
     elif word == "/save" and rest:
@@ -94,18 +92,22 @@ def _command(out: Output, chat: Chat, said: str) -> None:
     elif word == "/save":
         out.error(UsageError("/save needs a file name.", "For example: /save chat.jsonl"))
     else:
-        out.error(UsageError(f"There is no command {word}.", "/help lists them; a message may begin with a space."))
+        out.error(
+            UsageError(
+                f"Unknown command: {word}.", "/help lists them. Put a space before a message that begins with /."
+            )
+        )
 
 
 def read_message(out: Output) -> str:
-    """One message, of one line or several. Ctrl-C drops what was typed, and is passed on if nothing was."""
+    """Return one message, of one line or several. Ctrl-C drops the typed text; if there is none, it is passed on."""
     while True:
         lines: list[str] = []
         try:
             line = _line(out, PROMPT)
             if line.lstrip().startswith(FENCE):
                 line = line.lstrip().removeprefix(FENCE)
-                # a line that opens and closes a fence of its own, as a docstring does, is a part of the message
+                # a line that opens and closes a fence of its own, as a docstring does, belongs to the message
                 while not line.rstrip().endswith(FENCE) or line.count(FENCE) % 2 == 0:
                     lines.append(line)
                     line = _line(out, MORE)
@@ -133,7 +135,7 @@ def _line(out: Output, prompt: str) -> str:
 
 
 def _typed() -> bool:
-    """Whether the line that was interrupted had text in it, where the line editor tells."""
+    """Return whether the interrupted line had text in it, as far as the line editor knows."""
     try:
         import readline
     except ImportError:

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from gemma_awq_cli.cli.console import Output, Progress, human_bytes
+from gemma_awq_cli.cli.default_model import last_artifact_folder
 from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
-from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
+from gemma_awq_cli.errors import Terminated, UsageError
 
 if TYPE_CHECKING:
     from gemma_awq_cli.publish.events import Event
@@ -127,7 +128,7 @@ def command(
         os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     if source is not None and not deep:
         raise UsageError("--source needs --deep.")
-    artifact = folder or _last_artifact(out)
+    artifact = folder or last_artifact_folder(out, "artifact")
     from gemma_awq_cli.publish.push import PushRequest, check, push
 
     request = PushRequest(
@@ -186,18 +187,6 @@ class _Reporter:
         self._bars.close()
         if self._uploading and isinstance(error, KeyboardInterrupt | Terminated):
             self._out.note("Run the command again to go on: files that have arrived are not sent again.")
-
-
-def _last_artifact(out: Output) -> Path:
-    from gemma_awq_cli.models.checkpoints.cache import last_artifact
-
-    last = last_artifact()
-    if last is None or not last.is_dir():
-        raise GemmaAwqError(
-            "No artifact is named, and there is no last one.", "Name its folder: gemma-awq push REPO_ID DIR."
-        )
-    out.note(f"Artifact: {last} (the last one)")
-    return last
 
 
 def _print_preview(out: Output, request: "PushRequest", prepared: "Prepared", as_json: bool) -> None:

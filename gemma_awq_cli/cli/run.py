@@ -8,7 +8,6 @@ import typer
 
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
-from gemma_awq_cli.cli.engine_options import EngineOptions
 from gemma_awq_cli.cli.options import (
     Attention,
     ComputeDtype,
@@ -20,26 +19,30 @@ from gemma_awq_cli.cli.options import (
     RevisionOption,
 )
 from gemma_awq_cli.cli.stages import Stages
-from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.cli.stdin_prompt import read_prompt
+from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_CHAT
 from gemma_awq_cli.system.saving import local_path, require_file_place
-from gemma_awq_cli.system.text_input import decode, plain_lines, require_text
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
-    from gemma_awq_cli.models.text.prompter import Prompter
+    from gemma_awq_cli.generate.running import PromptResult
 
+EXAMPLES = """
+gemma-awq run "The capital of France is"
+gemma-awq run -m google/gemma-3-1b-it --temperature 0.8 --seed 1 "Write a haiku."
+gemma-awq run --input prompts.txt --output answers.jsonl
+"""
 ANOTHER_OUTPUT = "give another --output"
-STDIN_BYTES = 8 << 20  # the largest Gemma's context has 131072 tokens; few tokens have more than 64 bytes
-NEW_TOKENS = 256
-NEW_TOKENS_CHAT = 1024
+MODEL, SAMPLING, FILES, MEMORY, WITH_VLLM, OUTPUT = (
+    "Model", "Sampling", "Chat and batch", "Memory and speed", "vLLM", "Output",
+)  # fmt: skip
 
 
 def command(
     prompt: Annotated[
         str | None,
         typer.Argument(
-            help="What to continue or answer; `-` or a pipe: standard input. None, on a terminal: a chat.",
+            help="Text to continue or answer. `-` or a pipe: standard input. Without it, on a terminal: a chat.",
             metavar="PROMPT",
         ),
     ] = None,
@@ -48,184 +51,229 @@ def command(
         typer.Option(
             "--model",
             "-m",
+            metavar="MODEL",
             help=f"Artifact, checkpoint folder or hub id.  [default: {MODEL_VARIABLE}, else the last artifact]",
+            rich_help_panel=MODEL,
         ),
     ] = None,
     revision: RevisionOption = None,
     max_new_tokens: Annotated[
         int | None,
-        typer.Option(help=f"Stop after so many tokens.  [default: {NEW_TOKENS}; in a chat {NEW_TOKENS_CHAT}]", min=1),
+        typer.Option(
+            help=f"Stop after N new tokens.  [default: {NEW_TOKENS}, in a chat {NEW_TOKENS_CHAT}]",
+            metavar="N",
+            min=1,
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     temperature: Annotated[
         float | None,
-        typer.Option(help="Sample at this temperature; 0: greedy.  [default: the model's generation_config]", min=0.0),
+        typer.Option(
+            help="Sampling temperature; 0 takes the most likely token.  [default: the model's generation_config]",
+            metavar="T",
+            min=0.0,
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Sample among so many tokens.", min=1)] = None,
+    top_k: Annotated[
+        int | None,
+        typer.Option(help="Sample from the N most likely tokens.", metavar="N", min=1, rich_help_panel=SAMPLING),
+    ] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Sample among tokens of this total probability.", min=0.0, max=1.0)
+        float | None,
+        typer.Option(
+            help="Sample from the most likely tokens whose probabilities add up to P.",
+            metavar="P",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Make sampling repeat.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="Random seed.  [default: a new one each time]", metavar="N", rich_help_panel=SAMPLING),
+    ] = None,
     stop: Annotated[
-        list[str] | None, typer.Option(help="End before this text; may be given several times.", metavar="TEXT")
+        list[str] | None,
+        typer.Option(help="Stop before TEXT. May be given several times.", metavar="TEXT", rich_help_panel=SAMPLING),
     ] = None,
-    system: Annotated[str | None, typer.Option(help="System message for an instruct model.", metavar="TEXT")] = None,
+    system: Annotated[
+        str | None,
+        typer.Option(help="System message for an instruct model.", metavar="TEXT", rich_help_panel=FILES),
+    ] = None,
     raw: Annotated[
-        bool, typer.Option("--raw", help="Give an instruct model the prompt without its chat template.")
+        bool,
+        typer.Option(
+            "--raw", help="Give an instruct model the prompt without its chat template.", rich_help_panel=FILES
+        ),
     ] = False,
     input_file: Annotated[
         Path | None,
         typer.Option(
             "--input",
-            help="Many prompts: .txt, one per line, or .jsonl, .json or .csv with `prompt` or `messages`.",
+            help="Complete every prompt of FILE: .txt, one per line, or .jsonl, .json or .csv with `prompt` or "
+            "`messages`.",
             metavar="FILE",
+            rich_help_panel=FILES,
         ),
     ] = None,
     output_file: Annotated[
-        Path | None, typer.Option("--output", help="Where the answers to --input go: JSON lines, in the same order.")
+        Path | None,
+        typer.Option(
+            "--output",
+            help="Write the completions of --input to FILE as JSON lines, in the same order.",
+            metavar="FILE",
+            rich_help_panel=FILES,
+        ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(help="Prompts of --input that run at a time.", min=1)] = 8,
+    batch_size: Annotated[
+        int,
+        typer.Option(help="Number of prompts of --input to run at once.", metavar="N", min=1, rich_help_panel=FILES),
+    ] = 8,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Skip the prompts of --input that are in --output already.")
+        bool,
+        typer.Option("--resume", help="Skip the prompts of --input that --output has already.", rich_help_panel=FILES),
     ] = False,
     device: Annotated[
-        str, typer.Option(help="Where to compute: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE")
+        str,
+        typer.Option(
+            help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE", rich_help_panel=MEMORY
+        ),
     ] = "auto",
     dtype: Annotated[
-        ComputeDtype | None, typer.Option(help="Compute a 16-bit model in this.  [default: what suits it]")
+        ComputeDtype | None,
+        typer.Option(
+            help="Data type to compute a 16-bit model in.  [default: chosen by model and device]",
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
     quantization: Annotated[
-        Quantization | None, typer.Option(help="Quantize a 16-bit model as it is loaded (needs bitsandbytes).")
+        Quantization | None,
+        typer.Option(help="Quantize a 16-bit model while it is loaded (needs bitsandbytes).", rich_help_panel=MEMORY),
     ] = None,
     attn: Annotated[
-        Attention | None, typer.Option(help="Attention of a 16-bit model.  [default: what suits it]")
+        Attention | None,
+        typer.Option(
+            help="Attention implementation of a 16-bit model.  [default: chosen by model and device]",
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
     head: HeadOption = None,
     engine: Annotated[
-        EngineName, typer.Option(help="Who runs the model: this tool, or vLLM if it is installed.")
+        EngineName,
+        typer.Option(help="Engine to run the model with: this tool's own, or vLLM.", rich_help_panel=WITH_VLLM),
     ] = EngineName.local,
-    tensor_parallel: Annotated[int, typer.Option(help="vLLM: split every layer over so many GPUs.", min=1)] = 1,
-    pipeline_parallel: Annotated[int, typer.Option(help="vLLM: share out the layers among so many stages.", min=1)] = 1,
+    tensor_parallel: Annotated[
+        int, typer.Option(help="Split every layer over N GPUs.", metavar="N", min=1, rich_help_panel=WITH_VLLM)
+    ] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option(help="Divide the layers into N stages.", metavar="N", min=1, rich_help_panel=WITH_VLLM)
+    ] = 1,
     verbose: Annotated[
-        bool, typer.Option("--verbose", help="Say which kernels were chosen, and how long the start took.")
+        bool,
+        typer.Option(
+            "--verbose", help="Show the kernels that were chosen and how long the start took.", rich_help_panel=OUTPUT
+        ),
     ] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Complete a prompt, or answer it if the model is an instruct model. Without a prompt: chat.
+    """Complete a prompt, chat, or complete a file of prompts.
 
-    The text streams to stdout; everything else goes to stderr.
+    An instruct model answers, a base model continues the text. Without a prompt, on a terminal, a chat begins. The text
+    streams to stdout; everything else goes to stderr.
     """
-    out = Output(quiet)
-    require_consistent(prompt, input_file, output_file, resume, as_json)
-    how = EngineOptions(device, dtype, quantization, attn, head, engine, tensor_parallel, pipeline_parallel, verbose)
-    how.require_consistent()
-    if output_file is not None:
-        output_file = local_path(output_file, ANOTHER_OUTPUT)
-        require_file_place(output_file, ANOTHER_OUTPUT)
-    chatting = input_file is None and prompt is None and sys.stdin.isatty()
-    if chatting and as_json:
-        raise UsageError("--json has no meaning in a chat.", "Give a prompt.")
-    text = "" if chatting or input_file else read_prompt(prompt)
-    name = model or default_model(out)
-    stages = Stages()
-    stages.end("command line")
-
-    from gemma_awq_cli.models.checkpoints.source import find_source
-    from gemma_awq_cli.models.text.prompter import begin_loading
-
-    folder = find_source(name, revision, out.note).folder
-    loading = begin_loading(folder)  # on a thread of its own, while torch is imported
-
-    from gemma_awq_cli.cli import batch, chat_screen
-    from gemma_awq_cli.cli.engines import read_model, start_engine
-    from gemma_awq_cli.generate.generation import GenerationOptions, prompt_ids
+    from gemma_awq_cli.generate.generation import GenerationOptions
+    from gemma_awq_cli.generate.request import BatchFiles, EngineOptions, RunRequest
     from gemma_awq_cli.generate.sampling import Sampling
 
-    stages.end("importing torch")
-    wanted = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
-    asked = Sampling(temperature, top_k, top_p, seed)
+    out, stages = Output(quiet), Stages()
+    _require_consistent(prompt, input_file, output_file, resume, verbose, engine)
+    opening = EngineOptions(
+        device,
+        dtype and dtype.value,
+        quantization and quantization.value,
+        attn and attn.value,
+        head and head.value,
+        engine.value,
+        tensor_parallel,
+        pipeline_parallel,
+    )
+    opening.require_consistent()
+    files = None
     if input_file is not None and output_file is not None:
-        work = batch.BatchOptions(input_file, output_file, batch_size, resume, system, raw)
-        batch.run(out, folder, loading, how, work, GenerationOptions(wanted, asked, stop or ()), as_json)
-        return
-    checkpoint, sampling = read_model(out, folder, asked)
-    settings = GenerationOptions(wanted, sampling, stop or ())
-    if chatting:
-        chat_screen.talk(out, start_engine(out, checkpoint, loading, how, 1, None), settings, name, system, raw)
-        return
+        output_file = local_path(output_file, ANOTHER_OUTPUT)
+        require_file_place(output_file, ANOTHER_OUTPUT)
+        files = BatchFiles(input_file, output_file, batch_size, resume)
+    chatting = files is None and prompt is None and sys.stdin.isatty()
+    if chatting and as_json:
+        raise UsageError("--json cannot be used in a chat.", "Give a prompt.")
+    text = "" if chatting or files else read_prompt(prompt)
+    limit = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
+    generation = GenerationOptions(limit, Sampling(temperature, top_k, top_p, seed), stop or ())
+    request = RunRequest(model or default_model(out), revision, opening, generation, system, raw)
+    stages.end("command line")
 
-    def tokens(prompter: "Prompter") -> list[int]:
-        return prompt_ids(prompter, text, system, raw)
+    from gemma_awq_cli.generate.finding import find_model
 
-    stages.end("config and file headers")
-    opened = start_engine(out, checkpoint, loading, how, 1, lambda prompter: len(tokens(prompter)) + wanted, stages.end)
-    ids = tokens(opened.prompter)
-    stages.end("waiting for the tokenizer")
-    result = _complete(out, opened, ids, settings, name, as_json)
-    if verbose:
-        out.note(stages.described(result.prefill_seconds))
-    if result.finish == "interrupted":
-        raise typer.Exit(130)
+    found = find_model(request.model, revision, out.note)  # its tokenizer loads while torch is imported
+
+    from gemma_awq_cli.cli import batch, chat_screen
+    from gemma_awq_cli.cli.run_notes import show_events
+    from gemma_awq_cli.generate.running import open_chat, run_prompt
+
+    stages.end("importing torch")
+    show = show_events(out, stages, verbose)
+    if files is not None:
+        batch.complete_file(out, request, found, files, show, as_json)
+    elif chatting:
+        chat_screen.talk(out, open_chat(request, found, show), request.model)
+    else:
+        result = run_prompt(request, found, text, (lambda piece: None) if as_json else out.piece, show)
+        _report(out, result, request.model, as_json)
+        if verbose:
+            out.note(stages.summary(result.completion.prefill_seconds))
+        if result.completion.finish == "interrupted":
+            raise typer.Exit(130)
 
 
-def require_consistent(
-    prompt: str | None, input_file: Path | None, output_file: Path | None, resume: bool, as_json: bool
+def _require_consistent(
+    prompt: str | None,
+    input_file: Path | None,
+    output_file: Path | None,
+    resume: bool,
+    verbose: bool,
+    engine: EngineName,
 ) -> None:
-    """A usage error for a prompt and files that do not go together."""
+    """Raise UsageError for a prompt, files and options that exclude each other."""
     if (input_file is None) != (output_file is None):
-        raise UsageError("--input and --output go together.", "Give both: a file of prompts, and one for the answers.")
+        raise UsageError(
+            "--input and --output need each other.", "Give both: a file of prompts, and one for the completions."
+        )
     if input_file is None and resume:
-        raise UsageError("--resume goes with --input and --output.")
+        raise UsageError("--resume needs --input and --output.", "Leave it out.")
     if input_file is not None and prompt is not None:
         raise UsageError("A prompt and --input exclude each other.", "Leave one of them out.")
+    if verbose and engine is EngineName.vllm:
+        raise UsageError("--verbose cannot be used with --engine vllm.", "Leave it out.")
 
 
-def _complete(
-    out: Output, engine: "Engine", ids: list[int], settings: "GenerationOptions", name: str, as_json: bool
-) -> "Completion":
-    """One prompt: its text streams to stdout, or is one JSON document."""
-    on_text = (lambda row, piece: None) if as_json else (lambda row, piece: out.piece(piece))
-    result = engine.complete([ids], settings, on_text)[0]
+def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> None:
+    """End the streamed text, or print the JSON document. Note the speed."""
+    completion = result.completion
     if as_json:
         out.document(
             {
-                "model": name, "text": result.text, "finish": result.finish, "prompt_tokens": result.prompt_tokens,
-                "tokens": len(result.tokens), "sampling": settings.sampling.described(),
-                "prompt_tokens_per_second": round(result.prefill_rate, 2),
-                "decode_tokens_per_second": round(result.decode_rate, 2),
+                "model": model, "text": completion.text, "finish": completion.finish,
+                "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
+                "sampling": result.sampling.summary(),
+                "prompt_tokens_per_second": round(completion.prefill_rate, 2),
+                "decode_tokens_per_second": round(completion.decode_rate, 2),
             }
         )  # fmt: skip
     else:
         out.result("")
     out.note(
-        f"{result.prompt_tokens} prompt tokens at {result.prefill_rate:.1f}/s, "
-        f"{len(result.tokens)} new tokens at {result.decode_rate:.1f}/s ({result.finish})"
+        f"{completion.prompt_tokens} prompt tokens at {completion.prefill_rate:.1f}/s, "
+        f"{len(completion.tokens)} new tokens at {completion.decode_rate:.1f}/s ({completion.finish})"
     )
-    return result
-
-
-def read_prompt(argument: str | None) -> str:
-    """The prompt: the argument, or standard input for `-` and pipes."""
-    text = argument if argument is not None and argument != "-" else _read_stdin()
-    if not text:
-        raise UsageError("The prompt is empty.", 'Give one: gemma-awq run "PROMPT", or pipe it in.')
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:  # an argument with bytes that are no UTF-8 arrives as lone surrogates
-        raise GemmaAwqError("The prompt is not UTF-8.", "Convert it to UTF-8.") from None
-    return text
-
-
-def _read_stdin() -> str:
-    """Standard input as text, with \\n for line ends and without the last; no more of it than a context can hold."""
-    where = "The prompt on standard input"
-    if sys.stdin is None:
-        raise UsageError("Standard input is closed, and there is no prompt.", 'Give one: gemma-awq run "PROMPT".')
-    with system_errors("Standard input", "Pipe the prompt in, or give it as an argument."):
-        data = sys.stdin.buffer.read(STDIN_BYTES + 1)
-    if len(data) > STDIN_BYTES:
-        raise GemmaAwqError(
-            f"{where} has more than {STDIN_BYTES} bytes, which no Gemma's context holds.",
-            "Shorten it, or give many prompts with --input.",
-        )
-    return plain_lines(require_text(decode(data, where), where)).removesuffix("\n")

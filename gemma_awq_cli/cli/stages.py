@@ -1,25 +1,28 @@
-"""Where the seconds from the command to the first token went, for `run --verbose`."""
+"""The time from the start of the command to the first token, by stages, for `run --verbose`."""
 
 import time
 
-_BEGAN = time.perf_counter()  # as the command line's modules are imported: a few hundredths after the process
+_STARTED = time.perf_counter()  # when the command line's modules are imported: a few hundredths after the process
 
 
 class Stages:
     """Wall seconds of consecutive stages."""
 
     def __init__(self) -> None:
-        self._last = _BEGAN
+        self._last = _STARTED
         self._seconds: dict[str, float] = {}
 
     def end(self, stage: str) -> None:
-        """A stage ends now, and the next one begins."""
+        """End a stage now and begin the next one."""
         now = time.perf_counter()
         self._seconds[stage] = now - self._last
         self._last = now
 
-    def described(self, first_token: float) -> str:
-        """`command line 0.1, ...` and their sum; first_token: seconds of the prompt's reading."""
-        seconds = {**self._seconds, "first token": first_token}
+    def summary(self, prefill_seconds: float) -> str:
+        """Return the sum and the stages as text: `1.52 s to the first token: command line 0.10, ...`.
+
+        prefill_seconds: the last stage, from the start of reading the prompt to the first token.
+        """
+        seconds = {**self._seconds, "first token": prefill_seconds}
         parts = ", ".join(f"{stage} {part:.2f}" for stage, part in seconds.items())
         return f"{sum(seconds.values()):.2f} s to the first token: {parts}."

@@ -1,1 +1,4 @@
-"""Tokens from a running model: engines, sampling, batches, chats."""
+"""Text from a running model: engines, sampling, batches, chats, and `load_model`, the Python API for running."""
+
+NEW_TOKENS = 256  # the most tokens of a completion, unless the caller gives a limit
+NEW_TOKENS_CHAT = 1024  # and of an answer in a chat

@@ -1,7 +1,7 @@
-"""Many prompts through one model: completed in batches, written one JSON line each.
+"""Many prompts through one model, in batches, and the file of their completions, one JSON line each.
 
-A line is appended as soon as its row ends, so whatever ends the run keeps every row that was finished. Each line says
-what it was made with; that is what a resumed run compares itself with.
+A line is appended as soon as its row ends, so whatever ends the run, every finished row is kept. Each line says what it
+was made with; a resumed run compares itself with that.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, prompt_ids, require_room
-from gemma_awq_cli.generate.prompt_file import Prompt
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, require_room
+from gemma_awq_cli.generate.prompting import Prompt, prompt_ids
 from gemma_awq_cli.models.text.prompter import Prompter, located
 from gemma_awq_cli.system.json_input import parse_json
 from gemma_awq_cli.system.locking import Lock
@@ -23,22 +23,26 @@ from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.saving import require_file_place, write_errors, write_whole
 
 ANOTHER = "Give another --output."
+RESUME = "give another --output. --resume continues after the finished prompts"
 ROW_BEGINS = b'{"index": '
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What is to be completed. made_with: all that the answers depend on, by the names of the options."""
+    """The prompts to complete and how.
+
+    system, raw: as for `prompt_ids`. made_with: all that the completions depend on, by the names of the options.
+    """
 
     prompts: Sequence[Prompt]
     system: str | None
     raw: bool
-    settings: GenerationOptions
+    options: GenerationOptions
     made_with: Mapping[str, Any]
 
 
 def recorded_seed(path: Path) -> int | None:
-    """The seed that an earlier run of the command drew, if its output tells: a resumed run goes on with it."""
+    """Return the seed that an earlier run of the command drew, to continue with it; None if the output has none."""
     try:
         with path.open("rb") as file:
             first = json.loads(file.readline())
@@ -50,10 +54,10 @@ def recorded_seed(path: Path) -> int | None:
 
 
 def read_finished(path: Path, batch: Batch) -> dict[int, dict[str, Any]]:
-    """The rows that an earlier run of the same command finished, by number; cuts off a half-written last line.
+    """Return the rows that an earlier run of the same command finished, by index; cuts off a half-written last line.
 
-    Refuses, and names the difference, if they were made of other prompts or with anything else, and touches nothing
-    that this command did not write.
+    Raises GemmaAwqError, which names the difference, if they have other prompts or were made with other options. A file
+    that this command did not write is left as it is.
     """
     if not path.exists():
         return {}
@@ -87,19 +91,20 @@ def _read_row(where: str, line: bytes) -> dict[str, Any]:
 def _require_same(path: Path, batch: Batch, index: int, prompt: Any, made_with: dict[str, Any]) -> None:
     hint = "Repeat the command that wrote it with --resume, or give another --output."
     if isinstance(index, bool) or not 0 <= index < len(batch.prompts) or batch.prompts[index] != prompt:
-        raise GemmaAwqError(f"{path} holds other prompts than --input (row {index}).", hint)
+        raise GemmaAwqError(f"{path} was written for other prompts than those of --input (row {index}).", hint)
     now = batch.made_with
     if made_with != dict(now):
         names = [name for name in sorted({*made_with, *now}) if made_with.get(name) != now.get(name)]
         different = "; ".join(f"{name} {made_with.get(name)!r}, now {now.get(name)!r}" for name in names)
-        raise GemmaAwqError(f"{path} was written with other settings: {different}.", hint)
+        raise GemmaAwqError(f"{path} was written with other options: {different}.", hint)
 
 
 @contextmanager
 def sole_writer(path: Path) -> Iterator[None]:
-    """Nobody else writes the output meanwhile; an error if somebody does. However this process ends, that ends too.
+    """Keep other processes from writing the output meanwhile; raise GemmaAwqError if one is writing it.
 
-    The lock's own file stays: whoever took it away might take it from under one who has just opened it.
+    The lock ends with this process, however it ends. The lock's own file stays: removing it could remove it from under
+    a process that has just opened it.
     """
     lock = Lock(path.with_name(f"{path.name}.lock"))
     with writing(path):
@@ -113,13 +118,15 @@ def sole_writer(path: Path) -> Iterator[None]:
 
 
 def require_free(path: Path, resume: bool) -> None:
-    """An error if nothing can be written to the output, or it is there already and `resume` does not allow it.
+    """Raise GemmaAwqError if the output cannot be written, or if it exists and `resume` is not given.
 
-    Only looks, so that it can be asked before anything is loaded.
+    Writes nothing, so that it can be called before anything is loaded.
     """
     require_file_place(path, "give another --output")
     if not resume and path.exists() and path.stat().st_size:
-        raise GemmaAwqError(f"{path} exists and is not empty.", "Add --resume to go on with it, or give another name.")
+        raise GemmaAwqError(
+            f"{path} exists and is not empty.", "Add --resume to continue it, or give another --output."
+        )
 
 
 def complete_batch(
@@ -129,9 +136,10 @@ def complete_batch(
     finished: Mapping[int, dict[str, Any]],
     on_row: Callable[[int, Completion], None],
 ) -> bool:
-    """Complete what is not in `finished`, and append it to `path`. False if Ctrl-C ended it early.
+    """Complete the prompts that are not in `finished` and append them to `path`. Return False if Ctrl-C ended it early.
 
-    Rows end in any order; when all are there the file is in the order of the prompts.
+    on_row: called with (index of the prompt, completion) as each row ends. Rows end in any order; once all are written,
+    the file is brought into the order of the prompts.
     """
     rows = token_rows(engine.prompter, batch)
     for index, ids in enumerate(rows):
@@ -149,7 +157,7 @@ def complete_batch(
             on_row(index, completion)
 
         with contextlib.suppress(KeyboardInterrupt):
-            engine.complete([rows[index] for index in left], batch.settings, lambda _, piece: None, on_done, left)
+            engine.complete([rows[index] for index in left], batch.options, on_done=on_done, numbers=left)
     if order != sorted(order):
         with writing(path):
             _sort(path)
@@ -157,7 +165,7 @@ def complete_batch(
 
 
 def token_rows(prompter: Prompter, batch: Batch) -> list[list[int]]:
-    """Each prompt's token ids; an error that names the prompt if the model cannot be given it."""
+    """Return the token ids of each prompt. Raises PromptError, which names the prompt, if the model cannot take it."""
     rows = []
     for number, prompt in enumerate(batch.prompts, 1):
         with located(f"Prompt {number}"):
@@ -166,8 +174,8 @@ def token_rows(prompter: Prompter, batch: Batch) -> list[list[int]]:
 
 
 def writing(path: Path) -> AbstractContextManager[None]:
-    """Refusals of the operating system while the output is written, as errors."""
-    return write_errors(path, "give another --output; --resume goes on")
+    """Turn the operating system's errors while the output is written into GemmaAwqError."""
+    return write_errors(path, RESUME)
 
 
 def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
@@ -179,6 +187,6 @@ def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
 
 
 def _sort(path: Path) -> None:
-    """Bring the lines into the order of the prompts; the file is replaced whole or not at all."""
+    """Sort the lines by prompt; the file is replaced as a whole or not at all."""
     lines = sorted(path.read_bytes().split(b"\n")[:-1], key=lambda line: int(json.loads(line)["index"]))
     write_whole(path, b"\n".join(lines) + b"\n")

@@ -1,28 +1,28 @@
-"""The verb `run`: continue prompts, token by token, and hand out text as it becomes certain.
+"""The generation of text from rows of token ids, handed out piece by piece as each piece becomes certain.
 
-An `Engine` continues rows of token ids; a single prompt, a chat and a batch are all built on it. This tool's own is in
-`local_engine.py`, vLLM's in `vllm_engine.py`.
+An `Engine` continues rows; a single prompt, a chat and a batch are all built on it. `local_engine.py` has this tool's
+own engine, `vllm_engine.py` has vLLM's. Imports no torch.
 """
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Generator, Iterator, Sequence, Set
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any
 
-from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.sampling import CORRECT, Sampling
-from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.models.text.detokenizer import TextStream
-from gemma_awq_cli.models.text.prompter import Message, Prompter
-
-GENERATION_CONFIG = "generation_config.json"
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.sampling import Sampling
+from gemma_awq_cli.models.text.detokenizer import StreamingDetokenizer
+from gemma_awq_cli.models.text.prompter import Prompter
 
 
 @dataclass(frozen=True)
 class GenerationOptions:
-    """How rows are continued, whoever does it. stop: texts that a row ends before."""
+    """How rows are continued, by whichever engine.
+
+    max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
+    before the first that it would contain.
+    """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
@@ -31,10 +31,13 @@ class GenerationOptions:
 
 @dataclass
 class Completion:
-    """What was generated. finish: `stop` (end of text or a stop string), `length` or `interrupted`.
+    """The text that was generated for one prompt.
 
-    tokens: what the model chose, an end token included; read_tokens: how many of the prompt's tokens were not in a live
-    session already.
+    prompt_tokens: length of the prompt, BOS included. tokens: ids of the generated tokens, an end token included. text:
+    the tokens as text, without special tokens and cut before a stop string. finish: `stop` (an end token or a stop
+    string), `length` (the limit or the end of the context) or `interrupted` (Ctrl-C). read_tokens: how many of the
+    prompt's tokens had to be read; the others were in the cache of an earlier turn. prefill_seconds: time to the first
+    token. decode_seconds: time from the first token to the last.
     """
 
     prompt_tokens: int
@@ -47,19 +50,21 @@ class Completion:
 
     @property
     def prefill_rate(self) -> float:
+        """Prompt tokens/s up to the first new token; 0 if none was generated."""
         return self.read_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
 
     @property
     def decode_rate(self) -> float:
-        """Tokens a second after the first, which comes out of the prefill."""
+        """New tokens/s after the first, which comes out of the prefill; 0 if there are no more."""
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds and len(self.tokens) > 1 else 0.0
 
 
-@dataclass
+@dataclass(eq=False)
 class Row:
-    """One row while it is generated. index: its place among the rows of the call; number: see `Engine.complete`.
+    """One row while it is generated.
 
-    limit: the most tokens that it may be given; ends: the tokens that end it.
+    index: its position among the rows of the call. number: see `Engine.complete`. limit: the most tokens that it may be
+    given. ends: the tokens that end it.
     """
 
     index: int
@@ -67,18 +72,18 @@ class Row:
     ids: Sequence[int]
     limit: int
     ends: Set[int]
-    text: TextStream
+    text: StreamingDetokenizer
     completion: Completion
     done: bool = False
     _started: float = 0.0
 
     def begin(self, read_tokens: int) -> None:
-        """The engine starts on it, and has to read so many tokens of the prompt."""
+        """Start the clock. read_tokens: how many tokens of the prompt the engine has to read."""
         self.completion.read_tokens = read_tokens
         self._started = time.perf_counter()
 
     def take(self, token: int) -> None:
-        """The next token, which may end it."""
+        """Append the next token, which may end the row."""
         completion = self.completion
         seconds = time.perf_counter() - self._started
         if not completion.tokens:
@@ -94,16 +99,17 @@ class Row:
             completion.text = self.text.finish()
 
     def interrupt(self) -> None:
-        """It ends as it is, unless it has ended."""
+        """End the row as it is, unless it has ended already."""
         if not self.done:
             self.completion.finish = "interrupted"
             self.completion.text = self.text.finish()
 
 
 class Engine(ABC):
-    """Something that continues rows of token ids with one model.
+    """Continues rows of token ids with one model.
 
-    context: the most tokens that a row may have, answer included; ends: the tokens that end a row.
+    prompter: the model's tokenizer and chat template. context: the most tokens of a row, prompt and answer together.
+    ends: the tokens that end a row.
     """
 
     def __init__(self, prompter: Prompter, context: int, ends: Set[int]) -> None:
@@ -114,86 +120,74 @@ class Engine(ABC):
     def complete(
         self,
         rows: Sequence[Sequence[int]],
-        settings: GenerationOptions,
-        on_text: Callable[[int, str], None],
-        on_done: Callable[[int, Completion], None] = lambda row, completion: None,
+        options: GenerationOptions,
+        on_text: Callable[[int, str], None] = lambda index, piece: None,
+        on_done: Callable[[int, Completion], None] = lambda index, completion: None,
         numbers: Sequence[int] | None = None,
     ) -> list[Completion]:
-        """Continue each row until it ends, reaches `max_new_tokens` or fills the context.
+        """Continue each row until it ends, has `max_new_tokens` new tokens or fills the context.
 
-        on_text: (row, piece), the pieces of a row together are its text. on_done: (row, completion) as soon as a row
-        ends by itself. numbers: what tells the rows' random numbers apart, by default 0, 1, ...; it is the row's alone,
-        so its tokens do not depend on its company. Ctrl-C ends the rows that are unfinished and keeps their text;
-        if there are none it is passed on.
+        rows: token ids, BOS included. on_text: called with (index of the row, piece of text); the pieces of a row make
+        up its text. on_done: called with (index, completion) as soon as a row ends by itself. numbers: one number per
+        row that tells its random numbers from those of other rows, by default 0, 1, ...; a row's tokens depend on its
+        own number alone, whatever other rows run beside it.
+
+        Ctrl-C ends the unfinished rows and keeps their text; if all rows are finished, KeyboardInterrupt is raised.
+        Raises GemmaAwqError if a prompt fills the context.
         """
-        for index, ids in enumerate(rows):
-            require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
-
-        def made(index: int, ids: Sequence[int]) -> Row:
-            text = TextStream(self.prompter.tokenizer, settings.stop, lambda piece: on_text(index, piece))
-            limit = min(settings.max_new_tokens, self.context - len(ids))
-            return Row(index, numbers[index] if numbers else index, ids, limit, self.ends, text, Completion(len(ids)))
-
-        work = [made(index, ids) for index, ids in enumerate(rows)]
+        work = self._rows(rows, options, on_text, numbers)
         try:
-            self._generate(work, settings.sampling, lambda row: on_done(row.index, row.completion))
+            with closing(self._steps(work, options.sampling, lambda row: on_done(row.index, row.completion))) as steps:
+                for _ in steps:
+                    pass
         except KeyboardInterrupt:
             if all(row.done for row in work):
-                raise  # too late for these rows, but whoever brings more must hear of it
+                raise  # too late for these rows, but a caller that brings more has to know
             for row in work:
                 row.interrupt()
         return [row.completion for row in work]
 
+    def stream(self, ids: Sequence[int], options: GenerationOptions) -> Iterator[str]:
+        """Yield the text of one row piece by piece while it is generated.
+
+        ids: token ids, BOS included. Nothing is generated until the first piece is asked for.
+        """
+        pieces: list[str] = []
+        work = self._rows([ids], options, lambda _, piece: pieces.append(piece), None)
+        with closing(self._steps(work, options.sampling, lambda row: None)) as steps:
+            for _ in steps:
+                yield from pieces
+                pieces.clear()
+        yield from pieces
+
+    def _rows(
+        self,
+        rows: Sequence[Sequence[int]],
+        options: GenerationOptions,
+        on_text: Callable[[int, str], None],
+        numbers: Sequence[int] | None,
+    ) -> list[Row]:
+        for index, ids in enumerate(rows):
+            require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
+
+        def new(index: int, ids: Sequence[int]) -> Row:
+            text = StreamingDetokenizer(self.prompter.tokenizer, options.stop, lambda piece: on_text(index, piece))
+            limit = min(options.max_new_tokens, self.context - len(ids))
+            return Row(index, numbers[index] if numbers else index, ids, limit, self.ends, text, Completion(len(ids)))
+
+        return [new(index, ids) for index, ids in enumerate(rows)]
+
     @abstractmethod
-    def _generate(self, work: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]) -> None:
-        """Begin every row and give it tokens until it is done; tell `on_done` of each then. Ctrl-C is passed on."""
+    def _steps(
+        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+    ) -> Generator[None, None, None]:
+        """Begin every row and give it tokens until it is done, then call `on_done` with it.
 
-
-def prompt_ids(prompter: Prompter, prompt: str | Sequence[Message], system: str | None, raw: bool) -> list[int]:
-    """The token ids of a prompt or of a conversation: through the chat template of an instruct model unless `raw`."""
-    if raw or not prompter.is_chat:
-        switched = ", which --raw switches off." if raw and prompter.is_chat else "."
-        if system:
-            raise UsageError(f"--system needs a model with a chat template{switched}")
-        if not isinstance(prompt, str):
-            raise UsageError(f"Messages need a model with a chat template{switched}")
-        return prompter.prompt_ids(prompt)
-    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
-    if system and messages[0]["role"] != "system":
-        messages = [{"role": "system", "content": system}, *messages]
-    return prompter.prompt_ids(prompter.chat(messages, answer_next=True))
+        Yields after each step, at which some of the rows have got one token more. Passes KeyboardInterrupt on.
+        """
 
 
 def require_room(length: int, context: int, what: str = "The prompt") -> None:
-    """An error if a prompt of `length` tokens leaves no room for an answer."""
+    """Raise GemmaAwqError if a prompt of `length` tokens leaves no room for an answer."""
     if length >= context:
         raise GemmaAwqError(f"{what} has {length} tokens; this model's context holds {context}.", "Shorten it.")
-
-
-def generation_config(checkpoint: Checkpoint) -> dict[str, Any]:
-    """What the model's makers say of its generation; empty if they say nothing."""
-    path = checkpoint.folder / GENERATION_CONFIG
-    return read_json(path, CORRECT) if path.is_file() else {}
-
-
-def context_of(checkpoint: Checkpoint) -> int:
-    return int(checkpoint.facts.max_position_embeddings)
-
-
-def end_tokens(checkpoint: Checkpoint, prompter: Prompter) -> set[int]:
-    """The model's end tokens: the generation config's, the tokenizer's, and the end of a chat turn."""
-    declared = generation_config(checkpoint).get("eos_token_id")
-    ends = declared if isinstance(declared, list) else [] if declared is None else [declared]
-    shown = repr(declared)[:80]
-    for token in ends:
-        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < checkpoint.vocabulary:
-            raise GemmaAwqError(
-                f"The model's {GENERATION_CONFIG} has the eos_token_id {shown}, and its tokens are "
-                f"numbered from 0 to {checkpoint.vocabulary - 1}.",
-                CORRECT,
-            )
-    own = [prompter.tokenizer.special_id("eos_token")]
-    if prompter.is_chat:
-        own.append(prompter.tokenizer.id_of(checkpoint.family.end_of_turn))
-    # a token that the model has no embedding of is never generated
-    return {*ends, *(token for token in own if token is not None and token < checkpoint.vocabulary)}

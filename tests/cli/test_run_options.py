@@ -69,11 +69,11 @@ def test_sampling_is_what_the_model_says_unless_asked(tmp_path: Path, capsys: Ca
     ("wrong", "message"),
     [
         (["Hi", "--input", "a.txt", "--output", "b.jsonl"], "exclude each other"),
-        (["--input", "a.txt"], "go together"),
-        (["Hi", "--output", "b.jsonl"], "go together"),
-        (["Hi", "--resume"], "--resume goes with"),
-        (["Hi", "--device", "gpu"], "is no device"),
-        (["Hi", "--device", "cuda:x"], "is no device"),
+        (["--input", "a.txt"], "need each other"),
+        (["Hi", "--output", "b.jsonl"], "need each other"),
+        (["Hi", "--resume"], "--resume needs"),
+        (["Hi", "--device", "gpu"], "Invalid device"),
+        (["Hi", "--device", "cuda:x"], "Invalid device"),
         (["Hi", "--tensor-parallel", "2"], "--engine vllm"),
         (["Hi", "--quantization", "int8"], "is a 4-bit artifact"),
         (["Hi", "--dtype", "float32"], "is a 4-bit artifact"),
@@ -123,6 +123,19 @@ def test_an_artifact_runs_without_the_second_that_transformers_takes(
         "import sys\nfrom gemma_awq_cli.cli.app import main\n"
         f"assert main(['run', 'Hi', '-m', {str(artifacts(kind))!r}, '--device', 'cpu', '--max-new-tokens', '2']) == 0\n"
         "assert 'transformers' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_tokenizer_begins_to_load_before_torch_is_imported(artifacts: Callable[[str], Path]) -> None:
+    code = (
+        "import sys\nfrom gemma_awq_cli.cli.app import main\nfrom gemma_awq_cli.generate import finding\n"
+        "begin, torch_was_there = finding.begin_loading, []\n"
+        "def begin_loading(folder):\n    torch_was_there.append('torch' in sys.modules)\n    return begin(folder)\n"
+        "finding.begin_loading = begin_loading\n"
+        f"arguments = ['-m', {str(artifacts('gemma'))!r}, '--device', 'cpu', '--max-new-tokens', '2']\n"
+        "assert main(['run', 'Hi', *arguments]) == 0\n"
+        "assert torch_was_there == [False], torch_was_there\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 

@@ -4,7 +4,6 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -23,7 +22,7 @@ from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from tests.tiny import edit_weights, make_checkpoint
 
-SETTINGS = GenerationOptions(6, Sampling())
+OPTIONS = GenerationOptions(6, Sampling())
 
 
 @dataclass(frozen=True)
@@ -67,9 +66,9 @@ def recording(model: OpenModel) -> Recording:
 
 
 def talk(
-    opened: OpenModel, settings: GenerationOptions = SETTINGS, **options: Any
+    opened: OpenModel, options: GenerationOptions = OPTIONS, system: str | None = None, raw: bool = False
 ) -> tuple[Chat, Callable[[str], Answer]]:
-    chat = Chat(LocalEngine(opened, keep=True), settings, options.pop("system", None), options.pop("raw", False))
+    chat = Chat(LocalEngine(opened, keep=True), options, system, raw)
     return chat, lambda text: chat.ask(text, lambda _: None)
 
 
@@ -92,7 +91,7 @@ def test_the_next_turn_feeds_only_what_is_new(recording: Recording) -> None:
     ]
     # and the answers are those of a fresh session that reads it all at once
     ids = recording.prompter.prompt_ids(whole)
-    (fresh,) = LocalEngine(recording).complete([ids], SETTINGS, lambda *_: None)
+    (fresh,) = LocalEngine(recording).complete([ids], OPTIONS, lambda *_: None)
     assert fresh.tokens == answers[-1].tokens
     assert answers[-1].prompt_tokens == len(ids)
     assert answers[-1].read_tokens == len(longer[-1]) < len(ids)
@@ -146,7 +145,7 @@ def test_a_message_that_cannot_be_given_leaves_the_conversation_as_it_was(model:
 def test_a_full_context_forgets_the_oldest_turns(model: OpenModel) -> None:
     """The context holds 256 tokens, and a turn here takes some 80."""
     chat, ask = talk(model, system="Be brief.")
-    forgotten = [ask(f"{number}: " + "x" * 40).forgotten for number in range(5)]
+    forgotten = [ask(f"{number}: " + "x" * 40).dropped for number in range(5)]
     assert forgotten[:2] == [0, 0]
     assert sum(forgotten) == 10 - len(chat.messages) > 0
     assert chat.messages[-2]["content"].startswith("4: ")

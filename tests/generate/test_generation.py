@@ -10,8 +10,11 @@ import torch
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.generation import Completion, Sampling, end_tokens, prompt_ids
+from gemma_awq_cli.generate.generation import Completion
+from gemma_awq_cli.generate.generation_config import end_tokens
 from gemma_awq_cli.generate.local_engine import complete
+from gemma_awq_cli.generate.prompting import prompt_ids
+from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.text.prompter import Prompter
@@ -99,11 +102,12 @@ def test_an_interruption_keeps_what_was_generated(opened: OpenModel) -> None:
     result = complete(opened, [2, 40, 41], 50, Sampling(), (), interrupt)
     assert result.finish == "interrupted"
     assert 1 <= len(result.tokens) < 50
+    assert result.text == "".join(pieces)
 
 
 def test_the_length_limits(opened: OpenModel) -> None:
     result, _ = run(opened, tokens=3)
-    assert len(result.tokens) <= 3
+    assert (len(result.tokens), result.finish) == (3, "length")
     with pytest.raises(GemmaAwqError, match="context holds 256"):
         complete(opened, [2] * 256, 5, Sampling(), (), lambda _: None)
 
@@ -144,7 +148,9 @@ def test_nan_stops_with_an_error(artifacts: Callable[[str], Path], tmp_path: Pat
 def test_odd_end_tokens_are_an_error(eos: object, tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
     folder = Path(shutil.copytree(checkpoints("gemma2"), tmp_path / "model"))
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-    with pytest.raises(GemmaAwqError, match=r"generation_config.json has the eos_token_id .*from 0 to 263") as caught:
+    with pytest.raises(
+        GemmaAwqError, match=r"Invalid eos_token_id in the model's generation_config.json: .*from 0 to 263"
+    ) as caught:
         end_tokens(Checkpoint(folder), Prompter(folder))
     assert len(caught.value.message) < 250
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from gemma_awq_cli.cli import run
-from gemma_awq_cli.cli.run import read_prompt
+from gemma_awq_cli.cli import stdin_prompt
+from gemma_awq_cli.cli.stdin_prompt import read_prompt
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.prompt_file import read_prompts
 
@@ -66,7 +66,7 @@ def test_a_table_of_prompts(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('id,prompt\n1,"two\nlines"\n2,b\n')
     assert read_prompts(tmp_path / "a.csv") == ["two\nlines", "b"]
     (tmp_path / "a.csv").write_text("question\nwhat\n")
-    with pytest.raises(GemmaAwqError, match=r"line 2 has neither a `prompt` text nor `messages`; it has question"):
+    with pytest.raises(GemmaAwqError, match=r"line 2 needs either a `prompt` text or `messages`; it has question"):
         read_prompts(tmp_path / "a.csv")
 
 
@@ -153,7 +153,7 @@ def test_a_prompt_on_standard_input(data: bytes, prompt: str, monkeypatch: pytes
     ],
 )
 def test_standard_input_that_is_no_prompt(data: bytes | None, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run, "STDIN_BYTES", 100)
+    monkeypatch.setattr(stdin_prompt, "STDIN_BYTES", 100)
     stdin: Any = None if data is None else Stdin(data)
     monkeypatch.setattr(sys, "stdin", stdin)
     with pytest.raises(GemmaAwqError, match=says):
@@ -162,7 +162,7 @@ def test_standard_input_that_is_no_prompt(data: bytes | None, says: str, monkeyp
 
 def test_a_pipe_that_does_not_end_takes_no_memory() -> None:
     code = (
-        "import resource, sys\nfrom gemma_awq_cli.cli.run import read_prompt\n"
+        "import resource, sys\nfrom gemma_awq_cli.cli.stdin_prompt import read_prompt\n"
         "from gemma_awq_cli.errors import GemmaAwqError\n"
         "resource.setrlimit(resource.RLIMIT_AS, (400 << 20, 400 << 20))\n"
         "try:\n    read_prompt('-')\nexcept GemmaAwqError as error:\n    print(error.message)\n"
@@ -175,5 +175,5 @@ def test_a_pipe_that_does_not_end_takes_no_memory() -> None:
 def test_an_empty_file_holds_no_prompt(tmp_path: Path) -> None:
     for name, data in (("a.txt", BOM + b"\r\n"), ("a.jsonl", b"\n"), ("a.json", b"[]"), ("a.csv", b"prompt\n")):
         (tmp_path / name).write_bytes(data)
-        with pytest.raises(UsageError, match="holds no prompt"):
+        with pytest.raises(UsageError, match="has no prompts"):
             read_prompts(tmp_path / name)

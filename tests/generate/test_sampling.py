@@ -12,7 +12,8 @@ from transformers import (
 )
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.sampling import Chooser, Sampling, distribution, penalized, resolve
+from gemma_awq_cli.generate.sampler import Sampler, distribution, penalized
+from gemma_awq_cli.generate.sampling import Sampling, resolve
 
 GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
 
@@ -59,8 +60,8 @@ def test_the_repetition_penalty_is_transformers() -> None:
 
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
-    chooser = Chooser(Sampling(temperature=1.0, top_k=3, seed=4), 0, ())
-    counts = torch.bincount(torch.tensor([chooser.choose(logits) for _ in range(4000)]), minlength=4)
+    sampler = Sampler(Sampling(temperature=1.0, top_k=3, seed=4), 0, ())
+    counts = torch.bincount(torch.tensor([sampler.sample(logits) for _ in range(4000)]), minlength=4)
     assert counts[3] == 0
     torch.testing.assert_close(counts[:3] / 4000, logits[:3].softmax(0), rtol=0, atol=0.03)
 
@@ -69,8 +70,8 @@ def test_each_row_has_its_own_random_numbers() -> None:
     logits = torch.zeros(1000)
 
     def draws(seed: int, row: int) -> list[int]:
-        chooser = Chooser(Sampling(temperature=1.0, seed=seed), row, ())
-        return [chooser.choose(logits) for _ in range(8)]
+        sampler = Sampler(Sampling(temperature=1.0, seed=seed), row, ())
+        return [sampler.sample(logits) for _ in range(8)]
 
     assert draws(1, 0) == draws(1, 0)
     assert len({tuple(draws(seed, row)) for seed in range(4) for row in range(4)}) == 16
@@ -79,14 +80,14 @@ def test_each_row_has_its_own_random_numbers() -> None:
 def test_the_models_generation_config_decides_unless_asked() -> None:
     as_made = resolve(Sampling(seed=5), GEMMA3_IT)
     assert as_made == Sampling(temperature=1.0, top_k=64, top_p=0.95, seed=5)
-    assert as_made.described() == "temperature 1, top-k 64, top-p 0.95, seed 5"
+    assert as_made.summary() == "temperature 1, top-k 64, top-p 0.95, seed 5"
     assert resolve(Sampling(temperature=0.5, seed=5), GEMMA3_IT) == Sampling(0.5, 64, 0.95, 5)
-    assert resolve(Sampling(temperature=0.0), GEMMA3_IT).described() == "greedy"
+    assert resolve(Sampling(temperature=0.0), GEMMA3_IT).summary() == "greedy"
     assert resolve(Sampling(), {}).greedy
     assert resolve(Sampling(), {"top_k": 64, "top_p": 0.95}).greedy  # do_sample is what switches it on
     assert resolve(Sampling(temperature=0.8, seed=1), {}) == Sampling(temperature=0.8, seed=1)
     assert resolve(Sampling(), {"do_sample": True, "temperature": 0.0}).greedy
-    assert resolve(Sampling(), {"repetition_penalty": 1.1}).described() == "greedy, repetition penalty 1.1"
+    assert resolve(Sampling(), {"repetition_penalty": 1.1}).summary() == "greedy, repetition penalty 1.1"
     drawn = resolve(Sampling(), GEMMA3_IT)
     assert drawn.seed is not None  # said, so that the run can be repeated
     assert drawn.seed != resolve(Sampling(), GEMMA3_IT).seed
@@ -105,7 +106,7 @@ ODD = ["high", "", [], [1], {}, True, False, -1, -0.5, float("nan"), float("inf"
 )  # fmt: skip
 @pytest.mark.parametrize("asked", [Sampling(), Sampling(temperature=0.0), Sampling(temperature=0.5)])
 def test_an_odd_generation_config_is_an_error_that_names_it(name: str, value: object, asked: Sampling) -> None:
-    with pytest.raises(GemmaAwqError, match=f"generation_config.json has the {name} ") as caught:
+    with pytest.raises(GemmaAwqError, match=f"^Invalid {name} in the model's generation_config.json: ") as caught:
         resolve(asked, {"do_sample": True} | {name: value})
     assert len(caught.value.message) < 250
     assert caught.value.hint
@@ -122,9 +123,9 @@ def test_what_a_generation_config_leaves_open_is_no_error() -> None:
 
 @pytest.mark.parametrize("asked", [Sampling(temperature=float("nan")), Sampling(temperature=float("inf"))])
 def test_a_temperature_that_is_no_number_is_a_usage_error(asked: Sampling) -> None:
-    with pytest.raises(UsageError, match="--temperature"):
+    with pytest.raises(UsageError, match="Invalid temperature"):
         resolve(asked, {})
-    with pytest.raises(UsageError, match="--top-p"):
+    with pytest.raises(UsageError, match="Invalid top-p"):
         resolve(Sampling(top_p=float("nan")), {})
 
 
@@ -132,4 +133,4 @@ def test_a_temperature_that_is_no_number_is_a_usage_error(asked: Sampling) -> No
 def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
     logits = torch.tensor([-30.0, 29.9, 30.0, -1.0])
     for extra in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
-        assert Chooser(Sampling(temperature=temperature, seed=1, **extra), 0, ()).choose(logits) == 2
+        assert Sampler(Sampling(temperature=temperature, seed=1, **extra), 0, ()).sample(logits) == 2

@@ -6,6 +6,7 @@ The stand-in answers with transformers' own greedy tokens, some rows faster than
 import importlib.machinery
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -28,6 +29,38 @@ from gemma_awq_cli.models.text.prompter import Prompter
 ROWS = [[2, 40, 41, 42], [2, 50], [2, 60, 61]]
 
 
+@dataclass(slots=True)
+class EngineArgs:
+    """vLLM's, of the parameters that are used; any other is an error, as vLLM's own dataclass makes it."""
+
+    model: str
+    dtype: str = "auto"
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    gpu_memory_utilization: float = 0.9
+    limit_mm_per_prompt: dict[str, int] = field(default_factory=dict)
+    disable_log_stats: bool = False
+    use_tqdm_on_load: bool = True
+
+
+@dataclass(slots=True)
+class SamplingParams:
+    """vLLM's, as `EngineArgs`."""
+
+    max_tokens: int | None = 16
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool = False
+    detokenize: bool = True
+
+
 class FakeEngine:
     """One token a step for the row that is furthest behind; a row ends at its limit or at a stop token."""
 
@@ -40,16 +73,15 @@ class FakeEngine:
         self.aborted: list[str] = []
 
     @classmethod
-    def from_engine_args(cls, arguments: Any) -> "FakeEngine":
+    def from_engine_args(cls, arguments: EngineArgs) -> "FakeEngine":
         if arguments.tensor_parallel_size > 4:
             raise ValueError("World size (8) is larger than the number of available GPUs (0)\nand more lines")
         cls.arguments = arguments
         cls.last = cls(arguments.model)
         return cls.last
 
-    def add_request(self, name: str, prompt: dict[str, list[int]], parameters: Any) -> None:
-        settings = GenerationOptions(parameters.max_tokens)
-        (whole,) = self.local.complete([prompt["prompt_token_ids"]], settings, lambda *_: None)
+    def add_request(self, name: str, prompt: dict[str, list[int]], parameters: SamplingParams) -> None:
+        (whole,) = self.local.complete([prompt["prompt_token_ids"]], GenerationOptions(parameters.max_tokens))
         self.waiting[name] = SimpleNamespace(tokens=whole.tokens, given=0, parameters=parameters)
 
     def has_unfinished_requests(self) -> bool:
@@ -74,8 +106,8 @@ class FakeEngine:
 def vllm(monkeypatch: pytest.MonkeyPatch) -> type[FakeEngine]:
     module = ModuleType("vllm")
     module.__spec__ = importlib.machinery.ModuleSpec("vllm", None)
-    module.EngineArgs = SimpleNamespace  # type: ignore[attr-defined]
-    module.SamplingParams = SimpleNamespace  # type: ignore[attr-defined]
+    module.EngineArgs = EngineArgs  # type: ignore[attr-defined]
+    module.SamplingParams = SamplingParams  # type: ignore[attr-defined]
     module.LLMEngine = FakeEngine  # type: ignore[attr-defined]
     for name in ("VLLM_ENABLE_V1_MULTIPROCESSING", "VLLM_LOGGING_LEVEL", "VLLM_LOGGING_STREAM", "VLLM_NO_USAGE_STATS"):
         monkeypatch.setenv(name, "")
@@ -94,7 +126,7 @@ def test_rows_end_as_the_local_engine_ends_them(
 ) -> None:
     local = LocalEngine(open_model(checkpoints(kind), torch.device("cpu"), Precision(torch.float32)))
     (free,) = local.complete([ROWS[0]], GenerationOptions(9), lambda *_: None)
-    for settings in (GenerationOptions(9), GenerationOptions(9, stop=(free.text[1:3],))):
+    for options in (GenerationOptions(9), GenerationOptions(9, stop=(free.text[1:3],))):
         engine = open_engine(checkpoints(kind))
         pieces: dict[int, str] = {0: "", 1: "", 2: ""}
         done: dict[int, Completion] = {}
@@ -102,8 +134,8 @@ def test_rows_end_as_the_local_engine_ends_them(
         def on_text(row: int, piece: str, pieces: dict[int, str] = pieces) -> None:
             pieces[row] += piece
 
-        ours = engine.complete(ROWS, settings, on_text, done.__setitem__)
-        theirs = local.complete(ROWS, settings, lambda *_: None)
+        ours = engine.complete(ROWS, options, on_text, done.__setitem__)
+        theirs = local.complete(ROWS, options)
         assert [(row.tokens, row.text, row.finish) for row in ours] == [
             (row.tokens, row.text, row.finish) for row in theirs
         ]
@@ -193,7 +225,7 @@ def test_every_token_is_timed_and_no_end_of_text_ends_a_row(
 ) -> None:
     engine = open_engine(checkpoints("gemma"), memory_share=0.25)
     assert vllm.arguments.gpu_memory_utilization == 0.25
-    engine._ends = set(range(264))
+    engine.ends = set(range(264))
     first, steps = engine.timed(ROWS, 5)
     assert len(steps) == 4  # after the first token of all rows
     assert min(first, *steps) > 0

@@ -453,10 +453,10 @@ def test_the_last_artifact_is_the_default(artifact: Path, capsys: Capture) -> No
     from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 
     assert main(["push", REPO, "--dry-run", *SAID]) == 1
-    assert "there is no last one" in capsys.readouterr().err
+    assert "No artifact is given and none was quantized yet" in capsys.readouterr().err
     remember_artifact(artifact)
     assert main(["push", REPO, "--dry-run", *SAID]) == 0
-    assert "(the last one)" in capsys.readouterr().err
+    assert "(the last artifact)" in capsys.readouterr().err
 
 
 def test_what_a_system_left_there_is_named_and_not_sent(hub: WritingHub, artifact: Path, capsys: Capture) -> None:

@@ -209,12 +209,12 @@ def test_what_nobody_foresaw_is_no_traceback(
 
 @pytest.mark.parametrize("error", [ValueError("ours"), AssertionError(), KeyError("x"), RuntimeError("x"), TypeError()])
 def test_our_own_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
-    from gemma_awq_cli.models.checkpoints import source
+    from gemma_awq_cli.generate import finding
 
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(source, "find_source", fail)
+    monkeypatch.setattr(finding, "find_source", fail)
     with pytest.raises(type(error)):
         main(["run", "Hello", "-m", "x"])
 
@@ -311,7 +311,7 @@ def test_what_may_be_empty() -> None:
 def test_an_empty_variable_is_no_model(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_AWQ_MODEL", "")
     assert main(["run", "Hello"]) == 2
-    assert "GEMMA_AWQ_MODEL is set, and empty" in capsys.readouterr().err
+    assert "GEMMA_AWQ_MODEL is set but empty" in capsys.readouterr().err
 
 
 def test_a_path_of_too_many_parts_is_an_error() -> None:

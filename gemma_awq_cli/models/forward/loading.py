@@ -44,7 +44,9 @@ class OpenModel:
     @cached_property
     def prompter(self) -> Prompter:
         """The tokenizer and chat template, which load in a thread of their own while the weights are packed."""
-        return self.loading.result()
+        prompter = self.loading.result()
+        prompter.fit_to(self.checkpoint.vocabulary)
+        return prompter
 
     def session(self, rows: int, capacity: int) -> Session:
         """A new session of `rows` rows, each of at most `capacity` tokens."""

@@ -1,8 +1,8 @@
 """Chat templates, rendered as transformers renders them: Jinja in a sandbox, with the same filters and globals.
 
-A template is a program that a stranger wrote. As a program of its own this module renders one template again and again
-and bounds what that takes; `template_worker` is the other end. It imports nothing else of this package, nor anything
-heavy: transformers' own renderer costs the second that importing transformers takes.
+A template is a program that a stranger wrote. Run as a program of its own, this module renders one template again and
+again within bounds of memory and output; `template_worker` is the other end. It imports nothing else of this package,
+nor anything heavy: transformers' own renderer would cost the second that importing transformers takes.
 """
 
 import json
@@ -20,20 +20,20 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 MEMORY_BYTES = 512 * 1024 * 1024  # of the whole process
-# Characters that a template may write: what it is given many times over, and a megabyte of its own.
+# Characters that a template may write: ten times its input, and a megabyte of its own.
 OUTPUT_FACTOR, OUTPUT_OWN = 10, 1_000_000
 
 
 class Refusal(jinja2.exceptions.TemplateError):
-    """What a template itself says of messages that it cannot take."""
+    """The template's own refusal of messages that it cannot take."""
 
 
 class TooLongError(jinja2.exceptions.TemplateError):
-    """A template writes without end."""
+    """The template writes too much text."""
 
 
 class _Generation(Extension):
-    """`{% generation %}` marks an answer for those who train; the text in it is rendered as any other."""
+    """`{% generation %}` marks an answer for training; the text inside is rendered like any other."""
 
     tags = {"generation"}  # noqa: RUF012 (jinja2 declares it so)
 
@@ -54,9 +54,9 @@ class _Dict:
 
 
 class _Namespace(jinja2.utils.Namespace):
-    """A namespace that takes no names of Python's own."""
+    """A namespace that takes no names with a leading underscore."""
 
-    def __init__(*args: Any, **kwargs: Any) -> None:  # without a name for self, as jinja2's: a template may use it
+    def __init__(*args: Any, **kwargs: Any) -> None:  # self has no name, as in jinja2's: a template may use that name
         self, rest = args[0], args[1:]
         attributes = dict(*rest, **kwargs)
         for name in attributes:
@@ -80,10 +80,10 @@ def render(
     tokens: Mapping[str, str],
     limit: int | None = None,
 ) -> str:
-    """The messages as text, of at most `limit` characters. tokens: `bos_token` and the like, which templates write out.
+    """Return the messages as text of at most `limit` characters. tokens: texts of `bos_token` and the like.
 
-    Raises whatever the template does: `Refusal` where it refuses the messages, jinja2.exceptions.TemplateSyntaxError
-    where it is no template.
+    Raises whatever the template raises: `Refusal` if it refuses the messages, jinja2.exceptions.TemplateSyntaxError if
+    it is not a template.
     """
     pieces = _compiled(template).generate(
         messages=[dict(message) for message in messages],
@@ -128,13 +128,13 @@ def _to_json(
 
 
 def serve() -> None:
-    """Render until the requests end: JSON lines on file 0, answers on file 1.
+    """Render until the requests end: they come as JSON lines on file 0, the answers go to file 1.
 
-    The first line is {template, tokens, seconds}, every other {messages, answer_next}. An answer is one of {text},
-    {refused: why}, {damaged: why, line}, {failed: why, line} and {exhausted: why}; the very first says {ready}.
-    seconds: after twice as many this process ends by itself, if whoever asked has not ended it.
+    The first request is {template, tokens, seconds}, every other {messages, answer_next}. An answer is one of {text},
+    {refused: why}, {damaged: why, line}, {failed: why, line} and {exhausted: why}; before all others comes {ready}.
+    seconds: after twice that time this process ends by itself, if its parent has not ended it.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for whoever asks
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
     with open(0, "rb", closefd=False) as requests, open(1, "wb", closefd=False) as answers:
         answers.write(b'{"ready": true}\n')
         answers.flush()
@@ -157,25 +157,25 @@ def _answer(template: str, tokens: Mapping[str, str], request: Mapping[str, Any]
         text = render(template, request["messages"], request["answer_next"], tokens, limit)
         return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
     except Refusal as error:
-        answer: dict[str, Any] = {"refused": _said(error)}
+        answer: dict[str, Any] = {"refused": _message_of(error)}
     except TooLongError:
         answer = {"exhausted": f"writes more than {limit} characters"}
     except MemoryError:
         answer = {"exhausted": f"needs more than {MEMORY_BYTES >> 20} MB of memory"}
     except jinja2.exceptions.TemplateSyntaxError as error:
-        answer = {failing: _said(error), "line": error.lineno}
-    except Exception as error:  # noqa: BLE001 (whatever a stranger's program raises is an answer, and no bug of ours)
-        answer = {failing: f"{type(error).__name__}: {_said(error)}", "line": _line(error)}
+        answer = {failing: _message_of(error), "line": error.lineno}
+    except Exception as error:  # noqa: BLE001 (whatever a stranger's program raises is an answer, not a bug of ours)
+        answer = {failing: f"{type(error).__name__}: {_message_of(error)}", "line": _line(error)}
     return json.dumps(answer).encode() + b"\n"
 
 
-def _said(error: Exception) -> str:
+def _message_of(error: Exception) -> str:
     text = "".join(character if character.isprintable() else " " for character in str(error)[:500])
     return text.strip().rstrip(".") or "no reason given"
 
 
 def _line(error: Exception) -> int | None:
-    """The template's line that raised it, which jinja2 puts into the traceback."""
+    """Return the line of the template that raised the error, which jinja2 puts into the traceback."""
     lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if frame.f_code.co_filename == "<template>"]
     return lines[-1] if lines else None
 
@@ -186,13 +186,13 @@ def _bound_memory() -> None:
     except ImportError:  # Windows
         return
     for name, bound in (("RLIMIT_CORE", 0), ("RLIMIT_DATA", MEMORY_BYTES), ("RLIMIT_AS", MEMORY_BYTES)):
-        with suppress(AttributeError, OSError, ValueError):  # not every system has or heeds each
+        with suppress(AttributeError, OSError, ValueError):  # not every system has or enforces each of them
             resource.setrlimit(getattr(resource, name), (bound, bound))
 
 
 @contextmanager
 def _time_bound(seconds: int) -> Iterator[None]:
-    """This process ends if what is done inside takes longer."""
+    """End this process if the body takes longer."""
     alarm = getattr(signal, "alarm", None)
     if alarm is None:
         yield
@@ -203,6 +203,6 @@ def _time_bound(seconds: int) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    with suppress(BrokenPipeError):  # nobody waits for the answer
+    with suppress(BrokenPipeError):  # the parent waits for no answer
         serve()
     os._exit(0)

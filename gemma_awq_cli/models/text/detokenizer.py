@@ -7,8 +7,11 @@ from tokenizers.decoders import DecodeStream
 from gemma_awq_cli.models.text.tokenizer import Tokenizer, tokenizer_errors
 
 
-class TextStream:
-    """Decodes one row's tokens, and ends before the first stop string. `on_text` is given each piece once."""
+class StreamingDetokenizer:
+    """Decodes one row's tokens as they come, without special tokens, and ends before the first stop string.
+
+    on_text: called with each piece of the text once, as soon as no later token can change it.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
         self._backend = tokenizer.backend
@@ -16,11 +19,11 @@ class TextStream:
         self._stop = [string for string in stop if string]
         self._on_text = on_text
         self._text = ""
-        self._given = 0
+        self._given = 0  # characters that `on_text` has got
 
     def add(self, token: int) -> bool:
-        """Take one token. True if a stop string was completed."""
-        with tokenizer_errors("The tokenizer cannot write tokens as text one by one"):
+        """Decode one more token. Return whether that completed a stop string."""
+        with tokenizer_errors("The tokenizer cannot decode tokens one by one"):
             self._text += self._stream.step(self._backend, token) or ""
         places = [place for string in self._stop if (place := self._text.find(string)) >= 0]
         if places:
@@ -31,7 +34,7 @@ class TextStream:
         return False
 
     def _possible_stop(self) -> int:
-        """How many characters at the end may still become a stop string."""
+        """Return how many characters at the end may still become a stop string."""
         longest = 0
         for string in self._stop:
             for length in range(1, len(string)):
@@ -42,10 +45,10 @@ class TextStream:
     def _give(self, end: int) -> None:
         if end > self._given:
             piece = self._text[self._given : end]
-            self._given = end  # first: an interruption of on_text must not hand the piece out twice
+            self._given = end  # first: an interruption of on_text must not give the piece out twice
             self._on_text(piece)
 
     def finish(self) -> str:
-        """Hand out what was held back; the whole text."""
+        """Give out the text that was held back as a possible stop string. Return the whole text."""
         self._give(len(self._text))
         return self._text

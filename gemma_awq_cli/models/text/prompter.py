@@ -1,6 +1,6 @@
-"""Text to token ids the way Gemma was trained on them: always exactly one BOS at the start, the right chat template.
+"""Text to token ids as Gemma was trained on them: exactly one BOS at the start, and the model's chat template.
 
-What comes out of here fits the model: no id is beyond its embedding.
+The ids fit the model: none of them is beyond its embedding.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ Message = dict[str, str]
 class Prompter:
     """A model folder's tokenizer and chat template.
 
-    `PromptError` is what texts and conversations raise that the model cannot be given: others may be given after it.
+    A text or a conversation that the model cannot be given raises `PromptError`; the next one may be fine.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -36,37 +36,45 @@ class Prompter:
 
     @cached_property
     def vocabulary(self) -> int | None:
-        """How many tokens the model has embeddings of; None for a folder without weights."""
+        """How many tokens have an embedding; None for a folder without weights. A BOS beyond it is an error."""
         if next(self.folder.glob("*.safetensors"), None) is None:
             return None
         from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
         vocabulary = Checkpoint(self.folder).vocabulary
+        self._require_bos(vocabulary)
+        return vocabulary
+
+    def fit_to(self, vocabulary: int) -> None:
+        """Set the `vocabulary` of a checkpoint that is open already, so that it need not be read again."""
+        self._require_bos(vocabulary)
+        self.vocabulary = vocabulary
+
+    def _require_bos(self, vocabulary: int) -> None:
         if self.bos >= vocabulary:
             raise GemmaAwqError(
-                f"The tokenizer of {self.folder} is another model's: its BOS token "
-                f"{self.tokenizer.special['bos_token']!r} has the id {self.bos}, and this model has embeddings of "
+                f"The tokenizer of {self.folder} belongs to another model: its BOS token "
+                f"{self.tokenizer.special['bos_token']!r} has the id {self.bos}, but this model has embeddings of "
                 f"{vocabulary} tokens.",
                 COPY,
             )
-        return vocabulary
 
     @property
     def is_chat(self) -> bool:
-        """Whether the model comes with a chat template, that is, whether it answers rather than completes."""
+        """Whether the model has a chat template, that is, whether it answers rather than completes."""
         return self._templates is not None
 
     def prepare(self) -> None:
-        """Begin what the first conversation will wait for."""
+        """Start the process that renders the chat template, and do not wait for it."""
         if self._templates is not None:
             self._templates.start()
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of plain text, without BOS."""
+        """Return the token ids of plain text, without BOS."""
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise PromptError("The text holds half of a surrogate pair.", "Write it in UTF-8.") from None
+            raise PromptError("The text contains half of a surrogate pair.", "Write it in UTF-8.") from None
         ids = self.tokenizer.encode(text)
         if self.vocabulary is not None and ids and (largest := max(ids)) >= self.vocabulary:
             raise self._beyond(largest, self.vocabulary)
@@ -76,31 +84,33 @@ class Prompter:
         token = f"the token {self.tokenizer.token_of(index)!r} with the id {index}"
         why = f"this model has embeddings of {vocabulary} tokens"
         if self.tokenizer.is_added(index):
-            hint = "Leave it out of the text. If the chat template writes it, take the original model's template."
-            return PromptError(f"The text holds {token}, and {why}.", hint)
-        return GemmaAwqError(f"The tokenizer of {self.folder} is another model's: it gives {token}, and {why}.", COPY)
+            hint = "Leave it out of the text. If the chat template writes it, copy the original model's template."
+            return PromptError(f"The text contains {token}, but {why}.", hint)
+        return GemmaAwqError(
+            f"The tokenizer of {self.folder} belongs to another model: it gives {token}, but {why}.", COPY
+        )
 
     def prompt_ids(self, text: str) -> list[int]:
-        """BOS and the ids of `text`. A BOS that the text spells out already is not doubled."""
+        """Return BOS and the token ids of `text`. A BOS that the text spells out already is not doubled."""
         ids = self.ids(text)
         return ids if ids[:1] == [self.bos] else [self.bos, *ids]
 
     def chat(self, messages: Sequence[Message], answer_next: bool) -> str:
-        """Messages through the model's template, up to where the model's answer begins if `answer_next`."""
-        assert self._templates is not None, "only a model with a chat template is given messages"
+        """Return the text that the chat template renders, up to where the next answer begins if `answer_next`."""
+        assert self._templates is not None, "messages need a model with a chat template"
         try:
             return self._templates.render(messages, answer_next)
         except PromptError:
             if [message["role"] for message in messages[:2]] != ["system", "user"]:
                 raise
-            # Gemma 1 and 2 know no system role: what it says goes before the first user message.
+            # Gemma 1 and 2 have no system role: its text goes before the first user message
             first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
             return self._templates.render([first, *messages[2:]], answer_next)
 
 
 @contextmanager
 def located(place: object) -> Iterator[None]:
-    """Put the place in front of a `PromptError` that is raised inside: `prompts.jsonl, line 7: The text holds ...`."""
+    """Put the place in front of a `PromptError` that is raised inside: `prompts.jsonl, line 7: The text ...`."""
     try:
         yield
     except PromptError as error:
@@ -108,11 +118,11 @@ def located(place: object) -> Iterator[None]:
 
 
 def begin_loading(folder: Path) -> Future[Prompter]:
-    """Load a folder's prompter on a thread of its own, while something else is imported or packed."""
+    """Load a folder's `Prompter` on a thread of its own, while the caller imports or reads something else."""
 
     def load() -> Prompter:
         prompter = Prompter(folder)
-        with suppress(GemmaAwqError):  # whoever needs it is told
+        with suppress(GemmaAwqError):  # raised again when the template is needed
             prompter.prepare()
         return prompter
 

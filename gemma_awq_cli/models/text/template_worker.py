@@ -1,7 +1,7 @@
 """The parent's end of `chat_template`: a process that renders one chat template within bounds of time and memory.
 
-A process, because nothing inside one's own bounds what a template does: `{{ 9**9**9 }}` gives Python's lock back when
-it is done. Imports nothing heavy, jinja2 included.
+It takes a process because nothing can bound a template inside one's own: `{{ 9**9**9 }}` holds Python's lock until it
+is done. Imports nothing heavy, not even jinja2.
 """
 
 import json
@@ -20,25 +20,26 @@ from gemma_awq_cli.models.text.template_files import COPY, ChatTemplate
 from gemma_awq_cli.system.failures import system_errors
 
 PROGRAM = Path(__file__).with_name("chat_template.py")
-SECONDS = 5  # that one rendering may take; a real template takes a thousandth of one
-STARTING_SECONDS = 120  # that the process may take to begin, on a machine or a file system under load
+SECONDS = 5  # the limit of one rendering; a real template takes a millisecond
+STARTING_SECONDS = 120  # the limit of the process's start, on a machine or a file system under load
+RENDERER = "The process that renders chat templates"
 CHECK = "Check that Python and jinja2 work: python -c 'import jinja2'."
 _NEEDED = frozenset((
     "PATH", "HOME", "USERPROFILE", "APPDATA", "SYSTEMROOT", "SYSTEMDRIVE", "TMPDIR", "TEMP", "TMP", "TZ", "LANG",
     "LC_ALL", "LC_CTYPE", "LC_TIME", "LD_LIBRARY_PATH", "DYLD_LIBRARY_PATH", "VIRTUAL_ENV",
 ))  # fmt: skip
-TURNS = "Gemma's messages are user and assistant by turns, after at most one system message."
+TURNS = "Let user and assistant messages alternate, after at most one system message."
 
 
 class PromptError(GemmaAwqError):
-    """A text or a conversation that this model cannot be given; another one may be."""
+    """A text or a conversation that this model cannot be given. Another one may be fine."""
 
 
 class TemplateWorker:
-    """Renders `template`. tokens: `bos_token` and the like, which templates write out.
+    """Renders a chat template in a process of its own. tokens: texts of `bos_token` and the like.
 
-    The process starts with `start` or with the first rendering and ends with this object; if it was ended, by its
-    bounds or an interruption, the next rendering starts another.
+    The process starts with `start` or with the first rendering, and ends with this object. If a bound or an
+    interruption has ended it, the next rendering starts another.
     """
 
     def __init__(self, template: ChatTemplate, tokens: Mapping[str, str]) -> None:
@@ -46,18 +47,26 @@ class TemplateWorker:
         self._tokens = dict(tokens)
         self._process: _Process | None = None
 
+    @property
+    def process(self) -> "subprocess.Popen[bytes] | None":
+        """The process that renders, once it was started."""
+        return None if self._process is None else self._process.process
+
     def start(self) -> None:
         """Start the process, and do not wait for it."""
         if self._process is None:
             self._process = _Process(self._template, self._tokens)
 
     def render(self, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
-        """The messages as text. `PromptError` if it is due to the messages, another error if the template is unfit."""
+        """Return the messages as text.
+
+        Raises PromptError if the messages are the cause, and GemmaAwqError if the template cannot be used at all.
+        """
         self.start()
         assert self._process is not None
         try:
             answer = self._process.ask({"messages": list(messages), "answer_next": answer_next})
-        except BaseException:  # it may be half-way through an answer
+        except BaseException:  # the process may be half-way through an answer
             self._process.end()
             self._process = None
             raise
@@ -68,7 +77,7 @@ class TemplateWorker:
             return text
         where = self._template.where
         if "refused" in answer:
-            raise PromptError(f"The model's chat template refuses the messages: {answer['refused']}.", TURNS)
+            raise PromptError(f"The model's chat template rejects the messages: {answer['refused']}.", TURNS)
         if "exhausted" in answer:
             raise GemmaAwqError(f"The chat template ({where}) {answer['exhausted']} to render one conversation.", COPY)
         place = f"{where}, line {answer['line']}" if answer.get("line") else where
@@ -78,16 +87,16 @@ class TemplateWorker:
 
 
 class _Process:
-    """A process of `chat_template`."""
+    """A running `chat_template`."""
 
     def __init__(self, template: ChatTemplate, tokens: Mapping[str, str]) -> None:
         self._template = f"The chat template ({template.where})"
         self._ready = False
-        with system_errors("The process that renders chat templates", "Close other programs.", "started"):
+        with system_errors(RENDERER, "Close other programs.", "started"):
             read, write = os.pipe()
             self._answers: IO[bytes] = os.fdopen(read, "rb")
             try:
-                self._process = subprocess.Popen(
+                self.process = subprocess.Popen(
                     [sys.executable, "-P", str(PROGRAM)],
                     stdin=subprocess.PIPE,
                     stdout=write,
@@ -100,14 +109,14 @@ class _Process:
                 raise
             finally:
                 os.close(write)
-        self.end = weakref.finalize(self, _end, self._process, self._answers)
+        self.end = weakref.finalize(self, _end, self.process, self._answers)
         self._first = {"template": template.text, "tokens": dict(tokens), "seconds": SECONDS}
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """Send a request and wait for the answer, for a bounded time."""
         requests = [request]
         if not self._ready:
-            self._exchange([], STARTING_SECONDS, "The process that renders chat templates", "start", CHECK)
+            self._exchange([], STARTING_SECONDS, RENDERER, "start", CHECK)
             self._ready = True
             requests = [self._first, request]
         return self._exchange(requests, SECONDS, self._template, "render one conversation", COPY)
@@ -115,12 +124,12 @@ class _Process:
     def _exchange(
         self, requests: Sequence[Mapping[str, Any]], seconds: float, what: str, doing: str, hint: str
     ) -> dict[str, Any]:
-        """Send requests and read one answer. what, doing, hint: for the error if none comes."""
+        """Send requests and return the one answer. what, doing, hint: for the error if none comes in time."""
         expired = threading.Event()
 
         def expire() -> None:
             expired.set()
-            self._process.kill()
+            self.process.kill()
 
         watch = threading.Timer(seconds, expire)
         watch.daemon = True
@@ -139,30 +148,30 @@ class _Process:
         return dict(json.loads(line))
 
     def _exchange_bytes(self, data: bytes) -> bytes:
-        assert self._process.stdin is not None
-        self._process.stdin.write(data)
-        self._process.stdin.flush()
+        assert self.process.stdin is not None
+        self.process.stdin.write(data)
+        self.process.stdin.flush()
         return self._answers.readline()
 
     def _ending(self) -> str:
         try:
-            code = self._process.wait(1)
-        except subprocess.TimeoutExpired:  # it has closed its end, and goes on
-            self._process.kill()
-            code = self._process.wait()
+            code = self.process.wait(1)
+        except subprocess.TimeoutExpired:  # it has closed its end but still runs
+            self.process.kill()
+            code = self.process.wait()
         return f"signal {-code}" if code < 0 else f"exit code {code}"
 
 
 def _environment() -> dict[str, str]:
-    """What Python needs to start, and nothing that a stranger's template has no business with, such as tokens."""
+    """Return the variables that Python needs to start; a stranger's template must not see others, such as tokens."""
     return {name: value for name, value in os.environ.items() if name in _NEEDED or name.startswith("PYTHON")}
 
 
 def _end(process: "subprocess.Popen[bytes]", answers: IO[bytes]) -> None:
-    """End the process, whatever it does, and leave nothing of it."""
+    """Kill the process, wait for it and close its files."""
     process.kill()
     process.wait()
     if process.stdin is not None:
-        with suppress(OSError):  # of a request that it never read
+        with suppress(OSError):  # a request that was never read
             process.stdin.close()
     answers.close()

@@ -1,6 +1,6 @@
-"""The tokenizer of a model folder: the tokenizers library's own, without the seconds that transformers adds to it.
+"""The tokenizer of a model folder, read by the tokenizers library itself; transformers would add seconds.
 
-Imports nothing heavy, and loading gives Python's lock away: both can happen while torch is imported.
+Imports nothing heavy, and loading releases Python's lock: both can happen while torch is imported.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +21,8 @@ from gemma_awq_cli.system.reading import read_bytes, require_regular
 
 COPY = "Copy the tokenizer files of the original model."
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
-_SPECIAL_LENGTH = 256  # characters of such a token; a Gemma's longest has 21
-_GROWTH = 64  # characters that a normalizer or decoder may make of one; a Gemma's makes one of one
+_SPECIAL_LENGTH = 256  # characters of a special token; a Gemma's longest has 21
+_GROWTH = 64  # characters that a normalizer or decoder may make of one; a Gemma's makes one
 JSON, SENTENCEPIECE, TOKENIZER_CONFIG, MAP = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
 )  # fmt: skip
@@ -31,14 +31,14 @@ JSON, SENTENCEPIECE, TOKENIZER_CONFIG, MAP = (
 class Tokenizer:
     """Text to token ids and back, with the special tokens and the chat template of a model folder.
 
-    special: `bos_token` and the like -> the token's text. The same ids and texts as transformers' fast tokenizer gives.
+    special: `bos_token` and the like -> the token's text. Gives the same ids and texts as transformers' fast tokenizer.
     """
 
     def __init__(self, backend: Any, special: Mapping[str, str], chat_template: ChatTemplate | None) -> None:
         self.backend = backend
         self.special = dict(special)
         self.chat_template = chat_template
-        # what a file may ask for beside a text's own ids, the same each time
+        # a text's ids are its own alone and the same each time, whatever else the file asks for
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None
@@ -49,45 +49,46 @@ class Tokenizer:
             backend.add_tokens(missing)
 
     def __len__(self) -> int:
-        """The vocabulary with all added tokens."""
+        """Return the number of tokens, added tokens included."""
         return int(self.backend.get_vocab_size())
 
     def special_id(self, name: str) -> int | None:
-        """The id of `bos_token`, `eos_token`, `unk_token` or `pad_token`; None if the model has none."""
+        """Return the id of `bos_token`, `eos_token`, `unk_token` or `pad_token`; None if the model has none."""
         return self.id_of(self.special[name]) if name in self.special else None
 
     def id_of(self, token: str) -> int | None:
-        """The id of exactly this token, or None."""
+        """Return the id of exactly this token, or None."""
         found: int | None = self.backend.token_to_id(token)
         return found
 
     def token_of(self, index: int) -> str | None:
-        """The token of an id, as the vocabulary writes it, or None."""
+        """Return the token of an id, as the vocabulary writes it, or None."""
         found: str | None = self.backend.id_to_token(index)
         return found
 
     def is_added(self, index: int) -> bool:
-        """Whether the token is found in a text as it is, before the text is cut into the vocabulary's pieces."""
+        """Return whether it is an added token, which is found in a text before the text is cut into pieces."""
         return index in self.backend.get_added_tokens_decoder()
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, special tokens that it spells out included, none added."""
+        """Return the token ids of a text, with the special tokens that it spells out and no others."""
         with tokenizer_errors("The tokenizer fails with this text"):
             ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = False) -> str:
-        with tokenizer_errors("The tokenizer cannot write tokens as text"):
+        """Return the text of token ids."""
+        with tokenizer_errors("The tokenizer cannot decode tokens"):
             text: str = self.backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
         return text
 
 
 @contextmanager
 def tokenizer_errors(what: str) -> Iterator[None]:
-    """Turn what the tokenizers library raises into an error `what`: its reason. Wraps its calls alone.
+    """Turn what the tokenizers library raises into GemmaAwqError("`what`: reason"). The body should call nothing else.
 
-    For a file or a text that it cannot take it raises Exception itself, and no other type of it; where its Rust code
-    panics, a BaseException of a module that cannot be imported.
+    For a file or a text that it cannot take, the library raises plain Exception; if its Rust code panics, a
+    BaseException of a module that cannot be imported.
     """
     try:
         yield
@@ -99,7 +100,10 @@ def tokenizer_errors(what: str) -> Iterator[None]:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of the folder's tokenizer.json; of its tokenizer.model where there is no other."""
+    """Return the tokenizer of the folder's tokenizer.json or, if there is none, of its tokenizer.model.
+
+    Raises GemmaAwqError if neither is there or one cannot be used.
+    """
     path = folder / TOKENIZER_CONFIG
     config = read_json(path, COPY) if path.is_file() else {}
     template = find_template(folder, config)
@@ -108,7 +112,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     elif (folder / SENTENCEPIECE).is_file():
         backend, special = _from_sentencepiece(folder)
     else:
-        raise GemmaAwqError(f"{folder} has no tokenizer: neither {JSON} nor {SENTENCEPIECE} is there.", COPY)
+        raise GemmaAwqError(f"{folder} has no tokenizer: neither {JSON} nor {SENTENCEPIECE}.", COPY)
     for part in ("normalizer", "decoder"):
         _require_bounded(getattr(backend, part), f"The {part} of {folder}'s tokenizer")
     with tokenizer_errors(f"The tokenizer of {folder} cannot be used"):
@@ -118,14 +122,16 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 def _from_json(path: Path) -> Any:
     require_regular(path, COPY)
     if (size := path.stat().st_size) > JSON_BYTES:
-        raise GemmaAwqError(f"{path} has {size} bytes; at most {JSON_BYTES} are read.", COPY)
+        raise GemmaAwqError(f"{path} has {size} bytes; the limit is {JSON_BYTES}.", COPY)
     with tokenizer_errors(f"{path} cannot be read"):
         return Backend.from_file(str(path))
 
 
 def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
-    """The special tokens' texts; as for transformers, an older special_tokens_map.json goes before a config that does
-    not list the tokenizer's added tokens.
+    """Return the texts of the special tokens by their names.
+
+    As in transformers, an older special_tokens_map.json takes precedence over a config that does not list the
+    tokenizer's added tokens.
     """
     declared = {name: (config[name], folder / TOKENIZER_CONFIG) for name in _SPECIAL if name in config}
     path = folder / MAP
@@ -139,7 +145,7 @@ def _special_tokens(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
             continue
         if not isinstance(text, str) or not 0 < len(text) <= _SPECIAL_LENGTH:
             raise GemmaAwqError(
-                f"{file} has a {name} that is no text of at most {_SPECIAL_LENGTH} characters: {str(value)[:80]!r}.",
+                f"Invalid {name} in {file}: {str(value)[:80]!r} is not a text of 1 to {_SPECIAL_LENGTH} characters.",
                 COPY,
             )
         special[name] = text
@@ -150,7 +156,7 @@ def _from_sentencepiece(folder: Path) -> tuple[Any, dict[str, str]]:
     path = folder / SENTENCEPIECE
     if missing := [name for name, module in _READERS.items() if not _installed(module)]:
         raise GemmaAwqError(
-            f"{folder} has a {SENTENCEPIECE} and no {JSON}; to read it, {' and '.join(missing)} must be installed.",
+            f"{folder} has a {SENTENCEPIECE} and no {JSON}. To read it, {' and '.join(missing)} must be installed.",
             f"Install: pip install {' '.join(missing)}. Or copy the original model's {JSON} into the folder.",
         )
     from google.protobuf.message import DecodeError
@@ -162,7 +168,7 @@ def _from_sentencepiece(folder: Path) -> tuple[Any, dict[str, str]]:
     except DecodeError as error:
         raise GemmaAwqError(f"{path} is not a SentencePiece model: {first_line(error)}.", COPY) from None
     if not parsed.pieces:
-        raise GemmaAwqError(f"{path} is a SentencePiece model without tokens.", COPY)
+        raise GemmaAwqError(f"{path} is a SentencePiece model without any tokens.", COPY)
     from transformers import AutoTokenizer
 
     what = f"The tokenizer of {folder} cannot be loaded"
@@ -178,21 +184,21 @@ _READERS = {"sentencepiece": "sentencepiece", "protobuf": "google.protobuf"}
 def _installed(module: str) -> bool:
     try:
         return find_spec(module) is not None
-    except ModuleNotFoundError:  # of the package that it is in
+    except ModuleNotFoundError:  # the package that the module is in
         return False
 
 
 def _require_bounded(part: Any, what: str) -> None:
-    """An error if a normalizer or a decoder makes very long texts of short ones, which takes time without bound."""
+    """Raise GemmaAwqError if a normalizer or decoder turns short texts into very long ones, in unbounded time."""
     if part is None:
         return
     state = parse_json(part.__getstate__().decode(), what, COPY)
     if _growth(state) > _GROWTH:
-        raise GemmaAwqError(f"{what} makes more than {_GROWTH} characters of one.", COPY)
+        raise GemmaAwqError(f"{what} turns one character into more than {_GROWTH}.", COPY)
 
 
 def _growth(state: Any) -> int:
-    """How many characters its replacements, one after another, may make of one."""
+    """Return how many characters its replacements, one after another, may make of one."""
     if isinstance(state, list):
         product = 1
         for one in state:

@@ -14,7 +14,7 @@ from gemma_awq_cli.models.text.prompter import Prompter, PromptError, begin_load
 from tests.tiny import CHAT_TEMPLATE, SPECIAL, VOCAB, add_tokens, edit_weights, make_tokenizer
 
 IMAGE = "<image_soft_token>"
-BEYOND = f"the token '{IMAGE}' with the id {VOCAB}, and this model has embeddings of {VOCAB} tokens"
+BEYOND = f"the token '{IMAGE}' with the id {VOCAB}, but this model has embeddings of {VOCAB} tokens"
 USER, ASSISTANT, SYSTEM = ({"role": role, "content": role[0]} for role in ("user", "assistant", "system"))
 
 
@@ -34,7 +34,7 @@ def test_a_token_beyond_the_embedding_is_an_error_that_names_it(image: Path) -> 
         with pytest.raises(PromptError, match=BEYOND):
             read(f"See {IMAGE} here")
     with (
-        pytest.raises(PromptError, match=r"^prompts.txt, line 7: The text holds the token"),
+        pytest.raises(PromptError, match=r"^prompts.txt, line 7: The text contains the token"),
         located("prompts.txt, line 7"),
     ):
         prompter.ids(IMAGE)
@@ -61,7 +61,7 @@ def test_a_tokenizer_of_another_model_is_told_from_a_text(tmp_path: Path, checkp
     path.write_text(json.dumps(json.loads(path.read_text()) | {"vocab_size": 100}))
     prompter = Prompter(folder)
     assert prompter.ids("<unk>") == [3]
-    with pytest.raises(GemmaAwqError, match="is another model's: it gives the token") as caught:
+    with pytest.raises(GemmaAwqError, match="belongs to another model: it gives the token") as caught:
         prompter.ids("東京")
     assert caught.type is GemmaAwqError
 
@@ -72,7 +72,7 @@ def test_a_bos_beyond_the_embedding_is_an_error(source: str, image: Path) -> Non
     content = "[BOS]" if source.startswith("named") else IMAGE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token": content}))
     with pytest.raises(
-        GemmaAwqError, match=r"its BOS token .* has the id 26[45], and this model has embeddings of 264"
+        GemmaAwqError, match=r"its BOS token .* has the id 26[45], but this model has embeddings of 264"
     ):
         Prompter(image).prompt_ids("Hi")
 
@@ -109,7 +109,7 @@ def test_no_command_is_given_one(
     assert BEYOND in said.replace("\n", " ")
     assert "Traceback" not in said
     if "--input" in filled:
-        assert "51: The text holds" in said
+        assert "51: The text contains" in said
     # before anything was done
     assert not (tmp_path / "out.jsonl").exists()
     assert not (tmp_path / "artifact").exists()
@@ -126,7 +126,7 @@ def test_a_system_message_goes_into_a_user_message_and_no_other(tmp_path: Path) 
     merged = prompter.chat([SYSTEM, USER, ASSISTANT], answer_next=False)
     assert "<start_of_turn>user\ns\n\nu<end_of_turn>" in merged
     for messages in ([SYSTEM], [SYSTEM, ASSISTANT], [SYSTEM, SYSTEM, USER], [SYSTEM, ASSISTANT, USER]):
-        with pytest.raises(PromptError, match=r"refuses the messages: no system role\.$"):
+        with pytest.raises(PromptError, match=r"rejects the messages: no system role\.$"):
             prompter.chat(messages, answer_next=False)
 
 

@@ -1,0 +1,26 @@
+"""The model of a request, found on this machine or fetched, and its tokenizer, which begins to load. Imports no torch.
+
+The tokenizer loads on a thread of its own, so that it is ready by the time torch is imported and the weights are read.
+"""
+
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_awq_cli.models.checkpoints.source import find_source
+from gemma_awq_cli.models.text.prompter import Prompter, begin_loading
+
+
+@dataclass(frozen=True)
+class FoundModel:
+    """A model folder on this machine, and its tokenizer and chat template while they load."""
+
+    folder: Path
+    prompter: Future[Prompter]
+
+
+def find_model(name: str, revision: str | None, note: Callable[[str], None]) -> FoundModel:
+    """Find a folder, a hub id or `demo`, and begin to load its tokenizer. `note` is told of what takes long."""
+    folder = find_source(name, revision, note).folder
+    return FoundModel(folder, begin_loading(folder))

@@ -1,0 +1,154 @@
+"""The Python API for running a model: `load_model`, and the `Model` that it returns."""
+
+import os
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from gemma_awq_cli.calibration_text.document_forms import read_messages
+from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.generate import NEW_TOKENS
+from gemma_awq_cli.generate.events import Note, OnEvent, ignore
+from gemma_awq_cli.generate.finding import find_model
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
+from gemma_awq_cli.generate.generation_config import generation_config
+from gemma_awq_cli.generate.opening import open_engine, read_checkpoint
+from gemma_awq_cli.generate.prompting import prompt_ids
+from gemma_awq_cli.generate.request import EngineOptions
+from gemma_awq_cli.generate.sampling import Sampling, resolve
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.text.prompter import Message
+
+if TYPE_CHECKING:
+    import torch
+
+
+def load_model(
+    model: str | os.PathLike[str],
+    *,
+    device: str = "auto",
+    dtype: "str | torch.dtype | None" = None,
+    revision: str | None = None,
+    quantization: str | None = None,
+    attention: str | None = None,
+    head: str | None = None,
+    on_event: OnEvent = ignore,
+) -> "Model":
+    """Open an artifact or a 16-bit Gemma checkpoint to generate text with it.
+
+    model: a folder, a hub id such as `google/gemma-3-1b-it`, or `demo`. device: `auto`, `cpu`, `cuda`, `cuda:N` or
+    `mps`. revision: branch, tag or commit of a hub id. head: how the output head is held in memory, `16bit`, `int8` or
+    `int4`; by default int4 for an artifact. For a 16-bit checkpoint only: dtype (`bfloat16`, `float16`, `float32`),
+    quantization on loading by bitsandbytes (`int8`, `nf4`) and attention (`sdpa`, `eager`, `flash_attention_2`); by
+    default what suits the device and the model. on_event: called with the events of `generate.events`, such as warnings
+    about the model.
+
+    Raises UsageError for options that are invalid or exclude each other, and GemmaAwqError if the model cannot be
+    opened.
+    """
+    name = None if dtype is None else str(dtype).removeprefix("torch.")
+    options = EngineOptions(device, name, quantization, attention, head)
+    options.require_consistent()
+    found = find_model(os.fspath(model), revision, lambda text: on_event(Note(text)))
+    checkpoint = read_checkpoint(found, on_event)
+    return Model(checkpoint, open_engine(checkpoint, found, options, 1, None, on_event))
+
+
+class Model:
+    """A model that is open and generates text, one prompt at a time.
+
+    It keeps the cache of the last prompt and its answer: a prompt that continues them reads only the new tokens.
+
+    The options of `generate`, `stream` and `chat` are the same. max_new_tokens: the most tokens of the answer.
+    temperature, top_p, top_k: how tokens are sampled; what is left out comes from the model's generation_config, and
+    temperature 0 takes the most likely token each time. seed: of the random numbers; by default another for each call.
+    stop: one or more strings; the text ends before the first of them.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
+        self._checkpoint = checkpoint
+        self._engine = engine
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether the model has a chat template: it then answers prompts rather than continuing them."""
+        return self._engine.prompter.is_chat
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        system: str | None = None,
+        raw: bool = False,
+    ) -> Completion:
+        """Return the completion of a prompt, or an instruct model's answer to it.
+
+        system: a system message for an instruct model. raw: give an instruct model the prompt without its chat
+        template. Ctrl-C ends the text early and keeps what was generated (`finish` is then `interrupted`).
+
+        Raises UsageError for an invalid option, PromptError for a text that the model cannot be given, and
+        GemmaAwqError if the prompt fills the context.
+        """
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        return self._engine.complete([prompt_ids(self._engine.prompter, prompt, system, raw)], options)[0]
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+        system: str | None = None,
+        raw: bool = False,
+    ) -> Iterator[str]:
+        """Return an iterator over the text that `generate` would return, piece by piece.
+
+        Wrong arguments are an error at once; the text is generated while the iterator is read, and no further than it
+        is read.
+        """
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw), options)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        *,
+        max_new_tokens: int = NEW_TOKENS,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        top_k: int | None = None,
+        seed: int | None = None,
+        stop: str | Sequence[str] = (),
+    ) -> Completion:
+        """Return an instruct model's answer to a conversation.
+
+        messages: dicts with `role` (`system`, `user`, `assistant`) and `content`; the last one is the user's. The
+        answer is not added to them.
+        """
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        conversation = read_messages(list(messages), "The conversation")
+        return self._engine.complete([prompt_ids(self._engine.prompter, conversation, None, False)], options)[0]
+
+    def _options(
+        self,
+        max_new_tokens: int,
+        temperature: float | None,
+        top_p: float | None,
+        top_k: int | None,
+        seed: int | None,
+        stop: str | Sequence[str],
+    ) -> GenerationOptions:
+        if max_new_tokens < 1:
+            raise UsageError(f"Invalid max_new_tokens: {max_new_tokens}.", "Give 1 or more.")
+        asked = Sampling(temperature, top_k, top_p, seed)
+        sampling = resolve(asked, generation_config(self._checkpoint))
+        return GenerationOptions(max_new_tokens, sampling, (stop,) if isinstance(stop, str) else tuple(stop))

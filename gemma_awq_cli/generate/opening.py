@@ -1,0 +1,82 @@
+"""A found model to a running engine: its checkpoint is read, its sampling settings are completed, it is opened."""
+
+from collections.abc import Callable
+
+import torch
+
+from gemma_awq_cli.generate.events import ModelOpened, Note, OnEvent, SamplingChosen, StageEnded, Warned
+from gemma_awq_cli.generate.finding import FoundModel
+from gemma_awq_cli.generate.generation import Engine
+from gemma_awq_cli.generate.generation_config import generation_config
+from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.request import VLLM, EngineOptions
+from gemma_awq_cli.generate.sampling import Sampling, resolve
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.loading import open_model, other_devices, pick_device
+from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
+from gemma_awq_cli.models.forward.memory import memory_errors
+from gemma_awq_cli.models.text.prompter import Prompter
+
+VLLM_CHAT_CONTEXT = 8192  # vLLM reserves memory for the whole context, and Gemma 3's own has 131072 tokens
+
+
+def read_checkpoint(found: FoundModel, on_event: OnEvent) -> Checkpoint:
+    """Read the config and the file headers of a model. Warns of what a user should know about them."""
+    with memory_errors(f"opening {found.folder.name}", SMALLER):
+        checkpoint = Checkpoint(found.folder)
+    for line in checkpoint.notes:
+        on_event(Warned(line))
+    return checkpoint
+
+
+def choose_sampling(checkpoint: Checkpoint, asked: Sampling, on_event: OnEvent) -> Sampling:
+    """Return the sampling settings that the user's and the model's generation_config make together."""
+    sampling = resolve(asked, generation_config(checkpoint))
+    on_event(SamplingChosen(sampling))
+    return sampling
+
+
+def open_engine(
+    checkpoint: Checkpoint,
+    found: FoundModel,
+    options: EngineOptions,
+    batch_size: int,
+    longest: Callable[[Prompter], int] | None,
+    on_event: OnEvent,
+) -> Engine:
+    """Open the model with the engine that `options` name.
+
+    batch_size: the most rows that run at once. longest: returns the most tokens of a row, prompt and answer together;
+    None if the rows are not known yet, as in a chat, whose turns continue each other.
+    """
+    if options.engine != VLLM:
+        return _open_local(checkpoint, found, options, batch_size, longest is None, on_event)
+    from gemma_awq_cli.generate.vllm_engine import VllmEngine
+
+    prompter = found.prompter.result()
+    prompter.fit_to(checkpoint.vocabulary)
+    context = longest(prompter) if longest else VLLM_CHAT_CONTEXT
+    on_event(Note(f"Starting vLLM on {found.folder.name}."))
+    return VllmEngine(
+        checkpoint, prompter, context, batch_size, options.tensor_parallel, options.pipeline_parallel, options.dtype
+    )
+
+
+def _open_local(
+    checkpoint: Checkpoint, found: FoundModel, options: EngineOptions, batch_size: int, keep: bool, on_event: OnEvent
+) -> LocalEngine:
+    device = pick_device(options.device)
+    dtype = getattr(torch, options.dtype) if options.dtype else None
+    if dtype is torch.float16 and not checkpoint.family.float16 and checkpoint.quantization is None:
+        on_event(
+            Warned(
+                f"{checkpoint.family.title} in float16: its activations can overflow. The output is checked, and NaN "
+                "stops the run; bfloat16 is safe."
+            )
+        )
+    precision = Precision(dtype, options.quantization, options.attention)
+    others = other_devices(options.device, device)
+    opened = open_model(found.folder, device, precision, others, options.head, found.prompter)
+    on_event(ModelOpened(str(opened.device), tuple(opened.kernel_report()), opened.slow_kernels()))
+    on_event(StageEnded("reading and packing weights"))
+    return LocalEngine(opened, batch_size, keep)

@@ -1,0 +1,86 @@
+"""What `run` is asked to do, as data: which model, how it is opened, how text is generated. Imports no torch."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.generate.generation import GenerationOptions
+
+DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
+LOCAL, VLLM = "local", "vllm"
+# The values that an option of `EngineOptions` may have, beside None.
+CHOICES = {
+    "dtype": ("float16", "bfloat16", "float32"),
+    "quantization": ("int8", "nf4"),
+    "attention": ("sdpa", "eager", "flash_attention_2"),
+    "head": ("16bit", "int8", "int4"),
+    "engine": (LOCAL, VLLM),
+}
+_OPTION_NAMES = {"attention": "attn"}  # on the command line, where it differs
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """How a model is opened, and by which engine.
+
+    device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. dtype, quantization, attention: for a 16-bit checkpoint only; None
+    lets the device and the model decide. head: how the head is held in memory; None for int4 in an artifact and 16 bits
+    in a 16-bit checkpoint. engine: `local` or `vllm`; only vLLM takes tensor_parallel and pipeline_parallel.
+    """
+
+    device: str = "auto"
+    dtype: str | None = None
+    quantization: str | None = None
+    attention: str | None = None
+    head: str | None = None
+    engine: str = LOCAL
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+
+    def require_consistent(self) -> None:
+        """Raise UsageError for an unknown value and for options that exclude each other."""
+        if not DEVICES.fullmatch(self.device):
+            raise UsageError(f"Invalid device: {self.device!r}.", "Give auto, cpu, cuda, cuda:0 or mps.")
+        for name, choices in CHOICES.items():
+            value = getattr(self, name)
+            if value is not None and value not in choices:
+                raise UsageError(f"Invalid {name}: {value!r}.", f"Give {', '.join(choices[:-1])} or {choices[-1]}.")
+        if self.engine == VLLM:
+            given = [name for name in ("quantization", "attention", "head") if getattr(self, name) is not None]
+            given += [] if self.device == "auto" else ["device"]
+            if given:
+                raise UsageError(
+                    f"--{_OPTION_NAMES.get(given[0], given[0])} cannot be used with --engine vllm, which decides that "
+                    "itself.",
+                    "Leave it out.",
+                )
+        elif self.tensor_parallel * self.pipeline_parallel > 1:
+            raise UsageError("--tensor-parallel and --pipeline-parallel need vLLM.", "Add --engine vllm.")
+
+
+@dataclass(frozen=True)
+class RunRequest:
+    """A model and how it is to generate.
+
+    model: a folder, a hub id or `demo`. revision: branch, tag or commit of a hub id. generation: its sampling is what
+    the user asked for; the model's generation_config completes it. system: a system message for an instruct model. raw:
+    leave out the chat template.
+    """
+
+    model: str
+    revision: str | None
+    engine: EngineOptions
+    generation: GenerationOptions
+    system: str | None = None
+    raw: bool = False
+
+
+@dataclass(frozen=True)
+class BatchFiles:
+    """The files of a batch. resume: whether to continue an output that an interrupted run has begun."""
+
+    input: Path
+    output: Path
+    batch_size: int
+    resume: bool

@@ -1,0 +1,155 @@
+"""The verb `run`, a function for each of its three modes: one prompt, a chat, a file of prompts."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from gemma_awq_cli.generate.batch import (
+    Batch,
+    complete_batch,
+    read_finished,
+    recorded_seed,
+    require_free,
+    sole_writer,
+    token_rows,
+)
+from gemma_awq_cli.generate.chat import Chat
+from gemma_awq_cli.generate.events import (
+    BatchResumed,
+    BatchStarted,
+    BatchStopped,
+    OnEvent,
+    PromptCompleted,
+    StageEnded,
+)
+from gemma_awq_cli.generate.finding import FoundModel
+from gemma_awq_cli.generate.generation import Completion, GenerationOptions
+from gemma_awq_cli.generate.opening import choose_sampling, open_engine, read_checkpoint
+from gemma_awq_cli.generate.prompt_file import read_prompts
+from gemma_awq_cli.generate.prompting import Prompt, prompt_ids
+from gemma_awq_cli.generate.request import BatchFiles, RunRequest
+from gemma_awq_cli.generate.sampling import Sampling
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.text.prompter import Prompter
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """The completion of a prompt and the sampling settings that it was made with."""
+
+    completion: Completion
+    sampling: Sampling
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What one run over a file of prompts has done.
+
+    prompts: of the input. completions: those of this run, in the order in which they ended. seconds: the time that they
+    took, without the opening of the model. whole: whether all prompts are completed now; False if Ctrl-C ended the run.
+    """
+
+    prompts: int
+    completions: tuple[Completion, ...]
+    seconds: float
+    whole: bool
+
+
+def run_prompt(
+    request: RunRequest, found: FoundModel, prompt: Prompt, on_text: Callable[[str], None], on_event: OnEvent
+) -> PromptResult:
+    """Complete or answer one prompt. `on_text` is called with each piece of the text as soon as it is certain."""
+
+    def ids_of(prompter: Prompter) -> list[int]:
+        return prompt_ids(prompter, prompt, request.system, request.raw)
+
+    checkpoint = read_checkpoint(found, on_event)
+    options = _options(request, checkpoint, on_event)
+    on_event(StageEnded("config and file headers"))
+    engine = open_engine(
+        checkpoint, found, request.engine, 1, lambda prompter: len(ids_of(prompter)) + options.max_new_tokens, on_event
+    )
+    ids = ids_of(engine.prompter)
+    on_event(StageEnded("waiting for the tokenizer"))
+    (completion,) = engine.complete([ids], options, lambda _, piece: on_text(piece))
+    return PromptResult(completion, options.sampling)
+
+
+def open_chat(request: RunRequest, found: FoundModel, on_event: OnEvent) -> Chat:
+    """Open the model for a chat; a base model completes each message by itself."""
+    checkpoint = read_checkpoint(found, on_event)
+    options = _options(request, checkpoint, on_event)
+    engine = open_engine(checkpoint, found, request.engine, 1, None, on_event)
+    return Chat(engine, options, request.system, request.raw)
+
+
+def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_event: OnEvent) -> BatchResult:
+    """Complete the prompts of a file that the output does not have yet, and append each completion as it ends."""
+    prompts = read_prompts(files.input)
+    with sole_writer(files.output):
+        require_free(files.output, files.resume)
+        asked = request.generation.sampling
+        if files.resume and asked.seed is None:
+            asked = replace(asked, seed=recorded_seed(files.output))
+        request = replace(request, generation=replace(request.generation, sampling=asked))
+        checkpoint = read_checkpoint(found, on_event)
+        options = _options(request, checkpoint, on_event)
+        batch = Batch(prompts, request.system, request.raw, options, _made_with(request, checkpoint, options))
+        finished = read_finished(files.output, batch)
+        if finished:
+            on_event(BatchResumed(len(finished), len(prompts), files.output))
+        if len(finished) == len(prompts):
+            return BatchResult(len(prompts), (), 0.0, whole=True)
+        return _complete_rest(request, found, files, checkpoint, batch, finished, on_event)
+
+
+def _complete_rest(
+    request: RunRequest,
+    found: FoundModel,
+    files: BatchFiles,
+    checkpoint: Checkpoint,
+    batch: Batch,
+    finished: dict[int, dict[str, Any]],
+    on_event: OnEvent,
+) -> BatchResult:
+    """Open the model and complete the prompts that are not in `finished`."""
+
+    def longest(prompter: Prompter) -> int:
+        return max(map(len, token_rows(prompter, batch))) + batch.options.max_new_tokens
+
+    completions: list[Completion] = []
+
+    def on_row(index: int, completion: Completion) -> None:
+        completions.append(completion)
+        on_event(PromptCompleted(index, completion))
+
+    engine = open_engine(checkpoint, found, request.engine, files.batch_size, longest, on_event)
+    total = len(batch.prompts)
+    on_event(BatchStarted(len(finished), total))
+    started = time.perf_counter()
+    try:
+        whole = complete_batch(engine, batch, files.output, finished, on_row)
+    finally:
+        seconds = time.perf_counter() - started
+        if (done := len(finished) + len(completions)) < total:
+            on_event(BatchStopped(done, total, files.output))
+    return BatchResult(total, tuple(completions), seconds, whole)
+
+
+def _options(request: RunRequest, checkpoint: Checkpoint, on_event: OnEvent) -> GenerationOptions:
+    """Return the request's options with the sampling settings completed by the model's."""
+    asked = request.generation
+    return replace(asked, sampling=choose_sampling(checkpoint, asked.sampling, on_event))
+
+
+def _made_with(request: RunRequest, checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, Any]:
+    """Return all that the completions depend on, as plain JSON under the names of the options."""
+    sampling, engine = options.sampling, request.engine
+    return {
+        "model": checkpoint.folder.resolve().name, "model_id": checkpoint.identity()[:16], "engine": engine.engine,
+        "dtype": engine.dtype, "quantization": engine.quantization, "attn": engine.attention,
+        "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_k": sampling.top_k,
+        "top_p": sampling.top_p, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed, "stop": list(options.stop), "system": request.system, "raw": request.raw,
+    }  # fmt: skip

@@ -1,0 +1,87 @@
+"""The choice of the next token from the logits of a row.
+
+The order of the steps and what each keeps are transformers' own (repetition penalty, temperature, top-k, top-p, min-p).
+They are written anew because transformers sorts all 262144 logits of a Gemma for every token; here only the most likely
+candidates are sorted.
+"""
+
+from collections.abc import Collection, Sequence
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.generate.sampling import Sampling, row_seed
+
+COLDEST = 1e-30  # a lower temperature would turn float32 logits into infinities
+FIRST_CANDIDATES = 1024  # a nucleus nearly always lies within this many tokens; if it does not, all are sorted
+
+
+class Sampler:
+    """Samples the tokens of one row.
+
+    Each row has its own random numbers, so that its tokens do not depend on the other rows of the batch. row: the
+    number that tells its random numbers from those of other rows; prompt: its token ids, for the repetition penalty.
+    """
+
+    def __init__(self, sampling: Sampling, row: int, prompt: Sequence[int]) -> None:
+        self._sampling = sampling
+        self._seen = set(prompt)
+        self._generator = torch.Generator("cpu")
+        if sampling.seed is None:
+            self._generator.seed()
+        else:
+            self._generator.manual_seed(row_seed(sampling.seed, row))
+
+    def sample(self, logits: Tensor) -> int:
+        """Return the next token of the row from its logits [V] float32."""
+        if self._sampling.repetition_penalty:
+            logits = penalized(logits, self._seen, self._sampling.repetition_penalty)
+        token = self._draw(logits)
+        self._seen.add(token)
+        return token
+
+    def _draw(self, logits: Tensor) -> int:
+        if self._sampling.greedy:
+            return int(logits.argmax())
+        probabilities, tokens = distribution(logits, self._sampling)
+        sums = probabilities.to("cpu", torch.float64).cumsum(0)
+        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
+        place = min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
+        return place if tokens is None else int(tokens[place])
+
+
+def penalized(logits: Tensor, previous: Collection[int], penalty: float) -> Tensor:
+    """Return logits [V] in which those of the `previous` tokens are lowered (CTRL, arXiv:1909.05858)."""
+    seen = torch.tensor(sorted(previous), dtype=torch.int64, device=logits.device)
+    score = logits[seen]
+    return logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
+
+
+def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Return the weights [C] of the candidate tokens, which need not sum to 1, and their token ids [C].
+
+    logits: [V] float32. The ids are None if every token of the vocabulary is a candidate, in order.
+    """
+    temperature = sampling.temperature or 1.0
+    scores = logits / temperature if temperature >= COLDEST else (logits - logits.max()) / COLDEST
+    top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
+    if sampling.top_k:
+        scores, tokens = scores.topk(min(sampling.top_k, len(scores)))
+        weights = scores.softmax(0)
+    elif top_p is not None or sampling.min_p:
+        total = scores.logsumexp(0)
+        found, tokens = scores.topk(min(FIRST_CANDIDATES, len(scores)))
+        weights = (found - total).exp()
+        # weight that the first candidates do not have may lie anywhere in the rest of the vocabulary
+        covered = weights.sum() >= top_p if top_p is not None else weights[-1] < (sampling.min_p or 0) * weights[0]
+        if not covered:
+            found, tokens = scores.sort(descending=True)
+            weights = (found - total).exp()
+    else:
+        return scores.softmax(0), None
+    if top_p is not None:  # a token stays if the likelier ones together do not reach top_p
+        before = weights.cumsum(0) - weights
+        weights = torch.where(before < max(top_p, torch.finfo(torch.float32).tiny), weights, 0)
+    if sampling.min_p:
+        weights = torch.where(weights >= sampling.min_p * weights[0], weights, 0)
+    return weights, tokens
