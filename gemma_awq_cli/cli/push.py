@@ -131,7 +131,7 @@ def _last_artifact(out: Output) -> Path:
 
 
 def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device: str) -> None:
-    from gemma_awq_cli.fidelity.comparison import steps
+    from gemma_awq_cli.fidelity.comparison import comparison_steps
     from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
     from gemma_awq_cli.models.forward.loading import pick_device
     from gemma_awq_cli.models.text.prompter import Prompter
@@ -142,7 +142,7 @@ def _check_deeply(out: Output, prepared: "Prepared", source: str | None, device:
     original = deep_check.original_checkpoint(report, source, out.note)
     artifact = Checkpoint(prepared.folder)
     rows = deep_check.heldout_rows(report, Prompter(prepared.folder))
-    with out.progress("Measuring again", steps(rows, artifact.layers)) as progress:
+    with out.progress("Measuring again", comparison_steps(rows, artifact.layers)) as progress:
         measured = deep_check.remeasure(artifact, original, rows, chosen, progress.step)
     deep_check.require_recorded(measured, report)
     out.note(f"KL divergence measured again: {measured.kl:.4f} (the report tells {report['fidelity']['kl']:.4f}).")

@@ -16,14 +16,13 @@ from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.comparison import measure
 from gemma_awq_cli.fidelity.metrics import Fidelity
+from gemma_awq_cli.fidelity.reference import find_original
 from gemma_awq_cli.generate.local_engine import complete
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
-from gemma_awq_cli.system.reading import home_path
 
 # Relative: another processor, thread count or torch build rounds otherwise.
 TOLERANCE = 0.02
@@ -32,17 +31,12 @@ SMALLEST = 1e-4  # nats a token: below this the difference is rounding
 
 
 def original_checkpoint(report: Mapping[str, Any], given: str | None, note: Callable[[str], None]) -> Checkpoint:
-    """The 16-bit checkpoint that the artifact was made of: `given`, else where the report says it came from."""
-    source = report["source"]
-    name = given or str(source["model"])
+    """Return the 16-bit checkpoint that the artifact was made from: `given`, or the source that the report names."""
     hint = "Name the original 16-bit checkpoint with --source (a folder or a hub id), or push without --deep."
-    if given is None and not source["revision"] and name != DEMO and not home_path(name).is_dir():
-        raise GemmaAwqError(f"The original checkpoint, {name}, is not here, and --deep compares with it.", hint)
-    found = find_source(name, None if given else source["revision"], note)
-    checkpoint = Checkpoint(found.folder)
-    if checkpoint.identity() != report["fingerprint"]["model"]:
-        raise GemmaAwqError(f"{name} is not the checkpoint that this artifact was quantized from.", hint)
-    return checkpoint
+    original = find_original(report, given, hint, note, download=True)
+    if not original.is_source:
+        raise GemmaAwqError(f"{given} is not the checkpoint that this artifact was quantized from.", hint)
+    return original.checkpoint
 
 
 def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:

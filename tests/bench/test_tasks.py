@@ -18,9 +18,10 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from gemma_awq_cli.bench import benchmark, tasks
-from gemma_awq_cli.bench.lm_eval_model import HarnessModel, _settings
+from gemma_awq_cli.bench import process, tasks
+from gemma_awq_cli.bench.lm_eval_model import HarnessModel, fit, generation_options
 from gemma_awq_cli.bench.process import WorkerEndedError
+from gemma_awq_cli.bench.task_run import run_task
 from gemma_awq_cli.bench.task_suites import LACKING, SUITES, published_model
 from gemma_awq_cli.bench.tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.cli.app import main
@@ -82,7 +83,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
+    monkeypatch.setattr(process, "Worker", InProcess)
 
 
 def exact(folder: Path) -> OpenModel:
@@ -143,12 +144,12 @@ def test_a_whole_text_follows_one_bos(folder: Path, checkpoints: Callable[[str],
 
 def test_bos_survives_what_is_too_long(checkpoints: Callable[[str], Path]) -> None:
     model = HarnessModel(exact(checkpoints("gemma")), lambda done, total: None)
-    fitting = model._fitting([2, *range(10, 260), *range(10, 60)], [7, 8])
+    fitting = fit([2, *range(10, 260), *range(10, 60)], [7, 8], model.max_length)
     assert len(fitting.context) + 1 == 256
     assert fitting.context[0] == 2
     assert fitting.context[-1] == 59
     with pytest.raises(GemmaAwqError, match="exceeds this model's context"):
-        model._fitting([2], [7] * 256)
+        fit([2], [7] * 256, model.max_length)
     assert model.tok_encode("<bos>ab") == model.tok_encode("ab")
 
 
@@ -181,7 +182,7 @@ def test_tasks_of_an_artifact_and_its_original(
     text = page.read_text(encoding="utf-8")
     assert "tiny_choice, acc, 1-shot, 4 of 6" in text
     assert 'aria-label="Tasks"' in text
-    assert "every request with exactly one BOS" in text
+    assert "exactly one BOS per request" in text
     # an earlier document whose scores were better is a bound
     baseline = tmp_path / "baseline.json"
     for task in document["models"][0]["tasks"]:
@@ -222,7 +223,7 @@ def test_the_suites_name_what_the_harness_has() -> None:
     assert len(specs) == sum(map(len, SUITES.values()))  # none twice
     by_title = {task.title: task for suite in SUITES.values() for task in suite}
     assert not set(LACKING) & set(by_title)
-    registered = tasks._manager(None, True).task_index
+    registered = tasks.task_registry().task_index
     for task in by_title.values():
         config = registered[task.task].cfg
         listed = [entry["metric"] for entry in config.get("metric_list") or config.get("aggregate_metric_list") or []]
@@ -251,9 +252,9 @@ def test_code_of_the_model_runs_only_if_that_is_accepted(
     opened = exact(checkpoints("gemma"))
     spec = TaskSpec("tiny_answer", str(path))
     with pytest.raises(GemmaAwqError, match="executes what the model writes"):
-        tasks.run_task(opened, spec, None, False, lambda done, total: None)
+        run_task(opened, spec, None, False, lambda done, total: None)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
-    assert tasks.run_task(opened, spec, None, True, lambda done, total: None)["samples"] == 6
+    assert run_task(opened, spec, None, True, lambda done, total: None)["samples"] == 6
 
 
 @pytest.mark.usefixtures("in_process")
@@ -274,5 +275,5 @@ def test_without_the_harness_the_extra_is_named(
     ],
 )  # fmt: skip
 def test_a_task_that_asks_for_what_is_no_generation_setting_is_an_error(asked: dict[str, object]) -> None:
-    with pytest.raises(GemmaAwqError, match="A task asks for"):
-        _settings({"until": ["x"], **asked})
+    with pytest.raises(GemmaAwqError, match="generation"):
+        generation_options({"until": ["x"], **asked})

@@ -63,7 +63,7 @@ def test_the_original_must_be_there_and_be_the_original(
 
     edit_json(artifact / "quantization_report.json", gone)
     said = refused(artifact, capsys, "--deep")
-    assert "The original checkpoint, /no/such/checkpoint, is not here" in said
+    assert "The 16-bit original, /no/such/checkpoint, is not on this machine" in said
     assert "--source" in said
     assert main(["push", "me/x", str(artifact), *SAID, "--deep", "--source", str(checkpoints("gemma"))]) == 0
     other = make_checkpoint(tmp_path / "other", "gemma", seed=5)
