@@ -83,5 +83,5 @@ class Measurements:
         """Record and report that a part of a model is not measured."""
         self.warn(f"{model}: {part} left out. {error.message} {error.hint}".rstrip())
         if isinstance(error, WorkerEndedError) and error.output:
-            self.warn(error.output)
+            self.warn(f"This is a bug, in this tool or in a library:\n{error.output}")
         self.left_out.append({"model": model, "part": part, "reason": error.message, "hint": error.hint})

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
 
 SEED = 1234  # for drawing examples, as the harness's own command line does
 BOOTSTRAPS = 1000  # for the few metrics whose error has no formula
+# What the code and the files of other people raise, beside the errors of their libraries.
+FAILURES = (
+    ImportError, OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    RuntimeError,
+)  # fmt: skip
 
 
 def run_task(
@@ -73,10 +78,12 @@ def task_errors(spec: TaskSpec, is_ours: Callable[[Exception], bool] = lambda er
     """
     from datasets.exceptions import DatasetsError
     from huggingface_hub.errors import HfHubHTTPError
+    from jinja2 import TemplateError
+    from yaml import YAMLError
 
     try:
         yield
-    except (ImportError, OSError, ValueError, LookupError, TypeError, DatasetsError, HfHubHTTPError) as error:
+    except (*FAILURES, DatasetsError, HfHubHTTPError, TemplateError, YAMLError) as error:
         if is_ours(error):
             raise
         if isinstance(error, ImportError):

@@ -11,7 +11,7 @@ from gemma_awq_cli.bench.request import BenchOptions, BenchRequest
 from gemma_awq_cli.cli import console
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
-from gemma_awq_cli.cli.options import Device, DeviceOption, JsonOption, QuietOption
+from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.system.sizes import parse_bytes
 
@@ -20,8 +20,8 @@ gemma-awq bench
 gemma-awq bench ./my-awq --compare bf16 --compare nf4 --report page.html
 gemma-awq bench ./my-awq --text wikitext --max-kl 0.15 --min-decode-tps 20 --json
 """
-MODELS, SPEED, FIDELITY, TASKS, LIMITS, OUTPUT = (
-    "Models", "Speed", "Fidelity", "Tasks", "Limits for CI", "Output",
+MODELS, MACHINE, SPEED, FIDELITY, TASKS, LIMITS, OUTPUT = (
+    "Models", "Machine", "Speed", "Fidelity", "Tasks", "Limits for CI", "Output",
 )  # fmt: skip
 
 
@@ -31,11 +31,16 @@ def command(
         help=f"Artifacts, checkpoint folders or hub ids.  [default: {MODEL_VARIABLE}, else the last artifact]",
         metavar="MODEL", show_default=False)] = None,
     compare: Annotated[list[str] | None, typer.Option(
-        help="Competitor: bf16, fp16, int8 or nf4 (the first model's 16-bit original), vllm, a .gguf file, or another "
-        "MODEL. Can be repeated.", metavar="WHAT", rich_help_panel=MODELS)] = None,
+        help="Competitor: bf16, fp16, int8 or nf4 for the first model's 16-bit original in that format, vllm for the "
+        "first model in vLLM, a .gguf file, or another MODEL. Can be repeated.", metavar="WHAT",
+        rich_help_panel=MODELS)] = None,
     reference: Annotated[str | None, typer.Option(
         help="16-bit original to compare with.  [default: the one that the artifact's report names]", metavar="MODEL",
         show_default=False, rich_help_panel=MODELS)] = None,
+    device: Annotated[Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)] = Device.auto,
+    threads: Annotated[int | None, typer.Option(
+        help="Number of threads to compute with.  [default: torch's choice]", min=1, max=1024, show_default=False,
+        rich_help_panel=MACHINE)] = None,
     speed: Annotated[bool, typer.Option(
         "--speed", help="Measure speed.", rich_help_panel=SPEED)] = False,
     prompt_tokens: Annotated[int, typer.Option(
@@ -46,13 +51,9 @@ def command(
         help="Number of prompts to run at once. Can be repeated.  [default: 1]", min=1, max=4096, show_default=False,
         rich_help_panel=SPEED)] = None,
     repetitions: Annotated[int, typer.Option(
-        "--repetitions", "-r", help="Number of repetitions.", min=1, rich_help_panel=SPEED)] = 3,
+        "--repetitions", "-r", help="Number of repetitions that count.", min=1, rich_help_panel=SPEED)] = 3,
     warmup: Annotated[int, typer.Option(
-        help="Number of repetitions before these that do not count.", min=0, rich_help_panel=SPEED)] = 1,
-    threads: Annotated[int | None, typer.Option(
-        help="Number of threads to compute with.  [default: torch's choice]", min=1, max=1024, show_default=False,
-        rich_help_panel=SPEED)] = None,
-    device: DeviceOption = Device.auto,
+        help="Number of repetitions for warming up.", min=0, rich_help_panel=SPEED)] = 1,
     fidelity: Annotated[bool, typer.Option(
         "--fidelity", help="Measure fidelity to the 16-bit original.",
         rich_help_panel=FIDELITY)] = False,

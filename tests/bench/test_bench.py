@@ -15,34 +15,15 @@ import pytest
 
 from gemma_awq_cli.bench import model_search, process
 from gemma_awq_cli.bench.document import percentiles
-from gemma_awq_cli.bench.process import Worker
-from gemma_awq_cli.bench.worker import Server
+from gemma_awq_cli.bench.process import Worker, WorkerEndedError
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
+from tests.bench.in_process import InProcess
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 SCHEMA = json.loads((Path(__file__).parent.parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
 QUICK = ("--device", "cpu", "--threads", "1", "--pp", "12", "--tg", "3", "-r", "2", "--warmup", "1")
-
-
-class InProcess:
-    """Answers like a `Worker`, in the tests' own process: a new Python with torch takes seconds."""
-
-    def __init__(self, name: str, threads: int | None) -> None:
-        self._server = Server()
-
-    def ask(self, on_progress: Any = None, **request: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(json.dumps(self._server.answer(json.loads(json.dumps(request)))))
-        return answer
-
-    def end(self) -> None:
-        pass
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "Worker", InProcess)
 
 
 @pytest.fixture
@@ -268,12 +249,16 @@ def test_an_interruption_keeps_what_was_measured(
 def test_a_process_that_dies_is_said() -> None:
     worker = Worker("x", 1)
     worker.process.kill()
-    with pytest.raises(GemmaAwqError, match="The process that measured x was killed"):
+    with pytest.raises(WorkerEndedError, match="The process that measured x was killed") as killed:
         worker.ask(do="bandwidth")
+    assert killed.value.output == ""
     worker.end()
     worker = Worker("x", 1)
-    with pytest.raises(GemmaAwqError, match="The process that measured x ended: AssertionError: no request"):
+    with pytest.raises(WorkerEndedError, match="The process that measured x ended: AssertionError: no request") as bug:
         worker.ask(do="nonsense")
+    # a bug is not only named: where it is comes along
+    assert bug.value.output.startswith("Traceback (most recent call last):")
+    assert "worker.py" in bug.value.output
     worker.end()
 
 

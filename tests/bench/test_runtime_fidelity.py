@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli.bench import llama_cpp, process, runtime_fidelity
+from gemma_awq_cli.bench import llama_cpp, runtime_fidelity
 from gemma_awq_cli.bench.measurements import BenchModel
 from gemma_awq_cli.bench.runtime_fidelity import measure_running, running_steps
 from gemma_awq_cli.calibration_text.recipes import find_recipe
@@ -19,7 +19,7 @@ from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.text.prompter import Prompter
-from tests.bench.test_bench import InProcess, documented
+from tests.bench.test_bench import documented
 
 CPU = torch.device("cpu")
 Capture = pytest.CaptureFixture[str]
@@ -46,11 +46,9 @@ def test_it_is_that_of_the_weights_in_float32(
     assert found.summary().kl == pytest.approx(expected.summary().kl, rel=2e-2)
 
 
-def test_what_bitsandbytes_runs(
-    artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_what_bitsandbytes_runs(artifacts: Callable[[str], Path], capsys: Capture) -> None:
     pytest.importorskip("bitsandbytes", reason='the extra is not installed: pip install "gemma-awq[bnb]"')
-    monkeypatch.setattr(process, "Worker", InProcess)
     arguments = ["bench", str(artifacts("gemma")), "--fidelity", "--device", "cpu", "--windows", "1", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--compare", "int8", "--compare", "bf16"]) == 0
