@@ -14,8 +14,7 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from gemma_awq_cli.bench import html_page
-from gemma_awq_cli.cli.bench_table import table_rows
+from gemma_awq_cli.bench import html_page, html_plots
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.publish.licensing import GEMMA_TERMS, DerivedLicence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, render_card
@@ -157,7 +156,7 @@ class Tags(HTMLParser):
 
 def page(bench: dict[str, Any], reports: list[Any]) -> Tags:
     tags = Tags()
-    text = html_page.render(bench, table_rows(bench), reports)
+    text = html_page.render(bench, reports)
     tags.feed(text)
     for svg in re.findall(r"<svg .*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -195,11 +194,11 @@ def test_names_in_a_plot(attack: str) -> None:
     report = full_report()
     for layer in report["layers"]:
         layer[0]["name"] = attack
-    with matplotlib.rc_context(html_page.STYLE), warnings.catch_warnings(action="ignore"):
-        plot = html_page._layer_errors(report, html_page._label_of(attack))
+    with matplotlib.rc_context(html_plots.STYLE), warnings.catch_warnings(action="ignore"):
+        plot = html_plots.layer_errors(report, html_plots.label_of(attack))
     assert plot is not None
     svg = ElementTree.fromstring(str(plot["svg"]))
-    shown = one_line(attack, html_page.LABEL)
+    shown = one_line(attack, html_plots.LABEL)
     assert " ".join(shown.split()) in " ".join("".join(svg.itertext()).split())
     assert shown in svg.attrib["aria-label"]
 

@@ -1,4 +1,4 @@
-"""The document of a bench: what was measured as plain data, described by docs/bench-schema.json."""
+"""The document of a bench: what was measured, as plain data that docs/bench-schema.json describes."""
 
 import hashlib
 import os
@@ -10,8 +10,11 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.bench.entries import BenchOptions, Entry
-from gemma_awq_cli.bench.speed import OWN
+from gemma_awq_cli.bench.measurements import BenchModel, Measurements
+from gemma_awq_cli.bench.model_kinds import OWN
+from gemma_awq_cli.bench.request import BenchOptions
+from gemma_awq_cli.fidelity.evaluation_text import EvaluationText
+from gemma_awq_cli.fidelity.metrics import Positions
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.checkpoints.writing import json_bytes
@@ -22,71 +25,87 @@ SCHEMA = 1
 BENCH = "bench.json"  # the document beside an artifact's weights
 
 
-def described_models(entries: Sequence[Entry], settings: BenchOptions, bandwidth: float | None) -> list[dict[str, Any]]:
-    """The models of a document. bandwidth: bytes a second, None if it was not measured."""
-    speeds = [described_speed(entry, settings, bandwidth) for entry in entries]
-    models = []
-    for entry, speed in zip(entries, speeds, strict=True):
+def bench_document(measured: Measurements) -> dict[str, Any]:
+    """Return everything that was measured as plain data."""
+    bandwidth = max(measured.bandwidths, default=None)
+    return {
+        "schema": SCHEMA,
+        "complete": measured.complete,
+        "started": measured.started,
+        "settings": settings_record(measured.options),
+        "environment": measured.environment,
+        "bandwidth_bytes_per_second": bandwidth,
+        "models": model_records(measured.models, measured.options, bandwidth),
+        "left_out": measured.left_out,
+    }
+
+
+def settings_record(options: BenchOptions) -> dict[str, Any]:
+    """Return the options as plain data."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(options).items()}
+
+
+def model_records(models: Sequence[BenchModel], options: BenchOptions, bandwidth: float | None) -> list[dict[str, Any]]:
+    """Return what was measured of each model. bandwidth: of the memory in bytes/s, None if it was not measured."""
+    speeds = [speed_record(model, options, bandwidth) for model in models]
+    records = []
+    for model, speed in zip(models, speeds, strict=True):
         if speed is not None and speeds[0] is not None:
             speed["relative_to_first"] = _ratios(speed, speeds[0])
-        models.append(
+        records.append(
             {
-                "name": entry.name,
-                "role": entry.role,
-                "kind": entry.kind if entry.role == "compare" and entry.kind != OWN else _kind(entry.checkpoint),
-                "model_type": entry.checkpoint.family.model_type,
-                "bytes": _size(entry),
-                "identity": _identity(entry),
+                "name": model.name,
+                "role": model.role,
+                "kind": model.kind if model.role == "compare" and model.kind != OWN else _bits(model.checkpoint),
+                "model_type": model.checkpoint.family.model_type,
+                "bytes": _size(model),
+                "identity": _identity(model),
                 "speed": speed,
-                "fidelity": entry.fidelity,
-                "tasks": entry.tasks,
+                "fidelity": model.fidelity,
+                "tasks": model.tasks,
             }
         )
-    return models
+    return records
 
 
-def _size(entry: Entry) -> int:
-    if entry.file is not None:
-        return entry.file.stat().st_size
-    return sum(info.nbytes for info in entry.checkpoint.tensors.values())
+def _size(model: BenchModel) -> int:
+    if model.file is not None:
+        return model.file.stat().st_size
+    return sum(info.nbytes for info in model.checkpoint.tensors.values())
 
 
-def _identity(entry: Entry) -> str:
-    if entry.file is None:
-        return entry.checkpoint.identity()
-    with entry.file.open("rb") as file:
+def _identity(model: BenchModel) -> str:
+    if model.file is None:
+        return model.checkpoint.identity()
+    with model.file.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def described_settings(settings: BenchOptions) -> dict[str, Any]:
-    return {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(settings).items()}
-
-
-def _kind(checkpoint: Checkpoint) -> str:
+def _bits(checkpoint: Checkpoint) -> str:
     return "16-bit" if checkpoint.quantization is None else "4-bit"
 
 
-def described_speed(entry: Entry, settings: BenchOptions, bandwidth: float | None) -> dict[str, Any] | None:
-    """An entry's samples in rates: medians, extremes, percentiles. None if there is not one sample."""
-    if entry.loaded is None or not entry.samples:
+def speed_record(model: BenchModel, options: BenchOptions, bandwidth: float | None) -> dict[str, Any] | None:
+    """Return the samples of a model as rates with medians, extremes and percentiles; None if there is no sample."""
+    if model.loaded is None or not model.samples:
         return None
-    loaded, runs = entry.loaded, []
-    for batch, samples in entry.samples.items():
-        decode = _spread([batch * settings.new_tokens / sample["decode"] for sample in samples])
+    loaded, runs = model.loaded, []
+    for batch, samples in model.samples.items():
+        decode = _spread([batch * options.new_tokens / sample["decode"] for sample in samples])
         used = loaded["weight_bytes"] * decode["median"] / batch
         runs.append(
             {
                 "batch": batch,
                 "repetitions": len(samples),
-                "prompt_tokens_per_second": _spread([batch * settings.prompt_tokens / s["first"] for s in samples]),
+                "prompt_tokens_per_second": _spread([batch * options.prompt_tokens / s["first"] for s in samples]),
                 "decode_tokens_per_second": decode,
                 "ttft_seconds": _spread([sample["first"] for sample in samples]),
-                "tpot_seconds": _percentiles([step for sample in samples for step in sample["steps"]]),
+                "tpot_seconds": percentiles([step for sample in samples for step in sample["steps"]]),
                 "bytes_per_second": used,
                 "bandwidth_share": used / bandwidth if bandwidth else None,
             }
         )
-    last = [sample for samples in entry.samples.values() for sample in samples]
+    last = [sample for samples in model.samples.values() for sample in samples]
     vram = [sample["peak_vram"] for sample in last if sample["peak_vram"] is not None]
     return {
         "device": loaded["device"],
@@ -104,8 +123,8 @@ def _spread(values: Sequence[float]) -> dict[str, Any]:
     return {"median": median(values), "min": min(values), "max": max(values), "samples": list(values)}
 
 
-def _percentiles(values: Sequence[float]) -> dict[str, float]:
-    """Mean and nearest-rank percentiles."""
+def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Return the mean and nearest-rank percentiles of values."""
     ordered = sorted(values)
     at = {f"p{p}": ordered[min(len(ordered) - 1, -(-p * len(ordered) // 100) - 1)] for p in (50, 90, 99)}
     return {"mean": sum(ordered) / len(ordered), **at}
@@ -119,18 +138,43 @@ def _ratios(speed: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, flo
     }
 
 
-def save_beside(entry: Entry, document: Mapping[str, Any]) -> Path:
-    """Write the document, of its models this one and the competitors, into the artifact's folder."""
-    own = entry.checkpoint.identity()
-    models = [model for model in document["models"] if model["role"] == "compare" or model["identity"] == own]
-    path = entry.checkpoint.folder / BENCH
-    with write_errors(entry.checkpoint.folder, "measure without --save"):
-        write_whole(path, json_bytes({**document, "models": models}))
+def fidelity_record(positions: Positions, text: EvaluationText) -> dict[str, Any]:
+    """Return a comparison as plain data: the text, the summary, and how KL spreads over positions and over sizes."""
+    summary, histogram = positions.summary(), positions.kl_histogram()
+    return {
+        "text": text.description,
+        "text_sha256": text.sha256,
+        "windows": len(text.rows),
+        "window": text.rows.shape[1],
+        "tokens": summary.tokens,
+        "kl": summary.kl,
+        "kl_median": summary.kl_median,
+        "kl_p99": summary.kl_p99,
+        "perplexity_16bit": summary.perplexity_reference,
+        "perplexity": summary.perplexity_quantized,
+        "perplexity_ratio": summary.perplexity_quantized / summary.perplexity_reference,
+        "top1_agreement": summary.top1_agreement,
+        "rms_probability_difference": summary.rms_probability_difference,
+        "kl_along": [
+            {"first": first, "end": end, "mean": mean}
+            for first, end, mean in positions.kl_along(text.rows.shape[1] - 1)
+        ],
+        "kl_histogram": asdict(histogram),
+    }
+
+
+def save_beside(model: BenchModel, document: Mapping[str, Any]) -> Path:
+    """Write the document with this model and the competitors into the artifact's folder. Returns the file."""
+    own = model.checkpoint.identity()
+    kept = [record for record in document["models"] if record["role"] == "compare" or record["identity"] == own]
+    path = model.checkpoint.folder / BENCH
+    with write_errors(model.checkpoint.folder, "measure without --save"):
+        write_whole(path, json_bytes({**document, "models": kept}))
     return path
 
 
 def environment() -> dict[str, Any]:
-    """The machine and the libraries, as far as speed depends on them."""
+    """Return what speed depends on: the machine, and the versions of the libraries."""
     import torch
     import transformers
 

@@ -1,4 +1,4 @@
-"""The only place that touches llama.cpp: a GGUF file as sessions, through llama-cpp-python's bindings."""
+"""A GGUF file as sessions, run by llama.cpp through llama-cpp-python's bindings; nothing else here touches them."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -11,10 +11,11 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 
 PACKAGE = "llama_cpp"
-BATCH = 512  # tokens at a time: llama.cpp's own default for a prompt
+BATCH = 512  # tokens that are read at a time: llama.cpp's own default
 
 
 def require_llama_cpp() -> None:
+    """Raise an error if llama-cpp-python is not installed."""
     if find_spec(PACKAGE) is None:
         raise GemmaAwqError("llama-cpp-python is not installed.", 'Install it: pip install "gemma-awq[llama-cpp]"')
 
@@ -32,7 +33,9 @@ class LlamaModel:
                 str(path), n_ctx=capacity, n_batch=BATCH, n_threads=threads, n_threads_batch=threads, verbose=False
             )
         except (ValueError, OSError) as error:
-            raise GemmaAwqError(f"llama.cpp cannot read {path}: {error}.", "Is it a whole GGUF file?") from None
+            raise GemmaAwqError(
+                f"llama.cpp cannot read {path}: {error}.", "Check that it is a complete GGUF file."
+            ) from None
         self.vocabulary = int(self._llama.n_vocab())
         self.trained_context = int(llama_cpp.llama_model_n_ctx_train(self._llama.model))
         self.bos = int(self._llama.token_bos())
@@ -41,15 +44,16 @@ class LlamaModel:
         self.weight_bytes = int(llama_cpp.llama_model_size(self._llama.model))
 
     def ids(self, text: str) -> list[int]:
-        """Token ids of plain text, without BOS."""
+        """Return the token ids of plain text, without BOS."""
         ids: list[int] = self._llama.tokenize(text.encode(), add_bos=False, special=False)
         return ids
 
     def session(self, rows: int, capacity: int) -> "LlamaSession":
-        """A new session, which ends the one before it: the context of llama.cpp is one."""
+        """Return a new session, which ends the one before it: llama.cpp has one context."""
         if rows != 1:
             raise GemmaAwqError(
-                "A GGUF file is measured one prompt at a time.", "Measure other batch sizes without this competitor."
+                "A GGUF file can only be measured with one prompt at a time.",
+                "Leave this competitor out to measure other batch sizes.",
             )
         if capacity > self.capacity:
             raise ValueError(f"{capacity} tokens for a context of {self.capacity}")
@@ -57,7 +61,7 @@ class LlamaModel:
 
 
 class LlamaSession:
-    """A `models.session.Session` of one row."""
+    """A `models.forward.session.Session` of one row."""
 
     independent_rows = False
 
@@ -75,10 +79,10 @@ class LlamaSession:
         return self.last_logits(tokens, [1])
 
     def reset_row(self, row: int) -> None:
-        raise NotImplementedError("a session of its own is as cheap")
+        raise NotImplementedError("a new session is as cheap")
 
     def repeat_row(self, rows: int) -> None:
-        """See `Session.expand`; only for the one row that there is."""
+        """See `Session.repeat_row`; there is only one row."""
         if rows != 1:
             raise ValueError("a GGUF session has one row")
 
@@ -93,7 +97,7 @@ class LlamaSession:
         return torch.cat(parts)
 
     def _decode(self, piece: Sequence[int], wanted: int) -> Tensor:
-        """Logits [wanted, V] after the last `wanted` tokens."""
+        """Read some tokens. Returns the logits [wanted, V] after the last `wanted` of them."""
         batch = self._c.llama_batch_init(len(piece), 0, 1)
         try:
             batch.n_tokens = len(piece)
@@ -107,7 +111,7 @@ class LlamaSession:
         finally:
             self._c.llama_batch_free(batch)
         if code:
-            raise GemmaAwqError(f"llama.cpp could not decode (code {code}).", "Is there memory enough?")
+            raise GemmaAwqError(f"llama.cpp could not decode (code {code}).", "Check that there is enough memory.")
         self._at += len(piece)
         if not wanted:
             return torch.empty(0, self._vocabulary)

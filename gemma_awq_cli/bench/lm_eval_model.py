@@ -1,10 +1,11 @@
-"""This tool's own loaded model behind lm-evaluation-harness' model interface. Needs the harness (the extra `eval`).
+"""A model that this tool has loaded, behind the model interface of lm-evaluation-harness (the extra `eval`).
 
-Every request begins with exactly one BOS, as Gemma was trained, also where a context is too long and loses its
-beginning. In `loglikelihood_rolling` BOS is what the first token follows and is not itself predicted.
+Every request begins with exactly one BOS, as Gemma was trained, even if the context is too long and loses its
+beginning. In `loglikelihood_rolling` the first token follows BOS, which is not itself predicted.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import wraps
 from typing import Any
 
 from lm_eval.api.model import TemplateLM
@@ -21,22 +22,41 @@ from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.system.failures import library_errors
 
 GENERATED_AT_ONCE = 8  # prompts that are continued together
-ANSWER_TOKENS = 256  # where a task does not say how long an answer may be: the harness's own default
-# What of a task's generation settings is known; `do_sample` is told by the temperature.
+ANSWER_TOKENS = 256  # the longest answer if a task sets no limit: the harness's own default
+# The generation settings of a task that are supported.
 SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 KNOWN = {*SAMPLING, "do_sample", "until", "max_gen_toks"}
 
 
+def _own_code(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of `HarnessModel` that the harness calls: its exceptions are remembered as this tool's own."""
+
+    @wraps(method)
+    def remembering(self: "HarnessModel", *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception as error:
+            self._failure = error
+            raise
+
+    return remembering
+
+
 class HarnessModel(TemplateLM):  # type: ignore[misc]
-    """on_requests: (done, total) of the requests that the harness has given at once."""
+    """on_requests: hears (done, total) of the requests that the harness makes at once."""
 
     def __init__(self, opened: OpenModel, on_requests: Callable[[int, int], None]) -> None:
         super().__init__()
+        self._failure: Exception | None = None
         self._opened = opened
         self._prompter = opened.prompter
         self._on_requests = on_requests
         self._engine = LocalEngine(opened)
         self.max_length = context_of(opened.checkpoint)
+
+    def is_own_failure(self, error: Exception) -> bool:
+        """Whether an exception was raised by this model, not by the harness or a task."""
+        return error is self._failure
 
     @property
     def eot_token_id(self) -> int:
@@ -45,15 +65,19 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
     @property
     def prefix_token_id(self) -> int:
-        """What an empty context is."""
+        """What stands for an empty context."""
         return self._prompter.bos
 
+    @_own_code
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids with BOS, unless `add_special_tokens` is False."""
+        """Return the token ids of a text, with BOS unless `add_special_tokens` is False."""
+        if not isinstance(string, str):
+            raise GemmaAwqError(f"The task makes a prompt that is not text: {str(string)[:80]}.", "Check its file.")
         return self._prompter.ids(string) if add_special_tokens is False else self._prompter.prompt_ids(string)
 
+    @_own_code
     def _loglikelihood_tokens(self, requests: Sequence[tuple[Any, list[int], list[int]]], **_: Any) -> Any:
-        continuations = [self._fitting(context, continuation) for _, context, continuation in requests]
+        continuations = [fit(context, continuation, self.max_length) for _, context, continuation in requests]
         done = 0
 
         def on_done(count: int) -> None:
@@ -63,17 +87,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
 
         return score(self._opened, continuations, on_done)
 
-    def _fitting(self, context: list[int], continuation: list[int]) -> Continuation:
-        """A request in the model's context, shortened where it is too long: the context at its beginning, after BOS."""
-        if len(continuation) >= self.max_length:
-            raise GemmaAwqError(
-                f"An answer of {len(continuation)} tokens exceeds this model's context of {self.max_length}.", ""
-            )
-        surplus = len(context) + len(continuation) - 1 - self.max_length
-        return Continuation([context[0], *context[1 + max(0, surplus) :]], continuation)
-
+    @_own_code
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log probability of whole texts, in windows that overlap in one token, as the harness cuts them."""
+        """Return the log probabilities of whole texts. Windows overlap in one token, as the harness cuts them."""
         owners, continuations = [], []
         for number, request in enumerate(requests):
             windows = get_rolling_token_windows(
@@ -93,8 +109,9 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
             totals[owner] += log_probability
         return totals
 
+    @_own_code
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
-        """Answers up to a stop text, the end of text or the most tokens, prompts of like length together."""
+        """Return answers up to a stop text, the end of text or the token limit; similar lengths run together."""
         prompts = [self.tok_encode(request.args[0]) for request in requests]
         answers = [""] * len(requests)
         order = sorted(range(len(requests)), key=lambda n: (str(requests[n].args[1]), -len(prompts[n])))
@@ -102,15 +119,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         while at < len(order):
             arguments = requests[order[at]].args[1]
             batch = [n for n in order[at : at + GENERATED_AT_ONCE] if requests[n].args[1] == arguments]
-            settings = _settings(arguments)
-            room = self.max_length - settings.max_new_tokens
+            options = generation_options(arguments)
+            room = self.max_length - options.max_new_tokens
             if room < 2:
                 raise GemmaAwqError(
-                    f"A task asks for {settings.max_new_tokens} tokens, and this model's context is {self.max_length}.",
+                    f"The task asks for {options.max_new_tokens} new tokens, but this model's context is "
+                    f"{self.max_length} tokens.",
                     "Leave the task out.",
                 )
             rows = [[prompts[n][0], *prompts[n][max(1, len(prompts[n]) - room + 1) :]] for n in batch]
-            completions = self._engine.complete(rows, settings, lambda row, piece: None, numbers=batch)
+            completions = self._engine.complete(rows, options, lambda row, piece: None, numbers=batch)
             for n, completion in zip(batch, completions, strict=True):
                 answers[n] = completion.text
             at += len(batch)
@@ -118,13 +136,28 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]
         return answers
 
 
-def _settings(arguments: Mapping[str, Any]) -> GenerationOptions:
-    """The harness's generation settings as this tool's; greedy unless the task samples."""
-    with library_errors("A task asks for generation settings that cannot be read", "Leave the task out."):
+def fit(context: list[int], continuation: list[int], max_length: int) -> Continuation:
+    """Return a request that fits a model's context: a context that is too long loses its beginning, but not BOS."""
+    if not continuation:
+        raise GemmaAwqError("The task asks for the probability of an empty answer.", "Check its file.")
+    if len(continuation) >= max_length:
+        raise GemmaAwqError(
+            f"An answer of {len(continuation)} tokens exceeds this model's context of {max_length}.",
+            "Leave the task out.",
+        )
+    surplus = len(context) + len(continuation) - 1 - max_length
+    return Continuation([context[0], *context[1 + max(0, surplus) :]], continuation)
+
+
+def generation_options(arguments: Mapping[str, Any]) -> GenerationOptions:
+    """Return the harness's generation settings as this tool's: greedy, unless the task samples."""
+    with library_errors("The task's generation settings cannot be read", "Leave the task out."):
         given = normalize_gen_kwargs(dict(arguments), ANSWER_TOKENS)
     unknown = sorted(set(given) - KNOWN)
     if unknown:
-        raise GemmaAwqError(f"A task asks for {', '.join(unknown)} in generation, which is not known here.", "")
+        raise GemmaAwqError(
+            f"The task sets {', '.join(unknown)} for generation, which is not supported.", "Leave the task out."
+        )
     stop = [text for text in handle_stop_sequences(given.get("until"), eos=None) if text]
     limit = int(_number(given, "max_gen_toks", least=1))
     if not given.get("do_sample"):
@@ -136,5 +169,7 @@ def _settings(arguments: Mapping[str, Any]) -> GenerationOptions:
 def _number(given: Mapping[str, Any], name: str, least: int = 0) -> Any:
     value = given[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < float("inf"):
-        raise GemmaAwqError(f"A task asks for the {name} {str(value)[:80]!r} in generation.", "Leave the task out.")
+        raise GemmaAwqError(
+            f"Invalid {name} in the task's generation settings: {str(value)[:80]!r}.", "Leave the task out."
+        )
     return value

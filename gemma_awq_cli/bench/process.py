@@ -1,88 +1,95 @@
-"""The parent's end of `bench.worker`: a process for one model, asked one thing at a time."""
+"""A process for one model, asked one thing at a time: the parent's end of `bench.worker`."""
 
 import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from gemma_awq_cli.bench.events import OnProgress
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.saving import scratch_file
 
+ENDING_SECONDS = 10.0  # that a process which has closed its answers is given to end
+TRACEBACK = "Traceback (most recent call last):"
+
 
 class WorkerEndedError(GemmaAwqError):
-    """The process died: nothing can be asked of it any more."""
+    """The process has ended, and nothing can be asked of it any more.
 
+    output: the traceback of the exception that ended it, which is a bug of this tool or of a library; else empty.
+    """
 
-ENDING_SECONDS = 10.0  # that a process which said its last word is given to end
-
-Progress = Callable[[int, int], None]  # done, total
+    def __init__(self, message: str, hint: str = "", output: str = "") -> None:
+        super().__init__(message, hint)
+        self.output = output
 
 
 class Worker:
-    """A process of `bench.worker`, asked one thing at a time."""
+    """A process of `bench.worker`. name: of its model, for messages. threads: None for torch's choice."""
 
     def __init__(self, name: str, threads: int | None) -> None:
         self.name = name
         own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-        self._chatter = scratch_file()
+        self._output = scratch_file()
         read, write = os.pipe()
-        self._process = subprocess.Popen(
+        self.process = subprocess.Popen(
             [sys.executable, "-P", "-m", "gemma_awq_cli.bench.worker"],
             stdin=subprocess.PIPE,
             stdout=write,
-            stderr=self._chatter,
+            stderr=self._output,
             env={**os.environ, **own},
         )
         os.close(write)
         self._answers = os.fdopen(read, encoding="utf-8")
 
-    def ask(self, on_progress: Progress = lambda done, total: None, **request: Any) -> dict[str, Any]:
-        """Send a request and wait for the answer; its error, or the process's end, is an error.
+    def ask(self, on_progress: OnProgress = lambda done, total: None, **request: Any) -> dict[str, Any]:
+        """Send a request and return the answer. Raises the error that it answers with, or that it has ended.
 
-        on_progress: told of a long request how much is done.
+        on_progress: hears how far a long request is.
         """
-        assert self._process.stdin is not None
+        assert self.process.stdin is not None
         try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            self._process.stdin.flush()
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            self.process.stdin.flush()
             while True:
                 line = self._answers.readline()
                 if not line.endswith("\n"):  # the end, or an answer that the process's end cut off
-                    raise self._died()
+                    raise self._ended()
                 answer = json.loads(line)
                 if "done" not in answer:
                     break
                 on_progress(answer["done"], answer["total"])
         except BrokenPipeError:
-            raise self._died() from None
+            raise self._ended() from None
         if "error" in answer:
             raise GemmaAwqError(answer["error"], answer["hint"])
         return dict(answer)
 
-    def _died(self) -> WorkerEndedError:
+    def _ended(self) -> WorkerEndedError:
         try:
-            code: int | None = self._process.wait(ENDING_SECONDS)
+            code: int | None = self.process.wait(ENDING_SECONDS)
         except subprocess.TimeoutExpired:  # a library's threads may keep it from ending; `end` kills it
             code = None
-        self._chatter.seek(0)
-        said = self._chatter.read().decode(errors="replace").strip().splitlines()
         if code == -9:
             return WorkerEndedError(
-                f"The process that measured {self.name} was killed, as when memory runs out.",
-                "Measure fewer models at once, or on a machine with more memory.",
+                f"The process that measured {self.name} was killed, as happens when memory runs out.",
+                "Measure fewer models at once, or use a machine with more memory.",
             )
-        reason = said[-1] if said else f"exit code {code}"
-        return WorkerEndedError(f"The process that measured {self.name} ended: {reason}", "")
+        self._output.seek(0)
+        output = self._output.read().decode(errors="replace").strip()
+        reason = output.splitlines()[-1] if output else f"exit code {code}"
+        _, found, traceback = output.rpartition(TRACEBACK)
+        message = f"The process that measured {self.name} ended: {reason}"
+        return WorkerEndedError(message, output=f"{found}{traceback}" if found else "")
 
     def end(self) -> None:
-        """End the process, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        if self._process.stdin is not None:
+        """End the process, whatever it is doing."""
+        self.process.kill()
+        self.process.wait()
+        if self.process.stdin is not None:
             with suppress(BrokenPipeError):  # of a request that a dead process never read
-                self._process.stdin.close()
+                self.process.stdin.close()
         self._answers.close()
-        self._chatter.close()
+        self._output.close()

@@ -1,7 +1,8 @@
-"""How far a model is from its 16-bit original as it runs here: bitsandbytes' linears, float16, a GGUF in llama.cpp.
+"""The fidelity of a model as it runs here: bitsandbytes' linears, float16, or a GGUF file in llama.cpp.
 
-An artifact's own fidelity is that of its stored weights (`measuring_fidelity`). What another library holds cannot be
-read like that, so here the whole model runs, with its arithmetic, against the original in float32, layer by layer.
+An artifact's own fidelity is that of its stored weights (`fidelity.comparison`). What another library holds cannot be
+read like that, so here the whole model runs, with its own arithmetic, and is compared with the original in float32,
+which runs layer by layer.
 """
 
 from collections.abc import Callable, Iterator
@@ -12,10 +13,13 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.bench.document import fidelity_record
+from gemma_awq_cli.bench.events import OnProgress, counted
 from gemma_awq_cli.bench.llama_cpp import LlamaModel
-from gemma_awq_cli.bench.speed import GGUF, open_kind
+from gemma_awq_cli.bench.model_kinds import GGUF, open_kind
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.fidelity.comparison import Text, require_finite, through_layers
+from gemma_awq_cli.fidelity.comparison import require_finite, through_layers
+from gemma_awq_cli.fidelity.evaluation_text import EvaluationText, read_evaluation_text
 from gemma_awq_cli.fidelity.metrics import Positions, compare, join
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
@@ -26,11 +30,20 @@ from gemma_awq_cli.system.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time
 
-OpenSession = Callable[[int, int], Session]
+OpenSession = Callable[[int, int], Session]  # rows, capacity
 
 
-def open_running(kind: str, path: Path, text: Text, device: torch.device) -> OpenSession:
-    """The model to be run over `text`; an error if it reads the text differently."""
+def answer(request: dict[str, Any], device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
+    """Return the answer to the worker's request `fidelity` (see `bench.worker`)."""
+    reference = Checkpoint(Path(request["reference"]))
+    text = read_evaluation_text(request["text"], reference, request["window"], request["windows"])
+    open_session = open_running(request["kind"], Path(request["path"]), text, device)
+    step = counted(running_steps(text.rows, reference.layers), on_progress)
+    return fidelity_record(measure_running(open_session, reference, text.rows, device, step), text)
+
+
+def open_running(kind: str, path: Path, text: EvaluationText, device: torch.device) -> OpenSession:
+    """Open the model that is to run over `text`. Raises an error if it reads the text differently."""
     if kind != GGUF:
         return open_kind(kind, path, device).session
     model = LlamaModel(path, text.rows.shape[1], torch.get_num_threads())
@@ -43,11 +56,16 @@ def open_running(kind: str, path: Path, text: Text, device: torch.device) -> Ope
     return model.session
 
 
+def running_steps(rows: Tensor, layers: int) -> int:
+    """Return how often `measure_running` calls `on_step`."""
+    return layers + len(rows)
+
+
 @torch.inference_mode()
 def measure_running(
     open_session: OpenSession, reference: Checkpoint, rows: Tensor, device: torch.device, on_step: Callable[[], None]
 ) -> Positions:
-    """The comparison of every next token of `rows` [R, S]: `steps` of the layers once, and one for each row."""
+    """Compare the predictions of every next token of `rows` [R, S]: a step for each layer, then one for each row."""
     stack = TextStack(reference, device)
     layers = reference.layers
     parts = []
@@ -70,32 +88,9 @@ def measure_running(
     return require_finite(join(parts), "the model as it runs, or of its original,")
 
 
-def steps(rows: Tensor, layers: int) -> int:
-    """How many steps of progress `measure_running` makes."""
-    return layers + len(rows)
-
-
 def _beside(chunks: Iterator[Tensor], logits: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each chunk of the vocabulary with the same entries of `logits` [n, V]."""
+    """Each chunk of the vocabulary, paired with the same entries of `logits` [n, V]."""
     first = 0
     for chunk in chunks:
         yield chunk, logits[:, first : first + chunk.shape[1]].float()
         first += chunk.shape[1]
-
-
-def answer(request: dict[str, Any], device: torch.device, on_progress: Callable[[int, int], None]) -> dict[str, Any]:
-    """What a bench's process is asked for; see `bench.worker`."""
-    from gemma_awq_cli.fidelity.comparison import described, read_asked
-
-    reference = Checkpoint(Path(request["reference"]))
-    text = read_asked(reference, request["text"], request["window"], request["windows"])
-    total, done = steps(text.rows, reference.layers), 0
-
-    def on_step() -> None:
-        nonlocal done
-        done += 1
-        on_progress(done, total)
-
-    session = open_running(request["kind"], Path(request["path"]), text, device)
-    positions = measure_running(session, reference, text.rows, device, on_step)
-    return described(positions, text)

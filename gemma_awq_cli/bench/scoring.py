@@ -1,7 +1,7 @@
-"""How likely a model finds given continuations: in batches, and what neighbouring rows begin with is read once.
+"""The log probabilities that a model gives to continuations, computed in batches that read a common beginning once.
 
-Few-shot questions share their examples, and the answers to one question all of it; sorted, such rows lie side by side.
-Answers of one token to the same question are one row.
+Few-shot questions share their examples, and the answers to one question share all of it; sorted, such rows are
+neighbours. Answers of one token to the same question are one row.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,15 +14,15 @@ from torch import Tensor
 from gemma_awq_cli.generate.local_engine import require_finite_logits
 from gemma_awq_cli.models.forward.loading import OpenModel
 
-MAX_ROWS = 32  # of a batch
-MAX_TOKENS = 4096  # of all rows of a batch together, shared ones counted for each: what bounds the cache
-MAX_LOGITS = 256  # positions whose logits are held at a time: of a Gemma a MB each
-MIN_SHARED = 8  # tokens that are worth a forward of their own
+MAX_ROWS = 32  # per batch
+MAX_TOKENS = 4096  # of all rows of a batch together, shared ones counted for each row: bounds the KV cache
+MAX_LOGITS = 256  # positions whose logits are held at a time; Gemma's take 1 MB per position
+MIN_SHARED = 8  # tokens that are worth a forward pass of their own
 
 
 @dataclass(frozen=True)
 class Continuation:
-    """Tokens [C] after a context [P] that begins with BOS; none of the two is empty."""
+    """Tokens [C] after a context [P] that begins with BOS; neither is empty."""
 
     context: Sequence[int]
     tokens: Sequence[int]
@@ -30,9 +30,9 @@ class Continuation:
 
 @dataclass
 class _Row:
-    """What is fed: a context and all tokens of a continuation but the last.
+    """What the model reads: a context and all tokens of a continuation but the last.
 
-    ends: of each continuation that ends here its number, how many tokens it has, and the last of them.
+    ends: for each continuation that ends here its number, its length in tokens, and its last token.
     """
 
     ids: tuple[int, ...]
@@ -40,7 +40,7 @@ class _Row:
 
     @property
     def count(self) -> int:
-        """How many of the last positions are looked at."""
+        """How many of the last positions need logits."""
         return max(length for _, length, _ in self.ends)
 
 
@@ -48,9 +48,9 @@ class _Row:
 def score(
     opened: OpenModel, continuations: Sequence[Continuation], on_done: Callable[[int], None]
 ) -> list[tuple[float, bool]]:
-    """Of each continuation its log probability in nats, and whether greedy decoding would give it.
+    """Return the log probability of each continuation in nats, and whether greedy decoding would give it.
 
-    on_done: told how many continuations a batch has scored.
+    on_done: hears how many continuations each batch has scored.
     """
     rows: dict[tuple[int, ...], _Row] = {}
     for number, continuation in enumerate(continuations):
@@ -58,15 +58,15 @@ def score(
         rows.setdefault(ids, _Row(ids)).ends.append((number, len(continuation.tokens), continuation.tokens[-1]))
     results: list[tuple[float, bool]] = [(0.0, False)] * len(continuations)
     for batch in _batches(sorted(rows.values(), key=lambda row: row.ids)):
-        for row, seen in zip(batch, _read(opened, batch), strict=True):
+        for row, scorer in zip(batch, _read(opened, batch), strict=True):
             for number, length, last in row.ends:
-                results[number] = seen.of(length, last)
+                results[number] = scorer.score(length, last)
         on_done(sum(len(row.ends) for row in batch))
     return results
 
 
 def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
-    """Neighbours that pass together. A row that alone exceeds a bound is a batch of its own."""
+    """Batches of neighbours within the limits. A row that exceeds a limit alone is a batch of its own."""
     batch: list[_Row] = []
     longest = counts = 0
     for row in rows:
@@ -80,17 +80,18 @@ def _batches(rows: Sequence[_Row]) -> Iterator[list[_Row]]:
         yield batch
 
 
-class _Seen:
-    """What the logits at a row's last positions say, as they arrive in order: [n, V] at a time."""
+class _RowScorer:
+    """Scores the continuations of a row from the logits at its last positions, which arrive in order."""
 
     def __init__(self, row: _Row) -> None:
         self._ids = row.ids
         self._at = len(row.ids) - row.count
         self._log_probabilities: list[float] = []  # of the row's own next token, at all positions but the last
-        self._best: list[bool] = []
+        self._best: list[bool] = []  # whether that token is the most likely one
         self._end = torch.empty(0)  # log probabilities [V] after the last position
 
     def add(self, logits: Tensor) -> None:
+        """Take the logits [n, V] at the next n positions."""
         require_finite_logits(logits)
         totals = logits.logsumexp(1)
         following = torch.tensor(self._ids[self._at + 1 : self._at + 1 + len(logits)], device=logits.device)
@@ -102,17 +103,18 @@ class _Seen:
         if len(following) < len(logits):
             self._end = logits[-1] - totals[-1]
 
-    def of(self, length: int, last: int) -> tuple[float, bool]:
-        """Log probability and greediness of the row's last `length - 1` tokens and `last` after them."""
+    def score(self, length: int, last: int) -> tuple[float, bool]:
+        """Return log probability and greediness of the row's last `length - 1` tokens followed by `last`."""
         first = len(self._best) - (length - 1)
         total = sum(self._log_probabilities[first:]) + float(self._end[last])
         return total, all(self._best[first:]) and int(self._end.argmax()) == last
 
 
-def _read(opened: OpenModel, batch: Sequence[_Row]) -> list[_Seen]:
-    seen = [_Seen(row) for row in batch]
+def _read(opened: OpenModel, batch: Sequence[_Row]) -> list[_RowScorer]:
+    """Run the model over a batch. Returns a scorer for each row."""
+    scorers = [_RowScorer(row) for row in batch]
     capacity = max(len(row.ids) for row in batch)
-    if len(batch) == 1:  # perhaps a long one: its context, then the positions that count a few at a time
+    if len(batch) == 1:  # perhaps a long one: first its context, then the positions that need logits, some at a time
         (row,) = batch
         session = opened.session(1, capacity)
         first = len(row.ids) - row.count
@@ -120,9 +122,9 @@ def _read(opened: OpenModel, batch: Sequence[_Row]) -> list[_Seen]:
             session.next_logits([row.ids[:first]])
         for at in range(first, len(row.ids), MAX_LOGITS):
             piece = row.ids[at : at + MAX_LOGITS]
-            seen[0].add(session.last_logits([piece], [len(piece)]))
-        return seen
-    pairs = zip(batch[0].ids, batch[-1].ids, strict=False)  # of sorted rows: what these two share, all do
+            scorers[0].add(session.last_logits([piece], [len(piece)]))
+        return scorers
+    pairs = zip(batch[0].ids, batch[-1].ids, strict=False)  # sorted: what first and last share, all share
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
     shared = min([shared, *(len(row.ids) - row.count for row in batch)])
     if shared >= MIN_SHARED:
@@ -133,6 +135,6 @@ def _read(opened: OpenModel, batch: Sequence[_Row]) -> list[_Seen]:
         shared, session = 0, opened.session(len(batch), capacity)
     counts = [row.count for row in batch]
     logits = session.last_logits([row.ids[shared:] for row in batch], counts)
-    for part, one in zip(logits.split(counts), seen, strict=True):
-        one.add(part)
-    return seen
+    for part, scorer in zip(logits.split(counts), scorers, strict=True):
+        scorer.add(part)
+    return scorers

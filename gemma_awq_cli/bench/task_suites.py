@@ -1,14 +1,14 @@
-"""The benchmarks of the Gemma model card as tasks of lm-evaluation-harness, with what the card says was measured.
+"""The benchmarks of the Gemma model card as tasks of lm-evaluation-harness, with the card's figures.
 
 Source of the figures: "Benchmark Results" and "Evaluation Results" of the model card of google/gemma-2b and
 google/gemma-7b as published on Hugging Face and Kaggle (compared with two public copies of it, one of the first edition
 and one of the edition of April 2024, which agree; the later one says that the safety figures are those of the
-instruction-tuned models, and adds Gemma 1.1's). Percent, but RealToxicity, where less is better.
+instruction-tuned models, and adds Gemma 1.1's). In percent, except RealToxicity, where less is better.
 
-The card names few settings. Where it names none a task keeps the harness's own. What it calls BIG-Bench are the 23
-tasks of BIG-Bench Hard, 3-shot with chain of thought: the Gemma 2 report (arXiv:2408.00118) gives them the
-same 35.2 for Gemma 1 2B. The harness and the makers of Gemma do not ask in the same words, so that a difference of some
-points says nothing of a model; that between two models of one bench does.
+The card names few settings. Where it names none, a task keeps the harness's own. Its BIG-Bench is the 23 tasks of
+BIG-Bench Hard, 3-shot with chain of thought: the Gemma 2 report (arXiv:2408.00118) gives them the same 35.2 for Gemma 1
+2B. The harness and Google do not word the questions alike, so a difference of a few points to the card's figure says
+nothing about a model; a difference between two models of one bench does.
 """
 
 from collections.abc import Mapping
@@ -17,10 +17,11 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class SuiteTask:
-    """A benchmark. task: the harness's name of it; metric, filter: of the harness, what the card's figure is of.
+    """A benchmark of the card.
 
-    fewshot: examples, None for the harness's own number; setting: the card's words; published: model -> the card's
-    figure.
+    title: the card's name. task: the harness's name. metric, filter: the harness's names for what the card's figure
+    measures. fewshot: examples in the prompt, None for the harness's own number. setting: the card's words. published:
+    model -> the card's figure.
     """
 
     title: str
@@ -83,12 +84,12 @@ SAFETY = (
 )  # fmt: skip
 
 SUITES: Mapping[str, tuple[SuiteTask, ...]] = {"card": CARD, "safety": SAFETY}
-# On the card, and no task of the harness (its inverse_scaling_winobias_antistereotype asks another question).
+# On the card, but not in the harness: its inverse_scaling_winobias_antistereotype asks another question.
 LACKING = ("BOLD", "Winobias 1_2", "Winobias 2_2")
 
 
 def published_model(source: str) -> str | None:
-    """The model of the card that a hub id or a folder is a copy of, by its name; None for any other."""
+    """Return the model of the card that a hub id or a folder is named after; None if there is none."""
     name = source.replace("\\", "/").rstrip("/").rpartition("/")[2].lower()
     known = {model for suite in SUITES.values() for task in suite for model in task.published}
     return name if name in known else None

@@ -1,4 +1,4 @@
-"""Bounds that a caller sets for what `bench` measures, and which of them were not kept."""
+"""Limits for what `bench` measures, set by the caller or by an earlier document, and which of them are not met."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -11,7 +11,10 @@ Model = Mapping[str, Any]
 
 @dataclass(frozen=True)
 class Figure:
-    """A figure of a document's model: how to find it (None if it was not measured), and whether more of it is worse."""
+    """A figure of a model in a document.
+
+    part: what must be measured for it. find: the figure of a model's record, None if it was not measured.
+    """
 
     title: str
     part: str
@@ -27,25 +30,25 @@ def _rate(name: str) -> Callable[[Model], float | None]:
     return lambda model: float(model["speed"]["runs"][0][name]["median"]) if model["speed"] else None
 
 
-KL = Figure("KL divergence (nats a token)", "fidelity", _fidelity("kl"))
+KL = Figure("KL divergence (nats per token)", "fidelity", _fidelity("kl"))
 PERPLEXITY_RATIO = Figure("perplexity, as a multiple of the original's", "fidelity", _fidelity("perplexity_ratio"))
-DECODE = Figure("decoded tokens a second", "speed", _rate("decode_tokens_per_second"), more_is_worse=False)
-PROMPT = Figure("prompt tokens a second", "speed", _rate("prompt_tokens_per_second"), more_is_worse=False)
+DECODE = Figure("decoding speed (tokens/s)", "speed", _rate("decode_tokens_per_second"), more_is_worse=False)
+PROMPT = Figure("prompt speed (tokens/s)", "speed", _rate("prompt_tokens_per_second"), more_is_worse=False)
 RSS = Figure("peak RSS (bytes)", "speed", lambda model: model["speed"]["peak_rss_bytes"] if model["speed"] else None)
 
 
 def tasks_of(model: Model) -> list[Mapping[str, Any]]:
-    """What was measured in tasks; a document may be of a time before there were any."""
+    """Return the task scores of a model; a document may be older than they are."""
     return list(model.get("tasks", ()))
 
 
 def task_key(task: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What two scores must have in common to be compared."""
+    """Return what two scores must have in common to be compared."""
     return task["name"], task["metric"], task["filter"], tuple(task["fewshot"]), task["samples"]
 
 
 def _task_figures(then: Model) -> list[Figure]:
-    """The figures of an earlier document's tasks that have a better and a worse."""
+    """The figures of an earlier document's tasks of which more, or less, is better."""
 
     def finder(key: tuple[Any, ...]) -> Callable[[Model], float | None]:
         return lambda model: next((float(t["value"]) for t in tasks_of(model) if task_key(t) == key), None)
@@ -61,30 +64,36 @@ COMPARED = (KL, PERPLEXITY_RATIO, DECODE, PROMPT, RSS)
 SAME_SETTINGS = ("prompt_tokens", "new_tokens", "batches", "threads", "device")  # for speeds to be compared
 
 
-def violations(document: Mapping[str, Any], bounds: Mapping[Figure, float]) -> Iterator[str]:
-    """A line for each bound that a MODEL does not keep, or that nothing was measured for."""
+def violations(document: Mapping[str, Any], limits: Mapping[Figure, float]) -> Iterator[str]:
+    """Yield a line for each limit that a model does not meet, or whose figure was not measured. Skips competitors."""
     for model in _models(document):
-        for figure, bound in bounds.items():
-            measured = figure.find(model)
-            limit = f"the bound is {'at most' if figure.more_is_worse else 'at least'} {bound:.6g}"
-            if measured is None:
-                yield f"{model['name']}: {figure.title} was not measured; {limit}"
-            elif _exceeds(figure, measured, bound):
-                yield f"{model['name']}: {figure.title} is {measured:.6g}; {limit}"
+        for figure, limit in limits.items():
+            yield from _violation(model, figure, limit)
+
+
+def _violation(model: Model, figure: Figure, limit: float, reason: str = "") -> Iterator[str]:
+    """A line if a model does not meet a limit."""
+    measured = figure.find(model)
+    required = f"it must be {'at most' if figure.more_is_worse else 'at least'} {limit:.6g}{reason}"
+    if measured is None:
+        yield f"{model['name']}: {figure.title} was not measured; {required}"
+    elif measured > limit if figure.more_is_worse else measured < limit:
+        yield f"{model['name']}: {figure.title} is {measured:.6g}; {required}"
 
 
 def regressions(
     document: Mapping[str, Any], baseline: Mapping[str, Any], tolerance: float, warn: Callable[[str], None]
 ) -> Iterator[str]:
-    """A line for each figure that is worse than the baseline's by more than the relative `tolerance`.
+    """Yield a line for each figure that is worse than the baseline's by more than the relative `tolerance`.
 
-    A model is compared with the one of its name, or, if both documents have one model, with that.
+    A model is compared with the baseline's model of the same name; if both documents have one model, these two are
+    compared. Raises an error if the two documents cannot be compared.
     """
     earlier = {model["name"]: model for model in _models(baseline)}
     models = _models(document)
     require_comparable(document, baseline)
     if document["environment"]["processor"] != baseline["environment"]["processor"]:
-        warn(f"the baseline was measured on another processor: {baseline['environment']['processor']}")
+        warn(f"The baseline was measured on another processor: {baseline['environment']['processor']}.")
     for model in models:
         only = next(iter(earlier.values())) if len(earlier) == len(models) == 1 else None
         then = earlier.get(model["name"], only)
@@ -101,16 +110,12 @@ def regressions(
             before, now = figure.find(then), figure.find(model)
             if before is None or (now is None and not document["settings"].get(figure.part)):
                 continue
-            bound = before * (1 + tolerance if figure.more_is_worse else 1 - tolerance)
-            limit = f"the baseline's {before:.6g} with a tolerance of {tolerance:.0%} allows {bound:.6g}"
-            if now is None:
-                yield f"{model['name']}: {figure.title} was not measured; {limit}"
-            elif _exceeds(figure, now, bound):
-                yield f"{model['name']}: {figure.title} is {now:.6g}; {limit}"
+            limit = before * (1 + tolerance if figure.more_is_worse else 1 - tolerance)
+            yield from _violation(model, figure, limit, f" (the baseline's {before:.6g}, tolerance {tolerance:.0%})")
 
 
 def require_comparable(document: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-    """An error if the settings that speed depends on differ."""
+    """Raise an error if speeds were measured with different settings."""
     if not any(model["speed"] for model in _models(document)) or not any(m["speed"] for m in _models(baseline)):
         return
     for name in SAME_SETTINGS:
@@ -124,7 +129,3 @@ def require_comparable(document: Mapping[str, Any], baseline: Mapping[str, Any])
 
 def _models(document: Mapping[str, Any]) -> list[Model]:
     return [model for model in document["models"] if model["role"] == "model"]
-
-
-def _exceeds(figure: Figure, measured: float, bound: float) -> bool:
-    return measured > bound if figure.more_is_worse else measured < bound

@@ -1,4 +1,4 @@
-"""The process that `bench` starts for each model: JSON lines in, JSON lines out, one answer a request.
+"""The process that `bench` starts for each model: JSON lines in, JSON lines out, one answer per request.
 
     {"do": "load", "kind": "own", "path": "...", "device": "cpu", "threads": 2, "rows": 1, "tokens": 640}
     {"do": "sample", "prompts": [[2, 17, ...]], "new_tokens": 128}
@@ -8,53 +8,57 @@
     {"do": "fidelity", "kind": "nf4", "path": "...", "reference": "...", "text": "embedded", "window": null,
      "windows": null, "device": "cpu", "threads": 2}
 
-Before the answer to the last two there may be lines {"done", "total"} on how far it is.
-An error that a user can meet is an answer {"error", "hint"}. The end of the input ends the process.
+Lines {"done", "total"} may come before the answer to the last two. An error that a user can meet is the answer
+{"error", "hint"}; any other exception ends the process with a traceback. The end of the input ends the process.
 """
 
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from gemma_awq_cli.bench.events import OnProgress
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import DENSE_HEAD
 from gemma_awq_cli.system.failures import unforeseen_error
 
 
-class _Server:
-    """What is loaded, and the answers to requests about it. on_progress: told of a long request how much is done."""
+class Server:
+    """Answers requests about the model that it has loaded. on_progress: hears how far a long request is."""
 
-    def __init__(self, on_progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+    def __init__(self, on_progress: OnProgress = lambda done, total: None) -> None:
         self.on_progress = on_progress
-        self.subject: Any = None
-        self.opened: Any = None
+        self.timed: Any = None  # of `load`
+        self.opened: Any = None  # of `open`
         self.device: Any = None
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
-        from gemma_awq_cli.bench import speed
+        """Return the answer to a request as plain data."""
+        from gemma_awq_cli.bench import timing
 
         match request["do"]:
             case "load":
                 return self._load(request)
             case "sample":
-                sample = speed.sample(self.subject, request["prompts"], request["new_tokens"])
-                memory = {"peak_rss": speed.peak_rss(), "peak_vram": speed.peak_vram(self.device)}
+                sample = self.timed.sample(request["prompts"], request["new_tokens"])
+                memory = {"peak_rss": timing.peak_rss(), "peak_vram": timing.peak_vram(self.device)}
                 return {**asdict(sample), **memory}
             case "bandwidth":
-                return {"bytes_per_second": speed.bandwidth(self.device)}
+                return {"bytes_per_second": timing.bandwidth(self.device)}
             case "open":
+                from gemma_awq_cli.bench.model_kinds import open_kind
+
                 self._set_up(request)
-                # answers may be improbable, and a coarse head is exact for the probable tokens only
-                self.opened = speed.open_kind(request["kind"], Path(request["path"]), self.device, DENSE_HEAD)
+                # answers may be improbable, and a quantized head is exact for the probable tokens only
+                self.opened = open_kind(request["kind"], Path(request["path"]), self.device, DENSE_HEAD)
                 return {}
             case "task":
-                from gemma_awq_cli.bench.tasks import TaskSpec, run_task
+                from gemma_awq_cli.bench.task_run import run_task
+                from gemma_awq_cli.bench.tasks import TaskSpec
 
                 spec = TaskSpec(**request["spec"])
                 return run_task(self.opened, spec, request["limit"], request["unsafe_code"], self.on_progress)
@@ -69,13 +73,13 @@ class _Server:
     def _load(self, request: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        from gemma_awq_cli.bench import speed
+        from gemma_awq_cli.bench.timed_model import load
 
         self._set_up(request)
         path = Path(request["path"])
-        self.subject = speed.load(request["kind"], path, self.device, request["rows"], request["tokens"])
+        self.timed = load(request["kind"], path, self.device, request["rows"], request["tokens"])
         facts = {
-            name: getattr(self.subject, name)
+            name: getattr(self.timed, name)
             for name in ("vocabulary", "bos", "context", "dtype", "weight_bytes", "load_seconds")
         }
         return {**facts, "threads": torch.get_num_threads(), "device": str(self.device)}
@@ -93,7 +97,7 @@ class _Server:
 def serve() -> None:
     """Answer requests until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends this process
-    # answers go where the output went; what a library prints must not mix with them
+    # answers keep standard output, and what a library prints goes to standard error
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
 
@@ -101,8 +105,8 @@ def serve() -> None:
             answers.write(json.dumps(answer) + "\n")
             answers.flush()
 
-        server = _Server(lambda done, total: send({"done": done, "total": total}))
-        # whoever asked may be gone: nobody wants the answer then
+        server = Server(lambda done, total: send({"done": done, "total": total}))
+        # a parent that has ended reads no answer
         with suppress(BrokenPipeError):
             for line in sys.stdin:
                 try:

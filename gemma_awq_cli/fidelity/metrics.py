@@ -1,19 +1,35 @@
-"""How far a quantized model's predictions are from the 16-bit model's, from the logits of both."""
+"""The maths of fidelity: how far a quantized model's predictions are from the 16-bit model's, from both logits."""
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.precision import widest_float
 
+CURVE_BINS = 24  # of the mean KL along a window: their widths grow by one factor
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Bins of equal width between two decimal logarithms; values outside count in the first and the last bin."""
+
+    log10_first: int
+    log10_last: int
+    counts: list[int]
+
 
 @dataclass(frozen=True)
 class Fidelity:
-    """Over `tokens` predicted positions. kl (mean, median, 99th percentile): KL(16-bit || quantized), nats a token;
-    rms_probability_difference: of what both give the token that follows, 0 to 1 (llama.cpp's `RMS Delta p`).
+    """Summary over `tokens` predicted positions.
+
+    kl, kl_median, kl_p99: mean, median and 99th percentile of KL(16-bit || quantized), in nats per token.
+    top1_agreement: share of positions at which both models find the same token most likely.
+    rms_probability_difference: root mean square of the difference between the probabilities that both models give to
+    the next token of the text, 0 to 1 (llama.cpp's `RMS Delta p`).
     """
 
     tokens: int
@@ -28,8 +44,10 @@ class Fidelity:
 
 @dataclass(frozen=True)
 class Positions:
-    """The comparison position by position, all [R]: kl in nats, log probabilities of the target token of both models,
-    and whether both find the same token most likely.
+    """The comparison position by position; every field is a tensor [R].
+
+    kl: in nats. log_reference, log_quantized: natural logarithms of the probabilities that the 16-bit and the quantized
+    model give to the target token. agrees: whether both models find the same token most likely.
     """
 
     kl: Tensor
@@ -38,6 +56,7 @@ class Positions:
     agrees: Tensor
 
     def summary(self) -> Fidelity:
+        """Return the figures over all positions."""
         median, p99 = torch.quantile(self.kl.double().cpu(), torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
         difference = self.log_quantized.exp() - self.log_reference.exp()
         return Fidelity(
@@ -51,19 +70,34 @@ class Positions:
             rms_probability_difference=float(difference.square().mean().sqrt()),
         )
 
+    def kl_along(self, length: int) -> list[tuple[int, int, float]]:
+        """Return (first, end, mean KL) of the predictions first .. end - 1 of a window, over all windows.
+
+        length: predictions per window; the positions are those of whole windows, one after another.
+        """
+        means = self.kl.double().cpu().view(-1, length).mean(0)
+        edges = sorted({0, *(round(length ** (step / CURVE_BINS)) for step in range(CURVE_BINS + 1))})
+        return [(first, end, float(means[first:end].mean())) for first, end in pairwise(edges)]
+
+    def kl_histogram(self, first: int = -6, last: int = 2, bins: int = 32) -> Histogram:
+        """Return how many positions have a KL of which size, in `bins` bins from 10^first to 10^last nats."""
+        exponents = torch.log10(self.kl.double().cpu().clamp(min=10.0**first, max=10.0**last))
+        return Histogram(first, last, [int(count) for count in torch.histc(exponents, bins, first, last)])
+
 
 def join(parts: Sequence[Positions]) -> Positions:
-    """One comparison of several batches of rows."""
+    """Return the positions of several batches as one comparison."""
     return Positions(
         *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Positions)),
     )
 
 
 def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Positions:
-    """Compare two models' logits without ever holding a whole row of them.
+    """Compare two models' logits without ever holding whole rows of them.
 
-    chunks: in the vocabulary's order, (16-bit, quantized) logits [R, C] float32 of the same C entries; targets: [R],
-    the token that follows each position. With running maxima m and sums of exponentials s,
+    chunks: pairs of 16-bit and quantized logits [R, C] float32 for the same C vocabulary entries, in the order of the
+    vocabulary; the logits are overwritten. targets: [R], the token that follows each position. With running maxima m
+    and sums of exponentials s,
     `KL = sum_v p_v (a_v - b_v) - (lse(a) - lse(b))` for logits a and b and p = softmax(a).
     """
     rows, device = targets.numel(), targets.device
@@ -87,7 +121,7 @@ def compare(chunks: Iterable[tuple[Tensor, Tensor]], targets: Tensor) -> Positio
 
 
 class _Running:
-    """log-sum-exp, arg max and the target's logit of rows whose logits arrive in chunks."""
+    """Log-sum-exp, arg max and target logit of rows whose logits arrive in chunks."""
 
     def __init__(self, rows: int, device: torch.device) -> None:
         self.maximum = torch.full((rows,), -torch.inf, device=device)
@@ -97,10 +131,10 @@ class _Running:
         self.target = torch.zeros(rows, dtype=self.wide, device=device)
 
     def add(self, logits: Tensor, target: Tensor, first: int) -> tuple[Tensor, Tensor]:
-        """Take [R, C] logits of entries `first ..`; target: [R] relative to `first`.
+        """Add the logits [R, C] of the vocabulary entries from `first` on. target: [R], relative to `first`.
 
-        Returns exp(logits - maximum) [R, C], made in the place of `logits`, and the factor [R] by which earlier sums
-        of such terms must be rescaled.
+        Returns exp(logits - maximum) [R, C], computed in place of `logits`, and the factor [R] by which earlier sums of
+        such terms must be rescaled.
         """
         inside = (target >= 0) & (target < logits.shape[1])
         picked = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]

@@ -14,18 +14,17 @@ from torch import Tensor
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.fidelity.comparison import measure, steps
+from gemma_awq_cli.fidelity.comparison import comparison_steps, measure
 from gemma_awq_cli.fidelity.metrics import Fidelity
+from gemma_awq_cli.fidelity.reference import find_original
 from gemma_awq_cli.generate.local_engine import complete
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model, pick_device
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.publish.events import Event, MeasuringFinished, MeasuringStarted, MeasuringStep, Note
 from gemma_awq_cli.publish.preparation import Prepared
 from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
-from gemma_awq_cli.system.reading import home_path
 
 TOLERANCE = 0.02  # relative: another processor, thread count or torch build rounds differently
 SMALLEST = 1e-4  # nats per token: a smaller difference is rounding
@@ -43,7 +42,7 @@ def check_deeply(prepared: Prepared, source: str | None, device: str, on_event: 
     original = original_checkpoint(report, source, lambda text: on_event(Note(text)))
     artifact = Checkpoint(prepared.folder)
     rows = heldout_rows(report, Prompter(prepared.folder))
-    on_event(MeasuringStarted(steps(rows, artifact.layers)))
+    on_event(MeasuringStarted(comparison_steps(rows, artifact.layers)))
     # in the precision that quantizing measures with
     measured = measure(
         artifact, original, rows, chosen, lambda: on_event(MeasuringStep()), precision="medium"
@@ -56,17 +55,12 @@ def check_deeply(prepared: Prepared, source: str | None, device: str, on_event: 
 
 
 def original_checkpoint(report: Mapping[str, Any], given: str | None, note: Callable[[str], None]) -> Checkpoint:
-    """Return the 16-bit checkpoint that the artifact was made from: `given`, else the one that the report names."""
-    source = report["source"]
-    name = given or str(source["model"])
+    """Return the 16-bit checkpoint that the artifact was made from: `given`, or the source that the report names."""
     hint = "Name the original 16-bit checkpoint with --source (a folder or a hub id), or push without --deep."
-    if given is None and not source["revision"] and name != DEMO and not home_path(name).is_dir():
-        raise GemmaAwqError(f"The 16-bit original, {name}, is not on this machine.", hint)
-    found = find_source(name, None if given else source["revision"], note)
-    checkpoint = Checkpoint(found.folder)
-    if checkpoint.identity() != report["fingerprint"]["model"]:
-        raise GemmaAwqError(f"{name} is not the checkpoint that this artifact was quantized from.", hint)
-    return checkpoint
+    original = find_original(report, given, hint, note, download=True)
+    if not original.is_source:
+        raise GemmaAwqError(f"{given} is not the checkpoint that this artifact was quantized from.", hint)
+    return original.checkpoint
 
 
 def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:

@@ -13,36 +13,17 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from gemma_awq_cli.bench import benchmark, process
-from gemma_awq_cli.bench.document import _percentiles
-from gemma_awq_cli.bench.process import Worker
-from gemma_awq_cli.bench.worker import _Server
+from gemma_awq_cli.bench import model_search, process
+from gemma_awq_cli.bench.document import percentiles
+from gemma_awq_cli.bench.process import Worker, WorkerEndedError
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
+from tests.bench.in_process import InProcess
 from tests.tiny import VOCAB, edit_weights, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
 SCHEMA = json.loads((Path(__file__).parent.parent.parent / "docs" / "bench-schema.json").read_text(encoding="utf-8"))
 QUICK = ("--device", "cpu", "--threads", "1", "--pp", "12", "--tg", "3", "-r", "2", "--warmup", "1")
-
-
-class InProcess:
-    """Answers like a `Worker`, in the tests' own process: a new Python with torch takes seconds."""
-
-    def __init__(self, name: str, threads: int | None) -> None:
-        self._server = _Server()
-
-    def ask(self, on_progress: Any = None, **request: Any) -> dict[str, Any]:
-        answer: dict[str, Any] = json.loads(json.dumps(self._server.answer(json.loads(json.dumps(request)))))
-        return answer
-
-    def end(self) -> None:
-        pass
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
 
 
 @pytest.fixture
@@ -149,7 +130,7 @@ def test_bounds_of_fidelity(artifact: Path, capsys: Capture) -> None:
     assert main([*fidelity, "--max-kl", "1e-9", "--max-ppl-ratio", "100"]) == 3
     captured = capsys.readouterr()
     assert "not met: " in captured.err
-    assert "KL divergence (nats a token) is" in captured.err
+    assert "KL divergence (nats per token) is" in captured.err
     assert "tokens/s" not in captured.out
     assert main([*fidelity, "--max-kl", "100"]) == 0
     assert main([*fidelity, "--min-decode-tps", "1"]) == 2  # speed is not measured
@@ -184,7 +165,7 @@ def test_a_reference_of_another_model_is_refused(
         return capsys.readouterr().err
 
     assert "is another model than" in refused(checkpoints("gemma-mqa"))
-    assert "is quantized itself" in refused(artifact)
+    assert "is itself quantized" in refused(artifact)
     config = Path(shutil.copytree(checkpoints("gemma"), tmp_path / "config"))
     values = json.loads((config / "config.json").read_text())
     values["rms_norm_eps"] = 1e-3
@@ -200,7 +181,7 @@ def test_a_reference_of_another_model_is_refused(
     other = make_checkpoint(tmp_path / "other", "gemma", seed=5)
     arguments = ["bench", str(artifact), "--fidelity", "--device", "cpu", "--windows", "1", "--reference", str(other)]
     assert main(arguments) == 0
-    assert "is not the very checkpoint" in capsys.readouterr().err
+    assert "is not the checkpoint that" in capsys.readouterr().err
 
 
 def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
@@ -208,7 +189,7 @@ def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Captur
     text.write_text("Hello there.")
     arguments = ["bench", str(artifact), "--fidelity", "--device", "cpu", "--text", str(text)]
     assert main([*arguments, "--window", "32"]) == 1
-    assert "has 12 tokens, and a window has 31 and BOS" in capsys.readouterr().err
+    assert "has 12 tokens, fewer than the 31 that fill a window" in capsys.readouterr().err
     assert main([*arguments, "--window", "300"]) == 1
     assert "does not fit this model's context of 256" in capsys.readouterr().err
     assert main([*arguments, "--json"]) == 0  # without --window it is one window
@@ -220,7 +201,7 @@ def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Captur
 
 @pytest.mark.usefixtures("in_process")
 def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
-    monkeypatch.setattr(benchmark, "find_spec", lambda _: None)
+    monkeypatch.setattr(model_search, "find_spec", lambda _: None)
     compare = ("--compare", "nf4", "--compare", "no-such-model", "--compare", "bf16")
     assert main(["bench", str(artifact), "--speed", "--json", *QUICK, *compare]) == 0
     captured = capsys.readouterr()
@@ -262,18 +243,22 @@ def test_an_interruption_keeps_what_was_measured(
     assert not document["complete"]
     assert document["models"][0]["speed"]["runs"][0]["repetitions"] == 1
     assert document["models"][0]["fidelity"] is None
-    assert "is not complete" in captured.err
+    assert "are not complete" in captured.err
 
 
 def test_a_process_that_dies_is_said() -> None:
     worker = Worker("x", 1)
-    worker._process.kill()
-    with pytest.raises(GemmaAwqError, match="The process that measured x was killed"):
+    worker.process.kill()
+    with pytest.raises(WorkerEndedError, match="The process that measured x was killed") as killed:
         worker.ask(do="bandwidth")
+    assert killed.value.output == ""
     worker.end()
     worker = Worker("x", 1)
-    with pytest.raises(GemmaAwqError, match="The process that measured x ended: AssertionError: no request"):
+    with pytest.raises(WorkerEndedError, match="The process that measured x ended: AssertionError: no request") as bug:
         worker.ask(do="nonsense")
+    # a bug is not only named: where it is comes along
+    assert bug.value.output.startswith("Traceback (most recent call last):")
+    assert "worker.py" in bug.value.output
     worker.end()
 
 
@@ -300,8 +285,8 @@ def test_an_answer_that_is_cut_off_is_no_answer(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_percentiles_are_nearest_ranks() -> None:
-    assert _percentiles([float(n) for n in range(1, 101)]) == {"mean": 50.5, "p50": 50, "p90": 90, "p99": 99}
-    assert _percentiles([7.0])["p99"] == 7
+    assert percentiles([float(n) for n in range(1, 101)]) == {"mean": 50.5, "p50": 50, "p90": 90, "p99": 99}
+    assert percentiles([7.0])["p99"] == 7
 
 
 def test_a_page_needs_its_library_before_anything_is_measured(

@@ -7,18 +7,19 @@ from pathlib import Path
 import pytest
 import torch
 
-from gemma_awq_cli.bench import benchmark, llama_cpp, runtime_fidelity
-from gemma_awq_cli.bench.entries import Entry
-from gemma_awq_cli.bench.runtime_fidelity import measure_running, steps
+from gemma_awq_cli.bench import llama_cpp, runtime_fidelity
+from gemma_awq_cli.bench.measurements import BenchModel
+from gemma_awq_cli.bench.runtime_fidelity import measure_running, running_steps
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.cli.app import main
-from gemma_awq_cli.fidelity.comparison import measure, read_text
+from gemma_awq_cli.fidelity.comparison import measure
+from gemma_awq_cli.fidelity.evaluation_text import cut_windows
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.text.prompter import Prompter
-from tests.bench.test_bench import InProcess, documented
+from tests.bench.test_bench import documented
 
 CPU = torch.device("cpu")
 Capture = pytest.CaptureFixture[str]
@@ -31,25 +32,23 @@ def test_it_is_that_of_the_weights_in_float32(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(runtime_fidelity, "POSITIONS", 17)
     artifact, reference = Checkpoint(artifacts(kind)), Checkpoint(checkpoints(kind))
-    rows = read_text(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3).rows
+    rows = cut_windows(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3).rows
     arch = architecture_of(artifact.text_config, artifact.family)
     weights = read_torch_text(artifact, arch, 32, CPU, torch.float32)
     done: list[int] = []
     session = lambda rows, capacity: DecoderSession(weights, rows, capacity)  # noqa: E731
     found = measure_running(session, reference, rows, CPU, lambda: done.append(1))
     expected = measure(artifact, reference, rows, CPU, lambda: None)
-    assert len(done) == steps(rows, reference.layers)
+    assert len(done) == running_steps(rows, reference.layers)
     assert torch.allclose(found.log_reference, expected.log_reference, rtol=1e-4, atol=1e-4)
     # these hard models amplify the order of summation at a token or two
     assert (found.kl - expected.kl).abs().median() < 1e-4
     assert found.summary().kl == pytest.approx(expected.summary().kl, rel=2e-2)
 
 
-def test_what_bitsandbytes_runs(
-    artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
-) -> None:
+@pytest.mark.usefixtures("in_process")
+def test_what_bitsandbytes_runs(artifacts: Callable[[str], Path], capsys: Capture) -> None:
     pytest.importorskip("bitsandbytes", reason='the extra is not installed: pip install "gemma-awq[bnb]"')
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
     arguments = ["bench", str(artifacts("gemma")), "--fidelity", "--device", "cpu", "--windows", "1", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--compare", "int8", "--compare", "bf16"]) == 0
@@ -79,9 +78,9 @@ def test_a_gguf_file_that_cannot_be_measured_is_said(
 
 def test_a_gguf_file_has_no_quantization_report(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
     checkpoint = Checkpoint(artifacts("gemma"))
-    assert Entry("a", "model", "own", checkpoint).report is not None
-    assert Entry("b", "compare", "gguf", checkpoint, tmp_path / "model.gguf").report is None
-    assert Entry("vllm", "compare", "vllm", checkpoint).report is None
+    assert BenchModel("a", "model", "own", checkpoint).report is not None
+    assert BenchModel("b", "compare", "gguf", checkpoint, tmp_path / "model.gguf").report is None
+    assert BenchModel("vllm", "compare", "vllm", checkpoint).report is None
 
 
 def test_a_gguf_file_runs_as_sessions(tmp_path: Path) -> None:

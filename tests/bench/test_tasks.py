@@ -18,16 +18,18 @@ from lm_eval.tasks import TaskManager
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 
-from gemma_awq_cli.bench import benchmark, tasks
-from gemma_awq_cli.bench.lm_eval_model import HarnessModel, _settings
+from gemma_awq_cli.bench import lm_eval_model, tasks
+from gemma_awq_cli.bench.lm_eval_model import HarnessModel, fit, generation_options
 from gemma_awq_cli.bench.process import WorkerEndedError
+from gemma_awq_cli.bench.task_run import run_task
 from gemma_awq_cli.bench.task_suites import LACKING, SUITES, published_model
 from gemma_awq_cli.bench.tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
-from tests.bench.test_bench import InProcess, documented
+from tests.bench.in_process import InProcess
+from tests.bench.test_bench import documented
 
 Capture = pytest.CaptureFixture[str]
 ITEMS = [
@@ -78,11 +80,6 @@ def folder(tmp_path: Path) -> Path:
     for name, text in TASKS.items():
         (made / f"{name}.yaml").write_text(f"task: {name}{COMMON.format(folder=made)}{text}", encoding="utf-8")
     return made
-
-
-@pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark, "Worker", InProcess)
 
 
 def exact(folder: Path) -> OpenModel:
@@ -143,12 +140,12 @@ def test_a_whole_text_follows_one_bos(folder: Path, checkpoints: Callable[[str],
 
 def test_bos_survives_what_is_too_long(checkpoints: Callable[[str], Path]) -> None:
     model = HarnessModel(exact(checkpoints("gemma")), lambda done, total: None)
-    fitting = model._fitting([2, *range(10, 260), *range(10, 60)], [7, 8])
+    fitting = fit([2, *range(10, 260), *range(10, 60)], [7, 8], model.max_length)
     assert len(fitting.context) + 1 == 256
     assert fitting.context[0] == 2
     assert fitting.context[-1] == 59
     with pytest.raises(GemmaAwqError, match="exceeds this model's context"):
-        model._fitting([2], [7] * 256)
+        fit([2], [7] * 256, model.max_length)
     assert model.tok_encode("<bos>ab") == model.tok_encode("ab")
 
 
@@ -181,7 +178,7 @@ def test_tasks_of_an_artifact_and_its_original(
     text = page.read_text(encoding="utf-8")
     assert "tiny_choice, acc, 1-shot, 4 of 6" in text
     assert 'aria-label="Tasks"' in text
-    assert "every request with exactly one BOS" in text
+    assert "exactly one BOS per request" in text
     # an earlier document whose scores were better is a bound
     baseline = tmp_path / "baseline.json"
     for task in document["models"][0]["tasks"]:
@@ -192,6 +189,85 @@ def test_tasks_of_an_artifact_and_its_original(
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("not met: ")]
     assert len(said) == 3
     assert "tiny_choice, acc, is" in said[1]
+
+
+@pytest.mark.parametrize("error", [TypeError, KeyError, ValueError, ImportError, OSError, AssertionError])
+def test_a_bug_in_the_model_adapter_is_not_blamed_on_the_task(
+    error: type[Exception], folder: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raised = error("a bug of ours")
+
+    def broken(*_: object) -> None:
+        raise raised
+
+    opened = exact(checkpoints("gemma"))
+    spec = TaskSpec("tiny_choice", str(folder / "tiny_choice.yaml"))
+    monkeypatch.setattr(lm_eval_model, "score", broken)
+    with pytest.raises(error) as caught:
+        run_task(opened, spec, 2, False, lambda done, total: None)
+    assert caught.value is raised
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("raise TypeError('a bug of theirs')", "could not be run: TypeError: a bug of theirs"),
+        ("raise KeyError('column')", "could not be run: KeyError: 'column'"),
+        ("import no_such_package_of_theirs", "needs a package that is not installed: .*no_such_package_of_theirs"),
+        ("return 5", "could not be run: AssertionError: Context is not a string"),
+    ],
+)
+def test_a_failure_of_the_tasks_own_code_is_the_tasks(
+    code: str, message: str, folder: Path, checkpoints: Callable[[str], Path]
+) -> None:
+    (folder / "utils.py").write_text(f"def prompt(doc):\n    {code}\n", encoding="utf-8")
+    path = folder / "tiny_answer.yaml"
+    text = path.read_text(encoding="utf-8")
+    path.write_text(text.replace('doc_to_text: "{{question}}"', "doc_to_text: !function utils.prompt"))
+    assert "!function" in path.read_text()
+    opened = exact(checkpoints("gemma"))
+    with pytest.raises(GemmaAwqError, match=message):
+        run_task(opened, TaskSpec("tiny_answer", str(path)), 2, False, lambda done, total: None)
+
+
+def test_requests_that_no_model_can_answer(checkpoints: Callable[[str], Path]) -> None:
+    with pytest.raises(GemmaAwqError, match="an empty answer"):
+        fit([2, 7], [], 256)
+    model = HarnessModel(exact(checkpoints("gemma")), lambda done, total: None)
+    with pytest.raises(GemmaAwqError, match="a prompt that is not text: 5") as caught:
+        model.tok_encode(5)  # type: ignore[arg-type]
+    assert model.is_own_failure(caught.value)
+
+
+@pytest.mark.usefixtures("in_process")
+def test_a_model_that_cannot_be_loaded_is_left_out_once(
+    folder: Path, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    ask = InProcess.ask
+
+    def unloadable(self: InProcess, on_progress: Any = None, **request: Any) -> dict[str, Any]:
+        if request["do"] == "open" and request["kind"] == "fp16":
+            raise GemmaAwqError("There is no memory.", "Buy some.")
+        return ask(self, on_progress, **request)
+
+    monkeypatch.setattr(InProcess, "ask", unloadable)
+    arguments = [
+        "bench",
+        str(artifacts("gemma")),
+        "--device",
+        "cpu",
+        "--compare",
+        "fp16",
+        "--task-limit",
+        "1",
+        "--json",
+    ]
+    names = f"{folder / 'tiny_answer.yaml'},{folder / 'tiny_choice.yaml'}"
+    capsys.readouterr()
+    assert main([*arguments, "--task-limit", "1", "--tasks", names]) == 0
+    document = documented(capsys.readouterr())
+    assert [len(model["tasks"]) for model in document["models"]] == [2, 0]
+    assert [(part["model"], part["part"]) for part in document["left_out"]] == [("fp16", "tasks")]
 
 
 @pytest.mark.usefixtures("in_process")
@@ -222,12 +298,15 @@ def test_the_suites_name_what_the_harness_has() -> None:
     assert len(specs) == sum(map(len, SUITES.values()))  # none twice
     by_title = {task.title: task for suite in SUITES.values() for task in suite}
     assert not set(LACKING) & set(by_title)
-    registered = tasks._manager(None, True).task_index
+    registered = tasks.task_registry().task_index
+    checked = 0
     for task in by_title.values():
         config = registered[task.task].cfg
         listed = [entry["metric"] for entry in config.get("metric_list") or config.get("aggregate_metric_list") or []]
         named = [metric for metric in listed if "/" not in metric]  # the others are functions in files
         assert not named or task.metric in named, task.title
+        checked += bool(named)
+    assert checked >= 15  # the others name none: functions in files, tasks in Python
     with pytest.raises(GemmaAwqError, match=r"has no task 'hellaswagg'\. Did you mean hellaswag"):
         find_tasks(["hellaswagg"])
 
@@ -251,9 +330,9 @@ def test_code_of_the_model_runs_only_if_that_is_accepted(
     opened = exact(checkpoints("gemma"))
     spec = TaskSpec("tiny_answer", str(path))
     with pytest.raises(GemmaAwqError, match="executes what the model writes"):
-        tasks.run_task(opened, spec, None, False, lambda done, total: None)
+        run_task(opened, spec, None, False, lambda done, total: None)
     monkeypatch.setenv("HF_ALLOW_CODE_EVAL", "0")
-    assert tasks.run_task(opened, spec, None, True, lambda done, total: None)["samples"] == 6
+    assert run_task(opened, spec, None, True, lambda done, total: None)["samples"] == 6
 
 
 @pytest.mark.usefixtures("in_process")
@@ -274,5 +353,5 @@ def test_without_the_harness_the_extra_is_named(
     ],
 )  # fmt: skip
 def test_a_task_that_asks_for_what_is_no_generation_setting_is_an_error(asked: dict[str, object]) -> None:
-    with pytest.raises(GemmaAwqError, match="A task asks for"):
-        _settings({"until": ["x"], **asked})
+    with pytest.raises(GemmaAwqError, match="generation"):
+        generation_options({"until": ["x"], **asked})

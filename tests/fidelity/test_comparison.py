@@ -11,7 +11,9 @@ from transformers import AutoModelForCausalLM
 from transformers.models.gemma3 import Gemma3ForConditionalGeneration
 
 from gemma_awq_cli.calibration_text.recipes import find_recipe
-from gemma_awq_cli.fidelity.comparison import measure, read_text, require_same_base
+from gemma_awq_cli.fidelity.comparison import comparison_steps, measure
+from gemma_awq_cli.fidelity.evaluation_text import cut_windows
+from gemma_awq_cli.fidelity.reference import require_same_base
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
 from tests.conftest import FAMILIES
@@ -57,7 +59,7 @@ def test_figures_are_those_of_whole_logits(
     kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
     artifact, reference = Checkpoint(artifacts(kind)), Checkpoint(checkpoints(kind))
-    text = read_text(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3)
+    text = cut_windows(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3)
     require_same_base(reference, artifact, text)
     done: list[int] = []
     found = measure(artifact, reference, text.rows, CPU, lambda: done.append(1))
@@ -77,12 +79,12 @@ def test_figures_are_those_of_whole_logits(
     assert summary.top1_agreement == pytest.approx(float(agreement), abs=0.01)
     change = (log_q.gather(2, targets).exp() - log_p.gather(2, targets).exp()).square().mean().sqrt()
     assert summary.rms_probability_difference == pytest.approx(float(change), rel=1e-2, abs=1e-5)
-    assert len(done) == 2 * 3 + 1
+    assert len(done) == comparison_steps(text.rows, reference.layers) == 2 * 3 + 1
 
 
 def test_a_model_does_not_differ_from_itself(checkpoints: Callable[[str], Path], text_file: Path) -> None:
     same = Checkpoint(checkpoints("gemma2"))
-    text = read_text(find_recipe(str(text_file)), Prompter(same.folder), 256, 40, 2)
+    text = cut_windows(find_recipe(str(text_file)), Prompter(same.folder), 256, 40, 2)
     found = measure(same, same, text.rows, CPU, lambda: None).summary()
     assert found.kl == pytest.approx(0, abs=1e-9)
     assert found.top1_agreement == 1
@@ -94,16 +96,16 @@ def test_windows_follow_the_gptq_convention(tmp_path: Path) -> None:
     prompter = Prompter(tmp_path)
     path = tmp_path / "rows.jsonl"
     path.write_text('{"text": "abcd"}\n{"text": "efgh"}\n')
-    text = read_text(find_recipe(str(path)), prompter, 256, 4, None)
+    text = cut_windows(find_recipe(str(path)), prompter, 256, 4, None)
     joined = prompter.ids("abcd\n\nefgh")
     assert text.rows.tolist() == [[2, *joined[0:3]], [2, *joined[3:6]], [2, *joined[6:9]]]
-    assert read_text(find_recipe(str(path)), prompter, 256, 4, 2).rows.tolist() == text.rows.tolist()[:2]
-    assert read_text(find_recipe(str(path)), prompter, 256, None, None).rows.shape == (1, 11)
+    assert cut_windows(find_recipe(str(path)), prompter, 256, 4, 2).rows.tolist() == text.rows.tolist()[:2]
+    assert cut_windows(find_recipe(str(path)), prompter, 256, None, None).rows.shape == (1, 11)
 
 
 def test_the_embedded_text_is_the_held_out_one(tmp_path: Path) -> None:
     make_tokenizer(tmp_path)
-    text = read_text(find_recipe("embedded"), Prompter(tmp_path), 4096, None, None)
+    text = cut_windows(find_recipe("embedded"), Prompter(tmp_path), 4096, None, None)
     assert text.rows.shape[1] == 2048
     assert text.description == "embedded, held-out"
     recipe = find_recipe("embedded")
@@ -118,10 +120,10 @@ def test_of_a_long_text_only_the_beginning_is_read_for_a_few_windows(
     (tmp_path / "long.txt").write_text("\ufeff" + lines.replace("\n", "\r\n"))
     (tmp_path / "short.txt").write_text(lines[:20_000])
     prompter = Prompter(checkpoints("gemma"))
-    texts = [read_text(find_recipe(str(tmp_path / name)), prompter, 256, 64, 3) for name in ("long.txt", "short.txt")]
+    texts = [cut_windows(find_recipe(str(tmp_path / name)), prompter, 256, 64, 3) for name in ("long.txt", "short.txt")]
     assert torch.equal(texts[0].rows, texts[1].rows)
     assert len(texts[0].plain) < 2_200_000
     # where a window takes more characters than was thought, more is read
     ids = prompter.ids
     monkeypatch.setattr(prompter, "ids", lambda text: ids(text[: len(text) // 20_000]))
-    assert len(read_text(find_recipe(str(tmp_path / "long.txt")), prompter, 256, 41, 3).rows) == 3
+    assert len(cut_windows(find_recipe(str(tmp_path / "long.txt")), prompter, 256, 41, 3).rows) == 3

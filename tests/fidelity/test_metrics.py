@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gemma_awq_cli.fidelity.metrics import compare
+from gemma_awq_cli.fidelity.metrics import Positions, compare
 
 
 def test_chunks_give_what_whole_rows_give() -> None:
@@ -31,3 +31,26 @@ def test_equal_models_do_not_diverge() -> None:
     result = compare([(a.clone(), a.clone())], torch.zeros(9, dtype=torch.long)).summary()
     assert result.kl == pytest.approx(0.0, abs=1e-9)
     assert result.top1_agreement == 1.0
+
+
+def positions(kl: list[float]) -> Positions:
+    zeros = torch.zeros(len(kl))
+    return Positions(torch.tensor(kl), zeros, zeros, zeros.bool())
+
+
+def test_the_curve_along_a_window_covers_every_prediction_once() -> None:
+    windows, length = 3, 50
+    kl = torch.arange(windows * length, dtype=torch.float32)
+    curve = positions(kl.tolist()).kl_along(length)
+    assert [first for first, _, _ in curve] == [0, *(end for _, end, _ in curve[:-1])]
+    assert curve[-1][1] == length
+    means = kl.view(windows, length).mean(0)
+    for first, end, mean in curve:
+        assert mean == pytest.approx(float(means[first:end].mean()))
+    assert positions([0.5]).kl_along(1) == [(0, 1, 0.5)]
+
+
+def test_the_histogram_counts_what_lies_outside_at_its_ends() -> None:
+    histogram = positions([-1e-9, 0.0, 1e-12, 0.5, 1.0, 1e6]).kl_histogram(first=-2, last=2, bins=4)
+    assert (histogram.log10_first, histogram.log10_last) == (-2, 2)
+    assert histogram.counts == [3, 1, 1, 1]

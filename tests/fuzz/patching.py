@@ -10,12 +10,12 @@ from typing import Any
 
 
 class InProcess:
-    """Answers like `bench_process.Worker`, in this process: a new Python with torch takes seconds."""
+    """Answers like `bench.process.Worker`, in this process: a new Python with torch takes seconds."""
 
     def __init__(self, name: str, threads: int | None) -> None:
-        from gemma_awq_cli.bench.worker import _Server
+        from gemma_awq_cli.bench.worker import Server
 
-        self._server = _Server()
+        self._server = Server()
 
     def ask(self, on_progress: Any = None, **request: Any) -> dict[str, Any]:
         if request["do"] == "bandwidth":  # of the machine, not of a model: a tenth of a second
@@ -29,14 +29,14 @@ class InProcess:
 
 @contextmanager
 def in_process_workers() -> Iterator[None]:
-    from gemma_awq_cli.bench import benchmark
+    from gemma_awq_cli.bench import process
 
-    real = benchmark.Worker
-    benchmark.Worker = InProcess  # type: ignore[assignment,misc]
+    real = process.Worker
+    process.Worker = InProcess  # type: ignore[assignment,misc]
     try:
         yield
     finally:
-        benchmark.Worker = real  # type: ignore[misc]
+        process.Worker = real  # type: ignore[misc]
 
 
 class Terminal(io.TextIOWrapper):

@@ -1,0 +1,149 @@
+"""A model that is loaded to be timed, whatever runs it: this tool, bitsandbytes, llama.cpp or vLLM."""
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gemma_awq_cli.bench.model_kinds import GGUF, VLLM, open_kind
+from gemma_awq_cli.bench.timing import Sample, time_sessions
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+
+VLLM_ROOM = 3_000_000_000  # bytes beside the weights
+HEAD_BYTES = {"int8": 1.0, "int4": 0.5}  # per entry of a quantized head
+
+
+@dataclass(frozen=True)
+class TimedModel:
+    """A loaded model.
+
+    time: times one repetition of (prompts [R, P], new tokens). vocabulary: entries. context: the most tokens that the
+    model was trained for. weight_bytes: bytes of the layers, the final norm and the head as they are held, which is
+    what decoding reads for every token beside the KV cache. load_seconds: from the start of loading to a first token.
+    """
+
+    time: Callable[[Sequence[Sequence[int]], int], Sample]
+    vocabulary: int
+    context: int
+    bos: int
+    dtype: str
+    weight_bytes: int
+    load_seconds: float
+
+    def sample(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        """Time one repetition with prompts [R, P] of token ids that begin with BOS."""
+        if len(prompts[0]) + new_tokens > self.context:
+            raise GemmaAwqError(
+                f"{len(prompts[0])} prompt tokens and {new_tokens} new ones exceed this model's context of "
+                f"{self.context}.",
+                "Give smaller --pp and --tg.",
+            )
+        return self.time(prompts, new_tokens)
+
+
+def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) -> TimedModel:
+    """Load a model to be timed with at most `rows` prompts at once of at most `tokens` tokens, answers included."""
+    if kind == GGUF:
+        return _load_gguf(path, tokens)
+    if kind == VLLM:
+        return _load_vllm(path, rows, tokens)
+    started = time.perf_counter()
+    opened = open_kind(kind, path, device)
+    config = opened.checkpoint.facts
+    bos = opened.prompter.bos if config.bos_token_id is None else int(config.bos_token_id)
+    opened.session(1, 1).next_logits([[bos]])  # what is read lazily is read now
+    seconds = time.perf_counter() - started
+    if kind in ("int8", "nf4"):
+        weight_bytes = held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
+    else:
+        weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype, opened.forward.head)
+    return TimedModel(
+        partial(time_sessions, opened.session, bos), int(config.vocab_size), int(config.max_position_embeddings), bos,
+        _name_of(opened.dtype), weight_bytes, seconds,
+    )  # fmt: skip
+
+
+def _load_gguf(path: Path, tokens: int) -> TimedModel:
+    from gemma_awq_cli.bench.llama_cpp import LlamaModel
+
+    started = time.perf_counter()
+    model = LlamaModel(path, tokens, torch.get_num_threads())
+    model.session(1, 1).next_logits([[model.bos]])
+    seconds = time.perf_counter() - started
+    timed = partial(time_sessions, model.session, model.bos)
+    return TimedModel(
+        timed, model.vocabulary, model.trained_context, model.bos, model.description, model.weight_bytes, seconds
+    )
+
+
+def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
+    from gemma_awq_cli.generate.vllm_engine import VllmEngine
+    from gemma_awq_cli.models.text.prompter import Prompter
+
+    started = time.perf_counter()
+    checkpoint = Checkpoint(path)
+    # other models are loaded beside it: room for the weights, twice while they are converted, and for the cache
+    needed = 2 * sum(info.nbytes for info in checkpoint.tensors.values()) + VLLM_ROOM
+    share = min(0.9, needed / _total_memory())
+    engine = VllmEngine(checkpoint, Prompter(path), tokens, rows, memory_share=share)
+    config = checkpoint.text_config
+    bos = engine.prompter.bos
+    engine.timed([[bos]], 1)
+    seconds = time.perf_counter() - started
+
+    def timed(prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        first, steps = engine.timed(prompts, new_tokens + 1)
+        _, decoding = engine.timed([[bos]] * len(prompts), new_tokens + 1)
+        return Sample(first, steps, sum(decoding))
+
+    stores_float16 = checkpoint.family.float16 and checkpoint.declared_dtype == torch.float16
+    dtype = torch.float16 if stores_float16 else torch.bfloat16
+    return TimedModel(
+        timed, int(config.vocab_size), int(config.max_position_embeddings), bos, _name_of(dtype),
+        stored_bytes_per_token(checkpoint, dtype, "16bit"), seconds,
+    )  # fmt: skip
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _total_memory() -> int:
+    """Bytes of the memory that vLLM computes in."""
+    if torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # vLLM runs on Linux only
+
+
+def stored_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype, head: str) -> int:
+    """Return the bytes of a checkpoint's weights that decoding reads per token: layers, final norm and head.
+
+    dtype: what floats are held in. head: how the head is held; the scales of a quantized head do not count. Of an
+    embedding that is not the head one row is read, which does not count either.
+    """
+    layers = checkpoint.key("model.layers.0.x").removesuffix("0.x")
+    head_key = checkpoint.key("model.embed_tokens.weight" if checkpoint.tied_head else "lm_head.weight")
+    norm = checkpoint.key("model.norm.weight")
+    needed = [info for name, info in checkpoint.tensors.items() if name.startswith(layers) or name == norm]
+    entries = torch.Size(checkpoint.tensors[head_key].shape).numel()
+    return int(entries * HEAD_BYTES.get(head, dtype.itemsize)) + sum(
+        torch.Size(info.shape).numel() * (dtype if info.dtype.is_floating_point else info.dtype).itemsize
+        for info in needed
+    )
+
+
+def held_bytes_per_token(model: nn.Module, tied_head: bool) -> int:
+    """Return the bytes of a text model's parameters and buffers, without an embedding that is not the head."""
+    embedding = "embed_tokens.weight"
+    return sum(
+        tensor.nbytes
+        for name, tensor in chain(model.named_parameters(), model.named_buffers())
+        if tied_head or not name.endswith(embedding)
+    )

@@ -1,0 +1,73 @@
+"""The table of a bench: what each figure looks like, and what a model without it has in its place."""
+
+from typing import Any
+
+from gemma_awq_cli.bench.table import column_names, table_rows
+from tests.documents import full_bench
+
+
+def rows_of(document: dict[str, Any]) -> dict[str, tuple[str, ...]]:
+    return {title: tuple(cells) for title, *cells in table_rows(document)}
+
+
+def test_every_figure() -> None:
+    document = full_bench()
+    other = document["models"][1]
+    other["speed"]["runs"][0]["decode_tokens_per_second"] = {"median": 25.0, "min": 20.0, "max": 30.0, "samples": [25]}
+    other["tasks"] = []
+    assert rows_of(document) == {
+        "weights on disk": ("100.0 MB", "100.0 MB"),
+        "pp512, tokens/s": ("10.0 (9.0 - 11.0)", "10.0 (9.0 - 11.0) 1.00x"),
+        "tg128, tokens/s": ("10.0 (9.0 - 11.0)", "25.0 (20.0 - 30.0) 2.50x"),
+        "TTFT, ms": ("10000", "10000"),
+        "TPOT p50 / p90 / p99, ms": ("100.0 / 100.0 / 100.0", "100.0 / 100.0 / 100.0"),
+        "share of memory bandwidth": ("50 %", "50 %"),
+        "weights read per token": ("100.0 MB", "100.0 MB"),
+        "load time, s": ("1.0", "1.0"),
+        "peak RSS": ("1.0 GB", "1.0 GB"),
+        "perplexity": ("10.500", "10.500"),
+        "perplexity of the 16-bit original": ("10.000", "10.000"),
+        "KL divergence, mean": ("0.0100", "0.0100"),
+        "KL divergence, median": ("0.0050", "0.0050"),
+        "KL divergence, p99": ("0.100", "0.100"),
+        "same most likely token": ("95.0%", "95.0%"),
+        "RMS change of the token's probability": ("2.00%", "2.00%"),
+        "ARC, acc, 0-shot, 10 of 20": ("0.500 ± 0.100 (card: 50)", "-"),
+    }
+
+
+def test_what_was_not_measured() -> None:
+    document = full_bench()
+    first, other = document["models"]
+    first["speed"] = None
+    other["fidelity"] = None
+    other["speed"] |= {"peak_vram_bytes": 2 * 10**9, "peak_rss_bytes": None}
+    rows = rows_of(document)
+    assert rows["tg128, tokens/s"] == ("-", "10.0 (9.0 - 11.0)")  # no multiple of nothing
+    assert rows["peak VRAM"] == ("-", "2.0 GB")
+    assert rows["peak RSS"] == ("-", "-")
+    assert rows["perplexity"] == ("10.500", "-")
+    for model in document["models"]:
+        model.update(speed=None, fidelity=None, tasks=[])
+    assert table_rows(document) == []
+
+
+def test_batches_have_rows_of_their_own_as_far_as_they_came() -> None:
+    document = full_bench()
+    document["settings"]["batches"] = [1, 4]
+    runs = document["models"][1]["speed"]["runs"]
+    runs.append({**runs[0], "batch": 4})
+    rows = rows_of(document)
+    assert rows["TTFT x 1, ms"] == ("10000", "10000")
+    assert rows["TTFT x 4, ms"] == ("-", "10000")
+
+
+def test_columns_are_named_without_folders_where_that_tells_them_apart() -> None:
+    document = full_bench()
+    for names, columns in (
+        (("/a/one", "b/two/"), ["one", "two"]),
+        (("/a/one", "/b/one"), ["/a/one", "/b/one"]),
+    ):
+        for model, name in zip(document["models"], names, strict=True):
+            model["name"] = name
+        assert column_names(document) == columns
