@@ -21,7 +21,7 @@ TASK_STEPS = 100  # of the progress of one task
 def command(
     models: Annotated[list[str] | None, typer.Argument(
         help=f"Artifacts, checkpoint folders or hub ids.  [default: {MODEL_VARIABLE}, else the last artifact]",
-        metavar="[MODEL]...", show_default=False)] = None,
+        metavar="MODEL", show_default=False)] = None,
     speed: Annotated[bool, typer.Option("--speed", help="Measure speed; alone, nothing else.")] = False,
     fidelity: Annotated[bool, typer.Option("--fidelity", help="Measure fidelity; alone, nothing else.")] = False,
     tasks: Annotated[list[str] | None, typer.Option(
