@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_awq_cli.cli.app import main
 from tests.command_reference import REFERENCE, command_reference
 
 CONSTRAINTS = Path(__file__).parent.parent.parent / "constraints.txt"
@@ -26,3 +27,11 @@ def test_it_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         assert command_reference() == text
     assert max(map(len, re.findall(r"```text\n(.*?)```", text, re.DOTALL)[0].splitlines())) <= 100
     assert text.isascii()
+
+
+def test_it_is_what_a_terminal_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    text = command_reference()
+    for command in ([], ["quantize"], ["run"], ["bench"], ["push"]):
+        assert main([*command, "--help"]) == 0
+        assert f"```text\n{capsys.readouterr().out}```" in text
