@@ -5,7 +5,6 @@ Typer without rich writes all options in one list, cuts summaries off with "..."
 
 import inspect
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from typer.core import TyperCommand, TyperGroup
@@ -92,12 +91,22 @@ def _write_lists(formatter: Any, groups: dict[str, list[tuple[str, str]]]) -> No
 
 
 def _write_examples(formatter: Any, examples: str | None) -> None:
-    """The examples as they are, one command per line: a broken line could not be copied."""
-    if lines := list(_lines(examples)):
+    """One command per line; a long one continues after a backslash, so that it can be copied."""
+    if examples:
         with formatter.section("Examples"):
-            for line in lines:
-                formatter.write(f"{'':>{formatter.current_indent}}{line}\n")
+            for line in examples.strip().splitlines():
+                first, *more = _broken(line.strip(), formatter.width - 2 * formatter.indent_increment)
+                formatter.write(f"{'':>{formatter.current_indent}}{first}\n")
+                for part in more:
+                    formatter.write(f"{'':>{formatter.current_indent + formatter.indent_increment}}{part}\n")
 
 
-def _lines(text: str | None) -> Iterator[str]:
-    return (line.strip() for line in (text or "").splitlines() if line.strip())
+def _broken(command: str, width: int) -> list[str]:
+    """A command line in parts of at most `width` columns, if it has enough options to break before."""
+    parts: list[str] = []
+    for option in re.split(r" (?=--?[a-z])", command):
+        if parts and len(f"{parts[-1]} {option} \\") <= width:
+            parts[-1] += f" {option}"
+        else:
+            parts.append(option)
+    return [f"{part} \\" for part in parts[:-1]] + parts[-1:]
