@@ -1,8 +1,8 @@
-"""How close decoding comes to the memory: an artifact's token against its kernels alone, and those against plain reads.
+"""How close decoding comes to the speed of memory: a whole token, its kernels alone, and plain reads.
 
 python benchmarks/decode_bandwidth.py ARTIFACT_DIR [--head int8] [--tokens 24] [--rounds 5]
 
-Times are medians of interleaved rounds; bytes are those of packed weights, scales and zero points that a token reads.
+Times are medians of interleaved rounds. Bytes count the packed weights, scales and zero points that are read per token.
 """
 
 import argparse
@@ -63,9 +63,9 @@ def main() -> None:
     print(f"opened in {loaded:.1f} s; anonymous memory {held / 1e9:.2f} GB, {rest:.2f} more than the weights")
     print(f"packed linears {packed / 1e9:.3f} GB, head {text.head.nbytes / 1e9:.3f} GB")
     print(f"prefill of {PROMPT}: {PROMPT / prefill:.0f} tokens/s")
-    print(f"a token {1e3 * token:.2f} ms: {total / token / 1e9:.1f} GB/s")
+    print(f"one token {1e3 * token:.2f} ms: {total / token / 1e9:.1f} GB/s")
     more = f"the token takes {token / kernel - 1:+.1%}"
-    print(f"its kernels {1e3 * kernel:.2f} ms: {total / kernel / 1e9:.1f} GB/s; {more}")
+    print(f"its kernels alone {1e3 * kernel:.2f} ms: {total / kernel / 1e9:.1f} GB/s; {more}")
     print(f"plain reads {plain.nbytes / read / 1e9:.1f} GB/s")
 
 
@@ -76,7 +76,7 @@ def timed(call: Callable[[], object]) -> float:
 
 
 def anonymous() -> int:
-    """RssAnon of this process, in bytes (Linux)."""
+    """Return RssAnon of this process in bytes (Linux only; 0 elsewhere)."""
     for line in Path("/proc/self/status").read_text(encoding="utf-8").splitlines():
         if line.startswith("RssAnon:"):
             return int(line.split()[1]) * 1024

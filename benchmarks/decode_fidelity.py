@@ -1,9 +1,10 @@
-"""What running adds to the loss of quantizing: KL divergence of each way to run an artifact, token by token.
+"""How much running adds to the loss of quantizing: KL divergence of each way to run an artifact, token by token.
 
 python benchmarks/decode_fidelity.py CHECKPOINT_DIR ARTIFACT_DIR --text FILE [--windows 4] [--length 512]
 
-The reference is the 16-bit checkpoint in float32 by transformers. The first row is the artifact's own weights, exact in
-float32: what the artifact cannot do better than. Each further row feeds the same tokens to a session, one at a time.
+The reference is the 16-bit checkpoint, computed in float32 by transformers. The first row computes the artifact's
+weights exactly in float32, which is the best that the artifact can do. Each further row feeds the same tokens to a
+session, one at a time.
 """
 
 import argparse
@@ -73,7 +74,7 @@ def main() -> None:
 
 
 def ways(artifact: Checkpoint, capacity: int) -> Iterator[tuple[str, Callable[[], Session]]]:
-    """Every way to run the artifact: a name and what opens a session. One is in memory at a time."""
+    """Yield every way to run the artifact: its name and a function that opens a session. One is in memory at a time."""
     arch = architecture_of(artifact.text_config, artifact.family)
     group_size = require_awq(artifact)
     exact = read_torch_text(artifact, arch, group_size, CPU, torch.float32)

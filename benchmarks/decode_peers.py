@@ -1,13 +1,14 @@
-"""Decoding side by side: this tool and others, each in its own process, one request at a time and in turn.
+"""Decoding speed of this tool and others side by side: each in its own process, taking turns with single requests.
 
 python benchmarks/decode_peers.py SPEC.json --text FILE --tokenizer DIR [--rounds 7] [--prompt 128] [--tokens 128]
     [--checkpoint DIR] [--windows 2] [--length 256]
 
-SPEC.json: {"name": ["python", "benchmarks/peers/decode_ours.py", "ARTIFACT", "int8"], ...}. Each round sends every peer
-the same fresh prompt; the table has medians. All processes stay loaded, and only one of them computes at a time.
+SPEC.json: {"name": ["python", "benchmarks/peers/decode_ours.py", "ARTIFACT", "int8"], ...}. Each round sends the same
+fresh prompt to every peer; the table shows medians. All processes stay loaded, and only one of them computes at a time.
 
-With --checkpoint, the 16-bit model that all were made of, the table also has each peer's mean KL divergence from it
-(transformers, float32) in nats a token, over windows of the text's end, as decoding computes them.
+--checkpoint names the 16-bit model that all peers were made from. The table then also shows each peer's mean KL
+divergence from it (transformers, float32) in nats per token, over windows from the end of the text, with logits as
+decoding computes them.
 """
 
 import argparse
@@ -76,10 +77,10 @@ def main() -> None:
     prompter = Prompter(args.tokenizer)
     ids = prompter.ids(args.text.read_text(encoding="utf-8"))
     peers = [Peer(name, command) for name, command in json.loads(args.spec.read_text()).items()]
-    own = args.prompt - 1  # and BOS
+    own = args.prompt - 1  # one token is BOS
     for turn in range(args.rounds + 1):
         prompt = [prompter.bos, *ids[turn * own : (turn + 1) * own]]
-        # each round begins with another peer, so that none always follows the same one
+        # each round begins with another peer, so that no peer always follows the same one
         for peer in peers[turn % len(peers) :] + peers[: turn % len(peers)]:
             answer = peer.ask(ids=prompt, tokens=args.tokens)
             if turn == 0:
@@ -92,8 +93,8 @@ def main() -> None:
         measure_kl(
             peers, args.checkpoint, [[prompter.bos, *ids[-size * (w + 1) :][:size]] for w in range(args.windows)]
         )
-    print(f"{args.prompt}-token prompts, {args.tokens} tokens, medians (least .. most) of {args.rounds} rounds")
-    print(f"{'':36} {'prefill tok/s':>24} {'decode tok/s':>24} {'load s':>7} {'peak RSS MiB':>12} {'KL':>7}")
+    print(f"{args.prompt}-token prompts, {args.tokens} tokens, medians (minimum .. maximum) of {args.rounds} rounds")
+    print(f"{'':36} {'prefill tokens/s':>24} {'decode tokens/s':>24} {'load s':>7} {'peak RSS MiB':>12} {'KL':>7}")
     for peer in peers:
         rates = [f"{statistics.median(r):.0f} ({min(r):.0f} .. {max(r):.0f})" for r in (peer.prefill, peer.decode)]
         print(f"{peer.name:36} {rates[0]:>24} {rates[1]:>24} {peer.load:7.1f} {peer.rss / 2**20:12.0f}", end="")
@@ -103,7 +104,7 @@ def main() -> None:
 
 @torch.inference_mode()
 def measure_kl(peers: Sequence[Peer], checkpoint: Path, windows: Sequence[list[int]]) -> None:
-    """KL(16-bit || peer) of each window, into the peers."""
+    """Add KL(16-bit || peer) of each window to the peers."""
     reference = build_model(Checkpoint(checkpoint), torch.device("cpu"), torch.float32)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "logits"

@@ -1,10 +1,10 @@
-"""Whether a 16-bit checkpoint scores the same through this tool and through lm-evaluation-harness' own `hf` model.
+"""Compare a 16-bit checkpoint's task scores through this tool and through lm-evaluation-harness' own `hf` model.
 
 python benchmarks/harness_agreement.py CHECKPOINT TEXT.txt [--dtype bfloat16] [--limit N]
 
-Two tasks are made of the text's sentences: which of four endings is the right one (2-shot), and how a sentence goes on.
-Both models answer the very same requests of the harness. The output has each task's scores and, over the requests, how
-far the log probabilities lie apart and how often the greedy flag or the generated text is the same.
+Two tasks are made from the text's sentences: choose the right one of four endings (2-shot), and continue a sentence.
+Both models answer the same requests of the harness. The output has each task's scores, the differences of the log
+probabilities over the requests, and how often the greedy flag or the generated text is the same.
 """
 
 import argparse
@@ -54,7 +54,7 @@ metric_list:
 
 
 def make_tasks(text: Path, folder: Path) -> list[str]:
-    """The task files, with their data beside them."""
+    """Write the task files and their data, and return the paths of the tasks."""
     lines = (line.strip() for line in re.split(r"(?<=\.)\s+", text.read_text(encoding="utf-8")))
     sentences = [line.split() for line in lines if 60 < len(line) < 200 and "\n" not in line and "<unk>" not in line]
     draw = random.Random(3)
@@ -93,7 +93,7 @@ def main() -> None:
             for task, figures in one["results"].items():
                 for metric, value in figures.items():
                     if "," in metric and "stderr" not in metric:
-                        print(f"{task} {metric}: {value:.6f} here, {other['results'][task][metric]:.6f} by hf")
+                        print(f"{task} {metric}: {value:.6f} here, {other['results'][task][metric]:.6f} with hf")
                 _compare(one["samples"][task], other["samples"][task])
 
 
@@ -107,7 +107,7 @@ def _run(model: Any, task: str, limit: int | None) -> dict[str, Any]:
 
 
 def _compare(ours: list[Any], theirs: list[Any]) -> None:
-    """Print how far the answers to single requests differ."""
+    """Print how much the answers to single requests differ."""
     gaps, same, requests = [], 0, 0
     for one, other in zip(ours, theirs, strict=True):
         for mine, yours in zip(one["resps"], other["resps"], strict=True):
@@ -121,7 +121,7 @@ def _compare(ours: list[Any], theirs: list[Any]) -> None:
     if gaps:
         ordered = sorted(gaps)
         print(f"  log probabilities: median gap {ordered[len(ordered) // 2]:.2g}, largest {ordered[-1]:.2g} nats")
-    print(f"  greedy flag or text the same in {same} of {requests} requests")
+    print(f"  greedy flag or text equal in {same} of {requests} requests")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Peak memory of a whole `gemma-awq quantize`, beside what it planned, and its seconds a layer. Linux.
+"""Peak memory of a whole `gemma-awq quantize`, its plan, and its seconds per layer. Linux only.
 
 python benchmarks/quantize_memory.py CHECKPOINT_DIR OUT_DIR [any option of quantize]
 
-RssAnon is what the process holds for itself; VmHWM also counts the pages of mapped files, which the kernel may drop.
+RssAnon is the process's own memory. VmHWM also counts the pages of mapped files, which the kernel may drop.
 """
 
 import json
@@ -35,7 +35,7 @@ def main() -> None:
         print(f"{field} {peak / 1e9:.2f} GB")
     print(f"planned {plan['memory_bytes'] / 1e9:.2f} GB, {plan['estimated_seconds']:.0f} s")
     seconds = report["run"]["seconds_a_layer"]
-    print(f"{report['run']['seconds']:.0f} s; a layer: {', '.join(f'{s:.0f}' for s in seconds)} s")
+    print(f"{report['run']['seconds']:.0f} s; per layer: {', '.join(f'{s:.0f}' for s in seconds)} s")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The baseline: a checkpoint rounded to nearest in the same layout, without any calibration.
+"""The baseline: round a checkpoint to nearest in the same layout, without calibration.
 
 python benchmarks/round_to_nearest.py CHECKPOINT_DIR OUT_DIR [--group-size 128]
 """

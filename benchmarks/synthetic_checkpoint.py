@@ -1,10 +1,10 @@
-"""A checkpoint of a large Gemma's shape with random weights, layer by layer: what scale costs, without a download.
+"""Write a checkpoint of a large Gemma's shape with random weights, to measure memory and time without a download.
 
 python benchmarks/synthetic_checkpoint.py OUT_DIR [--shape gemma-7b] [--layers 4] [--tokenizer-from DIR]
 
-A few input channels of each norm have gains twenty times the others', so that the quantizer meets outlier channels as
-it does in real models. The tokenizer is copied from another Gemma folder (the demo's by default), and the vocabulary is
-that tokenizer's.
+A few channels of each norm have gains twenty times as large as the others', so that the quantizer meets outlier
+channels as it does in real models. The tokenizer is copied from another Gemma folder (by default the demo's), and the
+vocabulary has its size.
 """
 
 import argparse
@@ -18,21 +18,21 @@ from gemma_awq_cli.models.checkpoints.demo import demo_checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 
-# As the models' config.json files have them; the vocabulary is the tokenizer's.
+# From the models' config.json files; the size of the vocabulary comes from the tokenizer.
 SHAPES = {
     "gemma-2b": {"hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_key_value_heads": 1,
                  "head_dim": 256, "num_hidden_layers": 18},
     "gemma-7b": {"hidden_size": 3072, "intermediate_size": 24576, "num_attention_heads": 16, "num_key_value_heads": 16,
                  "head_dim": 256, "num_hidden_layers": 28},
 }  # fmt: skip
-OUTLIERS = 8  # channels a norm
+OUTLIERS = 8  # channels per norm
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="gemma-7b")
-    parser.add_argument("--layers", type=int, help="instead of the shape's own number")
+    parser.add_argument("--layers", type=int, help="number of layers, instead of the shape's own")
     parser.add_argument("--tokenizer-from", type=Path)
     args = parser.parse_args()
     tokenizer_from = args.tokenizer_from or demo_checkpoint(print)
@@ -63,7 +63,7 @@ def random_tensor(name: str, shape: torch.Size) -> torch.Tensor:
         weight[torch.randperm(shape[0])[:OUTLIERS]] = 19.0  # the gain is 1 + weight
         return weight.to(torch.bfloat16)
     weight = torch.empty(shape, dtype=torch.bfloat16)
-    for part in weight.split(1024):  # in parts: bfloat16's own generator is slow, and a float32 copy is large
+    for part in weight.split(1024):  # in parts: bfloat16's own generator is slow, and a float32 copy of all is large
         part.copy_(torch.randn(part.shape) * (0.7 * shape[-1] ** -0.5))
     return weight
 

@@ -1,13 +1,14 @@
-"""The errors a user can meet. Imports nothing, so that every room may raise them.
+"""The errors that a user can meet. Imports nothing, so that every room may raise them.
 
-`message` says what is wrong and why, `hint` says what to do next; `cli.main` is the one place that formats them.
+`message` says what is wrong and where, `hint` says what to do next. Only `cli/app.py` turns them into output and exit
+codes.
 """
 
 from collections.abc import Iterable
 
 
 class GemmaAwqError(Exception):
-    """A failure that is the input's or the machine's, not a bug: shown without a traceback, exit code 1."""
+    """A failure caused by the input or the machine, not by a bug. Shown without a traceback; exit code 1."""
 
     exit_code = 1
 
@@ -18,7 +19,7 @@ class GemmaAwqError(Exception):
 
 
 class Terminated(BaseException):
-    """A scheduler or a closed terminal asked the process to end (SIGTERM, SIGHUP), by the signal `number`.
+    """The process received the signal `number`, from a scheduler (SIGTERM) or a closed terminal (SIGHUP).
 
     Like Ctrl-C, it stops the work and corrupts nothing.
     """
@@ -29,17 +30,17 @@ class Terminated(BaseException):
 
 
 class ReaderLeft(BaseException):
-    """Whoever read standard output has left, as `head` does: nobody wants the rest."""
+    """The reader of standard output has gone, as `head` does, so there is nobody to write the rest for."""
 
 
 class UsageError(GemmaAwqError):
-    """The command was typed in a way that cannot be carried out: exit code 2."""
+    """The command line cannot be carried out as it was typed. Exit code 2."""
 
     exit_code = 2
 
 
 def some(names: Iterable[str], shown: int = 5) -> str:
-    """The first few of many names and how many more there are, for a message."""
+    """Return the first few of many names and the number of the others, for a message."""
     listed = list(names)
     more = len(listed) - shown
     return ", ".join(listed[:shown]) + (f" and {more} more" if more > 0 else "")

@@ -1,13 +1,15 @@
-"""AutoAWQ 0.2.9's quantizer on a Gemma 3 text model, 4 bits, groups of 128: a peer, in an environment of its own.
+"""AutoAWQ 0.2.9's quantizer on a Gemma 3 text model, 4 bits, groups of 128. A peer that needs its own environment.
 
 pip install torch==2.13.0 && pip install autoawq==0.2.9 transformers==4.51.3 "datasets<4"
 python benchmarks/peers/autoawq_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16] [--layers N]
 
-Its algorithm is its own, untouched. Around it: Gemma 3 is added to its tables in the form of its Gemma 2 entry, with
-the rotary table that each layer really uses; its fold into norms, which knows the `1 + weight` of Gemma 1's and 2's by
-their classes, is told Gemma 3's; and on a CPU its saved copy of the weights aliases the live ones
-(`.cpu()` copies nothing there), so that a first in-place scale would spoil every later restore: the copy is made real.
-Prints the seconds that its `quantize` took. --layers stops after so many, to time a layer.
+The algorithm is AutoAWQ's, unchanged. Three things around it are changed:
+- Gemma 3 is added to its tables like Gemma 2, with the rotary table that each layer really uses.
+- Its fold into norms knows the `1 + weight` of Gemma 1 and 2 by their classes; Gemma 3's class is added.
+- On a CPU, its saved copy of the weights aliases the live ones (`.cpu()` copies nothing there), so that the first
+  in-place scale would spoil every later restore. Here the copy is a real one.
+
+Prints the seconds that its `quantize` took. --layers keeps only the first layers, to time one layer.
 """
 
 import time

@@ -1,4 +1,4 @@
-"""AutoRound's signed-gradient rounding of a checkpoint, exported as AutoAWQ files, 4 bits, groups of 128: a peer.
+"""AutoRound's signed-gradient rounding of a checkpoint, exported as AutoAWQ files, 4 bits, groups of 128. A peer.
 
 pip install torch==2.13.0 auto-round==0.16.1
 python benchmarks/peers/autoround_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16] [--iterations 200]

@@ -1,6 +1,6 @@
 """llama.cpp through llama-cpp-python. python decode_llamacpp.py MODEL.gguf THREADS
 
-With a third argument, SOURCE.gguf, MODEL.gguf is first made of it as a Q4_0 (embedding and head Q8_0).
+With a third argument, SOURCE.gguf, MODEL.gguf is first made from it as Q4_0 (embedding and head Q8_0).
 """
 
 import os
@@ -21,7 +21,7 @@ if len(sys.argv) > 3 and not os.path.exists(path):
     parameters.token_embedding_type = llama_cpp.GGML_TYPE_Q8_0
     parameters.nthread = threads
     if llama_cpp.llama_model_quantize(sys.argv[3].encode(), path.encode(), parameters):
-        sys.exit("the model cannot be requantized")
+        sys.exit("llama.cpp could not requantize the model")
     START = time.time()
 llama = llama_cpp.Llama(path, n_ctx=4096, n_batch=512, n_threads=threads, n_threads_batch=threads, verbose=False)
 

@@ -18,7 +18,7 @@ model = genai.Model(sys.argv[1])
 
 def answer(ids, count):
     parameters = genai.GeneratorParams(model)
-    # its sliding layers ask for room for their window at least, whatever the row needs
+    # its sliding layers need at least the room of their window, however short the row is
     parameters.set_search_options(max_length=4096, min_length=4096, do_sample=False, batch_size=1)
     generator = genai.Generator(model, parameters)
     begin = time.perf_counter()

@@ -31,7 +31,7 @@ def answer(ids, count):
 
 
 def logits(ids):
-    """The same file without GenAI around it, which gives tokens only."""
+    """Run the same file without GenAI, which returns only tokens."""
     request = ov.Core().compile_model(os.path.join(sys.argv[1], "openvino_model.xml"), "CPU").create_infer_request()
     names = {name for port in request.model_inputs for name in port.names}
     for position, token in enumerate(ids):

@@ -1,10 +1,10 @@
-"""What every decode peer shares: requests on stdin, answers on stdout, one JSON line each. Standard library only.
+"""The protocol of every decode peer: requests on stdin, answers on stdout, one JSON line each. Standard library only.
 
 A request is {"ids": [...], "tokens": n}; the answer {"prefill": s, "decode": s, "ids": [...], "rss": bytes}.
-`prefill` ends with the first token, `decode` is the time of the n - 1 tokens after it; both are greedy.
+`prefill` is the time to the first token, `decode` the time of the n - 1 tokens after it. Tokens are chosen greedily.
 
-A request {"ids": [...], "logits": PATH} asks for the logits after each of the ids, float32 [len(ids), vocabulary] in
-the file PATH, as decoding computes them: one token after the other. The answer is {"logits": PATH}.
+A request {"ids": [...], "logits": PATH} asks for the logits after each of the ids as decoding computes them, one token
+after the other. They are written to the file PATH as float32 [len(ids), vocabulary]. The answer is {"logits": PATH}.
 """
 
 import json
@@ -16,7 +16,7 @@ from typing import Any
 
 
 def serve(start: float, open_row: Callable[[], Callable[[Sequence[int]], Any]]) -> None:
-    """open_row: a new empty context, as a function that reads tokens and gives the next one's logits [V]."""
+    """Serve a model. open_row returns a function with an empty context, which reads tokens and returns logits [V]."""
 
     def answer(ids: Sequence[int], count: int) -> tuple[list[int], float, float]:
         read = open_row()
@@ -39,8 +39,10 @@ def serve_whole(
     answer: Callable[[Sequence[int], int], tuple[list[int], float, float]],
     logits: Callable[[Sequence[int]], Iterable[Any]],
 ) -> None:
-    """answer: (ids, count) -> (tokens, seconds to the first, seconds of the others); logits: [V] after each id, as
-    arrays of numpy or torch.
+    """Serve a model that only generates whole answers.
+
+    answer: (ids, count) -> (tokens, seconds to the first, seconds of the others). logits: ids -> the logits [V] after
+    each id, as arrays of numpy or torch.
     """
     print(json.dumps({"load": time.time() - start}), flush=True)
     for line in sys.stdin:

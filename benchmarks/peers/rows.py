@@ -8,7 +8,7 @@ SEQ_LEN = 512
 
 
 def arguments(description: str | None) -> argparse.ArgumentParser:
-    """What every peer's script takes."""
+    """Return a parser with the arguments of every peer."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("output")
@@ -18,9 +18,9 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
 
 
 def windows(tokenizer: Any, text: Path, rows: int) -> list[list[int]]:
-    """`rows` token rows of SEQ_LEN from a text file."""
+    """Return the first `rows` windows of SEQ_LEN token ids of a text file."""
     tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
     step = SEQ_LEN - 1
     if len(tokens) < rows * step:
-        raise SystemExit(f"{text} holds {len(tokens)} tokens, {rows * step} are needed")
+        raise SystemExit(f"{text} has {len(tokens)} tokens, but {rows * step} are needed.")
     return [[tokenizer.bos_token_id, *tokens[i * step : (i + 1) * step]] for i in range(rows)]

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Is a quantized model as good as agreed, and as good as the last one that was accepted?
+# Check that a quantized model meets its limits and is as good as the last one that was accepted.
 #
 #   gate.sh MODEL [BASELINE.json] [more options of `gemma-awq bench`]
 #
-# Writes bench.json and ends with 0, or with 3 and a line on stderr for each bound that is not met. To accept a model,
-# commit its bench.json as the baseline. Fidelity alone is bounded here, because a shared runner's speed is not its own:
-# on a machine of yours add --speed --min-decode-tps 50 --max-rss 2GB.
+# Writes bench.json. Exits with 0, or with 3 and a line on stderr for each limit that is not met. To accept a model, commit
+# its bench.json as the baseline. Only fidelity is limited here, because the speed of a shared runner varies: on your own
+# machine, add --speed --min-decode-tps 50 --max-rss 2GB.
 set -euo pipefail
 
 model=$1

@@ -1,9 +1,9 @@
-"""The `gemma-awq` command: the Typer app, and `main`, the one place where errors become messages and exit codes."""
+"""The `gemma-awq` command: the Typer app, and `main`, the one place that turns errors into messages and exit codes."""
 
-import io
 import signal
 import sys
 from collections.abc import Sequence
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
@@ -11,28 +11,44 @@ import typer
 from gemma_awq_cli import __version__
 from gemma_awq_cli.cli import bench, push, quantize, run
 from gemma_awq_cli.cli.console import Output, quiet_libraries
+from gemma_awq_cli.cli.help import WIDTH, GroupHelp
 from gemma_awq_cli.cli.options import Command
 from gemma_awq_cli.cli.streams import standard_streams
-from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated
+from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated, UsageError
 from gemma_awq_cli.system import interruption
 from gemma_awq_cli.system.failures import unforeseen_error
 
 READER_LEFT = interruption.exit_code(13)  # SIGPIPE, which Windows lacks
-# Typer's own exceptions for a wrong command line, by the one of them that every version of it exports
-_NOT_TAKEN: Any = typer.BadParameter.__mro__[2]
+# The base class of Typer's exceptions for a wrong command line. Typer exports only this subclass in every version.
+_WRONG_COMMAND_LINE: Any = typer.BadParameter.__mro__[2]
+
+EXAMPLES = """
+gemma-awq quantize
+gemma-awq run "The three primary colours are"
+gemma-awq bench
+gemma-awq push OWNER/gemma-3-270m-AWQ --dry-run
+"""
 
 app = typer.Typer(
     name="gemma-awq",
-    help="Quantize Google's Gemma models to 4-bit AWQ with measured fidelity, run them, publish them.",
+    help="Quantize Google's Gemma models to 4-bit AWQ with measured fidelity, then run, benchmark and publish them.",
     no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    cls=GroupHelp,
+    epilog=EXAMPLES,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": WIDTH},
 )
-app.command("quantize", cls=Command)(quantize.command)
-app.command("run", cls=Command)(run.command)
-app.command("bench", cls=Command)(bench.command)
-app.command("push", cls=Command)(push.command)
+
+
+def _add(name: str, module: ModuleType) -> None:
+    app.command(name, cls=Command, epilog=getattr(module, "EXAMPLES", None))(module.command)
+
+
+_add("quantize", quantize)
+_add("run", run)
+_add("bench", bench)
+_add("push", push)
 
 
 def _version(asked: bool) -> None:
@@ -51,8 +67,10 @@ def _global(
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line. Returns the exit code: 0 done, 1 failed, 2 usage, 3 bound not met, or of what ended it:
-    130 Ctrl-C, 143 SIGTERM, 129 SIGHUP, 141 the reader of standard output left.
+    """Run a command line and return the exit code.
+
+    0: done, 1: failed, 2: wrong usage, 3: a limit was not met, 129: SIGHUP, 130: Ctrl-C, 143: SIGTERM, 141: the reader
+    of standard output left.
     """
     with interruption.heeded():
         return _main(argv)
@@ -70,7 +88,7 @@ def _main(argv: Sequence[str] | None) -> int:
             return _interrupted(error.number)
         except GemmaAwqError as error:
             return _failed(error)
-        except (OSError, MemoryError) as error:  # the system's by their nature; what else was not foreseen is a bug
+        except (OSError, MemoryError) as error:  # caused by the system; any other exception is a bug
             return _failed(unforeseen_error(error))
         finally:
             interruption.end()
@@ -90,20 +108,39 @@ def _failed(error: GemmaAwqError) -> int:
 
 def _run(argv: Sequence[str] | None) -> int:
     try:
-        # not standalone: what Typer would print by itself passes the terminal's filter too
+        # not standalone, so that Typer's messages pass the terminal's filter
         code = app(args=list(argv) if argv is not None else None, prog_name="gemma-awq", standalone_mode=False)
-    except _NOT_TAKEN as error:
-        said = io.StringIO()
-        error.show(said)
-        Output().usage(said.getvalue())
-        return int(error.exit_code)
+    except _WRONG_COMMAND_LINE as error:
+        return _wrong_command_line(error)
     except typer.Abort:
-        raise GemmaAwqError("Standard input ended.", "Give what it asks for as options.") from None
-    except SystemExit as ended:  # Typer turns a broken pipe, whosever it is, into an exit without a word
+        raise GemmaAwqError("Standard input ended before it held an answer.", "Give the answer as an option.") from None
+    except SystemExit as ended:  # Typer turns any broken pipe into an exit without a message
         if isinstance(ended.__context__, OSError):
             raise ended.__context__ from None
         return ended.code if isinstance(ended.code, int) else 1 if ended.code else 0
     return code if isinstance(code, int) else 0
+
+
+def _wrong_command_line(error: Any) -> int:
+    context = getattr(error, "ctx", None)
+    if context is not None and error.message == context.get_help():  # nothing was typed after `gemma-awq`
+        Output().usage(error.message)
+        return UsageError.exit_code
+    if context is not None:
+        Output().usage(context.get_usage())
+    _quote_value(error)
+    command = context.command_path if context is not None else "gemma-awq"
+    return _failed(UsageError(error.format_message(), f"See `{command} --help`."))
+
+
+def _quote_value(error: Any) -> None:
+    """Put the value into a message of pydantic, which says only what it should be."""
+    find = getattr(error.__cause__, "errors", None)
+    if find is not None and error.message.startswith("Input should "):
+        expected = error.message.removeprefix("Input should ").partition(", unable")[0]
+        error.message = f"{find()[0]['input']!r}. It must {expected}."
+    else:
+        error.message = error.message.removeprefix("Value error, ")
 
 
 def entry() -> None:

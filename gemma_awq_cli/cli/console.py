@@ -1,13 +1,12 @@
 """The only file that prints. stdout carries a command's result and nothing else; everything else goes to stderr.
 
-Progress is drawn only on a terminal; `NO_COLOR` and pipes give plain text. Whatever a text quotes, a terminal shows it
-and obeys none of it (`terminal.py`): names, errors, what a model wrote. A result that does not go to a terminal is
-exactly what it is.
+Progress is drawn only on a terminal; `NO_COLOR` and pipes give plain text. Text that quotes names, errors or a model's
+words passes a filter (`terminal.py`), so that a terminal shows control characters and obeys none. A result that goes to
+a pipe or a file is written unchanged.
 """
 
 import json
 import os
-import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -16,13 +15,15 @@ from typing import Any, TextIO, cast
 from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.cli.streams import AsIs, put
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
 WIDE = 200  # outside a terminal rich would assume 80 columns and break long paths
-NARROW = 60  # columns below which a progress bar is only its count
+human_bytes, bytes_of = format_bytes, parse_bytes
+NARROW = 60  # below this many columns, progress is a count without a bar
 
 
 class Output:
-    """Where a command reports. quiet: notes and progress are left out, errors are not."""
+    """The place where a command reports. quiet: without notes and progress, but with warnings and errors."""
 
     def __init__(self, quiet: bool = False) -> None:
         self.quiet = quiet
@@ -30,23 +31,23 @@ class Output:
 
     @property
     def console(self) -> Any:
-        """rich's console on stderr, made when it is first needed."""
+        """rich's console on stderr, created at its first use."""
         if self._console is None:
             self._console = _console(sys.stderr)
         return self._console
 
     def result(self, text: str) -> None:
-        """A result on stdout, with a newline."""
+        """Write a result and a newline to stdout."""
         put(sys.stdout, f"{terminal.message(text) if sys.stdout.isatty() else text}\n")
         sys.stdout.flush()
 
     def piece(self, text: str) -> None:
-        """A piece of a model's text, streamed to stdout."""
+        """Write a piece of a model's text to stdout at once."""
         put(sys.stdout, terminal.content(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
     def ask(self, prompt: str) -> str:
-        """A line that the user types. The prompt is no result: it goes to stderr where stdout is not the screen."""
+        """Return a line that the user types. The prompt goes to stderr if stdout is not a terminal."""
         prompt = terminal.line(prompt)
         if sys.stdout.isatty():
             return input(prompt)
@@ -55,7 +56,7 @@ class Output:
         return input()
 
     def document(self, value: Any) -> None:
-        """Exactly one JSON document on stdout."""
+        """Write exactly one JSON document to stdout."""
         text = terminal.json_escaped(json.dumps(value, indent=2, ensure_ascii=False))
         try:
             text.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
@@ -65,14 +66,16 @@ class Output:
         sys.stdout.flush()
 
     def note(self, text: str) -> None:
+        """Write a line about what happens to stderr, unless the command is quiet."""
         if not self.quiet:
             self._say(terminal.message(text))
 
     def warning(self, text: str) -> None:
+        """Write a warning to stderr."""
         self._say(f"warning: {_quoted(text)}", "yellow")
 
     def confirm(self, question: str) -> bool:
-        """Ask on stderr; only where a person can answer."""
+        """Ask a yes-or-no question on stderr. Only for a stdin that is a terminal."""
         self._say(f"{terminal.line(question)} [y/N] ", end="")
         try:
             return sys.stdin.readline().strip().lower() in ("y", "yes")
@@ -80,26 +83,27 @@ class Output:
             return False
 
     def error(self, error: GemmaAwqError) -> None:
+        """Write an error and its hint to stderr."""
         self._labelled("error: ", "bold red", error.message)
         if error.hint:
             self._labelled("hint: ", "bold cyan", error.hint)
 
     def usage(self, text: str) -> None:
-        """What Typer says of a command line that it does not take."""
+        """Write the usage line or the help to stderr, where the command line was wrong."""
         self._say(terminal.shortened(terminal.message(text)).rstrip("\n"))
 
     def table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str] = ()) -> None:
-        """A small table on stderr: the first column names, the others hold figures."""
+        """Write a small table to stderr: names in the first column, figures in the others."""
         if not self.quiet:
             _print_table(self.console, title, rows, header)
 
     def result_table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
-        """A table that is the result, on stdout."""
+        """Write a table that is the result to stdout."""
         _print_table(_console(sys.stdout), title, rows, header)
         sys.stdout.flush()
 
     def violation(self, text: str) -> None:
-        """A line for a bound that was not kept."""
+        """Write a line about a limit that was not met to stderr."""
         self._say(f"not met: {_quoted(text)}", "bold red")
 
     def _say(self, text: str, style: str = "", end: str = "\n") -> None:
@@ -114,7 +118,7 @@ class Output:
 
     @contextmanager
     def progress(self, description: str, total: int) -> Iterator["Progress"]:
-        """A progress bar below the lines that are printed meanwhile; nothing is drawn outside a terminal."""
+        """Show a progress bar below the lines that are printed meanwhile; outside a terminal, show nothing."""
         if self.quiet or not self.console.is_interactive:
             yield Progress(None, None)
             return
@@ -134,7 +138,7 @@ class Output:
 
 
 def _console(stream: Any) -> Any:
-    """rich's console on a standard stream. It is given `Text` alone, so that no name is read as markup."""
+    """Return rich's console on a standard stream. Give it `Text` only, so that no name is read as markup."""
     from rich.console import Console
 
     seen = stream.isatty()
@@ -142,21 +146,21 @@ def _console(stream: Any) -> Any:
         file=cast(TextIO, AsIs(stream)), highlight=False, markup=False, emoji=False,
         force_terminal=None if seen else False, width=None if seen else WIDE,
     )  # fmt: skip
-    if seen and console.is_dumb_terminal:  # rich takes it to have 80 columns
+    if seen and console.is_dumb_terminal:  # for which rich assumes 80 columns
         with suppress(OSError, ValueError):
             size = os.get_terminal_size(stream.fileno())
-            if size.columns:  # some pseudo-terminals do not know theirs
+            if size.columns:  # 0 in some pseudo-terminals
                 console.size = size
     return console
 
 
 def _quoted(text: str) -> str:
-    """What follows a label: of bounded length, and a further line of it is no new label."""
+    """Return text to follow a label: of bounded length, with further lines indented so that none looks like a label."""
     return terminal.shortened(terminal.message(text)).rstrip("\n").replace("\n", "\n  ")
 
 
 def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
-    """A table; where it is wider than the terminal, a line for each figure."""
+    """Print a table, or one line per figure if the table is wider than the terminal."""
     from rich import box
     from rich.measure import Measurement
     from rich.table import Table
@@ -187,56 +191,38 @@ def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], head
 
 
 class Progress:
-    """What a command holds while it works; `step` moves the bar, if there is one."""
+    """The progress of a command, with or without a bar on the screen."""
 
     def __init__(self, bar: Any, task: Any) -> None:
         self._bar, self._task = bar, task
 
     def step(self) -> None:
+        """Count one more step as done."""
         if self._bar is not None:
             self._bar.advance(self._task)
 
     def go_to(self, done: int) -> None:
-        """So much is done in all."""
+        """Set the number of steps that are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
 
     def begin_at(self, done: int, total: int) -> None:
-        """So much was done before: it does not count for the time that is left."""
+        """Start at `done` of `total` steps. Steps done before do not count in the estimate of the time that is left."""
         if self._bar is not None:
             self._bar.reset(self._task, total=total, completed=done)
-            self._bar.advance(self._task, 0)  # steps that come many at a time are timed from here, not from each other
+            self._bar.advance(self._task, 0)  # times steps that arrive many at once from here, not from each other
 
 
 def quiet_libraries() -> None:
-    """Keep the libraries' own bars and chatter off the screen; warnings of theirs are not for our users."""
+    """Keep the libraries' own progress bars, notes and warnings off the screen."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-def human_bytes(count: float) -> str:
-    """1234567 -> `1.2 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} TB"
-
-
-def bytes_of(text: str) -> int | None:
-    """`6GB`, `900MB`, `1.5 GiB` or plain bytes -> bytes; None if it is no size."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?", text.strip().lower())
-    if match is None:
-        return None
-    number, unit, binary = match.groups()
-    size = float(number) * (1024 if binary else 1000) ** " kmgt".index(unit or " ")
-    return int(size) if size < 2**63 else None  # float() makes infinity of a few hundred digits
-
-
 def human_seconds(seconds: float) -> str:
-    """83.4 -> `1 min 23 s`."""
+    """Return a duration: 83.4 -> `1 min 23 s`."""
     if seconds < 60:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -1,4 +1,4 @@
-"""The options that more than one command takes, the choices of those that only one does, and what no option may be."""
+"""The options that several commands share, the choices of all options, and the checks that every argument passes."""
 
 import math
 import signal
@@ -7,8 +7,9 @@ from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
+from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
+from gemma_awq_cli.cli.help import CommandHelp
 from gemma_awq_cli.errors import Terminated, UsageError
 
 
@@ -58,30 +59,41 @@ class Head(StrEnum):
     int4 = "int4"
 
 
-class GroupSize(StrEnum):
-    g128 = "128"
-    g64 = "64"
-    g32 = "32"
+GroupSize = StrEnum("GroupSize", {f"g{size}": str(size) for size in GROUP_SIZES})  # type: ignore[misc]
+DEFAULT_GROUP_SIZE = GroupSize(str(GROUP_SIZES[0]))
 
+# Headings of the help that hold shared options. A command that has more options of the kind uses the same heading.
+MODEL = "Model"
+OUTPUT = "Output"
+SPEED = "Memory and speed"
 
-DeviceOption = Annotated[Device, typer.Option(help="Where to compute.")]
+DeviceOption = Annotated[Device, typer.Option(help="Device to compute on.", rich_help_panel=SPEED)]
 HeadOption = Annotated[
     Head | None,
-    typer.Option(help="Bits of the head's copy in memory.  [default: int4 for an artifact, else 16bit]"),
+    typer.Option(
+        help="Bits of the head's copy in memory.  [default: int4 for an artifact, 16bit for other models]",
+        rich_help_panel=SPEED,
+    ),
 ]
-RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="REV")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout instead.")]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="No notes and no progress on stderr.")]
+RevisionOption = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="REV", rich_help_panel=MODEL)
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print the result as one JSON document on stdout.", rich_help_panel=OUTPUT)
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print no notes and no progress on stderr.", rich_help_panel=OUTPUT)
+]
 
-_EMPTY_IS_MEANT = {"--system", "--stop"}  # no system message, no text to end before
-_LARGEST = 2**63 - 1  # what libraries take for a number
+_MAY_BE_EMPTY = {"--system", "--stop"}  # no system message, no text to stop at
+_LARGEST = 2**63 - 1  # the largest integer that the libraries accept
 
 
-class Command(TyperCommand):
-    """A command that takes no empty argument, as an unset shell variable makes them, and no number out of this world.
+class Command(CommandHelp):
+    """A command that rejects empty arguments, which unset shell variables leave, and numbers that nobody can mean.
 
-    An empty path would be the current folder, an empty model the last artifact, and a bound that is not a number would
-    be kept by everything.
+    An empty path would be the current folder, an empty model would be the last artifact, and every model would meet a
+    limit of NaN.
     """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -95,7 +107,7 @@ class Command(TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt:  # Typer would make an exit code of it, and nobody could say what happened
+        except KeyboardInterrupt:  # Typer would turn it into an exit code without a message
             raise Terminated(signal.SIGINT) from None
 
 
@@ -103,20 +115,20 @@ def _require_filled(args: Sequence[str]) -> None:
     before = ""
     for arg in args:
         name, equals, value = arg.partition("=")
-        if equals and not value and name.startswith("--") and name not in _EMPTY_IS_MEANT:
-            raise UsageError(f"{name} is empty.", "Give it a value, or leave it out.")
+        if equals and not value and name.startswith("--") and name not in _MAY_BE_EMPTY:
+            raise UsageError(f"{name} is empty.", "Give it a value or leave it out.")
         if not arg and before.startswith("-") and before != "--":
-            if before not in _EMPTY_IS_MEANT:
-                raise UsageError(f"{before} is empty.", "Give it a value, or leave it out.")
+            if before not in _MAY_BE_EMPTY:
+                raise UsageError(f"{before} is empty.", "Give it a value or leave it out.")
         elif not arg:
-            raise UsageError("An argument is empty.", "Give it a value, or leave it out.")
+            raise UsageError("An argument is empty.", "Give it a value or leave it out.")
         if "\0" in arg:
-            raise UsageError(f"{arg!r} holds a NUL character.", "Leave it out.")
+            raise UsageError(f"{arg!r} contains a NUL character.", "Remove it.")
         before = arg
 
 
 def _require_sound(name: str, value: Any) -> None:
     if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"{name} is {value}, which is not a number to compute with.", "Give a finite number.")
+        raise UsageError(f"Invalid value for {name}: {value}.", "Give a finite number.")
     if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
-        raise UsageError(f"{name} is too large.", f"Give at most {_LARGEST}.")
+        raise UsageError(f"Invalid value for {name}: {value}.", f"Give an integer from {-_LARGEST} to {_LARGEST}.")

@@ -8,6 +8,7 @@ import typer
 
 from gemma_awq_cli.cli.console import Output, bytes_of, human_bytes, human_seconds
 from gemma_awq_cli.cli.options import (
+    DEFAULT_GROUP_SIZE,
     Device,
     DeviceOption,
     GroupSize,
@@ -43,7 +44,7 @@ def command(
     revision: RevisionOption = None,
     group_size: Annotated[
         GroupSize, typer.Option(help="Weights that share one scale and zero point.")
-    ] = GroupSize.g128,
+    ] = DEFAULT_GROUP_SIZE,
     calibration: Annotated[
         str,
         typer.Option(

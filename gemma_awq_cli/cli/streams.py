@@ -1,11 +1,11 @@
-"""The standard streams for the time of a command.
+"""Standard streams that are safe to use during a command.
 
-Whatever is wrong with them, nothing crashes: a text that the encoding lacks, an end that is closed, a disk that is
-full, a reader that leaves. Standard output carries the result, so its loss ends the command; standard error carries
-what is said meanwhile, and work of hours does not end because nobody listens.
+Nothing crashes if the encoding lacks a character, a stream is closed, the disk is full, or the reader of a pipe leaves.
+Losing standard output, which carries the result, ends the command. Losing standard error does not: hours of work go on
+without an audience.
 
-What is written here by itself (Typer's usage errors, libraries' warnings and bars) passes the terminal's filter;
-`console.py`, which filters by what a text is, writes with `put`.
+Text that others write here (Typer's usage errors, the warnings and progress bars of libraries) passes the terminal's
+filter. `console.py` filters its text by kind and then writes it with `put`.
 """
 
 import codecs
@@ -24,7 +24,7 @@ UNENCODABLE = "gemma-awq"  # the error handler's name
 
 
 class StandardStream:
-    """Standard output or standard error, as `sys` gives it to everybody."""
+    """Standard output or standard error, in the place of the stream in `sys`."""
 
     def __init__(self, stream: TextIO, carries_result: bool) -> None:
         self._stream = stream
@@ -32,9 +32,9 @@ class StandardStream:
         self._lost: OSError | None = None
 
     def write(self, text: str) -> int:
-        """What somebody else than `console.py` writes."""
+        """Filter and write text that does not come from `console.py`."""
         if not isinstance(text, str):
-            raise TypeError(f"text is needed, not {type(text).__name__}")
+            raise TypeError(f"expected str, not {type(text).__name__}")
         if self.isatty():
             self.put(terminal.library(text))
         else:
@@ -42,7 +42,7 @@ class StandardStream:
         return len(text)
 
     def put(self, text: str) -> None:
-        """Text that is already as it is to be."""
+        """Write text as it is."""
         self._do(lambda: self._stream.write(text))
 
     def flush(self) -> None:
@@ -57,23 +57,23 @@ class StandardStream:
                 _let_go(self._stream)
         if self._lost is None or not self._carries_result:
             return
-        # every time: whoever asked first may have been a library that only tried
+        # at each call: a library may have caught the first error
         if isinstance(self._lost, BrokenPipeError):
             raise ReaderLeft from None
-        hint = "Free some space." if disk_is_full(self._lost) else "Check where it leads: > FILE, or | COMMAND."
+        hint = "Free some disk space." if disk_is_full(self._lost) else "Check the redirection: > FILE or | COMMAND."
         raise GemmaAwqError(f"Standard output cannot be written: {reason_of(self._lost)}.", hint) from None
 
     def isatty(self) -> bool:
         return self._stream.isatty()
 
     def __getattr__(self, name: str) -> Any:
-        if name == "buffer":  # nothing goes past the filter
+        if name == "buffer":  # bytes would bypass the filter
             raise AttributeError(name)
         return getattr(self._stream, name)
 
 
 class AsIs:
-    """A standard stream for a library that is given filtered text and adds its own colours."""
+    """A standard stream for rich, which gets filtered text and adds colours that must not be filtered."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -87,18 +87,18 @@ class AsIs:
 
 
 def put(stream: Any, text: str) -> None:
-    """Write text past the filter, to a standard stream of `standard_streams` or any other."""
+    """Write text without filtering it, to one of `standard_streams` or to any other stream."""
     (stream.put if isinstance(stream, StandardStream) else stream.write)(text)
 
 
 @contextmanager
 def standard_streams() -> Iterator[None]:
-    """The streams are safe to use inside, and as before after it."""
-    _open_closed_ends()
+    """Replace the standard streams with safe ones, and restore them afterwards."""
+    _open_closed_streams()
     before = sys.stdin, sys.stdout, sys.stderr
     handlers = [stream.errors if isinstance(stream, io.TextIOWrapper) else None for stream in before[1:]]
-    # a process that was started with an end closed has no stream there
-    stdin = before[0] or open(os.devnull, encoding="utf-8")  # noqa: SIM115 (as long as the process)
+    # Python has None in `sys` for a stream that was closed when the process started
+    stdin = before[0] or open(os.devnull, encoding="utf-8")  # noqa: SIM115 (lives as long as the process)
     stdout, stderr = (
         stream or open(number, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
         for number, stream in enumerate(before[1:], 1)
@@ -118,11 +118,11 @@ def standard_streams() -> Iterator[None]:
         sys.stdin, sys.stdout, sys.stderr = before
 
 
-def _open_closed_ends() -> None:
-    """Open what was closed (`>&-`), or the next file that is opened takes its number, and what is printed.
+def _open_closed_streams() -> None:
+    """Open the descriptors that were closed (`>&-`), or the next file to be opened would get the number and the output.
 
-    Standard output refuses to be written, as a closed one does; nothing is in standard input, and nobody misses what
-    goes to standard error.
+    Standard output is opened read-only, so that writing fails as it does on a closed one. Standard input is empty, and
+    standard error leads nowhere.
     """
     for number, flags in ((0, os.O_RDONLY), (1, os.O_RDONLY), (2, os.O_WRONLY)):
         try:
@@ -141,7 +141,7 @@ def _set_handler(stream: TextIO, handler: str | None) -> None:
 
 
 def _let_go(stream: TextIO) -> None:
-    """What is still in the buffers goes nowhere, so that the end of the process does not complain of it."""
+    """Discard what is still in the buffers, so that Python does not fail to flush it when the process ends."""
     with suppress(OSError, ValueError):
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
@@ -149,7 +149,7 @@ def _let_go(stream: TextIO) -> None:
 
 
 def _unencodable(error: UnicodeError) -> tuple[bytes, int]:
-    """What an encoding lacks as its escape; the bytes of a file name that is no UTF-8 as they are."""
+    """Encode characters that the encoding lacks as escapes, and bytes of a name that is not UTF-8 as themselves."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     parts = [

@@ -1,7 +1,7 @@
-"""What a terminal would obey rather than show, made visible: escape sequences, control characters, invisible letters.
+"""Make visible what a terminal would obey or hide: escape sequences, control characters, invisible letters.
 
-Every character is looked at by itself, so a sequence that arrives in pieces is no different from one that arrives
-whole. What is made visible looks as Python writes it: `\\x1b`, `\\u202e`.
+Every character is judged alone, so a sequence that arrives in pieces is treated like one that arrives whole. Characters
+are made visible as Python escapes: `\\x1b`, `\\u202e`.
 """
 
 import json
@@ -9,17 +9,17 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterable
 
-# Letters and marks that show nothing, beside Unicode's own format characters (Cf): fillers and variation selectors.
+# Letters and marks without a glyph that are not in Unicode's format category (Cf): fillers and variation selectors.
 _EMPTY = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u180b\u180c\u180d\u180f\u3164\uffa0") | frozenset(
     map(chr, (*range(0xFE00, 0xFE10), *range(0xE0100, 0xE01F0)))
 )
-# What the progress bars of libraries move with: to the line's start, and a line up.
+# The cursor movements of the libraries' progress bars: to the start of the line, and one line up.
 _MOVES = re.compile(r"(\r|\x1b\[A)")
 LONGEST_MESSAGE = 4000
 
 
 def escaped(character: str) -> str:
-    """A character as Python writes it; the byte that it stands for, if it came from a name that is no UTF-8."""
+    """Return a character's Python escape, or that of the byte it stands for in a file name that is not UTF-8."""
     code = ord(character)
     if character in "\n\r\t":
         return repr(character)[1:-1]
@@ -33,7 +33,7 @@ def _escaped_in_json(character: str) -> str:
 
 
 class _Shown(dict[int, str]):
-    """For `str.translate`: character by character what is shown, found out once. kept: shown as it is in any case."""
+    """A table for `str.translate`, filled as characters are met. kept: characters that are never escaped."""
 
     def __init__(
         self, categories: Iterable[str], empty: frozenset[str], kept: str, escape: Callable[[str], str] = escaped
@@ -44,13 +44,13 @@ class _Shown(dict[int, str]):
 
     def __missing__(self, code: int) -> str:
         character = chr(code)
-        obeyed = character in self._empty or unicodedata.category(character) in self._categories
-        self[code] = shown = self._escape(character) if obeyed and character not in self._kept else character
+        hidden = character in self._empty or unicodedata.category(character) in self._categories
+        self[code] = shown = self._escape(character) if hidden and character not in self._kept else character
         return shown
 
 
-# Cc: control characters, C1 and DEL included; Cs: bytes of a name that are no UTF-8, and other halves of surrogate
-# pairs; Cf: format characters such as right-to-left overrides and zero-width spaces; Zl, Zp: separators of lines.
+# Cc: control characters, including C1 and DEL; Cs: bytes of a name that is not UTF-8, and halves of surrogate pairs;
+# Cf: format characters such as right-to-left overrides and zero-width spaces; Zl, Zp: line and paragraph separators.
 _CONTENT = _Shown(("Cc", "Cs"), frozenset(), "\n\t")
 _MESSAGE = _Shown(("Cc", "Cs", "Cf", "Zl", "Zp"), _EMPTY, "\n\t")
 _LINE = _Shown(("Cc", "Cs", "Cf", "Zl", "Zp"), _EMPTY, "")
@@ -58,17 +58,17 @@ _JSON = _Shown(("Cc", "Cs", "Cf", "Zl", "Zp"), _EMPTY, "\n\t", _escaped_in_json)
 
 
 def content(text: str) -> str:
-    """What a model wrote: nothing is obeyed; what languages need to be written, joiners and directions, stays."""
+    """Return a model's text with control characters escaped. Joiners and directions, which languages need, stay."""
     return text.replace("\r\n", "\n").translate(_CONTENT)
 
 
 def message(text: str) -> str:
-    """A text that quotes names: nothing is obeyed, and nothing is invisible. Line ends stay."""
+    """Return a text that quotes names, with control and invisible characters escaped. Line ends stay."""
     return text.replace("\r\n", "\n").translate(_MESSAGE)
 
 
 def shortened(text: str) -> str:
-    """A message of bounded length, whatever it quotes: its beginning and its end."""
+    """Return a message of bounded length, whatever it quotes: its beginning and its end."""
     if len(text) <= LONGEST_MESSAGE:
         return text
     half = LONGEST_MESSAGE // 2
@@ -76,15 +76,15 @@ def shortened(text: str) -> str:
 
 
 def line(text: str) -> str:
-    """As `message`, in one line: a name must not look like two."""
+    """Like `message`, on one line: line ends and tabs are escaped too, so that one name never looks like two."""
     return text.translate(_LINE)
 
 
 def library(text: str) -> str:
-    """What a library writes to the terminal by itself: its progress bars may move, nothing else is obeyed."""
+    """Return what a library writes to the terminal, with everything escaped but the movements of progress bars."""
     return "".join(part if _MOVES.fullmatch(part) else part.translate(_MESSAGE) for part in _MOVES.split(text))
 
 
 def json_escaped(document: str) -> str:
-    """A JSON text that means the same, with JSON's escapes for all that a terminal would obey or not show."""
+    """Return an equivalent JSON text, with JSON escapes for what a terminal would obey or hide."""
     return document.translate(_JSON)

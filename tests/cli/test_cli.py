@@ -246,14 +246,3 @@ def test_a_folder_that_cannot_be_written(
     locked.mkdir(mode=0o500)
     assert main(quantize_arguments(checkpoints("gemma"), locked / "out", text_file)) == 1
     assert "cannot be written" in capsys.readouterr().err
-
-
-def test_the_readme_names_only_options_that_exist(capsys: Capture) -> None:
-    import re
-
-    for arguments in (["--help"], ["quantize", "--help"], ["run", "--help"], ["bench", "--help"], ["push", "--help"]):
-        assert main(arguments) == 0
-    known = set(re.findall(r"--[a-z][a-z-]+", capsys.readouterr().out)) | {"--index-url"}
-    readme = (Path(__file__).parent.parent.parent / "README.md").read_text(encoding="utf-8")
-    text = "\n".join(line for line in readme.splitlines() if "vllm serve" not in line)
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", text)) <= known

@@ -14,21 +14,20 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="shells and /dev are 
 # Every way to write a result, as a command does it.
 RESULTS = """
 import sys
-from gemma_awq_cli.cli import app
+from gemma_awq_cli.cli.app import app, main
 from gemma_awq_cli.cli.console import Output
 text = 'Gr\\u00f6\\u00dfe \\u6771\\u4eac \\U0001f600'
-def command(argv):
+@app.command()
+def write(ways: list[str]) -> None:
     out = Output()
     out.note(text)
-    for what in argv:
-        if what == 'result': out.result(text)
-        if what == 'piece': [out.piece(letter) for letter in text]
-        if what == 'document': out.document({'text': text, 'name': 'x\\udcff'})
-        if what == 'table': out.result_table(text, ((text, '1'),), ('', text))
-        if what == 'name': out.result('/tmp/x\\udcff')
-    return 0
-app._run = command
-sys.exit(app.main(sys.argv[1:]))
+    for way in ways:
+        if way == 'result': out.result(text)
+        if way == 'piece': [out.piece(letter) for letter in text]
+        if way == 'document': out.document({'text': text, 'name': 'x\\udcff'})
+        if way == 'table': out.result_table(text, ((text, '1'),), ('', text))
+        if way == 'name': out.result('/tmp/x\\udcff')
+sys.exit(main(['write', *sys.argv[1:]]))
 """
 WAYS = ["result", "piece", "document", "table"]
 

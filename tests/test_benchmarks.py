@@ -1,0 +1,59 @@
+"""The scripts under benchmarks/ still fit the package: their imports exist, and two of them run on tiny models."""
+
+import ast
+import importlib
+import runpy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+
+FOLDER = Path(__file__).parent.parent / "benchmarks"
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize("script", sorted(FOLDER.rglob("*.py")), ids=lambda path: path.name)
+def test_what_a_script_imports_of_the_package_exists(script: Path) -> None:
+    for node in ast.walk(ast.parse(script.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("gemma_awq_cli"):
+            if node.module == "gemma_awq_cli.bench.lm_eval_model":
+                pytest.importorskip("lm_eval")
+            module = importlib.import_module(node.module or "")
+            for alias in node.names:
+                if not hasattr(module, alias.name):
+                    importlib.import_module(f"{node.module}.{alias.name}")
+
+
+def run(name: str, monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+    runpy.run_path(str(FOLDER / name), run_name="__main__")
+
+
+def test_rounding_to_nearest_writes_a_model(
+    tmp_path: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    run("round_to_nearest.py", monkeypatch, checkpoints("gemma2"), tmp_path / "out", "--group-size", 32)
+    assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}\n")
+    assert Checkpoint(tmp_path / "out").quantization is not None
+
+
+def test_decode_fidelity_compares_every_way_to_run(
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    artifacts: Callable[[str], Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    import torch
+
+    (tmp_path / "text").write_text("Some words that are read one by one. " * 20)
+    with torch.inference_mode():
+        run(
+            "decode_fidelity.py", monkeypatch, checkpoints("gemma"), artifacts("gemma"),
+            "--text", tmp_path / "text", "--windows", 1, "--length", 12,
+        )  # fmt: skip
+    rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith(("weights", "compiled", "torch"))]
+    assert len(rows) == 1 + 3 + 3
