@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from gemma_awq_cli.cli.console import Output, Progress, human_bytes
+from gemma_awq_cli.cli.console import Output, Progress
 from gemma_awq_cli.cli.default_model import last_artifact_folder
 from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
 from gemma_awq_cli.errors import Terminated, UsageError
+from gemma_awq_cli.system.sizes import format_bytes
 
 if TYPE_CHECKING:
     from gemma_awq_cli.publish.events import Event
@@ -212,7 +213,7 @@ def _print_result(out: Output, request: "PushRequest", pushed: "Pushed", as_json
     plan = pushed.plan
     if plan.card_kept:
         out.warning("The card on the hub was edited by hand and is kept; --replace-card replaces it.")
-    done = f"Committed {len(plan.sent)} files, {human_bytes(plan.bytes)}" if plan.sent else "Nothing had to be sent"
+    done = f"Committed {len(plan.sent)} files, {format_bytes(plan.bytes)}" if plan.sent else "Nothing had to be sent"
     out.note(f"{done}; size and hash of {pushed.verified} files on the hub match the local ones.")
     if pushed.pull_request:
         number = pushed.pull_request.rstrip("/").rsplit("/", 1)[1]
@@ -244,7 +245,7 @@ def _document(prepared: "Prepared", files: "tuple[UploadFile, ...]") -> dict[str
 
 
 def _show_files(out: Output, title: str, files: "tuple[UploadFile, ...]") -> None:
-    rows = [(file.name, human_bytes(file.size)) for file in files]
-    total = human_bytes(sum(file.size for file in files))
+    rows = [(file.name, format_bytes(file.size)) for file in files]
+    total = format_bytes(sum(file.size for file in files))
     out.note(title)
     out.table("", (*rows, (f"{len(files)} files", total)), header=("file", "size"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE
+from gemma_awq_cli.models.gemma.families import family_of
 from gemma_awq_cli.reports.markup import one_line
 from gemma_awq_cli.system.reading import read_bytes
 
@@ -56,18 +57,6 @@ APACHE = Terms(
 
 # By licence key, which is the hub's id of the licence.
 LICENCES: Mapping[str, Terms] = {terms.id: terms for terms in (GEMMA_TERMS, APACHE)}
-
-# model_type -> licence key. The Terms' appendix names every generation up to 3n; Gemma 4 is released under Apache-2.0.
-FAMILY_LICENCES: Mapping[str, str] = {
-    "gemma": "gemma",
-    "gemma2": "gemma",
-    "gemma3_text": "gemma",
-    "gemma3": "gemma",
-    "gemma3n": "gemma",
-    "gemma3n_text": "gemma",
-    "gemma4": "apache-2.0",
-    "gemma4_text": "apache-2.0",
-}
 
 LICENCE_FILE = "LICENSE"
 LICENCE_BYTES = 10 * 1024 * 1024
@@ -117,12 +106,7 @@ def read_derived_licence(licence: str | None, file: Path | None) -> DerivedLicen
 
 def terms_of(model_type: str) -> Terms:
     """Return the terms of a family's models; raises for an unknown one."""
-    key = FAMILY_LICENCES.get(model_type)
-    if key is None:
-        raise GemmaAwqError(
-            f"The licence of models of type {model_type!r} is unknown.", "Such a model cannot be pushed."
-        )
-    return LICENCES[key]
+    return LICENCES[family_of(model_type).licence]
 
 
 def decide_licence(

@@ -35,16 +35,6 @@ class Expected:
     dtypes: tuple[torch.dtype, ...] = FLOATS
 
 
-def linear_shapes(shape: TextShape) -> dict[str, tuple[int, int]]:
-    """[out, in] of every linear of the first layer. Superseded by `LayerLayout.linears`."""
-    return {name: (one.outputs, one.inputs) for name, one in shape.layouts[0].linears.items()}
-
-
-def norm_names(shape: TextShape) -> dict[str, str]:
-    """The first layer's norms by their slots. Superseded by `LayerLayout.norms`."""
-    return {slot: norm.name for slot, norm in shape.layouts[0].norms.items()}
-
-
 def packed_tensors(name: str, in_features: int, out_features: int, group_size: int) -> dict[str, Expected]:
     """The tensors of one packed linear; an error if its sizes do not fit the layout."""
     if in_features % group_size or out_features % PACK:

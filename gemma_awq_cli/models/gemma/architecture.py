@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from gemma_awq_cli.models.gemma.families import Family
-from gemma_awq_cli.models.gemma.features import ACTIVATION
 from gemma_awq_cli.models.gemma.layers import LayerLayout, layers_of
 
 if TYPE_CHECKING:
@@ -23,35 +22,6 @@ class TextShape:
     def layers(self) -> int:
         return len(self.layouts)
 
-    # Of the first layer, for forwards that take all layers to be of the same sizes.
-    @property
-    def intermediate(self) -> int:
-        return self.layouts[0].intermediate
-
-    @property
-    def heads(self) -> int:
-        return self.layouts[0].heads
-
-    @property
-    def kv_heads(self) -> int:
-        return self.layouts[0].kv_heads
-
-    @property
-    def head_dim(self) -> int:
-        return self.layouts[0].head_dim
-
-    @property
-    def query_size(self) -> int:
-        return self.layouts[0].query_size
-
-    @property
-    def kv_size(self) -> int:
-        return self.layouts[0].kv_size
-
-    @property
-    def windows(self) -> tuple[int | None, ...]:
-        return tuple(layout.window for layout in self.layouts)
-
 
 @dataclass(frozen=True)
 class Architecture(TextShape):
@@ -65,22 +35,6 @@ class Architecture(TextShape):
     ropes: "tuple[Rope, ...]"
     embed_scale: float
     context: int
-
-
-def refusal(config: Any) -> str | None:
-    """Why our own forwards cannot run this text config, or None. Superseded by `features.missing_features`."""
-    activation = getattr(config, "hidden_activation", None) or config.hidden_act
-    parameters = config.rope_parameters
-    ropes = [parameters] if "rope_type" in parameters else parameters.values()
-    if activation != ACTIVATION:
-        return f"the activation is {activation}, not {ACTIVATION}"
-    if config.attention_bias:
-        return "its attention has biases"
-    if getattr(config, "use_bidirectional_attention", None):
-        return "its attention looks both ways"
-    if any(rope.get("rope_type") == "longrope" for rope in ropes):
-        return "its rotary embedding changes with the length of the text"
-    return None
 
 
 def shape_of(config: Any, family: Family) -> TextShape:

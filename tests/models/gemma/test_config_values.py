@@ -18,11 +18,12 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.torch_decoder import FEATURES, DecoderSession
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
-from gemma_awq_cli.models.gemma.architecture import architecture_of, refusal
+from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.gemma.config_values import KINDS, MAX_CONTEXT
+from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from tests.conftest import FAMILIES, quantize_arguments
 from tests.tiny import make_checkpoint
 
@@ -225,7 +226,7 @@ def logits_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             states = stack.run_layer(index, stack.layer(index, stack.read_layer(index)), states)
         norm, head = stack.head()
         stacked = torch.cat(list(stack.logit_chunks(head, norm(states[0]))), 1)
-        if refusal(checkpoint.facts):
+        if missing_features(features_of(checkpoint.facts, checkpoint.family), FEATURES):
             ours = build_model(checkpoint, CPU, torch.float32)(torch.tensor([IDS])).logits[0]
         else:
             arch = architecture_of(checkpoint.facts, checkpoint.family)

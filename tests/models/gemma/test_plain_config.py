@@ -10,9 +10,11 @@ import torch
 from transformers import AutoConfig
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of, refusal
+from gemma_awq_cli.models.forward.torch_decoder import FEATURES
+from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
 from gemma_awq_cli.models.gemma.config_values import KINDS, text_values
 from gemma_awq_cli.models.gemma.families import family_of
+from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
 from tests.conftest import FAMILIES
@@ -84,8 +86,8 @@ def test_it_says_what_transformers_says(kind: str, tmp_path: Path) -> None:
     raw = raw_of(kind)
     plain, config = plain_text_config(values_of(raw)), theirs(raw, tmp_path)
     assert plain is not None
-    assert refusal(plain) is None
     family = family_of(raw["model_type"])
+    assert missing_features(features_of(plain, family), FEATURES) is None
     assert same(architecture_of(plain, family), architecture_of(config, family))
     for name in ("num_hidden_layers", "tie_word_embeddings", "bos_token_id", "vocab_size", "max_position_embeddings"):
         assert getattr(plain, name) == getattr(config, name), name
@@ -124,7 +126,7 @@ def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: P
                     assert same(architecture_of(own, family), architecture_of(config, family)), (name, change)
                     filled += 1
                     if plain is not None:
-                        assert refusal(config) is None, (name, change)
+                        assert missing_features(features_of(config, family), FEATURES) is None, (name, change)
                         assert same(architecture_of(plain, family), architecture_of(config, family)), (name, change)
                         agreed += 1
             section[name] = value
