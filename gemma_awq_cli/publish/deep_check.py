@@ -22,7 +22,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
+from gemma_awq_cli.quantize.quality import heldout_samples
 from gemma_awq_cli.system.reading import home_path
 
 # Relative: another processor, thread count or torch build rounds otherwise.
@@ -55,7 +55,7 @@ def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:
         arguments.get("dataset_split"),
         arguments.get("text_column"),
     )
-    count = HELDOUT_SAMPLES_FAST if arguments["quality"] == "fast" else HELDOUT_SAMPLES
+    count = heldout_samples(arguments["quality"])
     rows = build_rows(recipe, prompter, arguments["num_samples"], arguments["seq_len"], arguments["seed"], count)
     if rows.heldout_sha256 != report["fidelity"]["heldout_sha256"]:
         raise GemmaAwqError(

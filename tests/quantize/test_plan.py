@@ -11,8 +11,9 @@ from gemma_awq_cli.cli.console import bytes_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.quantize.pipeline import _memory_errors
-from gemma_awq_cli.quantize.plan import FITS, LIBRARY_BYTES, Plan, make_plan
+from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
+from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
+from gemma_awq_cli.quantize.plan import FITS, Plan, make_plan
 
 
 def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced") -> Plan:
@@ -47,10 +48,10 @@ def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[st
 
     plan = dataclasses.replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000)
     for exhausted in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, _memory_errors(plan, 4):
+        with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, layer_memory_errors(plan, 4):
             raise exhausted
         assert "--max-memory 3.2GB" in caught.value.hint
-    with pytest.raises(RuntimeError, match="a bug"), _memory_errors(plan, 4):
+    with pytest.raises(RuntimeError, match="a bug"), layer_memory_errors(plan, 4):
         raise RuntimeError("a bug")
 
 

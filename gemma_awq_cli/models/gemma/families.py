@@ -25,6 +25,7 @@ class ScaleGroup:
     linears: tuple[str, ...]
     source: str  # the module that takes up the inverse scale
     fold: Fold
+    normalized: bool = False  # whether a norm follows the output before it is added to the residual
 
 
 @dataclass(frozen=True)
@@ -106,10 +107,10 @@ GEMMA2 = Family(
     },
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
-        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", normalized=True),
         # post_attention_layernorm follows o_proj here; the MLP is fed by pre_feedforward_layernorm.
         ScaleGroup("gate_up", _MLP_INPUT, "pre_feedforward_layernorm", "norm"),
-        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", normalized=True),
     ),
     layouts=(Layout("model.", "lm_head.weight"),),
     read_layouts=_TEXT_READ,
@@ -137,9 +138,9 @@ GEMMA3_TEXT = Family(
     groups=(
         # q_norm and k_norm follow q and k, so a scale of their *input* still folds exactly.
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
-        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", normalized=True),
         ScaleGroup("gate_up", _MLP_INPUT, "pre_feedforward_layernorm", "norm"),
-        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", normalized=True),
     ),
     layouts=(Layout("model.", "lm_head.weight"),),
     read_layouts=_TEXT_READ,
@@ -166,9 +167,9 @@ GEMMA3 = Family(
     },
     groups=(
         ScaleGroup("qkv", _ATTENTION_INPUT, "input_layernorm", "norm"),
-        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"),
+        ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads", normalized=True),
         ScaleGroup("gate_up", _MLP_INPUT, "pre_feedforward_layernorm", "norm"),
-        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows"),
+        ScaleGroup("down", ("mlp.down_proj",), "mlp.up_proj", "rows", normalized=True),
     ),
     layouts=(
         Layout("language_model.model.", "language_model.lm_head.weight"),  # the hub's files

@@ -50,7 +50,7 @@ def test_a_journal_with_any_json_where_a_record_is_expected(tmp_path: Path) -> N
         (tmp_path / "journal.jsonl").write_bytes(lines({"seed": 0}, record(), damaged))
         with pytest.raises(GemmaAwqError, match="line 3 is damaged") as caught:
             Journal(tmp_path)
-        assert caught.value.hint == "Begin anew with --force.", damaged
+        assert caught.value.hint == "Start over with --force.", damaged
 
 
 def test_a_journal_with_any_json_where_the_conditions_are_expected(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_a_damaged_report_of_a_finished_run(
         assert main(arguments) == 1
         said = capsys.readouterr().err
         assert "quantization_report.json" in said
-        assert "Begin anew with --force." in said or "is UTF-16" in said
+        assert "Start over with --force." in said or "is UTF-16" in said
         assert path.read_bytes() == content
 
 

@@ -10,7 +10,7 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.side_files import SIDE_FILES, copy_side_files, is_leftover, not_copied, side_files
-from gemma_awq_cli.quantize.report import source_notes
+from gemma_awq_cli.quantize.preparation import source_notes
 from tests.conftest import quantize_arguments
 from tests.tiny import make_checkpoint
 
