@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Completion",
     "GemmaAwqError",
+    "Model",
     "PlannedModel",
     "QuantizeRequest",
     "QuantizedModel",

@@ -40,7 +40,7 @@ class Effort(NamedTuple):
 
     @property
     def paths(self) -> int:
-        """Number of paths that the calibration rows take: the reference path, and for a correction the quantized one."""
+        """Number of paths that the calibration rows take: the reference path, and with a correction both."""
         return 2 if self.correction else 1
 
 

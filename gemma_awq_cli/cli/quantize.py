@@ -52,7 +52,7 @@ def command(
     ] = GroupSize.g128,
     quality: Annotated[
         QualityName,
-        typer.Option(help="How much work to spend. The README compares the three.", rich_help_panel=METHOD),
+        typer.Option(help="How much work to spend on fidelity.", rich_help_panel=METHOD),
     ] = QualityName.balanced,
     dtype: Annotated[
         StoredDtype | None,
@@ -106,7 +106,7 @@ def command(
     device: DeviceOption = Device.auto,
     max_memory: Annotated[
         str | None,
-        typer.Option(help="Use at most this much memory, such as 6GB.", metavar="SIZE", rich_help_panel=MEMORY),
+        typer.Option(help="Plan for at most this much memory, such as 6GB.", metavar="SIZE", rich_help_panel=MEMORY),
     ] = None,
     resume: Annotated[
         bool,
@@ -151,11 +151,14 @@ def command(
         resume=resume,
         force=force,
     )
-    with _Screen(out) as screen:
-        if dry_run:
-            _report_plan(out, plan_model(request, on_event=screen.show), as_json)
-        else:
-            _report_result(out, quantize_model(request, on_event=screen.show), as_json)
+    if dry_run:
+        with _Screen(out) as screen:
+            planned = plan_model(request, on_event=screen.show)
+        _report_plan(out, planned, as_json)
+    else:
+        with _Screen(out) as screen:
+            result = quantize_model(request, on_event=screen.show)
+        _report_result(out, result, as_json)
 
 
 def _size(text: str | None) -> int | None:
@@ -202,6 +205,9 @@ class _Screen:
                 self._bar.close()
             case events.PlanMade():
                 _show_plan(self._out, event)
+            case events.LayersStarted(layers):
+                self._layers = layers
+                self._begin("Quantizing", layers)
             case events.LayerDone():
                 self._show_layer(event)
 
@@ -209,9 +215,6 @@ class _Screen:
         self._progress = self._bar.enter_context(self._out.progress(description, total))
 
     def _show_layer(self, done: "LayerDone") -> None:
-        if not self._layers:
-            self._layers = done.layers
-            self._begin("Quantizing", done.layers)
         self._finished = done.index + 1
         if done.resumed:
             self._progress.begin_at(self._finished, self._layers)

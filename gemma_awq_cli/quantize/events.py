@@ -58,6 +58,13 @@ class PlanMade:
 
 
 @dataclass(frozen=True)
+class LayersStarted:
+    """The first of `layers` layers begins. One `LayerDone` follows per layer."""
+
+    layers: int
+
+
+@dataclass(frozen=True)
 class LayerDone:
     """Layer `index` of `layers`, counted from 0, is on the disk.
 
@@ -72,7 +79,17 @@ class LayerDone:
     resumed: bool = False
 
 
-Event = Note | Warned | SourceFound | SamplingStarted | SamplingStep | SamplingFinished | PlanMade | LayerDone
+Event = (
+    Note
+    | Warned
+    | SourceFound
+    | SamplingStarted
+    | SamplingStep
+    | SamplingFinished
+    | PlanMade
+    | LayersStarted
+    | LayerDone
+)
 OnEvent = Callable[[Event], None]
 
 

@@ -29,7 +29,7 @@ from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.verification import verify_artifact
-from gemma_awq_cli.quantize.events import LayerDone, OnEvent, Warned, ignore
+from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, Warned, ignore
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, process_layer
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared, prepare
@@ -178,6 +178,7 @@ def _quantize_layers(
 ) -> None:
     """Quantize and write every layer that is not in the journal yet."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
+    on_event(LayersStarted(plan.layers))
     for index, record in enumerate(journal.records):
         writer.keep(_layer_tensors(checkpoint, plan, index))
         on_event(LayerDone(index, plan.layers, record.error, record.rtn_error, record.seconds, resumed=True))

@@ -152,7 +152,7 @@ def source_notes(folder: Path, card: Mapping[str, Any] | None) -> list[str]:
     """Return what a user should know of a source's files before it is quantized. card: from `source_card`."""
     notes = []
     if left := not_copied(folder):
-        notes.append(f"Not copied into the artifact, because they are no known part of a model: {some(left)}")
+        notes.append(f"Not copied into the artifact, because they are not known to belong to a model: {some(left)}")
     if card is not None and UNREADABLE in card:
         notes.append(f"The source's licence is not known: {card[UNREADABLE]} `push` will ask for it.")
     return notes

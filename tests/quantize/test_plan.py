@@ -11,6 +11,7 @@ from gemma_awq_cli.cli.console import bytes_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
 from gemma_awq_cli.quantize.plan import FITS, Plan, make_plan
@@ -41,6 +42,26 @@ def test_the_best_plan_has_room_for_both_paths_of_the_rows(checkpoints: Callable
     assert best.state_bytes == pytest.approx(2 * balanced.state_bytes, rel=0.05)
     assert best.memory_bytes > balanced.memory_bytes
     assert best.seconds > balanced.seconds
+
+
+def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str], Path]) -> None:
+    from dataclasses import replace
+
+    from gemma_awq_cli.awq.search import BALANCED
+    from gemma_awq_cli.quantize.estimates import START_SECONDS, Workload, peak_bytes, seconds
+
+    small = plan_of(checkpoints("gemma")).layouts[0]
+    wide = {name: replace(small.linears[name], outputs=8192) for name in ("mlp.gate_proj", "mlp.up_proj")}
+    down = replace(small.linears["mlp.down_proj"], inputs=8192)
+    large = replace(small, intermediate=8192, linears={**small.linears, **wide, "mlp.down_proj": down})
+
+    def work(*layouts: LayerLayout) -> Workload:
+        return Workload(layouts, 0, small.hidden, 4096, 0, 512, 32, 4, BALANCED)
+
+    for order in ((small, large), (large, small)):
+        assert peak_bytes(work(*order), FITS[0]) == peak_bytes(work(large), FITS[0]) > peak_bytes(work(small), FITS[0])
+        alone = sum(seconds(work(layout), FITS[0]) - START_SECONDS for layout in order)
+        assert seconds(work(*order), FITS[0]) == pytest.approx(START_SECONDS + alone)
 
 
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:

@@ -197,7 +197,7 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = kept_run(out, checkpoints("gemma2"), text_file, monkeypatch)
-    assert "2 of 3 layers are kept: repeat the command with --resume" in capsys.readouterr().err
+    assert "2 of 3 layers are kept. To continue, repeat the command with --resume" in capsys.readouterr().err
     assert not out.exists()
     # neither thrown away nor gone on with unless that is asked for
     assert main(arguments) == 1

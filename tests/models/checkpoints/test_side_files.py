@@ -126,7 +126,7 @@ def test_quantize_copies_no_secret_and_publishes_no_place(text_file: Path, tmp_p
     (folder / "LICENSE.extra").symlink_to(secret)
     assert main(quantize_arguments(folder, tmp_path / "out", text_file)) == 0
     assert (
-        "Not copied into the artifact, because they are no known part of a model: LICENSE.extra"
+        "Not copied into the artifact, because they are not known to belong to a model: LICENSE.extra"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out" / "LICENSE.extra").exists()
