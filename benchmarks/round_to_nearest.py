@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = Checkpoint(args.checkpoint)
     stack = TextStack(checkpoint, torch.device("cpu"))
-    require_layout(checkpoint, stack, args.group_size)
+    require_layout(checkpoint, args.group_size)
     none = torch.zeros(0, 8)
     plan = make_plan(checkpoint, stack, args.group_size, stored_dtype(checkpoint, None), Rows(none, none, "", "", ""))
     quantized = {tensor.name.rpartition(".")[0] for tensor in plan.tensors if tensor.name.endswith(".qweight")}

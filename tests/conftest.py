@@ -12,7 +12,7 @@ from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES
+from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, heldout_samples
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
 # A shell starts its background jobs with SIGINT ignored, which the commands that are tested would heed.
@@ -97,4 +97,6 @@ def quantize_arguments(checkpoint: Path, output: Path, text: Path, *more: str) -
 
 
 def tiny_rows(checkpoint: Path, text: Path) -> Rows:
-    return build_rows(find_recipe(str(text)), Prompter(checkpoint), 24, 40, seed=0, heldout_samples=HELDOUT_SAMPLES)
+    return build_rows(
+        find_recipe(str(text)), Prompter(checkpoint), 24, 40, seed=0, heldout_samples=heldout_samples(DEFAULT_QUALITY)
+    )

@@ -1,1 +1,1 @@
-"""Pure maths of AWQ on tensors: no module, no file, no choice of device."""
+"""The maths of AWQ on tensors. Knows no modules and no files, and computes on the device where its inputs are."""

@@ -1,44 +1,46 @@
-"""The Gram matrix of a linear's input: all that the searches and the rounding need to know of the calibration rows.
+"""The Gram matrix of a linear's input: everything that the searches and the rounding need from the calibration tokens.
 
 `H = X^T X` turns the squared output error of any candidate, `||X E^T||^2`, into `tr(E H E^T)` without a forward pass.
-For very wide inputs H is kept in square blocks on the diagonal, [B, k, k] with B k = K: what couples two blocks is
-left out of the sums, for every candidate and for round-to-nearest alike.
+For very wide inputs only square blocks on the diagonal of H are kept, [B, k, k] with B k = K. The products of channels
+in different blocks are then missing from the sums, for every candidate and for round-to-nearest alike.
 """
 
 import torch
 from torch import Tensor
 
-TILE = 256  # a Gram matrix is symmetric: only its upper tiles of this width are summed
+TILE = 256  # a Gram matrix is symmetric: only its upper tiles, each this wide, are summed
 
 
 class InputStatistics:
-    """Running sums over the rows that enter a set of linears.
+    """Sums over the tokens that enter a set of linears. x [K] is a token's input on the path that is quantized.
 
-    gram: [B, k, k] float32, mean over the rows of their weight times x^T x, whole after `finish`; mean_abs: [K]
-    float32, mean |x|; drift: [B, k, k] float32, mean of weight times (r - x)^T x, r being what the row would have been
-    without the quantization of the layers before, or None where nothing tells it.
+    After `finish`: gram: [B, k, k] float32, the mean over the tokens of weight times x^T x; mean_abs: [K] float32, the
+    mean of |x|; error_gram: [B, k, k] float32, the mean of weight times (r - x)^T x, r being the same token's input on
+    the reference path. It is None unless `with_reference`.
     """
 
-    def __init__(self, width: int, block: int, device: torch.device, drifting: bool = False) -> None:
+    def __init__(self, width: int, block: int, device: torch.device, with_reference: bool = False) -> None:
         self.blocks = width // block
         self.gram = torch.zeros((self.blocks, block, block), dtype=torch.float32, device=device)
-        self.drift = torch.zeros_like(self.gram) if drifting else None
+        self.error_gram = torch.zeros_like(self.gram) if with_reference else None
         self.abs_sum = torch.zeros(width, dtype=torch.float32, device=device)
-        self.rows = 0
+        self.tokens = 0
 
-    def add(self, x: Tensor, weights: Tensor | None = None, undisturbed: Tensor | None = None) -> None:
-        """Add rows x: [..., K]; weights [...]: how much each counts in the matrices, 1 by default; undisturbed
-        [..., K]: the same rows without the quantization of the layers before.
+    def add(self, x: Tensor, weights: Tensor | None = None, reference: Tensor | None = None) -> None:
+        """Add the tokens x [..., K].
+
+        weights [...]: how much each token counts in the matrices, 1 by default; reference [..., K]: the same tokens on
+        the reference path.
         """
         x = x.reshape(-1, self.abs_sum.shape[0]).to(torch.float32)
-        self.rows += x.shape[0]
+        self.tokens += x.shape[0]
         self.abs_sum += x.abs().sum(0)
         root = None if weights is None else weights.reshape(-1, 1).sqrt()
-        if self.drift is not None and undisturbed is not None:
-            lost = undisturbed.reshape(x.shape) - x
-            for total, own, part in zip(self.drift, lost.chunk(self.blocks, 1), x.chunk(self.blocks, 1), strict=True):
-                total.addmm_(own.t(), part if root is None else part * root.square())
-            del lost
+        if self.error_gram is not None and reference is not None:
+            error = (reference.reshape(x.shape) - x).chunk(self.blocks, 1)
+            for total, lost, part in zip(self.error_gram, error, x.chunk(self.blocks, 1), strict=True):
+                total.addmm_(lost.t(), part if root is None else part * root.square())
+            del error, lost
         if root is not None:
             x = x * root
         for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
@@ -47,19 +49,24 @@ class InputStatistics:
                 total[tile, first:].addmm_(part[:, tile].t(), part[:, first:])
 
     def finish(self) -> None:
-        """Turn the sums into means. Call once, after the last row."""
+        """Turn the sums into means. Call it once, after the last token."""
         for total in self.gram:
             for first in range(0, total.shape[0], TILE):
                 end = first + TILE
                 total[end:, first:end] = total[first:end, end:].t()
-        self.gram /= self.rows
-        if self.drift is not None:
-            self.drift /= self.rows
-        self.mean_abs = self.abs_sum / self.rows
+        self.gram /= self.tokens
+        if self.error_gram is not None:
+            self.error_gram /= self.tokens
+        self.mean_abs = self.abs_sum / self.tokens
+
+    def take_error_gram(self) -> Tensor | None:
+        """Hand `error_gram` over and forget it: it is as large as a weight, and needed once."""
+        taken, self.error_gram = self.error_gram, None
+        return taken
 
 
 def block_width(width: int, group_size: int, limit: int) -> int:
-    """The widest block <= limit that divides `width` into whole groups."""
+    """Return the widest block of at most `limit` channels that divides `width` into blocks of whole groups."""
     if width <= limit:
         return width
     groups = width // group_size
@@ -70,13 +77,16 @@ def block_width(width: int, group_size: int, limit: int) -> int:
 
 
 def scaled_gram(gram: Tensor, scale: Tensor) -> Tensor:
-    """The Gram of X / scale: gram [B, k, k], scale [K] -> [B, k, k]."""
+    """Return the Gram matrix of X / scale: gram [B, k, k], scale [K] -> [B, k, k]."""
     inverse = scale.reciprocal().view(gram.shape[0], -1)
     return (gram * inverse[:, :, None]).mul_(inverse[:, None, :])
 
 
 def output_error(error: Tensor, gram: Tensor) -> float:
-    """`tr(E H E^T)`: the mean squared output error over the rows, summed over outputs. error: [N, K] float32."""
+    """Return `tr(E H E^T)`, the mean squared output error over the tokens, summed over the outputs.
+
+    error: [N, K] float32, of the weight; gram: [B, k, k].
+    """
     total = 0.0
     for part, block in zip(error.chunk(gram.shape[0], dim=1), gram, strict=True):
         total += float(torch.linalg.vecdot((part @ block).flatten(), part.flatten()))

@@ -24,7 +24,7 @@ class PackedWeight(NamedTuple):
 
 
 def pack_columns(values: Tensor) -> Tensor:
-    """Integers 0..15 [R, C] of any dtype -> int32 [R, C/8]."""
+    """Pack integers 0..15 [R, C] of any dtype into int32 [R, C/8]."""
     eights = values.to(torch.int32).unflatten(1, (-1, PACK))
     packed = torch.zeros(eights.shape[:2], dtype=torch.int32, device=values.device)
     for nibble, column in enumerate(NIBBLE_COLUMN):
@@ -33,7 +33,7 @@ def pack_columns(values: Tensor) -> Tensor:
 
 
 def unpack_columns(packed: Tensor) -> Tensor:
-    """int32 [R, C/8] -> uint8 integers 0..15 [R, C]."""
+    """Unpack int32 [R, C/8] into uint8 integers 0..15 [R, C]."""
     eights = torch.empty((*packed.shape, PACK), dtype=torch.uint8, device=packed.device)
     for nibble, column in enumerate(NIBBLE_COLUMN):
         eights[:, :, column] = ((packed >> (4 * nibble)) & 15).to(torch.uint8)
@@ -41,7 +41,7 @@ def unpack_columns(packed: Tensor) -> Tensor:
 
 
 def pack_weight(q: Tensor, grid: Grid) -> PackedWeight:
-    """Integers [N, K] on `grid` -> the tensors of the file."""
+    """Return the tensors of the file for integers [N, K] on `grid`."""
     return PackedWeight(
         qweight=pack_columns(q.t()),
         qzeros=pack_columns(grid.zero.t()),
@@ -50,7 +50,7 @@ def pack_weight(q: Tensor, grid: Grid) -> PackedWeight:
 
 
 def unpack_weight(packed: PackedWeight) -> tuple[Tensor, Grid]:
-    """The tensors of the file -> integers [N, K] uint8 and their grid."""
+    """Return the integers [N, K] uint8 and the grid that the tensors of the file hold."""
     q = unpack_columns(packed.qweight).t().contiguous()
     scale = packed.scales.t().to(torch.float32).contiguous()
     zero = unpack_columns(packed.qzeros).t().to(torch.float32).contiguous()

@@ -1,4 +1,4 @@
-"""How exactly is computed: float32 products, and where sums are kept wider."""
+"""The precision of computations: of float32 products, and of the few that need more than float32."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,10 @@ import torch
 
 @contextmanager
 def matmul_precision(precision: str) -> Iterator[None]:
-    """`medium` multiplies float32 in bf16 with float32 sums where the processor has it; `highest` is plain float32."""
+    """Set torch's precision of float32 products for a while.
+
+    `medium` multiplies in bfloat16 with float32 sums if the processor can; `highest` is plain float32.
+    """
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(precision)
     try:
@@ -18,5 +21,5 @@ def matmul_precision(precision: str) -> Iterator[None]:
 
 
 def widest_float(device: torch.device) -> torch.dtype:
-    """float64 where the device has it; Apple's GPUs do not."""
+    """Return float64 if the device has it, and float32 on Apple's GPUs, which do not."""
     return torch.float32 if device.type == "mps" else torch.float64

@@ -1,7 +1,7 @@
-"""The linears of a group, stacked and rounded at once: they share the Gram matrix, its factor and the columns' order.
+"""Rounding the linears of a group together: they share the Gram matrix, its factor and the order of the columns.
 
-Shapes: weight [N, K] float32, the rows of all the group's linears; columns [K] and rows [N, 1] float32, what the weight
-is multiplied by before it is rounded; gram [B, k, k] of the unscaled input, B k = K.
+Shapes: weight [N, K] float32, the rows of all linears of the group; columns [K] and rows [N, 1] float32, the scales
+that the weight is multiplied by before it is rounded; gram [B, k, k] of the unscaled input, B k = K.
 """
 
 from collections.abc import Iterator
@@ -10,17 +10,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.coordinate_descent import refined
-from gemma_awq_cli.awq.gptq import DAMPING, added, compensated, factored
+from gemma_awq_cli.awq.coordinate_descent import refine
+from gemma_awq_cli.awq.gptq import DAMPING, damping_amount, factor_gram, quantize_compensated
 from gemma_awq_cli.awq.gram import output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.search import Effort, search_range
 
-PART = 2**23  # elements that are worked on at a time: rows are independent
+PART = 2**23  # elements that are rounded at a time: rows are independent
 
 
 class Rounded(NamedTuple):
-    """q: [N, K] uint8 integers 0..15; grid: [N, G]."""
+    """A rounded weight. q: [N, K] uint8 integers 0..15; grid: [N, G]."""
 
     q: Tensor
     grid: Grid
@@ -30,39 +30,39 @@ class Rounded(NamedTuple):
 
 
 def round_nearest(weight: Tensor, columns: Tensor, rows: Tensor, group_size: int) -> Rounded:
-    """Rounded to nearest, each group of a row on its own range."""
+    """Round to nearest, each group of a row on its own range."""
     result = _empty(weight, group_size)
     for part in _parts(weight):
-        wanted = (weight[part] * columns).mul_(rows[part])
-        grid = minmax_grid(wanted, group_size)
-        _put(result, part, slice(None), slice(None), quantize(wanted, grid), grid)
+        scaled = (weight[part] * columns).mul_(rows[part])
+        grid = minmax_grid(scaled, group_size)
+        _put(result, part, slice(None), slice(None), quantize(scaled, grid), grid)
     return result
 
 
 def round_compensated(
     weight: Tensor, columns: Tensor, rows: Tensor, gram: Tensor, group_size: int, effort: Effort
 ) -> Rounded:
-    """Ranges searched, rounded with compensation and refined, one block of the Gram matrix after the other."""
+    """Search the ranges, round with compensation and refine, one block of the Gram matrix after the other."""
     result = _empty(weight, group_size)
     width = gram.shape[1]
     for index in range(gram.shape[0]):
         block = slice(index * width, (index + 1) * width)
         groups = slice(block.start // group_size, block.stop // group_size)
-        own = scaled_gram(gram[index : index + 1], columns[block])[0]
-        factor = factored(own)
-        own.diagonal().add_(added(own, DAMPING))
+        damped = scaled_gram(gram[index : index + 1], columns[block])[0]
+        factor = factor_gram(damped)  # which damps by itself
+        damped.diagonal().add_(damping_amount(damped, DAMPING))
         for part in _parts(weight, width):
-            wanted = (weight[part, block] * columns[block]).mul_(rows[part])
-            grid = search_range(wanted, factor.residual, group_size, effort)
-            q = compensated(wanted, grid, factor)
+            scaled = (weight[part, block] * columns[block]).mul_(rows[part])
+            grid = search_range(scaled, factor.residual, group_size, effort)
+            q = quantize_compensated(scaled, grid, factor)
             if effort.refinements:
-                q, grid = refined(q, grid, wanted, own, factor.order, effort.refinements, effort.sweeps)
+                q, grid = refine(q, grid, scaled, damped, factor.order, effort.refinements, effort.sweeps)
             _put(result, part, block, groups, q, grid)
     return result
 
 
 def rounding_error(weight: Tensor, columns: Tensor, rows: Tensor, rounded: Rounded, gram: Tensor) -> float:
-    """`output_error` of what was rounded, on the unscaled input."""
+    """Return the `output_error` of a rounded weight on the unscaled input."""
     total = 0.0
     for part in _parts(weight):
         effective = dequantize(*rounded.rows(part)).div_(columns).div_(rows[part])
@@ -79,7 +79,7 @@ def _empty(weight: Tensor, group_size: int) -> Rounded:
 
 
 def _parts(weight: Tensor, width: int | None = None) -> Iterator[slice]:
-    """Rows of which `width` columns, or all, are at most PART elements."""
+    """Yield slices of rows whose `width` columns, by default all, have at most PART elements."""
     count = max(1, PART // (width or weight.shape[1]))
     return (slice(start, start + count) for start in range(0, weight.shape[0], count))
 

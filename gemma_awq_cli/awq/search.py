@@ -1,8 +1,8 @@
-"""AWQ's searches: one scale a channel for the linears that share an input, and each group's range.
+"""The searches of AWQ: one scale per channel for the linears that share an input, and the range of each group.
 
 Source: Lin et al., "AWQ: Activation-aware Weight Quantization" (2306.00978). AutoAWQ runs the block once for each of
-20 candidates. Here a candidate costs no product at all: rounding is compensated afterwards, and what then stays of a
-column's error is its own square times the column's residual (see rounding.py).
+20 candidates. Here a candidate needs no matrix product at all: rounding is compensated afterwards, and the error of a
+column that then remains is its square times the column's residual (see gptq.py).
 """
 
 from collections.abc import Callable, Sequence
@@ -15,19 +15,19 @@ from gemma_awq_cli.awq.grid import Grid, grid_of_range, minmax_grid, nearest
 from gemma_awq_cli.awq.scale_descent import descend
 
 RATIOS = 20  # exponents are multiples of 1 / RATIOS
-PART = 2**22  # elements of a weight that are tried at a time: they stay in the processor's cache
-# A scale outside this range costs more float16 range in `scales` than it can gain.
+PART = 2**22  # elements of a weight that are searched at a time: they stay in the processor's cache
+# A scale outside this range takes more of the range of float16 in `scales` than it can gain.
 SCALE_LIMIT = 1e3
 
 
 class Effort(NamedTuple):
-    """How hard is searched.
+    """How much work the searches and the rounding do.
 
-    stride: every so many of the exponents are tried; descent: steps of gradient descent on the best scale; rows:
-    outputs of a linear that both look at, evenly spread; shrinks: the shares of a group's range that are tried;
-    refinements: turns of fitting scales and integers to each other after the rounding; sweeps: over the columns in
-    each; correction: how far weights go towards what makes up for the layers before (see correcting.py), for which
-    the calibration rows go through each layer three times instead of once.
+    stride: every stride-th exponent is tried; descent: steps of gradient descent from the best of them; rows: outputs
+    of a linear that both look at, evenly spaced; shrinks: the shares of a group's range that are tried; refinements:
+    turns of fitting scales and integers to each other after the rounding; sweeps: passes over the columns in each turn;
+    correction: strength of the correction for the layers before (see error_propagation.py). With it, the calibration
+    rows pass through each layer three times instead of once.
     """
 
     stride: int
@@ -40,7 +40,7 @@ class Effort(NamedTuple):
 
     @property
     def paths(self) -> int:
-        """How many models' layers the calibration rows travel through: the 16-bit one's, and the quantized one's."""
+        """Number of paths that the calibration rows take: the reference path, and with a correction both."""
         return 2 if self.correction else 1
 
 
@@ -52,8 +52,10 @@ BEST = BALANCED._replace(stride=2, descent=60, rows=1024, refinements=4, sweeps=
 
 
 class ScaleChoice(NamedTuple):
-    """scale: [K] float32 that the linears get; exponents: a and b it came from, before any descent; error: estimated
-    `tr(E H E^T)` of rounding with compensation; descended: whether descent found it.
+    """The result of `search_scale`.
+
+    scale: [K] float32, of the linears; exponents: the best a and b, from which any descent started; error: an estimate
+    of `tr(E H E^T)` after compensated rounding; descended: whether the descent improved on the exponents.
     """
 
     scale: Tensor
@@ -63,7 +65,7 @@ class ScaleChoice(NamedTuple):
 
 
 def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
-    """Mean over all rows of |w| relative to its group's largest: [K]. (AutoAWQ's `w_mean`.)"""
+    """Return the mean over all rows of |w| relative to its group's largest: [K]. AutoAWQ calls it `w_mean`."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
     rows = 0
     for part in (part for weight in weights for part in weight.split(max(1, PART // weight.shape[1]))):
@@ -75,13 +77,16 @@ def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
 
 
 def candidate(mean_abs: Tensor, magnitude: Tensor, exponents: tuple[float, float]) -> Tensor:
-    """The scale `mean|x|^a / magnitude^b`, normalized to a geometric middle of 1: [K]."""
+    """Return the scale `mean|x|^a / magnitude^b`, normalized: [K]."""
     a, b = exponents
     return normalized(mean_abs.clamp(min=1e-8).pow(a) / magnitude.clamp(min=1e-4).pow(b))
 
 
 def normalized(scale: Tensor) -> Tensor:
-    """The scale [K] with its largest and smallest value equally far from 1, within `SCALE_LIMIT`."""
+    """Return a multiple of the scale [K] whose largest value is as far above 1 as its smallest is below.
+
+    It is clamped to `SCALE_LIMIT` and its inverse.
+    """
     return (scale / (scale.max() * scale.min()).sqrt()).clamp(1 / SCALE_LIMIT, SCALE_LIMIT)
 
 
@@ -90,15 +95,15 @@ def search_scale(
     mean_abs: Tensor,
     residual: Tensor,
     group_size: int,
-    realise: Callable[[Tensor], Tensor],
-    shared: Tensor | None = None,
+    foldable: Callable[[Tensor], Tensor],
+    tied: Tensor | None = None,
     effort: Effort = BALANCED,
 ) -> ScaleChoice:
-    """The scale under which compensated rounding is expected to cost least.
+    """Return the scale under which compensated rounding is expected to have the smallest error.
 
-    weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; residual: [K], see `Compensation`.
-    `realise` turns a wanted scale into the one that can be folded exactly; candidates are judged by that one.
-    shared: [K] integers, equal where columns must get the same scale; None if each has its own.
+    weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; residual: [K], see `Compensation`;
+    foldable: returns the scale nearest to a given one that can be folded exactly, by which candidates are judged;
+    tied: [K] integers, equal for columns that must get the same scale, or None if there are none.
     """
     samples = [weight[:: -(-weight.shape[0] // effort.rows)] for weight in weights]
     shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
@@ -119,13 +124,13 @@ def search_scale(
     for step in range(effort.stride, RATIOS, effort.stride):
         a = step / RATIOS
         for exponents in ((a, 0.0), (a, 1.0 - a)):
-            scale = realise(candidate(mean_abs, magnitude, exponents))
+            scale = foldable(candidate(mean_abs, magnitude, exponents))
             error = error_of(scale)
             if error < best.error:
                 best = ScaleChoice(scale, exponents, error)
     if effort.descent:
-        wanted = descend(samples, shares, residual, best.scale, shared, group_size, effort.descent)
-        scale = realise(normalized(wanted))
+        descended = descend(samples, shares, residual, best.scale, tied, group_size, effort.descent)
+        scale = foldable(normalized(descended))
         error = error_of(scale)
         if error < best.error:
             best = ScaleChoice(scale, best.exponents, error, descended=True)
@@ -133,9 +138,9 @@ def search_scale(
 
 
 def search_range(weight: Tensor, residual: Tensor, group_size: int, effort: Effort = BALANCED) -> Grid:
-    """Each group's range, shrunk where clipping the largest weights is expected to lower the output error.
+    """Return each group's grid, its range shrunk if clipping the largest weights is expected to lower the output error.
 
-    weight: [N, K] float32; residual: [K] of the same (scaled) input.
+    weight: [N, K] float32, scaled; residual: [K] of the scaled input.
     """
     rows = max(1, PART // weight.shape[1])
     parts = [_search_range_of_rows(part, residual, group_size, effort.shrinks) for part in weight.split(rows)]

@@ -15,10 +15,8 @@ from typing import Any, TextIO, cast
 from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.cli.streams import AsIs, put
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
 WIDE = 200  # outside a terminal rich would assume 80 columns and break long paths
-human_bytes, bytes_of = format_bytes, parse_bytes
 NARROW = 60  # below this many columns, progress is a count without a bar
 
 

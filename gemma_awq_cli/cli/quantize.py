@@ -1,12 +1,12 @@
-"""`gemma-awq quantize`: a 16-bit Gemma to a 4-bit AWQ artifact."""
+"""`gemma-awq quantize`: from a 16-bit Gemma to a 4-bit AWQ artifact."""
 
-from dataclasses import replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Self
 
 import typer
 
-from gemma_awq_cli.cli.console import Output, bytes_of, human_bytes, human_seconds
+from gemma_awq_cli.cli.console import Output, Progress, human_seconds
 from gemma_awq_cli.cli.options import (
     DEFAULT_GROUP_SIZE,
     Device,
@@ -19,223 +19,223 @@ from gemma_awq_cli.cli.options import (
     StoredDtype,
 )
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.system.saving import local_path
+from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from gemma_awq_cli.quantize.events import Event, LayerDone, PlanMade
+    from gemma_awq_cli.quantize.pipeline import PlannedModel, QuantizedModel
 
-    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-    from gemma_awq_cli.models.checkpoints.source import Source
-    from gemma_awq_cli.quantize.pipeline import LayerDone
-    from gemma_awq_cli.quantize.plan import Plan
+EXAMPLES = """
+gemma-awq quantize
+gemma-awq quantize google/gemma-3-1b-it --quality best
+gemma-awq quantize ./my-gemma -o ./my-gemma-AWQ --calibration texts.jsonl --dry-run
+"""
+MODEL, OUTPUT, METHOD, CALIBRATION, MEMORY = "Model", "Output", "Quantization", "Calibration", "Memory and speed"
 
 
 def command(
     model: Annotated[
         str,
-        typer.Argument(
-            help="Checkpoint folder, hub id, or `demo`: the Gemma 3 270M of the demo extra.", metavar="MODEL"
-        ),
+        typer.Argument(help="Checkpoint folder, hub id, or `demo`: Gemma 3 270M from the demo extra.", metavar="MODEL"),
     ] = "demo",
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", help="Folder of the artifact.  [default: ./NAME-AWQ]", metavar="DIR"),
+        typer.Option(
+            "--output",
+            "-o",
+            help="Write the artifact to the folder DIR.  [default: ./NAME-AWQ]",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+        ),
     ] = None,
     revision: RevisionOption = None,
     group_size: Annotated[
-        GroupSize, typer.Option(help="Weights that share one scale and zero point.")
+        GroupSize, typer.Option(help="Weights that share one scale and zero point.", rich_help_panel=METHOD)
     ] = DEFAULT_GROUP_SIZE,
+    quality: Annotated[
+        QualityName,
+        typer.Option(help="How much work to spend on fidelity.", rich_help_panel=METHOD),
+    ] = QualityName.balanced,
+    dtype: Annotated[
+        StoredDtype | None,
+        typer.Option(
+            help="Data type of the weights that stay in 16 bits.  [default: the checkpoint's own]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     calibration: Annotated[
         str,
         typer.Option(
-            help="Recipe, file or folder of texts (.txt, .jsonl, .json, .csv, .parquet), hub dataset id, or `self`.",
+            help="Recipe, file or folder of texts (.txt, .jsonl, .json, .csv, .parquet), hub dataset id, or `self` for "
+            "text that the model writes itself.",
             metavar="TEXT",
+            rich_help_panel=CALIBRATION,
         ),
     ] = "embedded",
-    dataset_config: Annotated[str | None, typer.Option(help="Config of a hub dataset.", metavar="NAME")] = None,
-    dataset_split: Annotated[str | None, typer.Option(help="Split of a hub dataset.", metavar="NAME")] = None,
-    text_column: Annotated[
-        str | None, typer.Option(help="Column that holds the text or the messages.", metavar="NAME")
+    dataset_config: Annotated[
+        str | None, typer.Option(help="Configuration of a hub dataset.", metavar="NAME", rich_help_panel=CALIBRATION)
     ] = None,
-    quality: Annotated[
-        QualityName, typer.Option(help="How much work to spend: see the README for what each costs and gains.")
-    ] = QualityName.balanced,
+    dataset_split: Annotated[
+        str | None, typer.Option(help="Split of a hub dataset.", metavar="NAME", rich_help_panel=CALIBRATION)
+    ] = None,
+    text_column: Annotated[
+        str | None,
+        typer.Option(help="Column that holds the text or the messages.", metavar="NAME", rich_help_panel=CALIBRATION),
+    ] = None,
     num_samples: Annotated[
-        int, typer.Option(help="Calibration rows, at most as many as the text gives.", min=1, max=1_000_000)
+        int,
+        typer.Option(
+            help="Number of calibration samples, or fewer if the text has no more.",
+            min=1,
+            max=1_000_000,
+            metavar="N",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = 128,
-    seq_len: Annotated[int, typer.Option(help="Tokens a row, the BOS included.", min=8)] = 512,
-    seed: Annotated[int, typer.Option(help="Decides which rows are taken.")] = 0,
+    seq_len: Annotated[
+        int,
+        typer.Option(help="Tokens per sample, including BOS.", min=8, metavar="N", rich_help_panel=CALIBRATION),
+    ] = 512,
+    seed: Annotated[int, typer.Option(help="Random seed of the choice of samples.", rich_help_panel=CALIBRATION)] = 0,
     strict: Annotated[
-        bool, typer.Option("--strict", help="Exit with an error at the first unusable row of the calibration text.")
+        bool,
+        typer.Option(
+            "--strict",
+            help="Exit with an error at the first unusable row of the calibration text.",
+            rich_help_panel=CALIBRATION,
+        ),
     ] = False,
     device: DeviceOption = Device.auto,
-    dtype: Annotated[
-        StoredDtype | None, typer.Option(help="Of what stays 16-bit.  [default: what the source declares]")
-    ] = None,
     max_memory: Annotated[
-        str | None, typer.Option(help="Plan for at most this much memory, such as 6GB.", metavar="SIZE")
+        str | None,
+        typer.Option(help="Plan for at most this much memory, such as 6GB.", metavar="SIZE", rich_help_panel=MEMORY),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on where an interrupted run of the same command stopped.")
+        bool,
+        typer.Option("--resume", help="Continue an interrupted run of the same command.", rich_help_panel=OUTPUT),
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and stop.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Replace an artifact that is already in the folder.")] = False,
+    force: Annotated[
+        bool,
+        typer.Option("--force", help="Replace an artifact that is already in the folder.", rich_help_panel=OUTPUT),
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and exit.", rich_help_panel=OUTPUT)] = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Quantize a Gemma to 4-bit AWQ and measure what it lost.
+    """Quantize a Gemma to 4-bit AWQ and measure its fidelity.
 
-    Prints the artifact's folder on stdout.
+    The artifact's folder appears when it is complete, and is printed on stdout. An interrupted run keeps its finished
+    layers.
     """
     out = Output(quiet)
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
-    from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe, reported_name
-    from gemma_awq_cli.calibration_text.rows import build_rows
-    from gemma_awq_cli.models.checkpoints.cache import remember_artifact
-    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-    from gemma_awq_cli.models.checkpoints.source import find_source
-    from gemma_awq_cli.models.checkpoints.source_metadata import source_card
-    from gemma_awq_cli.models.forward.layerwise import TextStack
-    from gemma_awq_cli.models.forward.loading import pick_device
-    from gemma_awq_cli.models.forward.memory import available_memory
-    from gemma_awq_cli.models.text.prompter import Prompter
-    from gemma_awq_cli.quantize import pipeline
-    from gemma_awq_cli.quantize.plan import BEST_OWN_ROWS, make_plan, require_layout, stored_dtype
-    from gemma_awq_cli.quantize.report import source_notes
-    from gemma_awq_cli.quantize.self_sampling import require_room, with_own_rows
+    from gemma_awq_cli.quantize.pipeline import plan_model, quantize_model
+    from gemma_awq_cli.quantize.request import QuantizeRequest
 
-    chosen = pick_device(device.value)
-    recipe = find_recipe(
-        DEFAULT_RECIPE if calibration == SELF else calibration, dataset_config, dataset_split, text_column
+    request = QuantizeRequest(
+        model=model,
+        output=output,
+        revision=revision,
+        group_size=int(group_size.value),
+        dtype=dtype and dtype.value,
+        quality=quality.value,
+        calibration=calibration,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
+        text_column=text_column,
+        strict=strict,
+        num_samples=num_samples,
+        seq_len=seq_len,
+        seed=seed,
+        device=device.value,
+        max_memory=_size(max_memory),
+        resume=resume,
+        force=force,
     )
-    memory = max_memory and bytes_of(max_memory)
-    if max_memory is not None and not memory:
-        raise UsageError(f"--max-memory {max_memory!r} is no size.", "Write 6GB, 900MB or 4GiB.")
-    if output is not None:
-        output = local_path(output, "choose another folder with -o")
-    if output is not None and not dry_run:
-        pipeline.require_free(output, force, resume)  # refuse a taken folder before anything is fetched
-    source = find_source(model, revision, out.note)
-    target = output or Path(f"{source.name}-AWQ")
-    if not dry_run:
-        pipeline.require_free(target, force, resume)
-    checkpoint = Checkpoint(source.folder)
-    for line in checkpoint.notes:
-        out.warning(line)
-    pipeline.require_quantizable(checkpoint)
-    for line in source_notes(source.folder, source_card(source.folder)):
-        out.note(line)
-    require_in_context(seq_len, checkpoint)
-    stack = TextStack(checkpoint, chosen)
-    size = int(group_size.value)
-    stored = stored_dtype(checkpoint, dtype and dtype.value)
-    require_layout(checkpoint, stack, size)
-    heldout = pipeline.HELDOUT_SAMPLES_FAST if quality is QualityName.fast else pipeline.HELDOUT_SAMPLES
-    rows = build_rows(recipe, Prompter(source.folder), num_samples, seq_len, seed, heldout, strict)
-    for note in rows.notes:
-        out.note(note)
-    if rows.skipped:
-        out.warning(rows.skipped)
-    own = num_samples if calibration == SELF else BEST_OWN_ROWS if quality is QualityName.best else 0
-    if own:
-        require_room(checkpoint, own, seq_len, memory or available_memory())
-        if calibration == SELF:
-            rows = replace(rows, ids=rows.ids[:0], description=SELF)
-        rows = with_own_rows(rows, _sample(out, checkpoint, chosen, own, seq_len, seed, dry_run))
-    plan = make_plan(checkpoint, stack, size, stored, rows, memory or None, quality.value)
-    if not own and len(rows.ids) < num_samples:
-        out.note(f"Calibrating on {len(rows.ids)} rows: {rows.description} gives no more than that.")
-    _show_plan(out, plan, source, target, chosen.type)
     if dry_run:
-        _finish_dry_run(out, plan, target, as_json)
-        return
-    arguments = {
-        "quality": quality.value, "group_size": size, "calibration": reported_name(calibration),
-        "num_samples": num_samples, "seq_len": seq_len, "seed": seed,
-        "dataset_config": dataset_config, "dataset_split": dataset_split, "text_column": text_column,
-        "device": chosen.type, "dtype": dtype and dtype.value, "max_memory": memory,
-    }  # fmt: skip
-    finished = 0
-    with out.progress("Quantizing", plan.layers) as progress:
-
-        def on_layer(done: "LayerDone") -> None:
-            nonlocal finished
-            finished = done.index + 1
-            if done.resumed:
-                progress.begin_at(finished, plan.layers)
-                return
-            out.note(_layer_line(done))
-            progress.step()
-
-        try:
-            result = pipeline.quantize(
-                source, checkpoint, stack, plan, rows, target, arguments, on_layer, force, resume
-            )
-        except BaseException:
-            if finished:
-                out.note(f"{finished} of {plan.layers} layers are kept: repeat the command with --resume to go on.")
-            raise
-    if result.found:
-        out.note(f"{target} was complete already.")
-    if (failure := remember_artifact(target)) is not None:
-        out.warning(f"{failure}: give `gemma-awq run` the folder with -m.")
-    _show_result(out, result.report)
-    if as_json:
-        out.document({"artifact": str(target), "report": result.report})
+        with _Screen(out) as screen:
+            planned = plan_model(request, on_event=screen.show)
+        _report_plan(out, planned, as_json)
     else:
-        out.result(str(target))
-    out.note('Next: gemma-awq run "The capital of France is"')
+        with _Screen(out) as screen:
+            result = quantize_model(request, on_event=screen.show)
+        _report_result(out, result, as_json)
 
 
-def require_in_context(seq_len: int, checkpoint: "Checkpoint") -> None:
-    """A usage error for rows that are longer than the model's context."""
-    context = int(checkpoint.text_config.max_position_embeddings)
-    if seq_len > context:
-        raise UsageError(
-            f"--seq-len {seq_len} is more than this model's context of {context} tokens.", f"Give at most {context}."
-        )
+def _size(text: str | None) -> int | None:
+    """The bytes of a size as the user writes it."""
+    size = None if text is None else parse_bytes(text)
+    if text is not None and not size:
+        raise UsageError(f"Invalid size for --max-memory: {text!r}.", "Write it as 6GB, 900MB or 4GiB.")
+    return size
 
 
-def _sample(
-    out: Output, checkpoint: "Checkpoint", device: Any, rows: int, seq_len: int, seed: int, dry_run: bool
-) -> "Tensor":
-    import torch
+class _Screen:
+    """Shows events on stderr, with a progress bar for the work that goes on."""
 
-    from gemma_awq_cli.quantize.self_sampling import own_rows
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._bar = ExitStack()
+        self._progress = Progress(None, None)
+        self._finished = self._layers = 0
 
-    if dry_run:  # only their number matters
-        return torch.zeros(rows, seq_len, dtype=torch.int64)
-    out.note(f"Sampling {rows} rows of {seq_len} tokens from the 16-bit model.")
-    with out.progress("Sampling", seq_len - 1) as progress:
-        return own_rows(checkpoint, device, rows, seq_len, seed, lambda _: progress.step())
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None and self._finished:
+            self._out.note(
+                f"{self._finished} of {self._layers} layers are kept. To continue, repeat the command with --resume."
+            )
+        self._bar.close()
+
+    def show(self, event: "Event") -> None:
+        from gemma_awq_cli.quantize import events
+
+        match event:
+            case events.Note(text):
+                self._out.note(text)
+            case events.Warned(text):
+                self._out.warning(text)
+            case events.SamplingStarted(rows, seq_len):
+                self._out.note(f"Sampling {rows} rows of {seq_len} tokens from the 16-bit model.")
+                self._begin("Sampling", seq_len - 1)
+            case events.SamplingStep():
+                self._progress.step()
+            case events.SamplingFinished():
+                self._bar.close()
+            case events.PlanMade():
+                _show_plan(self._out, event)
+            case events.LayersStarted(layers):
+                self._layers = layers
+                self._begin("Quantizing", layers)
+            case events.LayerDone():
+                self._show_layer(event)
+
+    def _begin(self, description: str, total: int) -> None:
+        self._progress = self._bar.enter_context(self._out.progress(description, total))
+
+    def _show_layer(self, done: "LayerDone") -> None:
+        self._finished = done.index + 1
+        if done.resumed:
+            self._progress.begin_at(self._finished, self._layers)
+        else:
+            self._out.note(_layer_line(done))
+            self._progress.step()
 
 
-def _show_plan(out: Output, plan: "Plan", source: "Source", target: Path, device: str) -> None:
-    out.note(f"{source.asked} -> {target}, on {device}")
+def _show_plan(out: Output, made: "PlanMade") -> None:
+    plan = made.plan
+    out.note(f"{made.source.asked} -> {made.target}, on {made.device}")
     out.note(
         f"{plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of {plan.group_size}, "
-        f"the rest {str(plan.dtype).removeprefix('torch.')}"
+        f"the rest {plan.dtype_name}"
     )
     out.note(
-        f"{human_bytes(plan.source_bytes)} -> {human_bytes(plan.artifact_bytes)}; about "
-        f"{human_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}"
+        f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; about "
+        f"{format_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}"
     )
-
-
-def _finish_dry_run(out: Output, plan: "Plan", target: Path, as_json: bool) -> None:
-    if as_json:
-        document: dict[str, Any] = {
-            "artifact": str(target), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
-            "group_size": plan.group_size, "dtype": str(plan.dtype).removeprefix("torch."),
-            "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
-            "memory_bytes": plan.memory_bytes, "tokens_per_batch": plan.fit.tokens_per_batch,
-            "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,
-            "estimated_seconds": round(plan.seconds),
-        }  # fmt: skip
-        out.document(document)
-    else:
-        out.result(str(target))
 
 
 def _layer_line(done: "LayerDone") -> str:
@@ -246,18 +246,45 @@ def _layer_line(done: "LayerDone") -> str:
     )
 
 
-def _show_result(out: Output, report: dict[str, Any]) -> None:
+def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
+    plan = planned.plan
+    if not as_json:
+        out.result(str(planned.folder))
+        return
+    document: dict[str, Any] = {
+        "artifact": str(planned.folder), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
+        "group_size": plan.group_size, "dtype": plan.dtype_name,
+        "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
+        "memory_bytes": plan.memory_bytes, "tokens_per_batch": plan.fit.tokens_per_batch,
+        "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,
+        "estimated_seconds": round(plan.seconds),
+    }  # fmt: skip
+    out.document(document)
+
+
+def _report_result(out: Output, result: "QuantizedModel", as_json: bool) -> None:
+    if result.found:
+        out.note(f"{result.folder} was complete already.")
+    _show_fidelity(out, result.report)
+    if as_json:
+        out.document({"artifact": str(result.folder), "report": result.report})
+    else:
+        out.result(str(result.folder))
+    out.note('Next: gemma-awq run "The capital of France is"')
+
+
+def _show_fidelity(out: Output, report: dict[str, Any]) -> None:
     fidelity, run = report["fidelity"], report["run"]
     memory = run["peak_memory_bytes"]
     out.table(
         f"Fidelity on {fidelity['heldout_tokens']} held-out tokens",
         (
-            ("size", human_bytes(report["source"]["bytes"]), human_bytes(report["artifact"]["bytes"])),
+            ("size", format_bytes(report["source"]["bytes"]), format_bytes(report["artifact"]["bytes"])),
             ("perplexity", f"{fidelity['perplexity_16bit']:.2f}", f"{fidelity['perplexity_4bit']:.2f}"),
-            ("KL divergence, nats a token", "", f"{fidelity['kl']:.4f}"),
+            ("KL divergence, nats per token", "", f"{fidelity['kl']:.4f}"),
             ("top-1 agreement", "", f"{fidelity['top1_agreement']:.1%}"),
             ("time", "", human_seconds(run["seconds"])),
-            ("peak memory", "", human_bytes(memory) if memory else "unknown"),
+            ("peak memory", "", format_bytes(memory) if memory else "unknown"),
         ),
         header=("", "16-bit", "4-bit"),
     )

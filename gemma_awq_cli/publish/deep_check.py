@@ -24,7 +24,7 @@ from gemma_awq_cli.models.forward.loading import open_model, pick_device
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.publish.events import Event, MeasuringFinished, MeasuringStarted, MeasuringStep, Note
 from gemma_awq_cli.publish.preparation import Prepared
-from gemma_awq_cli.quantize.pipeline import HELDOUT_SAMPLES, HELDOUT_SAMPLES_FAST
+from gemma_awq_cli.quantize.quality import heldout_samples
 
 TOLERANCE = 0.02  # relative: another processor, thread count or torch build rounds differently
 SMALLEST = 1e-4  # nats per token: a smaller difference is rounding
@@ -73,7 +73,7 @@ def heldout_rows(report: Mapping[str, Any], prompter: Prompter) -> Tensor:
         arguments.get("dataset_split"),
         arguments.get("text_column"),
     )
-    count = HELDOUT_SAMPLES_FAST if arguments["quality"] == "fast" else HELDOUT_SAMPLES
+    count = heldout_samples(arguments["quality"])
     rows = build_rows(recipe, prompter, arguments["num_samples"], arguments["seq_len"], arguments["seed"], count)
     if rows.heldout_sha256 != report["fidelity"]["heldout_sha256"]:
         raise GemmaAwqError(

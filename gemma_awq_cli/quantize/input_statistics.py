@@ -1,12 +1,15 @@
-"""What a layer's linears see while the calibration rows run through it, each token counted by what its error would do.
+"""The statistics of the inputs of a layer's linears while the calibration rows run through it.
 
-Two things make tokens unequal, and both were measured (see `BOS_WEIGHT`, and the README's table of choices):
+Tokens are weighted by the effect that an error at them has. Two things make tokens unequal, and both were measured (see
+docs/method.md):
 
-- Every row's BOS is what attention rests on: one token of hundreds, but an error there reaches all of them.
-- Gemma 2 and 3 normalize what attention and MLP give before it is added. An error of `o` or `down` is divided by that
-  token's output, so the squared error that counts is relative to the output's mean square.
+- All other tokens attend to a row's BOS: it is one token of hundreds, but an error there reaches all of them.
+- Gemma 2 and 3 normalize the outputs of attention and MLP before they are added to the residual. The norm divides an
+  error of `o` or `down` by the size of that token's output, so the squared error counts relative to the mean square of
+  the output.
 """
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,7 +18,8 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import InputStatistics, block_width
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.gemma.families import Family
+from gemma_awq_cli.models.gemma.families import ScaleGroup
+from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens
 
@@ -23,70 +27,80 @@ BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens
 class Observer:
     """Collects the statistics of each group's input while a layer runs on rows that each begin with BOS.
 
-    paired: the layer runs on two sets of rows at once, the 16-bit model's first and then the same as the quantized
-    layers before have changed them. The statistics are those of the second, and how they drifted from the first.
+    paired: each batch is two halves, rows on the reference path and then the same rows on the quantized path. The
+    statistics are those of the quantized path, with the differences from the reference path.
     """
 
     def __init__(
         self,
-        family: Family,
+        layout: LayerLayout,
         module: nn.Module,
         group_size: int,
         gram_limit: int,
         device: torch.device,
         paired: bool = False,
     ) -> None:
-        self.statistics: dict[str, InputStatistics] = {}
+        self._groups = layout.groups
+        self._statistics: dict[str, InputStatistics] = {}
         self._hooks = []
-        for group in family.groups:
-            linear = module.get_submodule(group.linears[0])
-            width = int(linear.in_features)  # type: ignore[arg-type]
+        for group in layout.groups:
+            width = layout.linears[group.linears[0]].inputs
             statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired)
-            self.statistics[group.name] = statistics
-            self._hooks.append(linear.register_forward_hook(self._adder(statistics, group.normalized, paired)))
+            self._statistics[group.name] = statistics
+            hook = _adder(statistics, group.normalized, paired)
+            self._hooks.append(module.get_submodule(group.linears[0]).register_forward_hook(hook))
 
-    @staticmethod
-    def _adder(statistics: InputStatistics, normalized: bool, paired: bool) -> Any:
-        def add(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
-            x, undisturbed = arguments[0], None
-            if paired:
-                undisturbed, x = x.chunk(2)
-                output = output.chunk(2)[0]
-            statistics.add(x, token_weights(output, normalized), undisturbed)
-
-        return add
-
-    def finish(self, index: int) -> dict[str, InputStatistics]:
-        """Stop observing layer `index`; the means are ready. An error if the rows' activations overflowed."""
+    def finish(self, index: int) -> None:
+        """Stop observing layer `index`, counted from 0. Raises if the rows' activations overflowed."""
         for hook in self._hooks:
             hook.remove()
-        for name, statistics in self.statistics.items():
+        for name, statistics in self._statistics.items():
             statistics.finish()
             if not torch.isfinite(statistics.gram.diagonal(dim1=1, dim2=2)).all():
                 raise GemmaAwqError(
-                    f"Layer {index + 1}: what enters {name} holds NaN or infinite values; the weights are finite.",
-                    "The checkpoint is damaged or its training diverged: compare it with the source's.",
+                    f"Layer {index + 1}: the input of {name} contains NaN or infinite values, although the weights are "
+                    "finite.",
+                    "The checkpoint is damaged or its training diverged. Compare its files with the original ones.",
                 )
-        return self.statistics
+
+    def hand_over(self) -> Iterator[tuple[ScaleGroup, InputStatistics]]:
+        """Yield each group and its statistics, from the last group to the first, and forget them.
+
+        A Gram matrix is as large as a weight: each one is freed when its receiver is done with it.
+        """
+        return ((group, self._statistics.pop(group.name)) for group in reversed(self._groups))
+
+
+def _adder(statistics: InputStatistics, normalized: bool, paired: bool) -> Any:
+    """Return a forward hook of a linear that adds its input to `statistics`."""
+
+    def add(_: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        x, reference = arguments[0], None
+        if paired:
+            reference, x = x.chunk(2)
+            output = output.chunk(2)[0]
+        statistics.add(x, token_weights(output, normalized), reference)
+
+    return add
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Whether the device has instructions for products in bfloat16 with sums in float32."""
+    """Whether the device has instructions for bfloat16 products with float32 sums."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
-    """Linears and attention in bfloat16 where the device multiplies it, else nothing.
+    """Run linears and attention in bfloat16 if the device multiplies it, and in float32 if not.
 
-    For what is only observed: the rounding of the inputs is noise of 0.4 %, independent from token to token.
+    This is for rows that are only observed: rounding their inputs adds noise of 0.4 %, independent for each token.
     """
     return torch.autocast(device.type, torch.bfloat16) if multiplies_bfloat16(device) else nullcontext()
 
 
 def token_weights(output: Tensor, normalized: bool) -> Tensor:
-    """How much an error at each token counts: [R, S], the mean over a row's tokens after the BOS is 1.
+    """Return how much an error at each token counts: [R, S]. The mean over a row's tokens after the BOS is 1.
 
     output: [R, S, N] of the linear; normalized: whether a norm follows it.
     """

@@ -1,51 +1,43 @@
-"""What quantizing a checkpoint will write, need and take, from its headers alone."""
+"""The plan of a quantization: the tensors that will be written, and the memory and time that it needs.
 
+It reads the headers of a checkpoint and no weights.
+"""
+
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
-from gemma_awq_cli.awq.gram import block_width
+from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
 from gemma_awq_cli.awq.packing import PACK
-from gemma_awq_cli.awq.round_group import PART
-from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, RATIOS, Effort
+from gemma_awq_cli.awq.search import Effort
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
-from gemma_awq_cli.models.forward.layerwise import LOGIT_CHUNK, TextStack
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
+from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
+from gemma_awq_cli.quantize.estimates import FLOAT32, Fit, Workload, peak_bytes, seconds
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
+from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
-# What this work reaches on two CPU cores with AVX-512, in products and in single operations; for the estimate only.
-ESTIMATED_FLOPS = 2.5e11
-ESTIMATED_ELEMENTS = 1.5e9
-# torch, transformers and the tokenizer of 262144 entries, before any weight
-LIBRARY_BYTES = 700_000_000
-
-
-EFFORTS = {"fast": FAST, "balanced": BALANCED, "best": BEST}
-BEST_OWN_ROWS = 32  # rows of the model's own that `best` adds to the text's
-
-
-@dataclass(frozen=True)
-class Fit:
-    """What trades memory for speed or reach. gram_limit: inputs wider than this keep their Gram matrix in blocks."""
-
-    tokens_per_batch: int
-    gram_limit: int
-
-
 FITS = tuple(
     Fit(tokens, limit) for limit in (8192, 4096, 2048, 1024) for tokens in (4096, 2048, 1024, 512) if tokens <= limit
 )
+MUCH_SMALLER = 0.9  # the share of a plan's memory below which another plan is worth suggesting
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What will be done. Sizes in bytes."""
+    """What a quantization will do. Sizes are in bytes.
 
-    layers: int
+    layouts: one per layer; tensors: all that the artifact will hold; smaller: the memory of the next smaller fit, if
+    there is one; state_bytes: on the disk while the work goes on.
+    """
+
+    layouts: tuple[LayerLayout, ...]
     quantized_linears: int
     group_size: int
     dtype: torch.dtype
@@ -55,16 +47,27 @@ class Plan:
     fit: Fit
     rows_per_batch: int
     memory_bytes: int
-    smaller: int | None  # the memory of the next smaller fit
-    state_bytes: int  # on the disk, while the work goes on
+    smaller: int | None
+    state_bytes: int
     seconds: float
     effort: Effort
 
+    @property
+    def layers(self) -> int:
+        return len(self.layouts)
+
+    @property
+    def dtype_name(self) -> str:
+        return DTYPE_NAMES[self.dtype]
+
 
 def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
-    """The dtype of what stays 16-bit: as asked, else as the source declares (bfloat16 for a 32-bit source)."""
+    """Return the dtype of the weights that stay in 16 bits.
+
+    It is the one that is asked for, else the one that the checkpoint declares, and bfloat16 for a 32-bit checkpoint.
+    """
     declared = checkpoint.declared_dtype
-    dtype = {"bfloat16": torch.bfloat16, "float16": torch.float16}[asked] if asked else declared
+    dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[asked] if asked else declared
     if dtype == torch.float16 and not checkpoint.family.float16:
         if asked:
             raise GemmaAwqError(
@@ -74,28 +77,32 @@ def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     return dtype if dtype in DTYPE_NAMES else torch.bfloat16
 
 
-def require_layout(checkpoint: Checkpoint, stack: TextStack, group_size: int) -> None:
-    """An error if the group size or the packed layout does not fit a dimension of a linear."""
-    linears = _linear_names(checkpoint, stack)
-    for name in (name for name in stack.shapes if name in linears):  # in the model's order, not a set's
-        out_features, in_features = stack.shapes[name]
-        if in_features % group_size:
-            fits = [size for size in (128, 64, 32) if in_features % size == 0]
+def require_layout(checkpoint: Checkpoint, group_size: int) -> None:
+    """Raise if the group size or the packed layout does not fit a dimension of a linear."""
+    for name, linear in _quantized_linears(layers_of(checkpoint.facts, checkpoint.family)).items():
+        if linear.inputs % group_size:
+            fits = [size for size in GROUP_SIZES if linear.inputs % size == 0]
             raise GemmaAwqError(
-                f"Group size {group_size} does not divide the {in_features} inputs of {name}.",
-                f"Use --group-size {fits[0]}." if fits else "No group size of this layout divides it.",
+                f"Group size {group_size} does not divide the {linear.inputs} inputs of {name}.",
+                f"Use --group-size {fits[0]}."
+                if fits
+                else "This model cannot be stored in the AutoAWQ layout: no group size divides them.",
             )
-        if out_features % PACK:
+        if linear.outputs % PACK:
             raise GemmaAwqError(
-                f"{name} has {out_features} outputs, and the AutoAWQ layout needs a multiple of {PACK}.",
-                "This model cannot be stored in this layout.",
+                f"{name} has {linear.outputs} outputs, and the AutoAWQ layout needs a multiple of {PACK}.",
+                "This model cannot be stored in the AutoAWQ layout.",
             )
 
 
-def _linear_names(checkpoint: Checkpoint, stack: TextStack) -> set[str]:
-    """The weights that become 4-bit, by their names in the model."""
-    linears = {f"{linear}.weight" for group in checkpoint.family.groups for linear in group.linears}
-    return {name for name in stack.shapes if name.startswith("model.layers.") and name.split(".", 3)[-1] in linears}
+def _quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, Linear]:
+    """The linears that become 4-bit, by the names of their weights, in the order of the model."""
+    return {
+        f"model.layers.{index}.{name}.weight": layout.linears[name]
+        for index, layout in enumerate(layouts)
+        for group in layout.groups
+        for name in group.linears
+    }
 
 
 def make_plan(
@@ -105,102 +112,73 @@ def make_plan(
     dtype: torch.dtype,
     rows: Rows,
     max_memory: int | None = None,
-    quality: str = "balanced",
+    quality: str = DEFAULT_QUALITY,
 ) -> Plan:
-    """The plan of one quantization on `rows`, in at most `max_memory` bytes; an error if that is not possible."""
-    effort = EFFORTS[quality]
-    choices = [(fit, _memory(checkpoint, stack, group_size, rows, fit, effort)) for fit in FITS]
-    fitting = [choice for choice in choices if max_memory is None or choice[1] <= max_memory]
-    least = min(memory for _, memory in choices)
-    if not fitting:
-        raise GemmaAwqError(
-            f"This needs at least {least / 1e9:.1f} GB of memory, more than --max-memory allows.",
-            "Allow more, or use shorter rows (--seq-len).",
-        )
-    fit, memory = fitting[0]
-    tokens = effort.paths * rows.ids.numel() + 2 * rows.heldout.numel()  # that travel
-    linears = _linear_names(checkpoint, stack)
-    tensors: list[PlannedTensor] = []
-    for name, shape in stack.shapes.items():
-        key = checkpoint.artifact_key(name)
-        if name in linears:
-            out_features, in_features = shape
-            base = key.removesuffix(".weight")
-            groups = in_features // group_size
-            tensors.append(PlannedTensor(f"{base}.qweight", torch.int32, (in_features, out_features // PACK)))
-            tensors.append(PlannedTensor(f"{base}.qzeros", torch.int32, (groups, out_features // PACK)))
-            tensors.append(PlannedTensor(f"{base}.scales", torch.float16, (groups, out_features)))
-        else:
-            tensors.append(PlannedTensor(key, dtype, tuple(shape)))
-    for key in checkpoint.companions():
-        info = checkpoint.tensors[key]
-        tensors.append(PlannedTensor(key, info.dtype, info.shape))
+    """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none."""
+    layouts, effort = layers_of(checkpoint.facts, checkpoint.family), QUALITIES[quality].effort
+    work = Workload(
+        layouts,
+        checkpoint.vocabulary,
+        int(checkpoint.facts.hidden_size),
+        rows.ids.numel(),
+        rows.heldout.numel(),
+        rows.ids.shape[1],
+        group_size,
+        2 if multiplies_bfloat16(stack.device) else FLOAT32,
+        effort,
+    )
+    fit, memory, smaller = _choose_fit(work, max_memory)
+    linears = _quantized_linears(layouts)
+    tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
+    states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
     return Plan(
-        layers=checkpoint.layers,
+        layouts=layouts,
         quantized_linears=len(linears),
         group_size=group_size,
         dtype=dtype,
-        tensors=tuple(tensors),
+        tensors=tensors,
         source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
         fit=fit,
-        rows_per_batch=max(1, fit.tokens_per_batch // max(1, rows.ids.shape[1])),
+        rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
         memory_bytes=memory,
-        smaller=max((other for _, other in choices if other < 0.9 * memory), default=None),
-        state_bytes=2 * tokens * int(stack.config.hidden_size) * 4,
-        seconds=_seconds(checkpoint, stack, group_size, rows, fit, effort),
+        smaller=smaller,
+        state_bytes=2 * states * work.hidden * FLOAT32,  # in two files that take turns
+        seconds=seconds(work, fit),
         effort=effort,
     )
 
 
-def _widths(checkpoint: Checkpoint, stack: TextStack) -> list[tuple[int, int]]:
-    """(inputs, summed outputs) of each group of linears in a layer."""
-    return [
-        (
-            stack.shapes[f"model.layers.0.{group.linears[0]}.weight"][1],
-            sum(stack.shapes[f"model.layers.0.{linear}.weight"][0] for linear in group.linears),
+def _choose_fit(work: Workload, max_memory: int | None) -> tuple[Fit, int, int | None]:
+    """The first fit that is within `max_memory`, its memory, and that of the next much smaller one."""
+    choices = [(fit, peak_bytes(work, fit)) for fit in FITS]
+    fitting = [choice for choice in choices if max_memory is None or choice[1] <= max_memory]
+    if not fitting:
+        least = min(memory for _, memory in choices)
+        raise GemmaAwqError(
+            f"This needs at least {least / 1e9:.1f} GB of memory, more than --max-memory allows.",
+            "Raise --max-memory, or use shorter rows (--seq-len).",
         )
-        for group in checkpoint.family.groups
-    ]
+    fit, memory = fitting[0]
+    smaller = max((other for _, other in choices if other < MUCH_SMALLER * memory), default=None)
+    return fit, memory, smaller
 
 
-def _memory(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit, effort: Effort) -> int:
-    """Peak bytes: the largest of the stages a layer goes through, and of the comparison at the end."""
-    config = stack.config
-    widths = _widths(checkpoint, stack)
-    length = rows.ids.shape[1]
-    layer = sum(s.numel() for n, s in stack.shapes.items() if n.startswith("model.layers.0."))
-    tokens = max(fit.tokens_per_batch, effort.paths * length)  # a row and its disturbed copy
-    blocks = [block_width(k, group_size, fit.gram_limit) for k, _ in widths]
-    grams = [effort.paths * block * k * 4 for block, (k, _) in zip(blocks, widths, strict=True)]
-    # an MLP holds its input, both projections, their product and its weighted copy, of the held-out rows in float32
-    wide = max(tokens * (2 if multiplies_bfloat16(stack.device) else 4), min(tokens, rows.heldout.numel()) * 4)
-    activations = tokens * 4 * 8 * int(config.hidden_size) + wide * 5 * max(k for k, _ in widths)
-    scores = max(1, tokens // length) * int(config.num_attention_heads) * length * length * 4
-    observing = 6 * layer + sum(grams) + activations + scores
-    # a group's weights in float32, its integers by compensation and to nearest; of one block the scaled Gram and its
-    # factor in float64; and what the rounding of some rows of it takes
-    rounding = 0
-    for block, (k, n) in zip(blocks, widths, strict=True):
-        own = 6 * k * n + 28 * block * block + 32 * min(n * block, PART)
-        rounding = max(rounding, 3 * layer + sum(grams) + own)
-    vocabulary = stack.shapes["model.embed_tokens.weight"]
-    comparing = 2 * vocabulary.numel() + rows.heldout.numel() * 4 * (8 * LOGIT_CHUNK + 4 * vocabulary[1])
-    return LIBRARY_BYTES + max(observing, rounding, comparing)
-
-
-def _seconds(checkpoint: Checkpoint, stack: TextStack, group_size: int, rows: Rows, fit: Fit, effort: Effort) -> float:
-    tokens = (3 if effort.correction else 1) * rows.ids.numel() + 2 * rows.heldout.numel()
-    flops = elements = 0.0
-    tries = 10 * (2 * RATIOS / effort.stride + effort.descent)  # ten operations each
-    for group, (k, n) in zip(checkpoint.family.groups, _widths(checkpoint, stack), strict=True):
-        block = block_width(k, group_size, fit.gram_limit)
-        flops += 2 * tokens * k * n + 2 * rows.ids.numel() * k * block  # the forward, the Gram matrix
-        flops += k * block * block + 6 * n * k * block  # two factors, the rounding
-        if effort.correction:
-            flops += 4 * rows.ids.numel() * k * block + k * block * block + 6 * n * k * block
-        flops += effort.refinements * (12 + 4 * effort.sweeps) * n * k * block
-        elements += tries * min(n, effort.rows * len(group.linears)) * k + 10 * len(effort.shrinks) * n * k
-    head = 4.0 * rows.heldout.numel() * stack.shapes["model.embed_tokens.weight"].numel()
-    layers = checkpoint.layers
-    return 5 + (layers * flops + head) / ESTIMATED_FLOPS + layers * elements / ESTIMATED_ELEMENTS
+def _planned_tensors(
+    checkpoint: Checkpoint, stack: TextStack, linears: Mapping[str, Linear], group_size: int, dtype: torch.dtype
+) -> tuple[PlannedTensor, ...]:
+    """Every tensor of the artifact, in the order of the model, and then the companions."""
+    tensors: list[PlannedTensor] = []
+    for name, shape in stack.shapes.items():
+        key = checkpoint.artifact_key(name)
+        if (linear := linears.get(name)) is None:
+            tensors.append(PlannedTensor(key, dtype, tuple(shape)))
+            continue
+        base, groups, packed = key.removesuffix(".weight"), linear.inputs // group_size, linear.outputs // PACK
+        tensors += (
+            PlannedTensor(f"{base}.qweight", torch.int32, (linear.inputs, packed)),
+            PlannedTensor(f"{base}.qzeros", torch.int32, (groups, packed)),
+            PlannedTensor(f"{base}.scales", torch.float16, (groups, linear.outputs)),
+        )
+    companions = ((key, checkpoint.tensors[key]) for key in checkpoint.companions())
+    return (*tensors, *(PlannedTensor(key, info.dtype, info.shape) for key, info in companions))

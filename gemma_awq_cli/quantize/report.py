@@ -1,34 +1,33 @@
-"""What an artifact says of itself: its config and its report."""
+"""The two documents that describe an artifact: its config and its report."""
 
 import hashlib
+import json
 import platform
-from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.calibration_text.rows import Rows
-from gemma_awq_cli.errors import some
 from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, LayerRecord
 from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
-from gemma_awq_cli.models.checkpoints.side_files import not_copied
 from gemma_awq_cli.models.checkpoints.source import Source
-from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE
 from gemma_awq_cli.models.checkpoints.tying import with_tie
 from gemma_awq_cli.models.forward.memory import peak_memory
-from gemma_awq_cli.quantize.plan import DTYPE_NAMES, Plan
+from gemma_awq_cli.quantize.plan import Plan
 
 REPORT_SCHEMA = 2
+BITS = 4
 
 
 def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
-    """The source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
-    dtype = DTYPE_NAMES[plan.dtype]
+    """Return the source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
+    dtype = plan.dtype_name
     config = {key: value for key, value in checkpoint.raw_config.items() if key != "torch_dtype"}
     config["dtype"] = dtype
     if isinstance(config.get("text_config"), dict):
@@ -37,7 +36,7 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     config["quantization_config"] = {
         "quant_method": "awq",
         "version": "gemm",
-        "bits": 4,
+        "bits": BITS,
         "group_size": plan.group_size,
         "zero_point": True,
         "modules_to_not_convert": list(checkpoint.family.not_converted),
@@ -46,83 +45,143 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     return stated
 
 
-def source_notes(folder: Path, card: Mapping[str, Any] | None) -> list[str]:
-    """What a user should know of the source's files before they are quantized. card: as `source_card` gives it."""
-    notes = []
-    if left := not_copied(folder):
-        notes.append(f"Not copied into the artifact, because they are no known part of a model: {some(left)}")
-    if card is not None and UNREADABLE in card:
-        notes.append(f"The source's licence is not known: {card[UNREADABLE]} `push` will ask for it.")
-    return notes
+# The sections of quantization_report.json. The names of the fields are its keys: docs/report-schema.json.
 
 
-def make_report(
-    source: Source,
-    checkpoint: Checkpoint,
-    plan: Plan,
-    rows: Rows,
-    arguments: dict[str, Any],
-    layers: list[list[dict[str, Any]]],
-    fidelity: Fidelity,
-    verified: dict[str, Any],
-    fingerprint: dict[str, Any],
-    run: dict[str, Any],
-    card: dict[str, Any] | None,
-) -> dict[str, Any]:
-    """The report that lies in the artifact. fingerprint: all that its bytes depend on; run: what this run took; card:
-    what the source's own card declares.
+@dataclass(frozen=True)
+class SourceSection:
+    """The 16-bit checkpoint. card: what its own model card declares, or None without one."""
+
+    model: str
+    revision: str | None
+    model_type: str
+    config_sha256: str
+    bytes: int
+    card: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, source: Source, checkpoint: Checkpoint, plan: Plan, card: dict[str, Any] | None) -> "SourceSection":
+        digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest()
+        return cls(source.asked, source.revision, checkpoint.family.model_type, digest, plan.source_bytes, card)
+
+
+@dataclass(frozen=True)
+class ArtifactSection:
+    """The artifact's layout."""
+
+    bytes: int
+    bits: int
+    group_size: int
+    dtype: str
+    quantized_linears: int
+
+    @classmethod
+    def of(cls, plan: Plan) -> "ArtifactSection":
+        return cls(plan.artifact_bytes, BITS, plan.group_size, plan.dtype_name, plan.quantized_linears)
+
+
+@dataclass(frozen=True)
+class CalibrationSection:
+    """The calibration rows."""
+
+    text: str
+    rows: int
+    seq_len: int
+    sha256: str
+
+    @classmethod
+    def of(cls, rows: Rows) -> "CalibrationSection":
+        return cls(rows.description, rows.ids.shape[0], rows.ids.shape[1], rows.text_sha256)
+
+
+@dataclass(frozen=True)
+class FidelitySection:
+    """What was measured on the held-out rows. kl: nats per token."""
+
+    heldout_tokens: int
+    heldout_sha256: str
+    kl: float
+    perplexity_16bit: float
+    perplexity_4bit: float
+    top1_agreement: float
+
+    @classmethod
+    def of(cls, fidelity: Fidelity, rows: Rows) -> "FidelitySection":
+        return cls(
+            fidelity.tokens,
+            rows.heldout_sha256,
+            fidelity.kl,
+            fidelity.perplexity_reference,
+            fidelity.perplexity_quantized,
+            fidelity.top1_agreement,
+        )
+
+
+@dataclass(frozen=True)
+class VersionsSection:
+    """The software that made the artifact."""
+
+    gemma_awq: str
+    torch: str
+    transformers: str
+    safetensors: str
+    python: str
+
+    @classmethod
+    def now(cls) -> "VersionsSection":
+        import safetensors
+        import transformers
+
+        python = platform.python_version()
+        return cls(__version__, torch.__version__, transformers.__version__, safetensors.__version__, python)
+
+
+@dataclass(frozen=True)
+class RunSection:
+    """The time and memory of this run, which no bytes depend on. Memory is None where the system does not tell."""
+
+    finished: str
+    seconds: float
+    seconds_a_layer: tuple[float, ...]
+    peak_memory_bytes: int | None
+    peak_vram_bytes: int | None
+    machine: str
+    threads: int
+
+    @classmethod
+    def now(cls, seconds: float, records: list[LayerRecord]) -> "RunSection":
+        return cls(
+            datetime.now(UTC).isoformat(timespec="seconds"),
+            round(seconds, 1),
+            tuple(record.seconds for record in records),
+            peak_memory(),
+            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            f"{platform.system()} {platform.machine()}",
+            torch.get_num_threads(),
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """The report that lies in the artifact.
+
+    arguments: of the request; verified: the result of reading the artifact back; layers: the decisions, layer by layer;
+    fingerprint: everything that the artifact's bytes depend on.
     """
-    import safetensors
-    import transformers
 
-    return {
-        "schema": REPORT_SCHEMA,
-        "source": {
-            "model": source.asked,
-            "revision": source.revision,
-            "model_type": checkpoint.family.model_type,
-            "config_sha256": hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest(),
-            "bytes": plan.source_bytes,
-            "card": card,
-        },
-        "artifact": {
-            "bytes": plan.artifact_bytes,
-            "bits": 4,
-            "group_size": plan.group_size,
-            "dtype": DTYPE_NAMES[plan.dtype],
-            "quantized_linears": plan.quantized_linears,
-        },
-        "arguments": arguments,
-        "calibration": {
-            "text": rows.description,
-            "rows": rows.ids.shape[0],
-            "seq_len": rows.ids.shape[1],
-            "sha256": rows.text_sha256,
-        },
-        "fidelity": {
-            "heldout_tokens": fidelity.tokens,
-            "heldout_sha256": rows.heldout_sha256,
-            "kl": fidelity.kl,
-            "perplexity_16bit": fidelity.perplexity_reference,
-            "perplexity_4bit": fidelity.perplexity_quantized,
-            "top1_agreement": fidelity.top1_agreement,
-        },
-        "verified": verified,
-        "layers": layers,
-        "fingerprint": fingerprint,
-        "versions": {
-            "gemma_awq": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "safetensors": safetensors.__version__,
-            "python": platform.python_version(),
-        },
-        "run": {
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            **run,
-            "peak_memory_bytes": peak_memory(),
-            "peak_vram_bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
-            "machine": f"{platform.system()} {platform.machine()}",
-            "threads": torch.get_num_threads(),
-        },
-    }
+    schema: int
+    source: SourceSection
+    artifact: ArtifactSection
+    arguments: dict[str, Any]
+    calibration: CalibrationSection
+    fidelity: FidelitySection
+    verified: dict[str, Any]
+    layers: tuple[tuple[GroupRecord, ...], ...]
+    fingerprint: Fingerprint
+    versions: VersionsSection
+    run: RunSection
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the report as reading the file will return it: with lists for tuples."""
+        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return value

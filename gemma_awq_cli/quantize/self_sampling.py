@@ -1,7 +1,7 @@
-"""Calibration rows that the 16-bit model writes itself: no data set, no licence question, the model's own distribution.
+"""Calibration rows that the 16-bit model writes itself: from its own distribution, without a data set or its licence.
 
-All rows are sampled at once, token by token from BOS at temperature 1, through transformers' static cache. The tool's
-cache keeps them, so that a resumed run, or one with other settings, does not sample them again.
+All rows are sampled together, token by token from BOS at temperature 1, with transformers' static cache. The tool's
+cache folder keeps them, so that a resumed run, or one with other settings, need not sample them again.
 """
 
 import hashlib
@@ -23,36 +23,38 @@ from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.gemma.architecture import final_softcap
+from gemma_awq_cli.models.gemma.layers import layers_of
+from gemma_awq_cli.quantize.estimates import FLOAT32, LIBRARY_BYTES
 
-CHUNKS = 64  # parts of the vocabulary that a draw first chooses among
+CHUNKS = 64  # parts of the vocabulary, of which a draw first chooses one
 
 
 def sampling_bytes(checkpoint: Checkpoint, rows: int, seq_len: int) -> int:
-    """Memory that sampling takes: the whole model in 16 bit, the cache of every row, a token's logits."""
-    config = checkpoint.text_config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    cache = 4 * rows * seq_len * config.num_hidden_layers * config.num_key_value_heads * head_dim
+    """Return the bytes that sampling takes: the whole 16-bit model, the cache of every row, one token's logits."""
+    key_and_value = 2 * 2  # bytes of a channel in 16 bits
+    channels = sum(layout.kv_size for layout in layers_of(checkpoint.facts, checkpoint.family))
+    cache = key_and_value * rows * seq_len * channels
     weights = sum(info.nbytes for info in checkpoint.tensors.values())
-    return 700_000_000 + weights + cache + 4 * rows * int(config.vocab_size)
+    return LIBRARY_BYTES + weights + cache + FLOAT32 * rows * checkpoint.vocabulary
 
 
-def require_room(checkpoint: Checkpoint, rows: int, seq_len: int, memory: int | None) -> None:
-    """An error if sampling does not fit in `memory` bytes (None: unknown, so allowed)."""
+def require_memory_to_sample(checkpoint: Checkpoint, rows: int, seq_len: int, memory: int | None) -> None:
+    """Raise if sampling needs more than `memory` bytes. None: unknown, and so allowed."""
     needed = sampling_bytes(checkpoint, rows, seq_len)
     if memory is not None and needed > memory:
         raise GemmaAwqError(
-            f"Sampling from the 16-bit model needs the whole of it in memory: {needed / 1e9:.1f} GB, and there are "
-            f"{memory / 1e9:.1f} GB.",
-            "Use another --calibration text, and --quality balanced instead of best.",
+            f"Sampling from the 16-bit model needs the whole of it in memory, {needed / 1e9:.1f} GB, but only "
+            f"{memory / 1e9:.1f} GB are available.",
+            "Use another --calibration than `self`, and --quality balanced instead of best.",
         )
 
 
-def own_rows(
+def sampled_rows(
     checkpoint: Checkpoint, device: torch.device, rows: int, seq_len: int, seed: int, on_token: Callable[[int], None]
 ) -> Tensor:
-    """`sample_rows` of a checkpoint, from the cache if the same sampling was done before.
+    """Return the rows that `sample_rows` makes, from the cache if the same rows were sampled before.
 
-    A cache that cannot be read or written costs the time of sampling again, and nothing else.
+    If the cache cannot be read or written, the rows are sampled again.
     """
     conditions = {
         "model": checkpoint.identity(), "rows": rows, "seq_len": seq_len, "seed": seed, "device": device.type,
@@ -60,7 +62,7 @@ def own_rows(
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "own-rows" / f"{name}.safetensors"
-    with suppress(OSError, SafetensorError, KeyError):  # not there, or damaged
+    with suppress(OSError, SafetensorError, KeyError):  # absent or damaged
         ids = load_file(path)["ids"]
         if ids.shape == (rows, seq_len) and ids.dtype == torch.int32:
             return ids.to(torch.int64)
@@ -79,7 +81,10 @@ def own_rows(
 def sample_rows(
     folder: Path, device: torch.device, rows: int, seq_len: int, seed: int, on_token: Callable[[int], None]
 ) -> Tensor:
-    """[rows, seq_len] int64 token ids, each row from BOS. The same seed, threads and libraries give the same rows."""
+    """Sample token ids [rows, seq_len] int64, each row from BOS.
+
+    The same seed, number of threads and libraries give the same rows. on_token: called with the position of each token.
+    """
     from transformers import StaticCache
 
     opened = open_model(folder, device)
@@ -101,9 +106,9 @@ def sample_rows(
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """One token a row from softmax(logits [R, V]): [R]. First the part of the vocabulary is drawn, then the token.
+    """Draw one token per row from softmax(logits [R, V]): [R]. First a part of the vocabulary is drawn, then a token.
 
-    A whole row's running sum of 262144 terms would cost more than the model.
+    Running sums over rows of 262144 entries would take longer than the model.
     """
     rows, vocabulary = logits.shape
     width = -(-vocabulary // CHUNKS)
@@ -114,13 +119,13 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     part = torch.searchsorted(sums, point).clamp_(max=CHUNKS - 1)
     before = torch.where(part > 0, sums.gather(1, (part - 1).clamp_(min=0)), torch.zeros_like(point))
     inside = weights[torch.arange(rows, device=logits.device), part[:, 0]].to(torch.float32).cumsum(1)
-    # a point that rounding put beyond the part's own sum falls on the part's last token of any weight
+    # rounding may put the point beyond the sum of the part: it then takes the part's last token of any weight
     token = torch.searchsorted(inside, torch.minimum(point - before, inside[:, -1:]))
     return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1)
 
 
-def with_own_rows(rows: Rows, own: Tensor) -> Rows:
-    """`rows` with the model's own [R', S] after the text's."""
-    ids = torch.cat([rows.ids, own])
-    described = f"{rows.description} + {len(own)} rows of the model's own"
+def with_sampled_rows(rows: Rows, sampled: Tensor) -> Rows:
+    """Return `rows` with the rows [R', S] that the model sampled after those of the text."""
+    ids = torch.cat([rows.ids, sampled])
+    described = f"{rows.description} + {len(sampled)} rows of the model's own"
     return Rows(ids, rows.heldout, hash_rows(ids), rows.heldout_sha256, described)

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq import scale_descent
-from gemma_awq_cli.awq.coordinate_descent import fitted_scales, refined
-from gemma_awq_cli.awq.gptq import DAMPING, added, compensated, factored, residuals
+from gemma_awq_cli.awq.coordinate_descent import fit_scales, refine
+from gemma_awq_cli.awq.gptq import DAMPING, damping_amount, factor_gram, quantize_compensated, residuals
 from gemma_awq_cli.awq.gram import TILE, InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
 from gemma_awq_cli.awq.search import BALANCED, search_range, search_scale
@@ -71,16 +71,16 @@ def test_scaled_gram_is_the_gram_of_the_scaled_input() -> None:
 def rounded(weight: Tensor, gram: Tensor, scale: Tensor, clip: bool = True) -> float:
     """The output error of scaling, choosing ranges and rounding with compensation."""
     own = scaled_gram(gram, scale)[0]
-    factor, wanted = factored(own), weight * scale
+    factor, wanted = factor_gram(own), weight * scale
     grid = search_range(wanted, factor.residual, GROUP) if clip else minmax_grid(wanted, GROUP)
-    return output_error(dequantize(compensated(wanted, grid, factor), grid) / scale - weight, gram)
+    return output_error(dequantize(quantize_compensated(wanted, grid, factor), grid) / scale - weight, gram)
 
 
 def test_a_residual_is_what_the_later_columns_cannot_make_up_for() -> None:
     """Against its definition: the Schur complement of a column given all that are rounded after it."""
     gram = statistics_of(outlier_rows()).gram
-    factor = factored(gram[0])
-    damped = gram[0].double() + added(gram[0], DAMPING) * torch.eye(K, dtype=torch.float64)
+    factor = factor_gram(gram[0])
+    damped = gram[0].double() + damping_amount(gram[0], DAMPING) * torch.eye(K, dtype=torch.float64)
     for place in (0, 5, 60, K - 1):
         column, later = factor.order[place], factor.order[place + 1 :]
         made_up = damped[column, later] @ torch.linalg.solve(damped[later][:, later], damped[later, column])
@@ -92,9 +92,9 @@ def test_residuals_tell_the_error_of_compensated_rounding() -> None:
     """What the searches count, against what the rounding then does."""
     x = torch.randn(4000, K, generator=torch.Generator().manual_seed(4)) @ (torch.eye(K) + 0.1 * torch.randn(K, K))
     gram, weight = statistics_of(x).gram, torch.randn(256, K)
-    gram[0].diagonal().add_(added(gram[0], DAMPING))  # so that a further damping is next to nothing
-    factor, grid = factored(gram[0], 1e-6), minmax_grid(weight, GROUP)
-    q = compensated(weight, grid, factor)
+    gram[0].diagonal().add_(damping_amount(gram[0], DAMPING))  # so that a further damping is next to nothing
+    factor, grid = factor_gram(gram[0], 1e-6), minmax_grid(weight, GROUP)
+    q = quantize_compensated(weight, grid, factor)
     expected = float(((nearest(weight, grid) - weight).square() @ factor.residual).sum())
     assert output_error(dequantize(q, grid) - weight, gram) == pytest.approx(expected, rel=0.1)
 
@@ -165,10 +165,10 @@ def test_compensation_beats_nearest_on_the_same_grid(block: int) -> None:
     grid = minmax_grid(weight, GROUP)
     # the paper's damping; these outliers are not scaled away first
     parts = [
-        compensated(
+        quantize_compensated(
             weight[:, start : start + block],
             Grid(*(t[:, start // GROUP : (start + block) // GROUP] for t in grid)),
-            factored(own, 0.01),
+            factor_gram(own, 0.01),
         )
         for start, own in zip(range(0, K, block), gram, strict=True)
     ]
@@ -195,28 +195,28 @@ def test_compensation_is_the_textbook_recursion() -> None:
         error = (work[:, i] - ((rounded - column.zero) * column.scale)[:, 0]) / factor[i, i]
         work[:, i + 1 :] -= error[:, None] * factor[i, i + 1 :]
     # float32 and float64 may part at ties; they hardly ever do
-    assert (compensated(weight, grid, factored(gram[0])) == expected).float().mean() > 0.98
+    assert (quantize_compensated(weight, grid, factor_gram(gram[0])) == expected).float().mean() > 0.98
 
 
 def test_a_singular_gram_is_damped_until_it_can_be_factored() -> None:
     weight = torch.randn(4, K)
     for gram in (torch.ones(K, K), torch.zeros(K, K)):
-        q = compensated(weight, minmax_grid(weight, GROUP), factored(gram))
+        q = quantize_compensated(weight, minmax_grid(weight, GROUP), factor_gram(gram))
         assert torch.isfinite(q).all()
-        again, grid = refined(q, minmax_grid(weight, GROUP), weight, gram, torch.arange(K), 1, 1)
+        again, grid = refine(q, minmax_grid(weight, GROUP), weight, gram, torch.arange(K), 1, 1)
         assert torch.isfinite(again).all()
         assert torch.isfinite(grid.scale).all()
 
 
 def test_refining_lowers_the_error_turn_by_turn() -> None:
     gram = statistics_of(outlier_rows()).gram
-    gram[0].diagonal().add_(added(gram[0], DAMPING))
+    gram[0].diagonal().add_(damping_amount(gram[0], DAMPING))
     weight = torch.randn(N, K)
-    grid, factor = minmax_grid(weight, GROUP), factored(gram[0])
-    q = compensated(weight, grid, factor)
+    grid, factor = minmax_grid(weight, GROUP), factor_gram(gram[0])
+    q = quantize_compensated(weight, grid, factor)
     errors = [output_error(dequantize(q, grid) - weight, gram)]
     for rounds in (1, 2, 4):
-        new_q, new_grid = refined(q, grid, weight, gram[0], factor.order, rounds, 2)
+        new_q, new_grid = refine(q, grid, weight, gram[0], factor.order, rounds, 2)
         assert new_q.min() >= 0
         assert new_q.max() <= 15
         assert torch.equal(new_q, new_q.round())
@@ -229,7 +229,7 @@ def test_no_single_integer_can_be_moved_to_lower_a_refined_error() -> None:
     gram = statistics_of(outlier_rows()).gram
     weight, order = torch.randn(3, K), torch.arange(K)
     grid = minmax_grid(weight, GROUP)
-    q, grid = refined(compensated(weight, grid, factored(gram[0])), grid, weight, gram[0], order, 30, 2)
+    q, grid = refine(quantize_compensated(weight, grid, factor_gram(gram[0])), grid, weight, gram[0], order, 30, 2)
     least = output_error(dequantize(q, grid) - weight, gram)
     for row in range(3):
         for column in range(K):
@@ -243,8 +243,8 @@ def test_fitted_scales_are_the_least_squares_solution() -> None:
     gram = statistics_of(outlier_rows()).gram
     weight = torch.randn(5, K)
     grid = minmax_grid(weight, GROUP)
-    q = compensated(weight, grid, factored(gram[0]))
-    fitted = fitted_scales(q, grid, weight, gram[0])
+    q = quantize_compensated(weight, grid, factor_gram(gram[0]))
+    fitted = fit_scales(q, grid, weight, gram[0])
     root = torch.linalg.cholesky(gram[0].double() + 1e-9 * torch.eye(K, dtype=torch.float64))
     for row in range(5):
         columns = torch.zeros(K, K // GROUP, dtype=torch.float64)

@@ -233,7 +233,7 @@ def test_bad_input_fails_clearly_and_leaves_nothing(
     fails(bad, "lacks the tensor model.layers.2.mlp.down_proj.weight")
     wild = shutil.copytree(good, tmp_path / "wild")
     edit_weights(wild, lambda t: [t[f"model.layers.1.mlp.{name}_proj.weight"].mul_(1e25) for name in ("gate", "up")])
-    fails(wild, "Layer 2: what enters down holds NaN or infinite values")  # finite weights, infinite activations
+    fails(wild, "Layer 2: the input of down contains NaN or infinite values")  # finite weights, infinite activations
     fails(tmp_path / "absent", "neither a folder nor a hub id")
     assert main(["quantize", "demo", "--revision", "main", "-o", str(tmp_path / "out")]) == 2
 

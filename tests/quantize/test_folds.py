@@ -16,7 +16,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.families import ScaleGroup
-from gemma_awq_cli.quantize.layer import FOLD_TOLERANCE, Heads, fold_deviation, require_exact_fold
+from gemma_awq_cli.models.gemma.layers import layers_of
+from gemma_awq_cli.quantize.folding import FOLD_TOLERANCE, fold_deviation, require_exact_fold
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")
@@ -29,7 +30,7 @@ class FoldedLayer:
         self.checkpoint = Checkpoint(folder)
         self.stack = TextStack(self.checkpoint, CPU)
         self.weights = self.stack.read_layer(1)
-        self.heads = Heads.of(self.stack.config)
+        self.layout = layers_of(self.checkpoint.facts, self.checkpoint.family)[1]
         torch.manual_seed(5)
         self.hidden = torch.randn(2, 40, int(self.stack.config.hidden_size))
         self.original = self.run(self.weights)
@@ -44,7 +45,7 @@ class FoldedLayer:
         scale = torch.exp(torch.rand(width) * 3.2 - 1.6)
         if group.fold == "heads":
             scale = repeat_heads(
-                tie_heads(scale, self.heads.kv_heads, self.heads.head_dim), self.heads.heads, self.heads.head_dim
+                tie_heads(scale, self.layout.kv_heads, self.layout.head_dim), self.layout.heads, self.layout.head_dim
             )
         return scale
 
@@ -61,10 +62,10 @@ class FoldedLayer:
         else:
             rows = scale
             if group.fold == "heads":
-                kv_scale = tie_heads(scale, self.heads.kv_heads, self.heads.head_dim)
+                kv_scale = tie_heads(scale, self.layout.kv_heads, self.layout.head_dim)
                 rows = kv_scale
                 if tile:
-                    scale = kv_scale.repeat(self.heads.heads // self.heads.kv_heads)
+                    scale = kv_scale.repeat(self.layout.heads // self.layout.kv_heads)
             weights[f"{group.source}.weight"] = weights[f"{group.source}.weight"] / rows[:, None]
         for linear in group.linears:
             weights[f"{linear}.weight"] = weights[f"{linear}.weight"] * scale

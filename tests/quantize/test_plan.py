@@ -7,12 +7,14 @@ import pytest
 import torch
 
 from gemma_awq_cli.calibration_text.rows import Rows
-from gemma_awq_cli.cli.console import bytes_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.quantize.pipeline import _memory_errors
-from gemma_awq_cli.quantize.plan import FITS, LIBRARY_BYTES, Plan, make_plan
+from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
+from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
+from gemma_awq_cli.quantize.plan import FITS, Plan, make_plan
+from gemma_awq_cli.system.sizes import parse_bytes
 
 
 def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced") -> Plan:
@@ -42,15 +44,35 @@ def test_the_best_plan_has_room_for_both_paths_of_the_rows(checkpoints: Callable
     assert best.seconds > balanced.seconds
 
 
+def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str], Path]) -> None:
+    from dataclasses import replace
+
+    from gemma_awq_cli.awq.search import BALANCED
+    from gemma_awq_cli.quantize.estimates import START_SECONDS, Workload, peak_bytes, seconds
+
+    small = plan_of(checkpoints("gemma")).layouts[0]
+    wide = {name: replace(small.linears[name], outputs=8192) for name in ("mlp.gate_proj", "mlp.up_proj")}
+    down = replace(small.linears["mlp.down_proj"], inputs=8192)
+    large = replace(small, intermediate=8192, linears={**small.linears, **wide, "mlp.down_proj": down})
+
+    def work(*layouts: LayerLayout) -> Workload:
+        return Workload(layouts, 0, small.hidden, 4096, 0, 512, 32, 4, BALANCED)
+
+    for order in ((small, large), (large, small)):
+        assert peak_bytes(work(*order), FITS[0]) == peak_bytes(work(large), FITS[0]) > peak_bytes(work(small), FITS[0])
+        alone = sum(seconds(work(layout), FITS[0]) - START_SECONDS for layout in order)
+        assert seconds(work(*order), FITS[0]) == pytest.approx(START_SECONDS + alone)
+
+
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:
     import dataclasses
 
     plan = dataclasses.replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000)
     for exhausted in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, _memory_errors(plan, 4):
+        with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, layer_memory_errors(plan, 4):
             raise exhausted
         assert "--max-memory 3.2GB" in caught.value.hint
-    with pytest.raises(RuntimeError, match="a bug"), _memory_errors(plan, 4):
+    with pytest.raises(RuntimeError, match="a bug"), layer_memory_errors(plan, 4):
         raise RuntimeError("a bug")
 
 
@@ -59,4 +81,4 @@ def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[st
     [("6GB", 6 * 10**9), ("1.5 gib", 3 * 2**29), ("900M", 900 * 10**6), ("123", 123), ("6 apples", None), ("", None)],
 )
 def test_sizes(text: str, expected: int | None) -> None:
-    assert bytes_of(text) == expected
+    assert parse_bytes(text) == expected

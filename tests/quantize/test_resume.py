@@ -15,13 +15,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gemma_awq_cli.cli.app import main
-from gemma_awq_cli.models.checkpoints.journal import Journal, differences
+from gemma_awq_cli.models.checkpoints.journal import GroupRecord, Journal, LayerRecord, differences
 from tests.conftest import quantize_arguments
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
@@ -173,7 +174,7 @@ def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.Monkey
     from gemma_awq_cli.quantize import pipeline
 
     arguments = quantize_arguments(checkpoint, out, text, *more)
-    real = pipeline._one_layer
+    real = pipeline.process_layer
 
     def interrupted(*given: object) -> object:
         if given[-1] == 2:
@@ -181,7 +182,7 @@ def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.Monkey
         return real(*given)  # type: ignore[arg-type]
 
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_one_layer", interrupted)
+        patch.setattr(pipeline, "process_layer", interrupted)
         assert main(arguments) == 130
     return arguments
 
@@ -196,7 +197,7 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
 ) -> None:
     out = tmp_path / "out"
     arguments = kept_run(out, checkpoints("gemma2"), text_file, monkeypatch)
-    assert "2 of 3 layers are kept: repeat the command with --resume" in capsys.readouterr().err
+    assert "2 of 3 layers are kept. To continue, repeat the command with --resume" in capsys.readouterr().err
     assert not out.exists()
     # neither thrown away nor gone on with unless that is asked for
     assert main(arguments) == 1
@@ -291,11 +292,11 @@ def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str],
         "import os, signal, sys\n"
         "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli.app import main\n"
-        "real = pipeline._one_layer\n"
+        "real = pipeline.process_layer\n"
         "def slow(*a):\n"
         "    if a[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
         "    return real(*a)\n"
-        "pipeline._one_layer = slow\n"
+        "pipeline.process_layer = slow\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
@@ -317,14 +318,14 @@ def test_out_of_memory_is_said_and_resumable(
         "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli.app import main\n"
         "import torch\n"
-        "real = pipeline._one_layer\n"
+        "real = pipeline.process_layer\n"
         "def limited(*a):\n"
         "    if a[-1] == 1:\n"
         "        used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
         "        torch.empty(2**30)\n"
         "    return real(*a)\n"
-        "pipeline._one_layer = limited\n"
+        "pipeline.process_layer = limited\n"
         "sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
@@ -344,7 +345,7 @@ def test_a_shard_that_vanishes_half_way(
 
     checkpoint = make_checkpoint(tmp_path / "sharded", "gemma2", sharded=True)
     shards = sorted(checkpoint.glob("model-*.safetensors"))
-    real = pipeline._one_layer
+    real = pipeline.process_layer
 
     def vanishing(*given: object) -> object:
         if given[-1] == 1:
@@ -354,7 +355,7 @@ def test_a_shard_that_vanishes_half_way(
 
     arguments = quantize_arguments(checkpoint, tmp_path / "out", text_file)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_one_layer", vanishing)
+        patch.setattr(pipeline, "process_layer", vanishing)
         assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "cannot be read" in captured.err
@@ -378,7 +379,11 @@ def test_a_changed_file_of_the_kept_work_is_noticed(
     assert main([*arguments, "--force"]) == 0
 
 
+RECORD = LayerRecord((GroupRecord("qkv", ("self_attn.q_proj",), "none", (0.0, 0.5), 0.1, 1, 64),), 0.1)
+
+
 def record(**changes: object) -> dict[str, object]:
+    """`RECORD` as a line of the journal holds it."""
     group = {
         "name": "qkv", "linears": ["self_attn.q_proj"], "method": "none", "exponents": [0.0, 0.5], "error": 0.1,
         "rtn_error": 1, "gram_block": 64,
@@ -389,16 +394,17 @@ def record(**changes: object) -> dict[str, object]:
 def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     journal.begin({"seed": 0})
-    journal.add(record())
+    journal.add(RECORD)
     with journal.path.open("ab") as file:
         file.write(b'{"groups": [')
     torn = journal.path.read_bytes()
     again = Journal(tmp_path)
     assert again.fingerprint == {"seed": 0}
-    assert again.records == [record()]
+    assert again.records == [RECORD]
     assert journal.path.read_bytes() == torn  # to look is not to write: it may be a live one's
-    again.add(record(seconds=1))
-    assert Journal(tmp_path).records == [record(), record(seconds=1)]
+    again.add(replace(RECORD, seconds=1))
+    assert Journal(tmp_path).records == [RECORD, replace(RECORD, seconds=1)]
+    assert [json.loads(line) for line in again.path.read_text().splitlines()[1:]] == [record(), record(seconds=1)]
 
 
 def test_differences_are_named() -> None:

@@ -13,7 +13,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.quantize import plan, self_sampling
+from gemma_awq_cli.quantize import self_sampling
+from gemma_awq_cli.quantize.quality import QUALITIES
 from tests.conftest import FAMILIES, quantize_arguments
 
 CPU = torch.device("cpu")
@@ -61,7 +62,7 @@ def test_quantize_on_its_own_rows(tmp_path: Path, checkpoints: Callable[[str], P
     best = quantize_arguments(checkpoints("gemma"), tmp_path / "best", text_file, "--quality", "best")
     assert main(best) == 0
     calibration = json.loads((tmp_path / "best" / "quantization_report.json").read_text())["calibration"]
-    assert calibration["rows"] == 24 + plan.BEST_OWN_ROWS
+    assert calibration["rows"] == 24 + QUALITIES["best"].sampled_rows
 
 
 def test_the_same_seed_gives_the_same_rows(checkpoints: Callable[[str], Path]) -> None:
@@ -84,7 +85,7 @@ def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: 
     monkeypatch.setattr(self_sampling, "sample_rows", counted)
 
     def rows(seed: int = 0, kind: str = "gemma") -> Tensor:
-        return self_sampling.own_rows(Checkpoint(checkpoints(kind)), CPU, 2, 16, seed, lambda _: None)
+        return self_sampling.sampled_rows(Checkpoint(checkpoints(kind)), CPU, 2, 16, seed, lambda _: None)
 
     first = rows()
     assert torch.equal(rows(), first)
@@ -105,4 +106,4 @@ def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: 
 
 def test_a_model_that_does_not_fit_is_not_sampled_from(checkpoints: Callable[[str], Path]) -> None:
     with pytest.raises(GemmaAwqError, match="whole of it in memory"):
-        self_sampling.require_room(Checkpoint(checkpoints("gemma")), 8, 512, 500_000_000)
+        self_sampling.require_memory_to_sample(Checkpoint(checkpoints("gemma")), 8, 512, 500_000_000)

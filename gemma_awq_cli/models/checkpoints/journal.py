@@ -1,11 +1,12 @@
-"""The journal that lets an interrupted quantization resume: the layers that are done, and what they depend on.
+"""The journal of an interrupted quantization: the layers that are done, and the conditions that they depend on.
 
-A line is appended and forced to the disk only after everything that it describes is there, so a process killed at any
-moment leaves a true journal. A line that the kill cut off does not count.
+A line is appended and forced to the disk only after everything that it records is on the disk. A process that is killed
+at any moment therefore leaves a true journal. A last line without a line break was cut off by the kill and is ignored.
 """
 
 import json
 import os
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,62 +16,92 @@ from gemma_awq_cli.system.reading import read_bytes
 
 JOURNAL = "journal.jsonl"
 ANEW = "Start over with --force."
-JOURNAL_BYTES = 64 * 1024 * 1024  # each layer takes a few kilobytes
-Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by a name that a user understands
+JOURNAL_BYTES = 64 * 1024 * 1024  # a layer takes a few kilobytes
+Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by names that a user understands
 
-# The keys of a layer's record and of each of its groups; the artifact's report is made of them.
-_RECORD = {"groups": list, "seconds": (int, float)}
-_GROUP = {
-    "name": str, "linears": list, "method": str, "exponents": list, "error": (int, float), "rtn_error": (int, float),
-    "gram_block": int,
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class GroupRecord:
+    """The decisions for one group of linears, as the journal and the report hold them.
+
+    Errors are mean squared output errors over the calibration tokens, summed over the outputs: `error` of the stored
+    weights, `rtn_error` of round-to-nearest. If weights were corrected for the layers before, the errors are those of
+    rounding the corrected weights.
+    """
+
+    name: str
+    linears: tuple[str, ...]
+    method: str
+    exponents: tuple[float, ...]
+    error: float
+    rtn_error: float
+    gram_block: int
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One finished layer. seconds: the time that it took."""
+
+    groups: tuple[GroupRecord, ...]
+    seconds: float
+
+    @property
+    def error(self) -> float:
+        return sum(group.error for group in self.groups)
+
+    @property
+    def rtn_error(self) -> float:
+        return sum(group.rtn_error for group in self.groups)
 
 
 class Journal:
-    """The first line holds the fingerprint, every further line a record of one finished layer.
+    """The first line holds the fingerprint, every further line the record of one finished layer.
 
-    Reading it writes nothing, so a process may look while another one works. Whoever adds to it must hold the lock of
-    its folder.
+    Reading writes nothing, so a process may look while another one works. Whoever adds a line holds the lock of the
+    folder.
     """
 
     def __init__(self, folder: Path) -> None:
         self.path = folder / JOURNAL
         self.fingerprint: Fingerprint | None = None
-        self.records: list[dict[str, Any]] = []
-        self._whole = 0  # bytes of complete lines
+        self.records: list[LayerRecord] = []
+        self._complete = 0  # bytes of complete lines
         if not os.path.lexists(self.path):
             return
         content = read_bytes(self.path, ANEW, JOURNAL_BYTES)
-        self._whole = content.rfind(b"\n") + 1
-        lines = [self._read(number, line) for number, line in enumerate(content[: self._whole].splitlines(), 1)]
-        if lines:
-            self.fingerprint, self.records = lines[0], lines[1:]
+        self._complete = content.rfind(b"\n") + 1
+        for number, line in enumerate(content[: self._complete].splitlines(), 1):
+            value = self._read(number, line)
+            if number == 1:
+                self.fingerprint = value
+            else:
+                self.records.append(self._record(number, value))
 
     def begin(self, fingerprint: Fingerprint) -> None:
-        """Start over with a new fingerprint."""
+        """Start over with an empty journal."""
         self.path.unlink(missing_ok=True)
-        self.fingerprint, self.records, self._whole = fingerprint, [], 0
+        self.fingerprint, self.records, self._complete = fingerprint, [], 0
         self._append(fingerprint)
 
-    def add(self, record: dict[str, Any]) -> None:
-        """Record that one more layer is done and that all of its files are on the disk."""
-        self._append(record)
+    def add(self, record: LayerRecord) -> None:
+        """Record one more finished layer, all of whose files are on the disk."""
+        self._append(asdict(record))
         self.records.append(record)
 
     def require_at_most(self, layers: int) -> None:
-        """An error if it records more layers than the model has."""
+        """Raise if the journal has more layers than the model."""
         if len(self.records) > layers:
-            raise GemmaAwqError(f"{self.path} records {len(self.records)} layers; the model has {layers}.", ANEW)
+            raise GemmaAwqError(f"{self.path} records {len(self.records)} layers, but the model has {layers}.", ANEW)
 
     def _append(self, line: dict[str, Any]) -> None:
-        # a line that a kill cut off is overwritten
+        # this overwrites a line that a kill cut off
         with open(os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            file.truncate(self._whole)
-            file.seek(self._whole)
+            file.truncate(self._complete)
+            file.seek(self._complete)
             file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-            self._whole = file.tell()
+            self._complete = file.tell()
 
     def _read(self, number: int, line: bytes) -> dict[str, Any]:
         where = f"{self.path}, line {number}"
@@ -79,42 +110,63 @@ class Journal:
         except UnicodeDecodeError:
             raise GemmaAwqError(f"{where} is damaged: it is not UTF-8.", ANEW) from None
         value = parse_json(text, where, ANEW)
-        is_sound = isinstance(value, dict) if number == 1 else _is_record(value)
-        if not is_sound:
-            raise GemmaAwqError(f"{where} is damaged: it is not the record of a layer.", ANEW)
-        return dict(value)
+        if not isinstance(value, dict):
+            raise self._damaged(number)
+        return value
+
+    def _record(self, number: int, value: dict[str, Any]) -> LayerRecord:
+        groups = value.get("groups")
+        if not (isinstance(groups, list) and _is_number(value.get("seconds")) and all(map(_is_group, groups))):
+            raise self._damaged(number)
+        return LayerRecord(tuple(_group(group) for group in groups), value["seconds"])
+
+    def _damaged(self, number: int) -> GemmaAwqError:
+        return GemmaAwqError(f"{self.path}, line {number} is damaged: it is not the record of a layer.", ANEW)
 
 
-def _is_record(value: Any) -> bool:
-    return _holds(value, _RECORD) and all(
-        _holds(group, _GROUP)
-        and all(isinstance(linear, str) for linear in group["linears"])
-        and all(_is(number, (int, float)) for number in group["exponents"])
-        for group in value["groups"]
+def has_finished_layers(folder: Path) -> bool:
+    """Whether the journal in `folder` records any layer. A journal that cannot be read counts: the user decides."""
+    try:
+        return bool(Journal(folder).records)
+    except GemmaAwqError:
+        return True
+
+
+def _is_group(value: Any) -> bool:
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), str) for name in ("name", "method"))
+        and all(isinstance(value.get(name), list) for name in ("linears", "exponents"))
+        and all(isinstance(linear, str) for linear in value["linears"])
+        and all(map(_is_number, value["exponents"]))
+        and all(_is_number(value.get(name)) for name in ("error", "rtn_error"))
+        and isinstance(value.get("gram_block"), int)
+        and not isinstance(value["gram_block"], bool)
     )
 
 
-def _holds(value: Any, kinds: dict[str, Any]) -> bool:
-    return isinstance(value, dict) and all(name in value and _is(value[name], kind) for name, kind in kinds.items())
+def _group(value: dict[str, Any]) -> GroupRecord:
+    held = {field.name: value[field.name] for field in fields(GroupRecord)}
+    return GroupRecord(**{**held, "linears": tuple(held["linears"]), "exponents": tuple(held["exponents"])})
 
 
-def _is(value: Any, kind: Any) -> bool:
-    return isinstance(value, kind) and not isinstance(value, bool)
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
-    """The differences between two runs, such as `seed: 0 then, 1 now`."""
+    """Return what changed between two runs, such as `seed: 0 then, 1 now`."""
     names = list(dict.fromkeys([*then, *now]))
     return [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names
             if then.get(name) != now.get(name)]  # fmt: skip
 
 
 def require_same(then: Fingerprint, now: Fingerprint, where: Path) -> None:
-    """An error that names what differs, unless both runs would end in the same bytes."""
+    """Raise, with the names of what differs, unless both runs would end in the same bytes."""
     if changed := differences(then, now):
         raise GemmaAwqError(
-            f"{where} was started under other conditions: {'; '.join(changed)}.",
-            "Give the same options again to resume it, or start over with --force.",
+            f"{where} was made under other conditions: {'; '.join(changed)}.",
+            "To resume it, use the same options and machine. Otherwise start over with --force.",
         )
 
 

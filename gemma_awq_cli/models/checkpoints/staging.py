@@ -9,6 +9,7 @@ import errno
 import os
 import shutil
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Self
@@ -27,18 +28,25 @@ _BETWEEN = 1.0  # seconds of trying to make a folder that other processes keep r
 class StagedFolder:
     """A folder that appears at `target` complete, or not at all.
 
-    While it is entered, `folder` is what becomes `target`, and `state` beside it holds the maker's own notes. An
-    existing non-empty `target` is an error unless `force`; even then it is replaced only if it holds a model that this
-    tool wrote, and it stays in place until its successor is complete. What an earlier maker left is thrown away unless
-    `resume` or `keeps_earlier`. An exception removes everything unless the maker has set `keep`. The constructor
-    writes nothing.
+    While it is entered, `folder` is the model that will become `target`, and `state` beside it holds notes of whoever
+    writes it. A non-empty `target` is an error unless `force` or `resume`, and is only replaced if it holds a model
+    that this tool wrote; it stays in place until its successor is complete. Creating the object writes nothing.
+
+    is_worth_keeping: given `state`, whether unfinished work can be resumed. It decides what happens to the work of an
+    interrupted run when the folder is entered, and to this run's work after an exception. By default all of it goes.
     """
 
-    def __init__(self, target: Path, force: bool = False, resume: bool = False, elsewhere: str = ELSEWHERE) -> None:
+    def __init__(
+        self,
+        target: Path,
+        force: bool = False,
+        resume: bool = False,
+        elsewhere: str = ELSEWHERE,
+        is_worth_keeping: Callable[[Path], bool] = lambda _: False,
+    ) -> None:
         self.target = target
         self.elsewhere = elsewhere
-        self.keeps_earlier = resume
-        self.keep = False
+        self._is_worth_keeping = is_worth_keeping
         self.path = target.parent / f".{target.name}.partial"
         self.folder, self.state = self.path / "model", self.path / "state"
         self._replaced = target.parent / f".{target.name}.replaced"
@@ -55,12 +63,11 @@ class StagedFolder:
                 if _is_there(self._replaced) and not _is_there(self.target):
                     self._replaced.rename(self.target)  # killed between the two renames of a replacement
                 self._require_place()  # another process may have finished since
-                if not self.keeps_earlier:
+                if not self._is_worth_keeping(self.state):
                     self._discard()
                 self._make()
             except BaseException:
-                begun = _is_there(self.state) or _is_there(self.folder)
-                self._let_go(remove=not begun or not self.keeps_earlier)
+                self._let_go(remove=not self._is_worth_keeping(self.state))
                 raise
         return self
 
@@ -74,16 +81,16 @@ class StagedFolder:
                         self._publish()
                 published = kind is None
             finally:
-                self._let_go(remove=published or not self.keep)
+                self._let_go(remove=published or not self._is_worth_keeping(self.state))
 
     def begin_anew(self) -> None:
-        """Throw away what an earlier maker left."""
+        """Remove the work of an interrupted run."""
         with finishing():
             self._discard()
             self._make()
 
     def abandon(self) -> None:
-        """Do not replace `target`, which is complete already; remove what lies beside it."""
+        """Leave `target` as it is, because it is complete already, and remove the unfinished work beside it."""
         self._abandoned = True
 
     def is_being_written(self) -> bool:
@@ -91,7 +98,7 @@ class StagedFolder:
         return self._lock.is_held()
 
     def size(self) -> int:
-        """Bytes on the disk that an earlier maker left here to resume from."""
+        """Return the bytes that unfinished work takes on the disk."""
         return sum(path.stat().st_size for path in self.path.rglob("*") if path.is_file())
 
     def _require_place(self) -> None:

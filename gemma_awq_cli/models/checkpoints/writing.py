@@ -119,7 +119,7 @@ def _require_begun(path: Path, head: bytes, size: int) -> None:
         with path.open("rb") as file:
             whole = file.read(len(head)) == head
     if not whole:
-        raise GemmaAwqError(f"{path} is missing or has changed since.", "Start over with --force.")
+        raise GemmaAwqError(f"{path} is missing or was changed since.", "Start over with --force.")
 
 
 def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:

@@ -10,7 +10,7 @@ import torch
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.quantize.pipeline import require_quantizable
+from gemma_awq_cli.quantize.preparation import require_quantizable
 from tests.tiny import edit_weights, make_checkpoint
 
 

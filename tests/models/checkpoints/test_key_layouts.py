@@ -16,7 +16,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.verification import require_complete
-from gemma_awq_cli.quantize.pipeline import require_quantizable
+from gemma_awq_cli.quantize.preparation import require_quantizable
 from tests.conftest import quantize_arguments
 from tests.models.checkpoints.test_checkpoint import edit_config, open_stack
 from tests.tiny import edit_weights

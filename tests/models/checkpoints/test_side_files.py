@@ -10,7 +10,7 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.side_files import SIDE_FILES, copy_side_files, is_leftover, not_copied, side_files
-from gemma_awq_cli.quantize.report import source_notes
+from gemma_awq_cli.quantize.preparation import source_notes
 from tests.conftest import quantize_arguments
 from tests.tiny import make_checkpoint
 
@@ -126,7 +126,7 @@ def test_quantize_copies_no_secret_and_publishes_no_place(text_file: Path, tmp_p
     (folder / "LICENSE.extra").symlink_to(secret)
     assert main(quantize_arguments(folder, tmp_path / "out", text_file)) == 0
     assert (
-        "Not copied into the artifact, because they are no known part of a model: LICENSE.extra"
+        "Not copied into the artifact, because they are not known to belong to a model: LICENSE.extra"
         in capsys.readouterr().err
     )
     assert not (tmp_path / "out" / "LICENSE.extra").exists()

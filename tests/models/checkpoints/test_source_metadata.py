@@ -14,7 +14,7 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
 from gemma_awq_cli.publish.licensing import GEMMA_TERMS, decide_licence
-from gemma_awq_cli.quantize import pipeline
+from gemma_awq_cli.quantize import pipeline, preparation
 from tests.conftest import quantize_arguments
 from tests.tiny import make_checkpoint
 
@@ -124,8 +124,8 @@ def test_quantize_reads_it_before_the_first_layer_and_tells_what_it_cannot_read(
     def layer(*_: object) -> Any:
         raise AssertionError("a layer was begun")
 
-    monkeypatch.setattr(pipeline, "source_card", read)
-    monkeypatch.setattr(pipeline, "_one_layer", layer)
+    monkeypatch.setattr(preparation, "source_card", read)
+    monkeypatch.setattr(pipeline, "process_layer", layer)
     assert main(quantize_arguments(source, tmp_path / "other", text_file)) == 1
 
 

@@ -69,17 +69,16 @@ def test_no_two_processes_ever_have_it_at_once(tmp_path: Path) -> None:
 @pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("force", [False, True])
 def test_to_look_changes_nothing(force: bool, resume: bool, tmp_path: Path) -> None:
-    from gemma_awq_cli.quantize.pipeline import require_free
+    from gemma_awq_cli.quantize.work_folder import WorkFolder
 
     target = tmp_path / "out"
     with StagedFolder(target, force=True) as staged:
-        staged.keep = True
         (staged.state / "journal.jsonl").write_bytes(b'{"seed": 0}\n{"groups": [], "seconds": 1}\n{"grou')
         (staged.folder / "model.safetensors").write_bytes(b"x")
         artifact(tmp_path / ".out.replaced", "old")  # between the two renames of a replacement
         before = tree(tmp_path)
         with suppress(GemmaAwqError):  # some may not begin here
-            require_free(target, force, resume)
+            WorkFolder(target, force, resume)
         assert tree(tmp_path) == before
         staged.abandon()
 
@@ -205,14 +204,14 @@ def test_a_resume_beside_a_running_force(
         "from pathlib import Path\n"
         "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli.app import main\n"
-        "real = pipeline._one_layer\n"
+        "real = pipeline.process_layer\n"
         "def slow(*a):\n"
         "    if a[-1] == 2:\n"
         "        print('waiting', flush=True)\n"
         "        end = time.monotonic() + 200\n"
         "        while not Path(sys.argv[1]).exists() and time.monotonic() < end: time.sleep(0.01)\n"
         "    return real(*a)\n"
-        "pipeline._one_layer = slow\n"
+        "pipeline.process_layer = slow\n"
         "sys.exit(main(sys.argv[2:]))\n"
     )
     go_on = tmp_path / "go-on"

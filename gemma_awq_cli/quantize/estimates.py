@@ -1,0 +1,155 @@
+"""Estimates of the memory and the time that a quantization needs, from the sizes of the layers alone.
+
+The constants count what the code of this package holds or computes. They were compared with measured runs.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from gemma_awq_cli.awq.gram import block_width
+from gemma_awq_cli.awq.round_group import PART
+from gemma_awq_cli.awq.search import RATIOS, Effort
+from gemma_awq_cli.models.forward.layerwise import LOGIT_CHUNK
+from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear
+
+FLOAT32 = 4  # bytes
+
+# Memory, in bytes.
+LIBRARY_BYTES = 700_000_000  # torch, transformers and a tokenizer of 262144 entries, before any weight
+OBSERVED_WEIGHT = 6  # of a weight of the layer that is observed: 16-bit as it was read, float32 in the module
+HELD_WEIGHT = 3  # of a weight of the layer that is being rounded: 16-bit, and the packed ones that are finished
+GROUP_WEIGHT = 6  # of a weight of the group: float32, and one integer each by compensation and by round-to-nearest
+# of an entry of a block's Gram matrix: scaled and reordered in float32, damped and factored in float64, feedback in
+# float32
+BLOCK_ENTRY = 28
+PART_WEIGHT = 32  # of a weight of the rows that are rounded at a time: eight float32 matrices
+HEAD_WEIGHT = 2  # of a weight of the head, read in 16 bits
+HIDDEN_COPIES = 8  # float32 hidden states of a token inside a layer: residual, norms, attention's inputs and output
+# activations as wide as the widest input: an MLP's input, both projections, their product, and its weighted copy
+WIDE_COPIES = 5
+LOGIT_COPIES = 8  # float32 rows of one chunk of logits: both paths, their log probabilities and differences
+FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
+
+# Time. The rates are those of two CPU cores with AVX-512: matrix products, and elementwise operations.
+FLOPS_PER_SECOND = 2.5e11
+ELEMENTS_PER_SECOND = 1.5e9
+START_SECONDS = 5  # imports, tokenizer, calibration text
+TRY_OPERATIONS = 10  # elementwise operations per weight to judge one scale or one range
+ROUND_FLOPS = 6  # per weight and channel of its block: the compensation, and the errors that are compared
+REFINE_FLOPS = 12  # the same, to fit the scales once
+SWEEP_FLOPS = 4  # the same, for one pass over the integers
+CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
+FORWARDS_WITH_CORRECTION = 3  # of a calibration row through a layer: reference, quantized, and quantized once more
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The settings that trade memory for speed or reach.
+
+    gram_limit: linears with more inputs than this keep their Gram matrix in blocks.
+    """
+
+    tokens_per_batch: int
+    gram_limit: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Everything that the estimates depend on, apart from the fit.
+
+    vocabulary: entries of the embedding; calibration_tokens, heldout_tokens: of all rows together; seq_len: of one row;
+    product_bytes: of an activation as linears multiply it, 2 or 4.
+    """
+
+    layouts: tuple[LayerLayout, ...]
+    vocabulary: int
+    hidden: int
+    calibration_tokens: int
+    heldout_tokens: int
+    seq_len: int
+    group_size: int
+    product_bytes: int
+    effort: Effort
+
+
+def peak_bytes(work: Workload, fit: Fit) -> int:
+    """Return the peak memory: of the largest layer's stages, or of comparing the predictions at the end."""
+    layers = max(max(_observing(work, fit, layout), _rounding(work, fit, layout)) for layout in work.layouts)
+    head = HEAD_WEIGHT * work.vocabulary * work.hidden
+    per_token = LOGIT_COPIES * LOGIT_CHUNK + FINAL_COPIES * work.hidden
+    comparing = head + work.heldout_tokens * FLOAT32 * per_token
+    return LIBRARY_BYTES + max(layers, comparing)
+
+
+def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
+    """Bytes while the calibration rows run through a layer and its Gram matrices are summed."""
+    # at least one row at a time; with a correction, its copies on both paths
+    tokens = max(fit.tokens_per_batch, work.effort.paths * work.seq_len)
+    # the held-out rows are computed in float32 even if the calibration rows are not
+    wide = max(tokens * work.product_bytes, min(tokens, work.heldout_tokens) * FLOAT32)
+    widest = max(group.inputs for group in _joined_groups(layout))
+    activations = tokens * FLOAT32 * HIDDEN_COPIES * layout.hidden + wide * WIDE_COPIES * widest
+    scores = max(1, tokens // work.seq_len) * layout.heads * work.seq_len**2 * FLOAT32
+    return OBSERVED_WEIGHT * _weights(layout) + _grams(work, fit, layout) + activations + scores
+
+
+def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
+    """Bytes while the largest group of a layer is rounded."""
+    largest = 0
+    for group in _joined_groups(layout):
+        block = block_width(group.inputs, work.group_size, fit.gram_limit)
+        part = PART_WEIGHT * min(group.outputs * block, PART)
+        largest = max(largest, GROUP_WEIGHT * group.inputs * group.outputs + BLOCK_ENTRY * block**2 + part)
+    return HELD_WEIGHT * _weights(layout) + _grams(work, fit, layout) + largest
+
+
+def _grams(work: Workload, fit: Fit, layout: LayerLayout) -> int:
+    """Bytes of the Gram matrices of all groups of a layer. With a correction there are two per group."""
+    entries = (
+        block_width(group.inputs, work.group_size, fit.gram_limit) * group.inputs for group in _joined_groups(layout)
+    )
+    return work.effort.paths * FLOAT32 * sum(entries)
+
+
+def _weights(layout: LayerLayout) -> int:
+    """Number of all parameters of a layer."""
+    linears = sum(linear.outputs * linear.inputs for linear in layout.linears.values())
+    return linears + sum(norm.size for norm in layout.norms.values())
+
+
+def _joined_groups(layout: LayerLayout) -> Iterator[Linear]:
+    """Each group of a layer as one linear."""
+    return (layout.joined(group.linears) for group in layout.groups)
+
+
+def seconds(work: Workload, fit: Fit) -> float:
+    """Return how long the quantization takes on two CPU cores with AVX-512."""
+    flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
+    elements = 0.0
+    for layout in work.layouts:
+        flops += sum(_group_flops(work, fit, group) for group in _joined_groups(layout))
+        elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
+    return START_SECONDS + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
+
+
+def _group_flops(work: Workload, fit: Fit, group: Linear) -> float:
+    """Floating-point operations in matrix products for one group of linears."""
+    effort, (k, n) = work.effort, (group.inputs, group.outputs)
+    block = block_width(k, work.group_size, fit.gram_limit)
+    forwards = FORWARDS_WITH_CORRECTION if effort.correction else 1
+    tokens = forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
+    flops = 2.0 * tokens * k * n + 2 * work.calibration_tokens * k * block  # the layer's forward, the Gram matrix
+    flops += k * block**2 + ROUND_FLOPS * n * k * block  # two Cholesky factors, the rounding
+    if effort.correction:
+        flops += CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block
+        flops += k * block**2 + ROUND_FLOPS * n * k * block  # factor and solve
+    return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * n * k * block
+
+
+def _group_elements(work: Workload, group: Linear, linears: int) -> float:
+    """Elementwise operations of the searches for one group of linears."""
+    effort = work.effort
+    candidates = 2 * RATIOS / effort.stride + effort.descent
+    sampled = min(group.outputs, effort.rows * linears)
+    searching = TRY_OPERATIONS * candidates * sampled * group.inputs
+    return searching + TRY_OPERATIONS * len(effort.shrinks) * group.outputs * group.inputs

@@ -1,0 +1,97 @@
+"""The events that `quantize` reports while it works: small records that a caller may show."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gemma_awq_cli.models.checkpoints.source import Source
+from gemma_awq_cli.quantize.plan import Plan
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the user, such as about a download."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class Warned:
+    """A sentence that the user should not miss."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class SourceFound:
+    """The 16-bit checkpoint is on this machine."""
+
+    source: Source
+
+
+@dataclass(frozen=True)
+class SamplingStarted:
+    """The 16-bit model begins to write calibration rows. One `SamplingStep` follows per token of a row, at most."""
+
+    rows: int
+    seq_len: int
+
+
+@dataclass(frozen=True)
+class SamplingStep:
+    """Every row has one more token."""
+
+
+@dataclass(frozen=True)
+class SamplingFinished:
+    """All rows are complete, or were in the cache."""
+
+
+@dataclass(frozen=True)
+class PlanMade:
+    """Everything that can be known in advance. target: the artifact's folder; device: such as `cpu`."""
+
+    plan: Plan
+    source: Source
+    target: Path
+    device: str
+
+
+@dataclass(frozen=True)
+class LayersStarted:
+    """The first of `layers` layers begins. One `LayerDone` follows per layer."""
+
+    layers: int
+
+
+@dataclass(frozen=True)
+class LayerDone:
+    """Layer `index` of `layers`, counted from 0, is on the disk.
+
+    Errors are summed over the layer's groups: see `GroupRecord`. resumed: an interrupted run had finished the layer.
+    """
+
+    index: int
+    layers: int
+    error: float
+    rtn_error: float
+    seconds: float
+    resumed: bool = False
+
+
+Event = (
+    Note
+    | Warned
+    | SourceFound
+    | SamplingStarted
+    | SamplingStep
+    | SamplingFinished
+    | PlanMade
+    | LayersStarted
+    | LayerDone
+)
+OnEvent = Callable[[Event], None]
+
+
+def ignore(event: Event) -> None:
+    """The `OnEvent` of a caller that shows nothing."""

@@ -1,0 +1,78 @@
+"""One layer of the model, from its input to its output on both paths: observe, quantize, prove the folds, go on."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
+from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
+from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
+from gemma_awq_cli.quantize.plan import Plan
+
+
+def process_layer(
+    checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: HiddenStates, index: int
+) -> QuantizedLayer:
+    """Quantize layer `index`, counted from 0, and write the hidden states of both paths behind it."""
+    weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
+    batch, paired = plan.rows_per_batch, plan.effort.paths == 2
+    sample = hidden.read(index, slice(0, 1)).to(stack.device)
+
+    def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
+        return lambda states: stack.run_layer(index, module, states.to(stack.device)).float()
+
+    module = stack.layer(index, weights)
+    with matmul_precision("highest"):
+        expected = stack.run_layer(index, module, sample)
+    with matmul_precision("medium"):
+        layout = plan.layouts[index]
+        observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+        with bfloat16_products(stack.device):
+            rows = max(1, batch // plan.effort.paths)
+            beside = hidden.calibration_quantized if paired else None
+            hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
+        observer.finish(index)
+        hidden.advance(index, hidden.heldout, batch, forward_of(module))
+    del module
+    layer = quantize_layer(
+        layout,
+        checkpoint.family.gain_offset,
+        weights,
+        observer.hand_over(),
+        plan.group_size,
+        stack.device,
+        plan.effort,
+    )
+    module = stack.layer(index, folded_weights(layer, weights, stack.device))
+    with matmul_precision("highest"):
+        require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))
+    del module
+    module = stack.layer(index, dense_weights(layer, stack.device))
+    with matmul_precision("medium"):
+        hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
+        if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
+            with bfloat16_products(stack.device):
+                hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
+    return layer
+
+
+@contextmanager
+def layer_memory_errors(plan: Plan, index: int) -> Iterator[None]:
+    """Turn an allocator's refusal in layer `index` into an error that suggests a smaller setting."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_refusal(error):
+            raise
+        smaller = f"Use --max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "Close other programs"
+        raise GemmaAwqError(
+            f"Out of memory in layer {index + 1} (planned: {plan.memory_bytes / 1e9:.1f} GB).",
+            f"{smaller}, use shorter rows (--seq-len), or use another machine.",
+        ) from None

@@ -1,0 +1,198 @@
+"""Everything before the first layer: the source, its checks, the calibration rows and the plan."""
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli import __version__
+from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, Recipe, find_recipe
+from gemma_awq_cli.calibration_text.rows import Rows, build_rows
+from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.companions import require_companions
+from gemma_awq_cli.models.checkpoints.files import CONFIG
+from gemma_awq_cli.models.checkpoints.journal import Fingerprint
+from gemma_awq_cli.models.checkpoints.quantization_config import ORIGINAL, describe
+from gemma_awq_cli.models.checkpoints.side_files import not_copied, side_files
+from gemma_awq_cli.models.checkpoints.source import Source, find_source
+from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
+from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.loading import pick_device
+from gemma_awq_cli.models.forward.memory import available_memory
+from gemma_awq_cli.models.gemma.text_config import require_loadable
+from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.quantize.events import (
+    Note,
+    OnEvent,
+    PlanMade,
+    SamplingFinished,
+    SamplingStarted,
+    SamplingStep,
+    SourceFound,
+    Warned,
+)
+from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
+from gemma_awq_cli.quantize.plan import Plan, make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.report import artifact_config
+from gemma_awq_cli.quantize.request import QuantizeRequest
+from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
+from gemma_awq_cli.quantize.work_folder import WorkFolder
+from gemma_awq_cli.system.saving import local_path
+
+ANOTHER_FOLDER = "choose another folder with -o"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One quantization, ready to begin: nothing in it changes afterwards.
+
+    card: what the source's own model card declares; side_files: the files that are copied into the artifact;
+    arguments: of the request, as the report holds them.
+    """
+
+    source: Source
+    target: Path
+    checkpoint: Checkpoint
+    card: dict[str, Any] | None
+    side_files: Mapping[str, Path | bytes]
+    stack: TextStack
+    rows: Rows
+    plan: Plan
+    arguments: dict[str, Any]
+
+    def fingerprint(self) -> Fingerprint:
+        """Return everything that the artifact's bytes depend on: sums only repeat if all of it does."""
+        import transformers
+
+        device = self.stack.device
+        return {
+            "gemma-awq": __version__,
+            "model": self.checkpoint.identity(),
+            **self.arguments,
+            "stored dtype": self.plan.dtype_name,
+            "calibration rows": self.rows.text_sha256,
+            "held-out rows": self.rows.heldout_sha256,
+            "tokens a batch": self.plan.fit.tokens_per_batch,
+            "widest Gram matrix": self.plan.fit.gram_limit,
+            "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
+            "instructions": torch.backends.cpu.get_cpu_capability(),
+            "observed in": "bfloat16" if multiplies_bfloat16(device) else "float32",
+            "threads": torch.get_num_threads(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        }
+
+
+def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) -> Prepared:
+    """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
+
+    dry_run: the target may be taken, and rows that the model would sample are left zero, as only their number matters.
+    """
+    device = pick_device(request.device)
+    recipe = find_recipe(
+        DEFAULT_RECIPE if request.samples_itself else request.calibration,
+        request.dataset_config,
+        request.dataset_split,
+        request.text_column,
+    )
+    output = None if request.output is None else local_path(request.output, ANOTHER_FOLDER)
+    if output is not None and not dry_run:
+        WorkFolder(output, request.force, request.resume)  # a taken folder is an error before anything is fetched
+    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)))
+    on_event(SourceFound(source))
+    target = output or Path(f"{source.name}-AWQ")
+    if not dry_run:
+        WorkFolder(target, request.force, request.resume)
+    checkpoint = Checkpoint(source.folder)
+    for line in checkpoint.notes:
+        on_event(Warned(line))
+    require_quantizable(checkpoint)
+    card, beside = source_card(source.folder), side_files(source.folder)
+    for line in source_notes(source.folder, card):
+        on_event(Note(line))
+    require_in_context(request.seq_len, checkpoint)
+    require_layout(checkpoint, request.group_size)
+    stack = TextStack(checkpoint, device)
+    dtype = stored_dtype(checkpoint, request.dtype)
+    rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run)
+    plan = make_plan(checkpoint, stack, request.group_size, dtype, rows, request.max_memory, request.quality)
+    require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
+    on_event(PlanMade(plan, source, target, device.type))
+    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, request.reported(device.type))
+
+
+def require_quantizable(checkpoint: Checkpoint) -> None:
+    """Raise for a checkpoint that is already quantized, or that this method does not cover."""
+    if checkpoint.quantization is not None:
+        method = describe(checkpoint.quantization)
+        raise GemmaAwqError(f"{checkpoint.folder} is quantized already ({method}).", ORIGINAL)
+    if getattr(checkpoint.facts, "attention_bias", False):
+        raise GemmaAwqError(
+            f"{checkpoint.folder} has attention biases, which no released Gemma has.", "This variant is not supported."
+        )
+    require_companions(checkpoint)
+
+
+def require_in_context(seq_len: int, checkpoint: Checkpoint) -> None:
+    """Raise UsageError for rows that are longer than the model's context."""
+    context = int(checkpoint.text_config.max_position_embeddings)
+    if seq_len > context:
+        raise UsageError(
+            f"--seq-len {seq_len} is more than this model's context of {context} tokens.",
+            f"Use --seq-len {context} or less.",
+        )
+
+
+def source_notes(folder: Path, card: Mapping[str, Any] | None) -> list[str]:
+    """Return what a user should know of a source's files before it is quantized. card: from `source_card`."""
+    notes = []
+    if left := not_copied(folder):
+        notes.append(f"Not copied into the artifact, because they are not known to belong to a model: {some(left)}")
+    if card is not None and UNREADABLE in card:
+        notes.append(f"The source's licence is not known: {card[UNREADABLE]} `push` will ask for it.")
+    return notes
+
+
+def _calibration_rows(
+    request: QuantizeRequest,
+    recipe: Recipe,
+    checkpoint: Checkpoint,
+    device: torch.device,
+    on_event: OnEvent,
+    dry_run: bool,
+) -> Rows:
+    """The rows of the text, and those that the model samples."""
+    heldout = request.level.heldout_samples
+    prompter = Prompter(checkpoint.folder)
+    rows = build_rows(recipe, prompter, request.num_samples, request.seq_len, request.seed, heldout, request.strict)
+    for note in rows.notes:
+        on_event(Note(note))
+    if rows.skipped:
+        on_event(Warned(rows.skipped))
+    if request.sampled_rows:
+        memory = request.max_memory or available_memory()
+        require_memory_to_sample(checkpoint, request.sampled_rows, request.seq_len, memory)
+        if request.samples_itself:  # the text is only measured on
+            rows = replace(rows, ids=rows.ids[:0], description=SELF)
+        rows = with_sampled_rows(rows, _sampled(request, checkpoint, device, on_event, dry_run))
+    elif len(rows.ids) < request.num_samples:
+        on_event(Note(f"Calibrating on {len(rows.ids)} rows: {rows.description} has no more."))
+    return rows
+
+
+def _sampled(
+    request: QuantizeRequest, checkpoint: Checkpoint, device: torch.device, on_event: OnEvent, dry_run: bool
+) -> Tensor:
+    if dry_run:
+        return torch.zeros(request.sampled_rows, request.seq_len, dtype=torch.int64)
+    on_event(SamplingStarted(request.sampled_rows, request.seq_len))
+    ids = sampled_rows(
+        checkpoint, device, request.sampled_rows, request.seq_len, request.seed, lambda _: on_event(SamplingStep())
+    )
+    on_event(SamplingFinished())
+    return ids

@@ -1,0 +1,126 @@
+"""The request: everything that a user can choose about one quantization, checked when it is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypedDict
+
+from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
+from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, reported_name
+from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.models.checkpoints.source import DEMO
+from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality
+
+DTYPES = ("bfloat16", "float16")
+DEVICES = ("auto", "cpu", "cuda", "mps")
+NUM_SAMPLES, SEQ_LEN = 128, 512  # by default
+LEAST_SEQ_LEN = 8
+
+
+@dataclass(frozen=True)
+class QuantizeRequest:
+    """One quantization, as it is asked for. An invalid value raises UsageError.
+
+    model: a checkpoint folder, a hub id or `demo`; output: the artifact's folder, by default `NAME-AWQ` in the current
+    one; revision: branch, tag or commit of a hub id.
+    group_size: weights that share one scale and zero point; dtype: of the weights that stay in 16 bits, by default the
+    checkpoint's own; quality: how much work to spend, one of `QUALITIES`.
+    calibration: a recipe, a file or folder of texts, a hub dataset, or `self` for rows that the model writes itself;
+    dataset_config, dataset_split: of a hub dataset; text_column: the column that holds the text or the messages;
+    strict: an unusable row of the text is an error and not a warning.
+    num_samples: the most calibration rows to use; seq_len: tokens per row, BOS included; seed: decides which rows.
+    device: `auto`, `cpu`, `cuda` or `mps`; max_memory: bytes that the plan must fit.
+    resume: continue an interrupted run of the same request; force: replace an artifact that is already in `output`.
+    """
+
+    model: str = DEMO
+    output: Path | None = None
+    revision: str | None = None
+    group_size: int = GROUP_SIZES[0]
+    dtype: str | None = None
+    quality: str = DEFAULT_QUALITY
+    calibration: str = DEFAULT_RECIPE
+    dataset_config: str | None = None
+    dataset_split: str | None = None
+    text_column: str | None = None
+    strict: bool = False
+    num_samples: int = NUM_SAMPLES
+    seq_len: int = SEQ_LEN
+    seed: int = 0
+    device: str = "auto"
+    max_memory: int | None = None
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _require_one_of("group_size", self.group_size, GROUP_SIZES)
+        _require_one_of("dtype", self.dtype, (None, *DTYPES))
+        _require_one_of("quality", self.quality, tuple(QUALITIES))
+        _require_one_of("device", self.device, DEVICES)
+        _require_at_least("num_samples", self.num_samples, 1)
+        _require_at_least("seq_len", self.seq_len, LEAST_SEQ_LEN)
+        if self.max_memory is not None:
+            _require_at_least("max_memory", self.max_memory, 1)
+
+    @property
+    def level(self) -> Quality:
+        """What the quality means."""
+        return QUALITIES[self.quality]
+
+    @property
+    def samples_itself(self) -> bool:
+        """Whether the model writes all calibration rows itself."""
+        return self.calibration == SELF
+
+    @property
+    def sampled_rows(self) -> int:
+        """How many calibration rows the model writes itself."""
+        return self.num_samples if self.samples_itself else self.level.sampled_rows
+
+    def reported(self, device: str) -> dict[str, Any]:
+        """The arguments that the artifact's bytes depend on, by their names in the report. device: the one in use."""
+        return {
+            "quality": self.quality,
+            "group_size": self.group_size,
+            "calibration": reported_name(self.calibration),
+            "num_samples": self.num_samples,
+            "seq_len": self.seq_len,
+            "seed": self.seed,
+            "dataset_config": self.dataset_config,
+            "dataset_split": self.dataset_split,
+            "text_column": self.text_column,
+            "device": device,
+            "dtype": self.dtype,
+            "max_memory": self.max_memory,
+        }
+
+
+class QuantizeOptions(TypedDict, total=False):
+    """The fields of `QuantizeRequest` beside the model and the output, as keyword arguments."""
+
+    revision: str | None
+    group_size: int
+    dtype: str | None
+    quality: str
+    calibration: str
+    dataset_config: str | None
+    dataset_split: str | None
+    text_column: str | None
+    strict: bool
+    num_samples: int
+    seq_len: int
+    seed: int
+    device: str
+    max_memory: int | None
+    resume: bool
+    force: bool
+
+
+def _require_one_of(name: str, value: Any, allowed: tuple[Any, ...]) -> None:
+    if value not in allowed:
+        choices = ", ".join(str(one) for one in allowed if one is not None)
+        raise UsageError(f"Invalid {name}: {value!r}.", f"Choose from {choices}.")
+
+
+def _require_at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise UsageError(f"Invalid {name}: {value}.", f"Give {least} or more.")
