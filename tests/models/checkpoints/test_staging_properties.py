@@ -145,9 +145,9 @@ class Staging(RuleBasedStateMachine):
                 (self.target / name).write_text(text)
 
     @rule(
-        force=st.booleans(), resume=st.booleans(), ending=st.sampled_from(["make", "keep", "fail", "abandon"]),
+        force=st.booleans(), resume=st.booleans(), ending=st.sampled_from(["make", "make", "keep", "fail", "abandon"]),
         kill=st.one_of(
-            st.just((None, None)), st.tuples(st.just("os.rename"), st.integers(1, 4)),
+            st.just((None, None)), st.tuples(st.just("os.rename"), st.integers(1, 3)),
             st.tuples(st.just(None), st.integers(1, 50)),
         ),
     )  # fmt: skip
