@@ -17,7 +17,7 @@ from gemma_awq_cli.generate.generation import GenerationOptions, context_of
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
-from gemma_awq_cli.system.reading import library_errors
+from gemma_awq_cli.system.failures import library_errors
 
 GENERATED_AT_ONCE = 8  # prompts that are continued together
 ANSWER_TOKENS = 256  # where a task does not say how long an answer may be: the harness's own default

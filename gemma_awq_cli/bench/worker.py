@@ -24,7 +24,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import DENSE_HEAD
-from gemma_awq_cli.system.reading import unforeseen
+from gemma_awq_cli.system.failures import unforeseen
 
 
 class _Server:

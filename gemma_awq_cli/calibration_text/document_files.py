@@ -17,20 +17,10 @@ from typing import Any, BinaryIO, cast
 
 from gemma_awq_cli.calibration_text.document_forms import KEYS
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import (
-    JSON_BYTES,
-    LINE_BYTES,
-    VALIDATION_ERRORS,
-    byte_lines,
-    decode,
-    first_line,
-    json_items,
-    open_regular,
-    parse_json,
-    reason_of,
-    require_regular,
-    require_utf8_mark,
-)
+from gemma_awq_cli.system.failures import VALIDATION_ERRORS, first_line, reason_of
+from gemma_awq_cli.system.json_input import JSON_BYTES, json_items, parse_json
+from gemma_awq_cli.system.reading import open_regular, require_regular
+from gemma_awq_cli.system.text_input import LINE_BYTES, byte_lines, decode, require_utf8_mark
 
 TEXT, LINES, JSON, TABLES, PARQUET = (".txt", ".md"), (".jsonl", ".ndjson"), (".json",), (".csv", ".tsv"), (".parquet",)
 GZIP = ".gz"

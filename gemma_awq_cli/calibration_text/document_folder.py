@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gemma_awq_cli.calibration_text.document_files import HINT, kind_of
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import system_errors
+from gemma_awq_cli.system.failures import system_errors
 
 FILES = 100_000  # of one folder
 # What lies beside data and is none: a data set's card, its licence, and what libraries write of it.

@@ -27,15 +27,9 @@ from gemma_awq_cli.calibration_text.document_files import (
 from gemma_awq_cli.calibration_text.document_folder import files_of
 from gemma_awq_cli.calibration_text.document_forms import Document, document_of
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.system.reading import (
-    LINE_BYTES,
-    decode,
-    open_regular,
-    plain_lines,
-    require_text,
-    require_utf8_mark,
-    system_errors,
-)
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.reading import open_regular
+from gemma_awq_cli.system.text_input import LINE_BYTES, decode, plain_lines, require_text, require_utf8_mark
 
 WHOLE = 2 << 20  # bytes of a text that is read as a whole, however little is wanted of it
 BLOCK = 1 << 15  # bytes that are drawn together

@@ -9,7 +9,7 @@ from gemma_awq_cli.calibration_text.document_files import Row
 from gemma_awq_cli.calibration_text.document_forms import Document
 from gemma_awq_cli.calibration_text.document_reading import BadRows, Wanted, documents_of
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import VALIDATION_ERRORS, first_line
+from gemma_awq_cli.system.failures import VALIDATION_ERRORS, first_line
 
 
 @dataclass(frozen=True)

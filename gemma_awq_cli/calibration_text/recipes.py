@@ -12,7 +12,10 @@ from gemma_awq_cli.calibration_text.document_forms import KEYS, Document
 from gemma_awq_cli.calibration_text.document_reading import Wanted, read_documents
 from gemma_awq_cli.calibration_text.hub_dataset import Dataset, read_dataset
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.system.reading import decode, parse_json, parse_json_object, read_bytes, read_text, system_errors
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.json_input import parse_json, parse_json_object
+from gemma_awq_cli.system.reading import read_bytes
+from gemma_awq_cli.system.text_input import decode, read_text
 
 DEFAULT_RECIPE = "embedded"
 SELF = "self"  # rows that the model samples itself; measured on the default recipe's held-out text

@@ -15,7 +15,7 @@ from gemma_awq_cli.cli.options import Command
 from gemma_awq_cli.cli.streams import standard_streams
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated
 from gemma_awq_cli.system import interruption
-from gemma_awq_cli.system.reading import unforeseen
+from gemma_awq_cli.system.failures import unforeseen
 
 READER_LEFT = interruption.exit_code(13)  # SIGPIPE, which Windows lacks
 # Typer's own exceptions for a wrong command line, by the one of them that every version of it exports

@@ -21,8 +21,9 @@ from gemma_awq_cli.cli.options import (
 )
 from gemma_awq_cli.cli.stages import Stages
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.system.reading import decode, plain_lines, require_text, system_errors
+from gemma_awq_cli.system.failures import system_errors
 from gemma_awq_cli.system.saving import local_path, require_file_place
+from gemma_awq_cli.system.text_input import decode, plain_lines, require_text
 
 if TYPE_CHECKING:
     from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions

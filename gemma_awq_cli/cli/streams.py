@@ -18,7 +18,7 @@ from typing import Any, TextIO
 
 from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft
-from gemma_awq_cli.system.reading import disk_is_full, reason_of
+from gemma_awq_cli.system.failures import disk_is_full, reason_of
 
 UNENCODABLE = "gemma-awq"  # the error handler's name
 

@@ -17,8 +17,9 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, prompt_ids, require_room
 from gemma_awq_cli.generate.prompt_file import Prompt
 from gemma_awq_cli.models.text.prompter import Prompter, located
+from gemma_awq_cli.system.json_input import parse_json
 from gemma_awq_cli.system.locking import Lock
-from gemma_awq_cli.system.reading import parse_json, read_bytes
+from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.saving import require_file_place, write_errors, write_whole
 
 ANOTHER = "Give another --output."

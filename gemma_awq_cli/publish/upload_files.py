@@ -34,7 +34,10 @@ from gemma_awq_cli.models.checkpoints.side_files import (
 )
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.publish.secret_search import find_secret
-from gemma_awq_cli.system.reading import decode, parse_json, read_bytes, system_errors
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.json_input import parse_json
+from gemma_awq_cli.system.reading import read_bytes
+from gemma_awq_cli.system.text_input import decode
 
 CARD = "README.md"
 # What the hub's own client leaves in a folder that it downloaded; it does not go back.

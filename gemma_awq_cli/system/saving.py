@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import IO
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.failures import disk_is_full, is_refused, reason_of, system_errors
 from gemma_awq_cli.system.interruption import finishing
-from gemma_awq_cli.system.reading import disk_is_full, is_refused, reason_of, system_errors
 
 ELSEWHERE = "choose another folder with -o"
 MOST_PARTS = 256  # of a path: folders are made one in another

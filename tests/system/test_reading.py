@@ -8,16 +8,10 @@ import pytest
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.system.reading import (
-    byte_lines,
-    decode,
-    home_path,
-    library_errors,
-    parse_json,
-    read_bytes,
-    read_text,
-    system_errors,
-)
+from gemma_awq_cli.system.failures import library_errors, system_errors
+from gemma_awq_cli.system.json_input import parse_json
+from gemma_awq_cli.system.reading import home_path, read_bytes
+from gemma_awq_cli.system.text_input import byte_lines, decode, read_text
 
 HINT = "Do something."
 

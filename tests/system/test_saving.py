@@ -15,7 +15,7 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.cli.options import _require_filled
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.system.reading import unforeseen
+from gemma_awq_cli.system.failures import unforeseen
 from gemma_awq_cli.system.saving import (
     local_path,
     require_file_place,

@@ -19,7 +19,7 @@ from functools import cache
 from pathlib import Path
 
 from gemma_awq_cli.kernels.native.structures import ARGUMENTS
-from gemma_awq_cli.system.reading import first_line, reason_of
+from gemma_awq_cli.system.failures import first_line, reason_of
 
 SOURCES = Path(__file__).parent
 COMPILE_SECONDS = 600  # it takes some twenty

@@ -7,7 +7,8 @@ from pathlib import Path
 import platformdirs
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import read_bytes, reason_of
+from gemma_awq_cli.system.failures import reason_of
+from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.saving import local_path, write_whole
 
 _REMEMBERED_BYTES = 100_000

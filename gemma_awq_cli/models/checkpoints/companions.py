@@ -9,7 +9,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.weight_files import few
-from gemma_awq_cli.system.reading import first_line, library_errors
+from gemma_awq_cli.system.failures import first_line, library_errors
 
 _TOWER = "vision_tower."
 _PROJECTOR = "multi_modal_projector."

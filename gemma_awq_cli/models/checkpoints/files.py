@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import JSON_BYTES, parse_json_object, read_text
+from gemma_awq_cli.system.json_input import JSON_BYTES, parse_json_object
+from gemma_awq_cli.system.text_input import read_text
 
 CONFIG = "config.json"
 SINGLE = "model.safetensors"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, REDOWNLOAD, SINGLE, read_json
-from gemma_awq_cli.system.reading import system_errors
+from gemma_awq_cli.system.failures import system_errors
 
 ADAPTER_CONFIG = "adapter_config.json"
 A_CHECKPOINT = "Give a folder that holds a Hugging Face checkpoint."

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import first_line
+from gemma_awq_cli.system.failures import first_line
 
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 UNUSABLE = (ValueError, TypeError, LookupError, AttributeError)  # of the client, over an answer that is not a hub's

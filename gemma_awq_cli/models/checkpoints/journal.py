@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.system.reading import parse_json, read_bytes
+from gemma_awq_cli.system.json_input import parse_json
+from gemma_awq_cli.system.reading import read_bytes
 
 JOURNAL = "journal.jsonl"
 ANEW = "Begin anew with --force."

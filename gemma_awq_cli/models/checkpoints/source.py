@@ -11,7 +11,8 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG, FILE_SUFFIXES, explain_file, explain_no_config
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID, fetch_errors
-from gemma_awq_cli.system.reading import home_path, system_errors
+from gemma_awq_cli.system.failures import system_errors
+from gemma_awq_cli.system.reading import home_path
 
 DEMO = "demo"
 _GIVE = "Give a checkpoint folder or a hub id"

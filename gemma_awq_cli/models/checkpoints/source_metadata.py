@@ -10,7 +10,9 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import require_inside
-from gemma_awq_cli.system.reading import decode, first_line, read_bytes
+from gemma_awq_cli.system.failures import first_line
+from gemma_awq_cli.system.reading import read_bytes
+from gemma_awq_cli.system.text_input import decode
 
 README = "README.md"
 DECLARED = ("license", "license_name", "license_link", "base_model")

@@ -17,7 +17,8 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import explain_no_weights
-from gemma_awq_cli.system.reading import first_line, reason_of, require_regular
+from gemma_awq_cli.system.failures import first_line, reason_of
+from gemma_awq_cli.system.reading import require_regular
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,

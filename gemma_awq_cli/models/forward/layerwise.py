@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.gemma.config_values import HINT
-from gemma_awq_cli.system.reading import library_errors
+from gemma_awq_cli.system.failures import library_errors
 
 LOGIT_CHUNK = 512  # vocabulary entries that logits are computed for at a time: they stay in the cache
 

@@ -11,7 +11,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.models.gemma.families import Family
 from gemma_awq_cli.models.gemma.layers import SLIDING, LayerLayout, layers_of
-from gemma_awq_cli.system.reading import library_errors
+from gemma_awq_cli.system.failures import library_errors
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
-from gemma_awq_cli.system.reading import first_line, library_errors
+from gemma_awq_cli.system.failures import first_line, library_errors
 
 
 def transformers_text_config(values: Mapping[str, Any], where: Path) -> Any:

@@ -12,7 +12,7 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.system.reading import read_text
+from gemma_awq_cli.system.text_input import read_text
 
 COPY = "Copy the chat template of the original model."
 TEMPLATE_BYTES = 1 << 20  # the longest of the released Gemmas' has 20 kB

@@ -17,7 +17,7 @@ from typing import IO, Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.text.template_files import COPY, ChatTemplate
-from gemma_awq_cli.system.reading import system_errors
+from gemma_awq_cli.system.failures import system_errors
 
 PROGRAM = Path(__file__).with_name("chat_template.py")
 SECONDS = 5  # that one rendering may take; a real template takes a thousandth of one

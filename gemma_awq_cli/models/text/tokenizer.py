@@ -15,7 +15,9 @@ from tokenizers import Tokenizer as Backend
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.models.text.template_files import ChatTemplate, find_template
-from gemma_awq_cli.system.reading import JSON_BYTES, first_line, library_errors, parse_json, read_bytes, require_regular
+from gemma_awq_cli.system.failures import first_line, library_errors
+from gemma_awq_cli.system.json_input import JSON_BYTES, parse_json
+from gemma_awq_cli.system.reading import read_bytes, require_regular
 
 COPY = "Copy the tokenizer files of the original model."
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
