@@ -14,8 +14,9 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
 from gemma_awq_cli.publish.licensing import GEMMA_TERMS, decide_licence
-from gemma_awq_cli.quantize import pipeline, preparation
+from gemma_awq_cli.quantize import preparation
 from tests.conftest import quantize_arguments
+from tests.layers import as_layer_begins
 from tests.tiny import make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -121,12 +122,12 @@ def test_quantize_reads_it_before_the_first_layer_and_tells_what_it_cannot_read(
     def read(folder: Path) -> Any:
         raise GemmaAwqError("read")
 
-    def layer(*_: object) -> Any:
+    def layer() -> None:
         raise AssertionError("a layer was begun")
 
     monkeypatch.setattr(preparation, "source_card", read)
-    monkeypatch.setattr(pipeline, "process_layer", layer)
-    assert main(quantize_arguments(source, tmp_path / "other", text_file)) == 1
+    with as_layer_begins(0, layer):
+        assert main(quantize_arguments(source, tmp_path / "other", text_file)) == 1
 
 
 def test_a_dry_run_of_push_uses_what_was_declared(

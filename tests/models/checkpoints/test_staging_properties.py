@@ -38,16 +38,19 @@ class Failed(Exception):
 def make(order):
     target = Path(order["target"])
     try:
-        with StagedFolder(target, order["force"], order["resume"]) as staged:
+        keep = True  # of an earlier maker; of this one, what its order says
+        worth = lambda state: keep and (state / "note").exists()
+        with StagedFolder(target, order["force"], order["resume"], is_worth_keeping=worth) as staged:
             note = staged.state / "note"
-            staged.keep = note.exists()
+            if not order["resume"]:
+                staged.begin_anew()
             found = note.read_text() if note.exists() else None
             if order["ending"] == "abandon":
                 staged.abandon()
                 return ["abandoned", found]
             (staged.folder / "weights").write_text(order["name"])
             note.write_text(order["name"])
-            staged.keep = order["ending"] == "keep"
+            keep = order["ending"] == "keep"
             if order["ending"] in ("keep", "fail"):
                 raise Failed
             (staged.folder / REPORT).write_text(order["name"])

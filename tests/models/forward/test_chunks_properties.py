@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from gemma_awq_cli.models.forward import torch_decoder
+from gemma_awq_cli.models.forward import prefill
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
-from gemma_awq_cli.models.forward.native_decoder import NativeSession
+from gemma_awq_cli.models.forward.native_session import NativeSession
+from gemma_awq_cli.models.forward.prefill import flat_batches
 from gemma_awq_cli.models.forward.session import Session
-from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, chunks, wanted_of
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from tests.conftest import FAMILIES
 from tests.properties import examples
 
@@ -68,7 +69,7 @@ def test_the_torch_decoder_reads_a_prompt_in_any_pieces(
     assert isinstance(dense.session(1, 1), DecoderSession)
     expected = read(dense.session(2, CAPACITY), [])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_decoder, "CHUNK", chunk)
+        patch.setattr(prefill, "CHUNK", chunk)
         logits = read(dense.session(2, CAPACITY), cuts)
     assert (apart(logits, expected) < 1e-3).all()
 
@@ -100,14 +101,14 @@ def test_pieces_are_the_rows_in_order_and_no_larger_than_a_chunk(
 ) -> None:
     tokens, lengths, counts = call
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch_decoder, "CHUNK", chunk)
-        made = chunks(tokens, lengths)
-    assert all(sum(piece.count for piece in pieces) <= max(chunk, len(tokens)) for pieces in made)
-    pieces = [piece for some in made for piece in some]
+        patch.setattr(prefill, "CHUNK", chunk)
+        batches = list(flat_batches(tokens, lengths, counts))
+    assert all(len(batch.ids) <= max(chunk, len(tokens)) for batch in batches)
+    assert all(len(batch.ids) == sum(part.count for part in batch.chunks) for batch in batches)
+    parts = [part for batch in batches for part in zip(batch.chunks, batch.wanted, strict=True)]
     for row, new in enumerate(tokens):
-        own = [piece for piece in pieces if piece.row == row]
-        positions = [position for piece in own for position in range(piece.start, piece.start + piece.count)]
+        own = [(part, wanted) for part, wanted in parts if part.row == row]
+        positions = [position for part, _ in own for position in range(part.start, part.start + part.count)]
         assert positions == list(range(lengths[row], lengths[row] + len(new)))
-        # each wanted logit is some piece's, and no other is
-        end = lengths[row] + len(new)
-        assert sum(wanted_of(piece, end, counts[row]) for piece in own) == counts[row]
+        # each wanted logit is some chunk's, and no other is
+        assert sum(wanted for _, wanted in own) == counts[row]
