@@ -2,7 +2,7 @@
 
 import random
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,12 +27,15 @@ class Shuffled(Engine):
         super().__init__(prompter, context=256, ends={1})
         self._order = order
 
-    def _generate(self, work: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]) -> None:
-        for row in self._order.sample(work, len(work)):
+    def _steps(
+        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+    ) -> Generator[None, None, None]:
+        for row in self._order.sample(rows, len(rows)):
             row.begin(len(row.ids))
             tokens = random.Random(row.number)
             while not row.done:
                 row.take(tokens.randrange(6, 262))
+                yield
             on_done(row)
 
 

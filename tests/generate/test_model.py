@@ -148,7 +148,7 @@ def test_messages_need_an_instruct_model(artifact: Model) -> None:
         ({"attention": "fast"}, "Invalid attention: 'fast'"),
         ({"head": "2bit"}, "Invalid head: '2bit'"),
         ({"dtype": torch.float32}, "is a 4-bit artifact"),
-        ({"revision": "main"}, "--revision goes with a hub id"),
+        ({"revision": "main"}, "--revision only applies to a hub id"),
     ],
 )
 def test_options_that_make_no_sense_are_errors(

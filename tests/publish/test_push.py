@@ -192,7 +192,9 @@ CASES = [
     Case("put", 503, "hub answered HTTP 503", "not sent a second time"),
     Case("put", 429, "hub answered HTTP 429", "not sent a second time"),
     Case("verify", 500, "hub answered HTTP 500", "not sent a second time"),
-    Case("commit", 409, r"changed by someone else meanwhile \(HTTP 409\)", "Look at what changed on main"),
+    Case(
+        "commit", 409, r"Someone else changed me/tiny-AWQ in the meantime \(HTTP 409\)", "Look at what changed on main"
+    ),
     Case("commit", 413, r"HTTP 413", "limits"),
     Case("commit", 400, r"did not accept the request", "REPO_ID"),
     Case("commit", 429, "HTTP 429", "Try later"),
@@ -383,7 +385,7 @@ def test_private_is_private(hub: WritingHub, artifact: Path, capsys: Capture) ->
 @pytest.mark.parametrize(
     ("token", "repo", "message", "hint"),
     [
-        ("", REPO, "There is no login for the hub", "hf auth login"),
+        ("", REPO, "not logged in to the hub", "hf auth login"),
         (READ_TOKEN, REPO, "may not write to me/tiny-AWQ", "token that can write"),
         (TOKEN, "someone/tiny", "may not write to someone/tiny", "--create-pr"),
         ("hf_expired" + "y" * 30, REPO, "does not accept this login", "hf auth login"),

@@ -117,7 +117,7 @@ def kept(
     out = tmp_path_factory.mktemp("kept") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("GEMMA_AWQ_CACHE", str(out.parent / "cache"))
-        arguments = kept_run(out, checkpoints("gemma"), text_file, patch)
+        arguments = kept_run(out, checkpoints("gemma"), text_file)
     return out, arguments
 
 

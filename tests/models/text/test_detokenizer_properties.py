@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_awq_cli.models.text.detokenizer import TextStream
+from gemma_awq_cli.models.text.detokenizer import StreamingDetokenizer
 from gemma_awq_cli.models.text.tokenizer import Tokenizer, load_tokenizer
 from tests.properties import examples
 from tests.tiny import VOCAB, make_tokenizer
@@ -29,7 +29,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 def streamed(tokenizer: Tokenizer, tokens: Sequence[int], stop: Sequence[str]) -> tuple[list[str], str, bool]:
     """The pieces, the whole text at the end, and whether a stop text ended it."""
     pieces: list[str] = []
-    stream = TextStream(tokenizer, stop, pieces.append)
+    stream = StreamingDetokenizer(tokenizer, stop, pieces.append)
     stopped = any(stream.add(token) for token in tokens)  # ends with the first that completes one
     return pieces, stream.finish(), stopped
 
