@@ -30,14 +30,20 @@ def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> N
     expected = {path.relative_to(source): path.read_bytes() for path in source.rglob("*") if path.is_file()}
     assert len(expected) > 10
     assert {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()} == expected
-    templates = ("templates/model_card.md", "templates/bench_report.html")
-    for name in ("licences/gemma-terms-of-use.md", "licences/apache-2.0.txt", *templates):
-        assert (installed / "gemma_awq_cli" / name).read_bytes() == (ROOT / "gemma_awq_cli" / name).read_bytes()
     for name in ("bench-schema.json", "report-schema.json"):
         assert (installed / "gemma_awq_cli" / "schemas" / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
     assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"gemma_awq_cli"}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "gemma-awq = gemma_awq_cli.__main__:entry" in entry_points.read_text()
+
+
+def test_the_wheel_holds_every_file_of_the_package(installed: Path) -> None:
+    """Modules, and what they read: C++ sources, templates, licences."""
+    package = ROOT / "gemma_awq_cli"
+    names = [path.relative_to(package) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    assert {".py", ".cpp", ".h", ".md", ".html", ".txt"} <= {name.suffix for name in names}
+    for name in names:
+        assert (installed / "gemma_awq_cli" / name).read_bytes() == (package / name).read_bytes(), name
 
 
 def test_the_wheel_finds_its_recipes_outside_the_clone(installed: Path, tmp_path: Path) -> None:

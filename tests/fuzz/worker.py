@@ -70,10 +70,13 @@ def _prepare(root: Path) -> None:
     import yaml  # noqa: F401
     from transformers.models.auto import modeling_auto  # noqa: F401
 
+    from gemma_awq_cli.awq.grid import minmax_grid
+    from gemma_awq_cli.awq.packing import pack_weight
     from gemma_awq_cli.bench import html_page  # noqa: F401
-    from gemma_awq_cli.kernels.autoawq import _packing_utils
+    from gemma_awq_cli.kernels.autoawq import dequantize_with_autoawq
 
-    _packing_utils()
+    weight = torch.zeros(8, 8)
+    dequantize_with_autoawq(pack_weight(weight, minmax_grid(weight, 8)), 8)
     assert transformers is not None
     from gemma_awq_cli.kernels.native import library
     from gemma_awq_cli.models.checkpoints.cache import cache_folder

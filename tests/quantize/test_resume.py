@@ -23,9 +23,11 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints.journal import Journal, differences
 from tests.conftest import quantize_arguments
+from tests.layers import as_layer_begins
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
 Capture = pytest.CaptureFixture[str]
+SMALL = ("--num-samples", "4", "--quality", "fast")  # where many runs are made
 
 # Reads commands as JSON lines: the arguments, and at which of its file operations or after how many seconds to die.
 # Answers: the exit code, and how many file operations below the target's parent there were.
@@ -35,8 +37,11 @@ import torch
 torch.set_num_threads(1)  # no threads exist that a fork would lose
 from gemma_awq_cli.cli.app import main
 import gemma_awq_cli.quantize.pipeline, transformers.models.gemma3.modeling_gemma3, gemma_awq_cli.cli.quantize
-from gemma_awq_cli.kernels.autoawq import _packing_utils
-_packing_utils()
+from gemma_awq_cli.awq.grid import minmax_grid
+from gemma_awq_cli.awq.packing import pack_weight
+from gemma_awq_cli.kernels.autoawq import dequantize_with_autoawq
+weight = torch.zeros(8, 8)
+dequantize_with_autoawq(pack_weight(weight, minmax_grid(weight, 8)), 8)  # what its first use imports
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
 for line in sys.stdin:
     order = json.loads(line)
@@ -120,7 +125,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
     out = runner.folder / "work" / "out"
 
     def command(*more: str) -> list[str]:
-        return quantize_arguments(checkpoints("gemma3_text"), out, text_file, "--num-samples", "4", *more)
+        return quantize_arguments(checkpoints("gemma3_text"), out, text_file, *SMALL, *more)
 
     whole = time.monotonic()
     code, operations = runner.run(command())
@@ -149,7 +154,7 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
 
     # every operation from the last layer to the last clean-up, where renames and journal entries meet
     late = list(range(operations - 30, operations + 1))
-    early = rng.sample(range(1, operations - 30), 24)
+    early = rng.sample(range(1, operations - 30), 16)
     for at in sorted(early + late):
         prepare(replacing=at % 3 == 0)
         code, _ = runner.run(command("--force"), at_operation=at)
@@ -160,28 +165,22 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
             code, _ = runner.run(command("--resume", "--force"), at_operation=1 + rng.randrange(operations // 2))
             kills += code == -9
         resumed(f"killed at operation {at}")
-    for _ in range(15):
+    for _ in range(8):
         prepare(replacing=False)
         code, _ = runner.run(command(), after_seconds=rng.uniform(0.02, whole))
         kills += code == -9
         resumed("killed at a random moment")
-    assert kills >= 50
+    assert kills >= 45
 
 
-def kept_run(out: Path, checkpoint: Path, text: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> list[str]:
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
+def kept_run(out: Path, checkpoint: Path, text: Path, *more: str) -> list[str]:
     """A run that was interrupted after two of three layers. Returns its arguments."""
-    from gemma_awq_cli.quantize import pipeline
-
     arguments = quantize_arguments(checkpoint, out, text, *more)
-    real = pipeline._one_layer
-
-    def interrupted(*given: object) -> object:
-        if given[-1] == 2:
-            raise KeyboardInterrupt
-        return real(*given)  # type: ignore[arg-type]
-
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_one_layer", interrupted)
+    with as_layer_begins(2, interrupt):
         assert main(arguments) == 130
     return arguments
 
@@ -192,10 +191,9 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
     artifacts: Callable[[str], Path],
     text_file: Path,
     capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "out"
-    arguments = kept_run(out, checkpoints("gemma2"), text_file, monkeypatch)
+    arguments = kept_run(out, checkpoints("gemma2"), text_file)
     assert "2 of 3 layers are kept: repeat the command with --resume" in capsys.readouterr().err
     assert not out.exists()
     # neither thrown away nor gone on with unless that is asked for
@@ -215,14 +213,14 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
 
 
 def test_both_paths_of_the_rows_are_gone_on_with(
-    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
     """At `best` the calibration rows travel through the quantized layers too."""
     whole = tmp_path / "whole"
     best = ("--quality", "best", "--seed", "3")
     assert main(quantize_arguments(checkpoints("gemma2"), whole, text_file, *best)) == 0
     out = tmp_path / "out"
-    arguments = kept_run(out, checkpoints("gemma2"), text_file, monkeypatch, *best)
+    arguments = kept_run(out, checkpoints("gemma2"), text_file, *best)
     assert main([*arguments, "--resume"]) == 0
     assert identity(out) == identity(whole)
 
@@ -253,7 +251,7 @@ def test_resuming_under_other_conditions_is_refused(
     from tests.tiny import make_checkpoint
 
     out = tmp_path / "out"
-    arguments = kept_run(out, checkpoints("gemma"), text_file, monkeypatch)
+    arguments = kept_run(out, checkpoints("gemma"), text_file)
     journal = tmp_path / ".out.partial" / "state" / "journal.jsonl"
     if change == ["model"]:
         arguments[1] = str(make_checkpoint(tmp_path / "finetuned", "gemma", seed=1))
@@ -289,14 +287,10 @@ def test_two_processes_do_not_write_one_artifact(
 def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     code = (
         "import os, signal, sys\n"
-        "from gemma_awq_cli.quantize import pipeline\n"
         "from gemma_awq_cli.cli.app import main\n"
-        "real = pipeline._one_layer\n"
-        "def slow(*a):\n"
-        "    if a[-1] == 1: os.kill(os.getpid(), signal.SIGTERM)\n"
-        "    return real(*a)\n"
-        "pipeline._one_layer = slow\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "from tests.layers import as_layer_begins\n"
+        "with as_layer_begins(1, lambda: os.kill(os.getpid(), signal.SIGTERM)):\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
@@ -314,18 +308,15 @@ def test_out_of_memory_is_said_and_resumable(
     """A real refusal of the allocator: the address space is limited when the second layer begins."""
     code = (
         "import resource, sys\n"
-        "from gemma_awq_cli.quantize import pipeline\n"
-        "from gemma_awq_cli.cli.app import main\n"
         "import torch\n"
-        "real = pipeline._one_layer\n"
-        "def limited(*a):\n"
-        "    if a[-1] == 1:\n"
-        "        used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
-        "        resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
-        "        torch.empty(2**30)\n"
-        "    return real(*a)\n"
-        "pipeline._one_layer = limited\n"
-        "sys.exit(main(sys.argv[1:]))\n"
+        "from gemma_awq_cli.cli.app import main\n"
+        "from tests.layers import as_layer_begins\n"
+        "def limited():\n"
+        "    used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
+        "    resource.setrlimit(resource.RLIMIT_AS, (used + 2**20, -1))\n"
+        "    torch.empty(2**30)\n"
+        "with as_layer_begins(1, limited):\n"
+        "    sys.exit(main(sys.argv[1:]))\n"
     )
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)
     ended = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
@@ -336,25 +327,19 @@ def test_out_of_memory_is_said_and_resumable(
     assert main([*arguments, "--resume"]) == 0
 
 
-def test_a_shard_that_vanishes_half_way(
-    tmp_path: Path, text_file: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from gemma_awq_cli.quantize import pipeline
+def test_a_shard_that_vanishes_half_way(tmp_path: Path, text_file: Path, capsys: Capture) -> None:
     from tests.tiny import make_checkpoint
 
     checkpoint = make_checkpoint(tmp_path / "sharded", "gemma2", sharded=True)
     shards = sorted(checkpoint.glob("model-*.safetensors"))
-    real = pipeline._one_layer
+    assert len(shards) > 1
 
-    def vanishing(*given: object) -> object:
-        if given[-1] == 1:
-            for shard in shards:
-                shard.rename(shard.with_suffix(".away"))
-        return real(*given)  # type: ignore[arg-type]
+    def vanish() -> None:
+        for shard in shards:
+            shard.rename(shard.with_suffix(".away"))
 
     arguments = quantize_arguments(checkpoint, tmp_path / "out", text_file)
-    with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "_one_layer", vanishing)
+    with as_layer_begins(1, vanish):
         assert main(arguments) == 1
     captured = capsys.readouterr()
     assert "cannot be read" in captured.err
@@ -369,9 +354,8 @@ def test_a_changed_file_of_the_kept_work_is_noticed(
     checkpoints: Callable[[str], Path],
     text_file: Path,
     capsys: Capture,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    arguments = kept_run(tmp_path / "out", checkpoints("gemma"), text_file, monkeypatch)
+    arguments = kept_run(tmp_path / "out", checkpoints("gemma"), text_file)
     (tmp_path / ".out.partial" / "model" / "model.safetensors").unlink()
     assert main([*arguments, "--resume"]) == 1
     assert "missing or was changed" in capsys.readouterr().err
@@ -418,20 +402,36 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
             raise OSError(REFUSING["code"], os.strerror(REFUSING["code"]), arguments[0])
 
 
+@pytest.fixture(scope="module")
+def small(
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path
+) -> dict[str, str]:
+    """The identity of an artifact that was made undisturbed."""
+    sys.addaudithook(_refuse)  # it stays for good, and does nothing unless it is told to
+    out = tmp_path_factory.mktemp("small") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GEMMA_AWQ_CACHE", str(out.parent / "cache"))
+        assert main(quantize_arguments(checkpoints("gemma"), out, text_file, *SMALL)) == 0
+    return identity(out)
+
+
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.ESTALE])
 def test_any_file_operation_may_be_refused(
-    code: int, tmp_path: Path, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], text_file: Path,
+    code: int,
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    small: dict[str, str],
+    text_file: Path,
     capsys: Capture,
-) -> None:  # fmt: skip
+) -> None:
     """Whichever it is: an error with a hint, no half-written artifact, and the work can be gone on with."""
     out = tmp_path / "work" / "out"
     out.parent.mkdir()
-    arguments = quantize_arguments(checkpoints("gemma"), out, text_file)
-    expected = identity(artifacts("gemma"))
-    sys.addaudithook(_refuse)  # it stays for good, and does nothing then
+    arguments = quantize_arguments(checkpoints("gemma"), out, text_file, *SMALL)
+    expected = small
     rng = random.Random(code)
-    for at in sorted(rng.sample(range(1, 90), 4)):
+    for at in sorted(rng.sample(range(1, 90), 8)):
         REFUSING.update(below=str(out.parent), left=at, code=code)
         try:
             ended = main(arguments)

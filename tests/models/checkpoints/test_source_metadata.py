@@ -16,6 +16,7 @@ from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS
 from gemma_awq_cli.publish.licensing import decide
 from gemma_awq_cli.quantize import pipeline
 from tests.conftest import quantize_arguments
+from tests.layers import as_layer_begins
 from tests.tiny import make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -121,12 +122,12 @@ def test_quantize_reads_it_before_the_first_layer_and_tells_what_it_cannot_read(
     def read(folder: Path) -> Any:
         raise GemmaAwqError("read")
 
-    def layer(*_: object) -> Any:
+    def layer() -> None:
         raise AssertionError("a layer was begun")
 
     monkeypatch.setattr(pipeline, "source_card", read)
-    monkeypatch.setattr(pipeline, "_one_layer", layer)
-    assert main(quantize_arguments(source, tmp_path / "other", text_file)) == 1
+    with as_layer_begins(0, layer):
+        assert main(quantize_arguments(source, tmp_path / "other", text_file)) == 1
 
 
 def test_a_dry_run_of_push_uses_what_was_declared(
