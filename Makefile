@@ -4,13 +4,17 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint check fuzz sanitize clean
+.PHONY: demo test test-fast lint check fuzz sanitize clean
 
 demo: $(INSTALLED)
 	$(BIN)/gemma-awq quantize --force
 	$(BIN)/gemma-awq run --max-new-tokens 48 "The three primary colours are"
 
 test: lint check
+
+# What to run at each save; make test runs the rest too.
+test-fast: lint
+	$(BIN)/python -m pytest -q -n 2 -m "not slow and not demo"
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -437,7 +437,7 @@ def test_any_file_operation_may_be_refused(
     arguments = quantize_arguments(checkpoints("gemma"), out, text_file, *SMALL)
     expected = small
     rng = random.Random(code)
-    for at in sorted(rng.sample(range(1, 90), 4)):
+    for at in sorted(rng.sample(range(1, 90), 8)):
         REFUSING.update(below=str(out.parent), left=at, code=code)
         try:
             ended = main(arguments)
