@@ -22,7 +22,7 @@ lint: $(INSTALLED)
 	$(BIN)/mypy
 
 check: $(INSTALLED)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # CASES=20000 SEED=1 make fuzz
 CASES ?= 2000
