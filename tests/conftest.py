@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -22,11 +23,26 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 THREADS = 1
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums repeat only for as many
+SLOW = 8.0  # seconds from which on a test should be marked so
+FUZZ = Path(__file__).parent / "fuzz"
 FAMILIES = sorted(CONFIGS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--fuzz-cases", type=int, default=500, help="how many cases tests/fuzz makes (default: 500)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.path.is_relative_to(FUZZ):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Name the tests that should have the marker: a list of what was slow once would grow old."""
+    for report in terminalreporter.getreports("passed"):
+        if report.when == "call" and report.duration > SLOW and not {"slow", "demo"} & set(report.keywords):
+            terminalreporter.write_line(f"{report.nodeid} took {report.duration:.0f} s and is not marked as slow")
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +58,15 @@ def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("native")
 
 
+@pytest.fixture(scope="session")
+def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("caches")
+
+
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(caches: Path, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user's own cache holds, and none reaches the network."""
-    cache = tmp_path_factory.mktemp("cache")
+    cache = Path(tempfile.mkdtemp(dir=caches))
     (cache / "native").symlink_to(native_folder)
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(cache))
     monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)

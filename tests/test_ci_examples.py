@@ -36,6 +36,7 @@ def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     return run
 
 
+@pytest.mark.slow
 def test_the_shell_example(
     shell: Callable[..., subprocess.CompletedProcess[str]], artifacts: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -53,6 +54,7 @@ def test_the_shell_example(
     assert "is not good enough" in result.stderr
 
 
+@pytest.mark.slow
 def test_the_workflow_example(
     shell: Callable[..., subprocess.CompletedProcess[str]],
     checkpoints: Callable[[str], Path],

@@ -81,6 +81,7 @@ def is_accepted(document: Any, name: str) -> bool:
     return True
 
 
+@pytest.mark.slow
 def test_every_text_of_a_report_on_the_card() -> None:
     # without the link to a revision and without a dataset's name, which texts of another form rightly change
     base = full_report()
@@ -126,6 +127,7 @@ def test_a_source_that_is_no_hub_id_is_no_link() -> None:
         assert not any("tree/0000" in link for link in links)
 
 
+@pytest.mark.slow
 def test_every_text_of_a_bench_on_the_card() -> None:
     before = structure(card(full_report(), full_bench()))
     for attack in ATTACKS:
@@ -164,6 +166,7 @@ def page(bench: dict[str, Any], reports: list[Any]) -> Tags:
     return tags
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(ATTACKS), 8))
 def test_every_text_of_a_bench_and_its_reports_on_the_page(first: int) -> None:
     """Another attack in every field: each of them in some, and no field without one."""

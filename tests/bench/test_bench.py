@@ -44,6 +44,7 @@ def test_the_schema_is_a_schema_and_can_fail() -> None:
         jsonschema.validate({"schema": 2}, SCHEMA)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_speed_and_fidelity_of_the_last_artifact(
     artifacts: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
@@ -68,6 +69,7 @@ def test_speed_and_fidelity_of_the_last_artifact(
     assert "Error by layer" in text
 
 
+@pytest.mark.slow
 def test_the_document(artifacts: Callable[[str], Path], capsys: Capture) -> None:
     folder, beside = artifacts("gemma"), artifacts("gemma-mqa")
     capsys.readouterr()
@@ -95,6 +97,7 @@ def test_the_document(artifacts: Callable[[str], Path], capsys: Capture) -> None
     assert mean == pytest.approx(fidelity["kl"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_bounds_end_in_3_with_a_line_each(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     speed = ["bench", str(artifact), "--speed", "--json", "--quiet", *QUICK]
@@ -137,6 +140,7 @@ def test_bounds_of_fidelity(artifact: Path, capsys: Capture) -> None:
     assert main([*fidelity, "--max-rss", "much"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_an_original_that_is_not_here_is_said_and_the_rest_runs(artifact: Path, capsys: Capture) -> None:
     report = artifact / "quantization_report.json"
@@ -246,6 +250,7 @@ def test_an_interruption_keeps_what_was_measured(
     assert "are not complete" in captured.err
 
 
+@pytest.mark.slow
 def test_a_process_that_dies_is_said() -> None:
     worker = Worker("x", 1)
     worker.process.kill()

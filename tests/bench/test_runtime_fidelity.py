@@ -46,6 +46,7 @@ def test_it_is_that_of_the_weights_in_float32(
     assert found.summary().kl == pytest.approx(expected.summary().kl, rel=2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_what_bitsandbytes_runs(artifacts: Callable[[str], Path], capsys: Capture) -> None:
     pytest.importorskip("bitsandbytes", reason='the extra is not installed: pip install "gemma-awq[bnb]"')

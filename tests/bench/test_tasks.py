@@ -293,6 +293,7 @@ def test_a_process_that_dies_takes_one_task_with_it(
     assert document["left_out"][0]["part"] == "task tiny_answer"
 
 
+@pytest.mark.slow
 def test_the_suites_name_what_the_harness_has() -> None:
     specs = find_tasks(["card,safety", "card"])
     assert len(specs) == sum(map(len, SUITES.values()))  # none twice

@@ -92,6 +92,7 @@ def test_parquet_and_a_named_column(tmp_path: Path, prompter: Prompter) -> None:
     assert len(build_rows(recipe, prompter, 5, 16, 0, 2).ids) == 5
 
 
+@pytest.mark.slow
 def test_a_dataset_through_the_datasets_library(
     tmp_path: Path, prompter: Prompter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -191,6 +192,7 @@ EMBEDDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("asked", sorted(EMBEDDED))
 def test_the_embedded_rows_stay_what_they_are(
     asked: tuple[int, int, int, int], prompter: Prompter, chat_prompter: Prompter
@@ -258,6 +260,7 @@ def test_a_bad_row_is_left_out_said_and_an_error_if_strict(tmp_path: Path, promp
     assert "--text-column" in error.value.hint  # what helps: most rows are of another form
 
 
+@pytest.mark.slow
 def test_of_a_long_text_no_more_is_tokenized_than_is_needed(
     tmp_path: Path, prompter: Prompter, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,6 +75,7 @@ def terminal(folder: Path) -> Iterator[Terminal]:
         opened.end()
 
 
+@pytest.mark.slow
 def test_a_message_that_the_model_cannot_be_given_is_refused_and_the_chat_goes_on(tmp_path: Path) -> None:
     """A token beyond the embedding, a template that refuses, one that fails: the earlier turns stay."""
     folder = make_checkpoint(tmp_path / "tiny", "gemma2", chat=True)
@@ -105,6 +106,7 @@ def test_a_message_that_the_model_cannot_be_given_is_refused_and_the_chat_goes_o
     assert [message["content"] for message in messages if message["role"] == "user"] == ["Hello", "Again"]
 
 
+@pytest.mark.slow
 def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path: Path) -> None:
     greeting = terminal.wait(">>> ")
     assert "Chat with tiny" in greeting
@@ -140,6 +142,7 @@ def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path:
     ]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path) -> None:
     # transformers' modules: the decode paths of our own are done with 200 tokens before the key is pressed
     slow = Terminal(folder, "--max-new-tokens", "200", "--stop", "no such text", "--attn", "eager")
@@ -155,6 +158,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path) -> None:
     assert slow.end() == 130
 
 
+@pytest.mark.slow
 def test_ctrl_d_ends_a_base_models_chat(tmp_path: Path) -> None:
     base = Terminal(make_checkpoint(tmp_path / "base", "gemma"), "--max-new-tokens", "3")
     assert base.wait(">>> ").count("completes rather than answers") == 1

@@ -139,6 +139,7 @@ def run_process(
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_prompts_from_a_pipe(artifacts: Callable[[str], Path]) -> None:
     more = ["-m", str(artifacts("gemma")), "--max-new-tokens", "4", "--device", "cpu", "--json"]
     piped = run_process(["run", *more], b"Hello there\n")
@@ -156,6 +157,7 @@ def test_prompts_from_a_pipe(artifacts: Callable[[str], Path]) -> None:
     assert b"empty" in empty.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing_half_written(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
@@ -175,6 +177,7 @@ def test_ctrl_c_leaves_nothing_half_written(
     assert [p for p in tmp_path.iterdir() if p.name != "cache"] == []
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX")
 def test_a_disk_that_fills_up(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     """A real full disk: a file system of 1 MB, filled while the artifact is written."""

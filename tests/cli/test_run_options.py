@@ -115,6 +115,7 @@ def test_verbose_names_the_kernels_and_a_slow_one_is_said_anyway(
     assert "slow reference kernel (PyTorch's int4 product for CPUs: this processor lacks it" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])
 def test_an_artifact_runs_without_the_second_that_transformers_takes(
     kind: str, artifacts: Callable[[str], Path]

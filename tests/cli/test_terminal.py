@@ -211,6 +211,7 @@ def test_names_and_errors_of_a_hostile_model(tmp_path: Path, capsys: Capture) ->
         assert not UNSEEN & set(captured.err)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
 def test_what_a_model_writes(artifacts: Callable[[str], Path]) -> None:
     """A random model's bytes hold control characters: a terminal gets none, a pipe gets each."""

@@ -113,6 +113,7 @@ def test_the_embedded_text_is_the_held_out_one(tmp_path: Path) -> None:
     assert recipe.heldout.read_text(encoding="utf-8") == text.plain
 
 
+@pytest.mark.slow
 def test_of_a_long_text_only_the_beginning_is_read_for_a_few_windows(
     checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -191,6 +191,7 @@ def test_a_prompt_beyond_the_context_is_found_before_anything_is_written(engine:
     assert not (tmp_path / "out.jsonl").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("end", ["exit", "SIGKILL"])
 def test_one_process_alone_writes_an_output(
     end: str, artifacts: Callable[[str], Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -29,6 +29,7 @@ assert (given.float() - expected).norm() < 0.002 * expected.norm()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None or autoawq_version() is None, reason="AutoAWQ or triton is not installed"
 )

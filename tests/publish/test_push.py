@@ -140,6 +140,7 @@ def test_only_what_changed_is_sent(hub: WritingHub, artifact: Path, capsys: Capt
     assert "put" not in steps(hub)
 
 
+@pytest.mark.slow
 def test_what_was_pushed_runs_and_is_downloaded_by_the_hubs_own_command(
     hub: WritingHub, artifacts: Callable[[str], Path], tmp_path: Path, capsys: Capture
 ) -> None:

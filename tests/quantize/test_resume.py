@@ -119,6 +119,7 @@ def identity(folder: Path) -> dict[str, str]:
     }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_anywhere_and_resumed_gives_the_same_bytes(
     runner: Runner, checkpoints: Callable[[str], Path], text_file: Path
@@ -213,6 +214,7 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
     assert "complete already" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_both_paths_of_the_rows_are_gone_on_with(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
@@ -285,6 +287,7 @@ def test_two_processes_do_not_write_one_artifact(
     assert "Another process is writing" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     code = (
         "import os, signal, sys\n"
@@ -302,6 +305,7 @@ def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str],
     assert main([*arguments, "--resume"]) == 0
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="macOS does not limit a process's address space")
 def test_out_of_memory_is_said_and_resumable(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
@@ -421,6 +425,7 @@ def small(
     return identity(out)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("code", [errno.EIO, errno.ENOSPC, errno.EROFS, errno.EFBIG, errno.ESTALE])
 def test_any_file_operation_may_be_refused(

@@ -52,6 +52,7 @@ def test_the_cache_changes_nothing(
     assert (stepped - whole).norm(dim=-1).median() < 0.1 * (whole[0] - whole[1]).norm(dim=-1).median()
 
 
+@pytest.mark.slow
 def test_quantize_on_its_own_rows(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     own = quantize_arguments(checkpoints("gemma"), tmp_path / "own", text_file)
     own[own.index("--calibration") + 1] = "self"

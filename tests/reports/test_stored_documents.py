@@ -63,6 +63,7 @@ def own_places(document: Any) -> list[Place]:
     return [place for place in places(document) if place[:2] != ("models", 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_the_schemas_are_schemas_and_ours_agree_with_the_libraries(name: str) -> None:
     make, file = SCHEMAS[name]
@@ -77,6 +78,7 @@ def test_the_schemas_are_schemas_and_ours_agree_with_the_libraries(name: str) ->
             assert validator.is_valid(document) or refusal(document, schema) is not None  # ours may refuse more
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SCHEMAS)
 def test_any_value_in_any_place_is_refused_by_name_or_does_no_harm(name: str) -> None:
     make, file = SCHEMAS[name]

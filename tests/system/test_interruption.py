@@ -99,6 +99,7 @@ def test_the_first_unwinds(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("at", ["removing", "saying"])
@@ -136,6 +137,7 @@ def test_a_third_one_ends_the_process_at_once(start: Callable[..., "subprocess.P
     assert stderr == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 def test_an_artifact_is_put_in_its_place_before_the_process_ends(
     number: signal.Signals, start: Callable[..., "subprocess.Popen[str]"], tmp_path: Path
@@ -169,6 +171,7 @@ def test_ctrl_c_while_the_command_is_imported(module: str) -> None:
     assert b"Traceback" not in ended.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0, 3.0, 4.5])
 def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[str], Path]) -> None:
     """While torch is imported, while the tokenizer is loaded by its thread, while the first token is made."""

@@ -219,6 +219,7 @@ def test_our_own_bugs_keep_their_traceback(error: Exception, monkeypatch: pytest
         main(["run", "Hello", "-m", "x"])
 
 
+@pytest.mark.slow
 @posix
 def test_a_limit_on_the_size_of_files(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     """A real EFBIG, after the weights' file was begun."""

@@ -197,6 +197,7 @@ def files_of(folder: str) -> dict[str, bytes]:
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_checkpoint_arrives_once_and_without_the_other_formats(
     hub: HubServer, nobody: str, folders: Mapping[str, Path], tmp_path: Path
 ) -> None:

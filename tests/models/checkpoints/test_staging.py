@@ -54,6 +54,7 @@ def artifact(folder: Path, said: str) -> None:
     (folder / REPORT).write_text(said)
 
 
+@pytest.mark.slow
 def test_no_two_processes_ever_have_it_at_once(tmp_path: Path) -> None:
     command = [sys.executable, "-c", CONTENDER, str(tmp_path / "out"), str(tmp_path / "owner"), "3"]
     processes = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) for _ in range(4)]
@@ -188,6 +189,7 @@ def test_a_link_to_a_folder_is_replaced_and_its_folder_stays(tmp_path: Path) -> 
     assert sorted(path.name for path in tmp_path.iterdir()) == ["elsewhere", "out"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
 def test_a_resume_beside_a_running_force(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: pytest.CaptureFixture[str]

@@ -73,6 +73,7 @@ def refusal_of(folder: Path) -> GemmaAwqError | None:
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])
 def test_any_value_of_any_kind_is_taken_or_refused(kind: str, changed: Callable[..., Path]) -> None:
     """Refused within a second, whatever it is, with a message that names it; what is taken can be built."""
@@ -286,6 +287,7 @@ def test_values_at_the_bounds_mean_what_they_say(text: dict[str, Any], changed: 
         assert float(((given - expected).norm(dim=-1) / expected.norm(dim=-1)).median()) < 1e-4
 
 
+@pytest.mark.slow
 def test_a_window_that_never_closes_is_none(changed: Callable[..., Path]) -> None:
     """In the compiled decoder too, which counts it in 64 bits."""
     logits = []

@@ -150,6 +150,7 @@ def test_a_refusal_of_the_templates_own_is_told_shortly(said: str) -> None:
     assert len(message) < 600
 
 
+@pytest.mark.slow
 def test_it_goes_on_after_an_error_and_after_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_worker, "SECONDS", 2)
     rendering = worker(
