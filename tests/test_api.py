@@ -15,7 +15,8 @@ import gemma_awq_cli
 from gemma_awq_cli import GemmaAwqError, QuantizeRequest, UsageError, plan_model, quantize_model
 from gemma_awq_cli.cli import quantize as quantize_command
 from gemma_awq_cli.cli.app import main
-from gemma_awq_cli.quantize.events import Event, LayerDone, LayersStarted, Note, PlanMade, SourceFound
+from gemma_awq_cli.events import Note
+from gemma_awq_cli.quantize.events import Event, LayerDone, LayersStarted, PlanMade, SourceFound
 from gemma_awq_cli.quantize.request import QuantizeOptions
 from tests.conftest import quantize_arguments
 

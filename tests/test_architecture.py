@@ -18,7 +18,7 @@ PACKAGE = Path(gemma_awq_cli.__file__).parent
 # The rooms in the order of their imports: a room may import from itself and from the rooms of earlier rows.
 # Rooms of one row are siblings and do not import each other.
 ROOMS = (
-    ("errors",),
+    ("errors", "events"),
     ("system",),
     ("awq", "models.gemma"),
     ("kernels",),

@@ -5,19 +5,7 @@ from dataclasses import dataclass
 from itertools import count
 from typing import Any
 
-
-@dataclass(frozen=True)
-class Note:
-    """Something that a person may want to know."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Warned:
-    """Something that a person should know."""
-
-    text: str
+from gemma_awq_cli.events import Note, Warned
 
 
 @dataclass(frozen=True)

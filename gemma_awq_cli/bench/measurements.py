@@ -6,11 +6,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.bench.events import Note, OnEvent, OnProgress, Progress, Warned
+from gemma_awq_cli.bench.events import OnEvent, OnProgress, Progress
 from gemma_awq_cli.bench.model_kinds import GGUF, VLLM
 from gemma_awq_cli.bench.process import WorkerEndedError
 from gemma_awq_cli.bench.request import BenchOptions
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.reports.stored_documents import read_quantization_report

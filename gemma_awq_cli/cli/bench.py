@@ -6,13 +6,14 @@ from typing import Annotated, Any
 
 import typer
 
-from gemma_awq_cli.bench.events import Event, Measured, Note, Progress, StageStarted, Warned
+from gemma_awq_cli.bench.events import Event, Measured, Progress, StageStarted
 from gemma_awq_cli.bench.request import BenchOptions, BenchRequest
 from gemma_awq_cli.cli import console
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
 from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import parse_bytes
 
 EXAMPLES = """

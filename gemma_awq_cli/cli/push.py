@@ -13,6 +13,7 @@ from gemma_awq_cli.cli.console import Output, Progress
 from gemma_awq_cli.cli.default_model import last_artifact_folder
 from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
 from gemma_awq_cli.errors import Terminated, UsageError
+from gemma_awq_cli.events import Note
 from gemma_awq_cli.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ class _Reporter:
         from gemma_awq_cli.publish import events
 
         match event:
-            case events.Note(text):
+            case Note(text):
                 self._out.note(text)
             case events.MeasuringStarted(steps):
                 self._bar = self._bars.enter_context(self._out.progress("Measuring again", steps))

@@ -19,6 +19,7 @@ from gemma_awq_cli.cli.options import (
     StoredDtype,
 )
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
 if TYPE_CHECKING:
@@ -194,9 +195,9 @@ class _Screen:
         from gemma_awq_cli.quantize import events
 
         match event:
-            case events.Note(text):
+            case Note(text):
                 self._out.note(text)
-            case events.Warned(text):
+            case Warned(text):
                 self._out.warning(text)
             case events.SamplingStarted(rows, seq_len):
                 self._out.note(f"Sampling {rows} rows of {seq_len} tokens from the 16-bit model.")

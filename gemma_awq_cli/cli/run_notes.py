@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.stages import Stages
-from gemma_awq_cli.generate.events import Event, ModelOpened, Note, SamplingChosen, StageEnded, Warned
+from gemma_awq_cli.events import Note, Warned
+from gemma_awq_cli.generate.events import Event, ModelOpened, SamplingChosen, StageEnded
 
 
 def show_events(out: Output, stages: Stages, verbose: bool) -> Callable[[Event], None]:

@@ -4,22 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.generate.generation import Completion
 from gemma_awq_cli.generate.sampling import Sampling
-
-
-@dataclass(frozen=True)
-class Note:
-    """A line on what is being done and may take long, such as a download."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Warned:
-    """A line that the user should know of the model or the options."""
-
-    text: str
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from gemma_awq_cli.calibration_text.document_forms import read_messages
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.events import Note
 from gemma_awq_cli.generate import NEW_TOKENS
-from gemma_awq_cli.generate.events import Note, OnEvent, ignore
+from gemma_awq_cli.generate.events import OnEvent, ignore
 from gemma_awq_cli.generate.finding import find_model
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
 from gemma_awq_cli.generate.generation_config import generation_config

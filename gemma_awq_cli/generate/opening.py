@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from gemma_awq_cli.generate.events import ModelOpened, Note, OnEvent, SamplingChosen, StageEnded, Warned
+from gemma_awq_cli.events import Note, Warned
+from gemma_awq_cli.generate.events import ModelOpened, OnEvent, SamplingChosen, StageEnded
 from gemma_awq_cli.generate.finding import FoundModel
 from gemma_awq_cli.generate.generation import Engine
 from gemma_awq_cli.generate.generation_config import generation_config

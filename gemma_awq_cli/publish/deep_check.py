@@ -14,6 +14,7 @@ from torch import Tensor
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.events import Note
 from gemma_awq_cli.fidelity.comparison import comparison_steps, measure
 from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.fidelity.reference import find_original
@@ -22,7 +23,7 @@ from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model, pick_device
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.publish.events import Event, MeasuringFinished, MeasuringStarted, MeasuringStep, Note
+from gemma_awq_cli.publish.events import Event, MeasuringFinished, MeasuringStarted, MeasuringStep
 from gemma_awq_cli.publish.preparation import Prepared
 from gemma_awq_cli.quantize.quality import heldout_samples
 

@@ -2,12 +2,7 @@
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Note:
-    """A sentence for the user."""
-
-    text: str
+from gemma_awq_cli.events import Note
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.events import Note
 from gemma_awq_cli.publish.artifact_folder import CARD
 from gemma_awq_cli.publish.deep_check import check_deeply
-from gemma_awq_cli.publish.events import Event, Note, UploadStarted
+from gemma_awq_cli.publish.events import Event, UploadStarted
 from gemma_awq_cli.publish.hub_repository import (
     MAIN,
     commit_plan,

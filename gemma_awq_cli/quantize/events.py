@@ -4,22 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.quantize.plan import Plan
-
-
-@dataclass(frozen=True)
-class Note:
-    """A sentence for the user, such as about a download."""
-
-    text: str
-
-
-@dataclass(frozen=True)
-class Warned:
-    """A sentence that the user should not miss."""
-
-    text: str
 
 
 @dataclass(frozen=True)

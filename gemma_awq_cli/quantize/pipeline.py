@@ -16,6 +16,7 @@ import torch
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.events import Warned
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -29,7 +30,7 @@ from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.verification import verify_artifact
-from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, Warned, ignore
+from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, ignore
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, process_layer
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared, prepare

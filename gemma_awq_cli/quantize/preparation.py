@@ -13,6 +13,7 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, Recipe, find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.companions import require_companions
 from gemma_awq_cli.models.checkpoints.files import CONFIG
@@ -27,14 +28,12 @@ from gemma_awq_cli.models.forward.memory import available_memory
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.events import (
-    Note,
     OnEvent,
     PlanMade,
     SamplingFinished,
     SamplingStarted,
     SamplingStep,
     SourceFound,
-    Warned,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
 from gemma_awq_cli.quantize.plan import Plan, make_plan, require_layout, stored_dtype

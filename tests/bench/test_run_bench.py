@@ -8,11 +8,12 @@ import torch
 from torch import nn
 
 from gemma_awq_cli.bench.benchmark import run_bench
-from gemma_awq_cli.bench.events import Event, Measured, Progress, StageStarted, Warned
+from gemma_awq_cli.bench.events import Event, Measured, Progress, StageStarted
 from gemma_awq_cli.bench.request import BenchOptions, BenchRequest
 from gemma_awq_cli.bench.timed_model import held_bytes_per_token
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.events import Warned
 
 QUICK = {
     "prompt_tokens": 8,

@@ -11,7 +11,8 @@ import torch
 from gemma_awq_cli.cli import options
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.events import Event, ModelOpened, Warned
+from gemma_awq_cli.events import Warned
+from gemma_awq_cli.generate.events import Event, ModelOpened
 from gemma_awq_cli.generate.generation import Completion
 from gemma_awq_cli.generate.model import Model, load_model
 from gemma_awq_cli.generate.request import CHOICES

@@ -21,7 +21,8 @@ from huggingface_hub.utils import _http
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.publish.events import Event, Note, UploadStarted
+from gemma_awq_cli.events import Note
+from gemma_awq_cli.publish.events import Event, UploadStarted
 from gemma_awq_cli.publish.push import PushRequest
 from gemma_awq_cli.publish.push import push as push_artifact
 from gemma_awq_cli.publish.upload_plan import UploadPlan
