@@ -520,7 +520,7 @@ def writing_hub(root: Path, **settings: Any) -> Iterator[WritingHub]:
     """A hub on a free port, until the block ends."""
     hub = WritingHub(root, **settings)
     server = make_hub_server(hub)
-    thread = Thread(target=server.serve_forever, daemon=True)
+    thread = Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:
         yield hub

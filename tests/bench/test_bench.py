@@ -203,6 +203,7 @@ def test_texts_that_are_too_short(artifact: Path, tmp_path: Path, capsys: Captur
     assert "is empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture) -> None:
     monkeypatch.setattr(model_search, "find_spec", lambda _: None)

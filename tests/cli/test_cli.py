@@ -49,6 +49,7 @@ def test_wrong_usage_is_2(arguments: list[str], capsys: Capture) -> None:
     assert "Usage: gemma-awq" in captured.err
 
 
+@pytest.mark.slow
 def test_quantize_prints_the_artifacts_path_and_nothing_else(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
 ) -> None:

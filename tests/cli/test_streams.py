@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(os.name != "posix", reason="shells and /dev are POSIX")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(os.name != "posix", reason="shells and /dev are POSIX")]
 
 # Every way to write a result, as a command does it.
 RESULTS = """
@@ -121,7 +121,6 @@ def test_a_reader_that_left(arguments: list[str], unbuffered: str, together: boo
         assert b"Error" not in done.stderr
 
 
-@pytest.mark.slow
 def test_work_goes_on_when_nobody_listens_to_the_notes(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
@@ -138,7 +137,6 @@ def test_work_goes_on_when_nobody_listens_to_the_notes(
     assert done.stdout.decode() == f"{tmp_path / 'out'}\n"
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("redirect", "code", "said"),
     [

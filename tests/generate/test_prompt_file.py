@@ -34,11 +34,11 @@ LINES = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in ROWS).enco
         ("a.json", json.dumps(ROWS, indent=1).encode()),
         ("a.JSON", LINES),
         ("a.json", json.dumps({"data": ROWS}).encode()),
-        ("a.jsonl.gz", gzip.compress(LINES)),
+        ("a.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("a.txt", LINES),
         ("a.txt", BOM + LINES),
         ("a", LINES),
-        ("a.txt.gz", gzip.compress(LINES)),
+        ("a.txt.gz", gzip.compress(LINES, mtime=0)),
         ("a.jsonl", LINES.replace(b'"Hi"', b'[{"type": "text", "text": "Hi"}]')),
     ],
 )

@@ -263,6 +263,7 @@ def start_hub(root: Path, port: int, *more: str) -> tuple["subprocess.Popen[str]
     return process, process.stdout.readline().strip()
 
 
+@pytest.mark.slow
 def test_a_hub_that_dies_in_the_middle(
     artifact: Path, client: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -69,6 +69,7 @@ LONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ENDLESS)
 def test_time_is_bounded(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(template_worker, "SECONDS", 1)
