@@ -86,10 +86,14 @@ def _main(argv: Sequence[str] | None) -> int:
             return _interrupted(signal.SIGINT)
         except Terminated as error:
             return _interrupted(error.number)
-        except GemmaAwqError as error:
-            return _failed(error)
-        except (OSError, MemoryError) as error:  # caused by the system; any other exception is a bug
-            return _failed(unforeseen_error(error))
+        except Exception as error:
+            if (number := interruption.replaced()) is not None:
+                return _interrupted(number)
+            if isinstance(error, GemmaAwqError):
+                return _failed(error)
+            if isinstance(error, OSError | MemoryError):  # caused by the system; any other exception is a bug
+                return _failed(unforeseen_error(error))
+            raise
         finally:
             interruption.end()
 

@@ -9,6 +9,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -20,6 +21,8 @@ _HEEDED = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 _depth = 0  # of nested `finishing` blocks
 _held: int | None = None  # the signal that waits
 _AGAIN_SECONDS = 0.05  # after which a signal that came during an import is sent again
+_REPLACED_SECONDS = 1.0  # in which an exception that took the place of a signal's arrives
+_raised: tuple[int, float] | None = None  # the last signal that raised, and when
 _returns = False  # whether the next signal is one that waited
 
 
@@ -38,12 +41,12 @@ def heed() -> dict[int, Any]:
 @contextmanager
 def heeded() -> Iterator[None]:
     """Let the signals raise inside, and restore the earlier handlers afterwards."""
-    global _depth, _held
+    global _depth, _held, _raised
     before = heed()
     try:
         yield
     finally:
-        _depth, _held = 0, None
+        _depth, _held, _raised = 0, None, None
         sys.unraisablehook = sys.__unraisablehook__
         for number, handler in before.items():
             if handler is not None:  # a handler from outside Python cannot be set again
@@ -72,6 +75,17 @@ def end() -> None:
     """Mark that only the process's end is left: from here on a signal waits, and a second one ends the process."""
     global _depth
     _depth += 1
+
+
+def replaced() -> int | None:
+    """Return the signal that raised a moment ago, or None.
+
+    A library's C code that calls Python may replace the signal's exception by one of its own. Such an exception is no
+    failure: it stands for that signal.
+    """
+    if _raised is None or time.monotonic() - _raised[1] > _REPLACED_SECONDS:
+        return None
+    return _raised[0]
 
 
 def exit_code(number: int) -> int:
@@ -127,4 +141,6 @@ def _on_unraisable(unraisable: "sys.UnraisableHookArgs") -> None:
 
 
 def _exception(number: int) -> BaseException:
+    global _raised
+    _raised = number, time.monotonic()
     return KeyboardInterrupt() if number == signal.SIGINT else Terminated(number)

@@ -52,7 +52,10 @@ def test_another_checkpoint_that_is_named_is_told_from_the_source(
 
 @pytest.mark.parametrize("revision", [None, "0" * 40])
 @pytest.mark.parametrize("name", ["/no/such/checkpoint", "nobody/nothing", "../../etc", "a b c", "-x/-y"])
-def test_a_source_that_is_not_here_is_an_error(report: dict[str, Any], name: str, revision: str | None) -> None:
+def test_a_source_that_is_not_here_is_an_error(
+    report: dict[str, Any], name: str, revision: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     report = json.loads(json.dumps(report))
     report["source"] |= {"model": name, "revision": revision}
     with pytest.raises(GemmaAwqError, match="is not on this machine") as caught:

@@ -261,3 +261,34 @@ def test_handlers_are_as_before_after_it() -> None:
             held(done)
         assert done
     assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("error", ["ValueError('shape')", "GemmaAwqError('unreadable', 'hint')", "OSError(5, 'x')"])
+def test_one_whose_exception_a_library_replaces_is_that_signal(number: signal.Signals, error: str) -> None:
+    """As torch does when safetensors makes a tensor: the signal's exception is lost, and another arrives."""
+    script = (
+        "import os, sys, time\n"
+        "from gemma_awq_cli.cli import app\n"
+        "from gemma_awq_cli.cli.options import Command\n"
+        "from gemma_awq_cli.errors import GemmaAwqError, Terminated\n"
+        "@app.app.command('replace', cls=Command)\n"
+        "def command(late: float) -> None:\n"
+        "    try:\n"
+        f"        os.kill(os.getpid(), {int(number)})\n"
+        "        time.sleep(30)\n"
+        "    except (KeyboardInterrupt, Terminated):\n"
+        "        time.sleep(late)\n"
+        f"        raise {error} from None\n"
+        "sys.argv[0] = 'gemma-awq'\n"
+        "app.entry()\n"
+    )
+
+    def ended(late: str) -> "subprocess.CompletedProcess[str]":
+        command = [sys.executable, "-c", script, "replace", late]
+        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+    at_once = ended("0")
+    assert at_once.returncode == 128 + number
+    assert at_once.stderr == ("interrupted\n" if number == signal.SIGINT else "terminated\n")
+    assert ended("1.2").returncode == 1  # an error long after a signal that was dealt with is that error
