@@ -21,6 +21,7 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# a file's tests in one process, because they share what was made for them
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 

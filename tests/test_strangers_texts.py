@@ -191,6 +191,7 @@ def test_every_text_of_a_bench_and_its_reports_on_the_page(first: int) -> None:
         assert " ".join(one_line(attack).split()) in " ".join(after.text.split())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", ATTACKS)
 def test_names_in_a_plot(attack: str) -> None:
     """Of groups and models, which matplotlib reads as formulas, or not at all, if it is let."""

@@ -216,6 +216,7 @@ def test_competitors_that_are_not_there(artifact: Path, monkeypatch: pytest.Monk
     assert 'pip install "gemma-awq[bnb]"' in captured.err
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_a_competitor_that_fails_does_not_end_the_bench(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
     broken = Path(shutil.copytree(artifact, tmp_path / "broken"))

@@ -25,6 +25,7 @@ CPU = torch.device("cpu")
 Capture = pytest.CaptureFixture[str]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
 def test_it_is_that_of_the_weights_in_float32(
     kind: str, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path,

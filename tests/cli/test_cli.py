@@ -76,6 +76,7 @@ def test_quantize_prints_the_artifacts_path_and_nothing_else(
     assert "2 prompt" not in captured.out
 
 
+@pytest.mark.slow
 def test_json_documents(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture) -> None:
     arguments = quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file, "--json")
     assert main([*arguments, "--dry-run"]) == 0

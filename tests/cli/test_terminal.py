@@ -227,6 +227,7 @@ def test_what_a_model_writes(artifacts: Callable[[str], Path]) -> None:
     assert shown.rstrip("\n") == terminal.content(text).rstrip("\n")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
 @pytest.mark.parametrize("term", ["xterm-256color", "dumb", None])
 @pytest.mark.parametrize("columns", [0, 20, 80])

@@ -112,6 +112,7 @@ class CountingModel(OpenModel):
 ROWS = [[2, *range(40, 40 + n)] for n in (3, 9, 1, 20, 5, 2, 7)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])
 @pytest.mark.parametrize("way", ["compiled", "torch", "transformers"])
 def test_a_row_that_has_ended_costs_nothing_and_gives_its_place_away(

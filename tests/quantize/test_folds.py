@@ -84,18 +84,20 @@ def test_every_fold_of_every_family_is_exact(kind: str, checkpoints: Callable[[s
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_plain_weight_fold_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
     layer = FoldedLayer(checkpoints(kind))
-    for group in layer.checkpoint.family.groups:
-        if group.fold == "norm":
-            with pytest.raises(GemmaAwqError, match="changed its output"):
-                require_exact_fold(1, layer.fold(group, offset=0.0))
+    norms = [group for group in layer.checkpoint.family.groups if group.fold == "norm"]
+    assert norms
+    for group in norms:
+        with pytest.raises(GemmaAwqError, match="changed its output"):
+            require_exact_fold(1, layer.fold(group, offset=0.0))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_an_unsnapped_fold_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
     layer = FoldedLayer(checkpoints(kind))
-    for group in layer.checkpoint.family.groups:
-        if group.fold == "norm":
-            assert layer.fold(group, snap=False) > FOLD_TOLERANCE
+    norms = [group for group in layer.checkpoint.family.groups if group.fold == "norm"]
+    assert norms
+    for group in norms:
+        assert layer.fold(group, snap=False) > FOLD_TOLERANCE
 
 
 @pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])  # two kv heads: tiling differs

@@ -114,9 +114,11 @@ def test_a_multimodal_tower_is_copied_as_it_is(
 
 
 def test_scales_read_the_same_in_float16_and_bfloat16(artifacts: Callable[[str], Path]) -> None:
-    for key, tensor in load_file(artifacts("gemma") / "model.safetensors").items():
-        if key.endswith(".scales"):
-            assert torch.equal(tensor.float(), tensor.to(torch.bfloat16).float())
+    tensors = load_file(artifacts("gemma") / "model.safetensors")
+    scales = [tensor for key, tensor in tensors.items() if key.endswith(".scales")]
+    assert len(scales) == 3 * 7
+    for tensor in scales:
+        assert torch.equal(tensor.float(), tensor.to(torch.bfloat16).float())
 
 
 def test_the_same_command_gives_the_same_bytes(
@@ -158,10 +160,10 @@ def test_a_float16_artifact_of_gemma_1(tmp_path: Path, checkpoints: Callable[[st
 def test_large_artifacts_are_sharded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
-    from gemma_awq_cli.models.checkpoints.writing import TensorWriter
+    from gemma_awq_cli.models.checkpoints import writing
     from gemma_awq_cli.models.forward.loading import open_model
 
-    monkeypatch.setattr(TensorWriter.__init__, "__defaults__", (50_000, False))
+    monkeypatch.setattr(writing, "SHARD_BYTES", 50_000)
     assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "out", text_file)) == 0
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 1
     assert open_model(tmp_path / "out", torch.device("cpu")).quantized

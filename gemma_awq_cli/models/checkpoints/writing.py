@@ -37,18 +37,19 @@ class PlannedTensor:
 class TensorWriter:
     """The safetensors files of one folder, written tensor by tensor in any order.
 
-    begun: an earlier writer made the files by the same plan; continue them, and name finished tensors with `keep`.
+    shard_bytes: the most that a file holds, SHARD_BYTES by default. begun: an earlier writer made the files by the same
+    plan; continue them, and name finished tensors with `keep`.
     """
 
     def __init__(
-        self, folder: Path, plan: Sequence[PlannedTensor], shard_bytes: int = SHARD_BYTES, begun: bool = False
+        self, folder: Path, plan: Sequence[PlannedTensor], shard_bytes: int | None = None, begun: bool = False
     ) -> None:
         self.folder = folder
         self._begun = begun
         self._pending = {tensor.name: tensor for tensor in plan}
         self._place: dict[str, tuple[Path, int]] = {}
         self._unsynced: set[Path] = set()
-        shards = _split(plan, shard_bytes)
+        shards = _split(plan, shard_bytes or SHARD_BYTES)
         names = [SINGLE] if len(shards) == 1 else [
             f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))
         ]  # fmt: skip

@@ -309,7 +309,11 @@ def test_a_quantization_that_a_file_beside_the_config_tells(artifacts: Callable[
     folder = Path(shutil.copytree(artifacts("gemma3_text"), tmp_path / "artifact"))
     spelled(folder, None)
     (folder / "quant_config.json").write_text('{"zero_point": true, "q_group_size": 32, "w_bit": 4, "version": "GEMM"}')
-    open_model(folder, torch.device("cpu"))
+    logits, expected = (
+        open_model(one, torch.device("cpu")).session(1, 8).next_logits([[2, 70, 71]])
+        for one in (folder, artifacts("gemma3_text"))
+    )
+    assert torch.equal(logits, expected)
 
 
 @pytest.mark.parametrize(

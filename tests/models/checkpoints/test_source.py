@@ -245,6 +245,7 @@ def test_half_a_checkpoint_in_the_cache_is_not_taken_for_a_whole_one(hub: HubSer
     assert "HF_HUB_OFFLINE is set" in offline["message"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.how}-{case.message}")
 def test_a_model_that_cannot_be_had_is_explained(case: Case, told: Mapping[Case, dict[str, str]]) -> None:
     answer = told[case]

@@ -82,6 +82,7 @@ def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
         return classes.from_pretrained(folder, dtype=dtype)(input_ids=IDS).logits[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "lm_head.weight"])
 @pytest.mark.parametrize("below", [ABSENT, True, False])
 @pytest.mark.parametrize("top", [False, None])

@@ -93,6 +93,7 @@ def test_it_says_what_transformers_says(kind: str, tmp_path: Path) -> None:
         assert getattr(plain, name) == getattr(config, name), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*FAMILIES, "gemma-7b", "gemma-3-270m"])
 def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: Path) -> None:
     """Each value missing, null, of another type, or another number: the same as transformers, or nothing.
