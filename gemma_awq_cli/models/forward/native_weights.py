@@ -67,11 +67,6 @@ class NativeText:
         """The linears of all layers, in order."""
         return tuple(linear for layer in self.layers for linear in layer.linears.values())
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of weights that one token reads."""
-        return sum(linear.nbytes for linear in self.linears) + self.head.nbytes
-
 
 def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int | None) -> str | None:
     """Why the compiled decoder cannot take this model's sizes or dtypes, or None."""
