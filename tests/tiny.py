@@ -6,6 +6,7 @@ are longer than the sliding window. Nothing passes here by luck. Every family ha
 """
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -15,17 +16,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma3Config,
+    Gemma3nTextConfig,
     Gemma3TextConfig,
+    Gemma4TextConfig,
+    Gemma4UnifiedTextConfig,
     GemmaConfig,
     PreTrainedConfig,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
+    VaultGemmaConfig,
 )
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from gemma_awq_cli.models.gemma.families import FAMILIES, FULL, SLIDING
+from gemma_awq_cli.models.gemma.families import FAMILIES
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
+GEMMA4_TURNS = ["<|turn>", "<turn|>"]  # in place of the last two
 VOCAB = 264  # bytes, the special tokens, and two that nothing maps to
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -72,6 +79,62 @@ def _gemma3() -> PreTrainedConfig:
     return Gemma3Config(text_config=_gemma3_text(), vision_config=vision, mm_tokens_per_image=4, image_token_index=262)
 
 
+def _vaultgemma() -> PreTrainedConfig:
+    return VaultGemmaConfig(
+        **_SIZES, query_pre_attn_scalar=32, sliding_window=16, layer_types=_LAYER_TYPES,
+        attn_logit_softcapping=2.0, final_logit_softcapping=20.0,
+    )  # fmt: skip
+
+
+# The last three layers share keys and values, of both kinds, and two of the others are not their sources.
+_SHARING = {
+    "num_hidden_layers": 7, "layer_types": [SLIDING, FULL, SLIDING, FULL, SLIDING, SLIDING, FULL],
+    "num_kv_shared_layers": 3, "sliding_window": 16,
+}  # fmt: skip
+_PER_LAYER_INPUTS = {"vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 16}
+
+
+def _gemma3n_text() -> PreTrainedConfig:
+    return Gemma3nTextConfig(
+        **{
+            **_SIZES, **_SHARING, **_PER_LAYER_INPUTS, "vocab_size_per_layer_input": VOCAB - 4,
+            "intermediate_size": [96, 96, 96, 96, 128, 128, 128],
+        }, activation_sparsity_pattern=[0.95, 0.8, *[0.0] * 5],
+        laurel_rank=8, final_logit_softcapping=20.0,
+    )  # fmt: skip
+
+
+def _gemma4_text(**changes: object) -> PreTrainedConfig:
+    """Like E2B: per-layer embeddings, shared keys and values, wide MLPs in the layers that share them."""
+    return Gemma4TextConfig(
+        **{**_SIZES, **_SHARING, **_PER_LAYER_INPUTS, "use_double_wide_mlp": True, **changes}, global_head_dim=64,
+        final_logit_softcapping=20.0,
+    )  # fmt: skip
+
+
+_KEYS_ARE_VALUES = {
+    "num_hidden_layers": 3, "layer_types": [SLIDING, SLIDING, FULL], "sliding_window": 16, "attention_k_eq_v": True,
+    "num_global_key_value_heads": 1, "global_head_dim": 64, "final_logit_softcapping": 20.0,
+}  # fmt: skip
+
+
+def _gemma4_dense() -> PreTrainedConfig:
+    """Like 31B: the full layers' values are their keys."""
+    return Gemma4TextConfig(**{**_SIZES, **_KEYS_ARE_VALUES}, hidden_size_per_layer_input=0)
+
+
+def _gemma4_experts() -> PreTrainedConfig:
+    """Like 26B-A4B."""
+    return Gemma4TextConfig(
+        **{**_SIZES, **_KEYS_ARE_VALUES}, hidden_size_per_layer_input=0, enable_moe_block=True, num_experts=6,
+        top_k_experts=2, moe_intermediate_size=32,
+    )  # fmt: skip
+
+
+def _gemma4_unified_text() -> PreTrainedConfig:
+    return Gemma4UnifiedTextConfig(**{**_SIZES, **_KEYS_ARE_VALUES})
+
+
 # Name of a tiny model -> its config. A family's `model_type` is the name of one of its models.
 CONFIGS = {
     "gemma": _gemma,
@@ -79,17 +142,23 @@ CONFIGS = {
     "gemma2": _gemma2,
     "gemma3_text": _gemma3_text,
     "gemma3": _gemma3,
+    "vaultgemma": _vaultgemma,
+    "gemma3n_text": _gemma3n_text,
+    "gemma4_text": _gemma4_text,
+    "gemma4-dense": _gemma4_dense,
+    "gemma4-experts": _gemma4_experts,
+    "gemma4_unified_text": _gemma4_unified_text,
 }
 
 
-def make_tokenizer(folder: Path, chat: bool = False) -> None:
+def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SPECIAL) -> None:
     """A byte tokenizer with Gemma's special tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate([*SPECIAL, *alphabet])}
+    vocab = {token: index for index, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(SPECIAL)
+    tokenizer.add_special_tokens([*special])
     fast = PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
@@ -134,7 +203,7 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
                 parameter[3] *= 20
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
-    make_tokenizer(folder, chat)
+    make_tokenizer(folder, chat, [*SPECIAL[:4], *GEMMA4_TURNS] if family.end_of_turn in GEMMA4_TURNS else SPECIAL)
     return folder
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.gemma.families import ScaleGroup
+from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 FOLD_TOLERANCE = 1e-4

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import InputStatistics, block_width
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.gemma.families import ScaleGroup
+from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 BOS_WEIGHT = 64.0  # relative to the mean of the row's other tokens

@@ -19,7 +19,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.round_group import Rounded, round_compensated, round_nearest, rounding_error
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord
-from gemma_awq_cli.models.gemma.families import ScaleGroup
+from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_rows, tied_columns
 
@@ -120,6 +120,8 @@ def _quantize_group(
 
     def fold(scale: Tensor) -> Tensor:
         """Fold the inverse of a scale into the group's source; returns the scale that makes this exact."""
+        if group.source is None:
+            return torch.ones_like(scale)
         if group.fold == "norm":
             folded, scale = fold_norm(group, scale, weights, gain_offset)
             layer.tensors[f"{group.source}.weight"] = folded.cpu()

@@ -15,7 +15,7 @@ from gemma_awq_cli.awq.fold import fold_into_norm, repeat_heads, tie_heads
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.gemma.families import ScaleGroup
+from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import layers_of
 from gemma_awq_cli.quantize.folding import FOLD_TOLERANCE, fold_deviation, require_exact_fold
 from tests.conftest import FAMILIES

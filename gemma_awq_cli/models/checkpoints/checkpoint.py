@@ -29,7 +29,8 @@ from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_tensors, require_finite
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
-from gemma_awq_cli.models.gemma.families import Family, KeyLayout, family_of
+from gemma_awq_cli.models.gemma.families import family_of
+from gemma_awq_cli.models.gemma.family import Family, KeyLayout
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
 from gemma_awq_cli.models.gemma.rotary import require_rope
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
@@ -86,7 +87,7 @@ class Checkpoint:
     def _require_text(self, layers: int) -> None:
         """An error unless config and tensors agree on all that a forward relies on. Everything after this trusts it."""
         where = self.folder / CONFIG
-        require_sound(self.facts, where)
+        require_sound(self.facts, self.family, where)
         if self.layers != layers:  # by default; a value in config.json was compared before
             raise GemmaAwqError(
                 f"{where} has no num_hidden_layers, which means {self.layers}, but the files hold {layers} layers.",

@@ -58,17 +58,20 @@ def text_tensors(shape: TextShape, tied_head: bool, group_size: int | None) -> d
     expected = {EMBEDDING: Expected((shape.vocabulary, shape.hidden)), FINAL_NORM: Expected((shape.hidden,))}
     if not tied_head:
         expected[HEAD] = expected[EMBEDDING]
+    expected |= {name: Expected(size) for name, size in shape.outer().items()}
     for index, layout in enumerate(shape.layouts):
         prefix = f"model.layers.{index}."
         for norm in layout.norms.values():
             expected[f"{prefix}{norm.name}.weight"] = Expected((norm.size,))
+        expected |= {prefix + name: Expected(size) for name, size in layout.kept.items()}
         for name, linear in layout.linears.items():
-            if group_size is None:
-                expected[f"{prefix}{name}.weight"] = Expected((linear.outputs, linear.inputs))
-            else:
-                expected |= packed_tensors(prefix + name, linear.inputs, linear.outputs, group_size)
             if linear.bias:
                 expected[f"{prefix}{name}.bias"] = Expected((linear.outputs,))
+        if group_size is None:
+            expected |= {prefix + name: Expected(size) for name, size in layout.unpacked().items()}
+        else:
+            for name, linear in layout.packed().items():
+                expected |= packed_tensors(prefix + name, linear.inputs, linear.outputs, group_size)
     return expected
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.foreign import MERGE
-from gemma_awq_cli.models.gemma.families import Family, KeyLayout
+from gemma_awq_cli.models.gemma.family import Family, KeyLayout
 
 EMBEDDING = "embed_tokens.weight"
 NORM = "norm.weight"

@@ -12,7 +12,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo
 from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
-from gemma_awq_cli.models.gemma.families import KeyLayout
+from gemma_awq_cli.models.gemma.family import KeyLayout
 
 TIE = "tie_word_embeddings"
 _ROWS = 8192  # of the vocabulary, compared at a time

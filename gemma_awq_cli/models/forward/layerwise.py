@@ -43,9 +43,11 @@ def parameter_shapes(model: Any, tied_head: bool) -> dict[str, torch.Size]:
 def require_known_matrices(shapes: Mapping[str, Sequence[int]], layouts: Sequence[LayerLayout]) -> None:
     """An error for a matrix of a layer that its layout does not name: it would silently stay in 16 bits.
 
-    Experts, which are 3-D parameters and not `nn.Linear`s, are such matrices. shapes: see `parameter_shapes`.
+    shapes: see `parameter_shapes`.
     """
-    known = {f"model.layers.{i}.{name}.weight" for i, layout in enumerate(layouts) for name in layout.linears}
+    known = {
+        f"model.layers.{i}.{name}" for i, layout in enumerate(layouts) for name in (*layout.unpacked(), *layout.kept)
+    }
     for name, shape in shapes.items():
         if name.startswith("model.layers.") and len(shape) > 1 and name not in known:
             raise GemmaAwqError(

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.gemma.families import FULL, SLIDING, Family
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING, Family
 
 HINT = "Take the config.json of the original model."
 LAYER_TYPES = (SLIDING, FULL)
@@ -23,6 +23,8 @@ ACTIVATIONS = (
 )  # fmt: skip
 MAX_SIZE = 2**31 - 1
 MAX_LAYERS = 1024
+MAX_EXPERTS = 1024
+MAX_STREAMS = 64
 MAX_CONTEXT = 2**24  # positions are float32, which cannot count one by one beyond this
 
 
@@ -56,10 +58,15 @@ def optional(kind: Kind) -> Kind:
     return Kind(f"{kind.what}, or null", lambda value: value is None or kind.accepts(value), kind.real)
 
 
+def either(one: Kind, other: Kind) -> Kind:
+    return Kind(f"{one.what} or {other.what}", lambda value: one.accepts(value) or other.accepts(value))
+
+
 def list_of(kind: Kind) -> Kind:
     return Kind(
         f"a list, each entry {kind.what}",
         lambda value: isinstance(value, list) and len(value) <= MAX_SIZE and all(map(kind.accepts, value)),
+        kind.real,
     )
 
 
@@ -69,7 +76,7 @@ SIZE = whole(1, MAX_SIZE)
 THETA = number(1, 1e15)
 SOFTCAP = optional(number(1e-3, 1e6))
 
-_EVERY_FAMILY: Mapping[str, Kind] = {
+_SIZES: Mapping[str, Kind] = {
     "hidden_size": SIZE,
     "intermediate_size": SIZE,
     "num_hidden_layers": whole(1, MAX_LAYERS),
@@ -78,15 +85,18 @@ _EVERY_FAMILY: Mapping[str, Kind] = {
     "head_dim": whole(2, MAX_SIZE),
     "vocab_size": SIZE,
     "max_position_embeddings": whole(1, MAX_CONTEXT),
-    "original_max_position_embeddings": whole(1, MAX_CONTEXT),
     "rms_norm_eps": number(1e-30, 1),
     "bos_token_id": optional(whole(0, MAX_SIZE)),
     "attention_bias": BOOL,
     "tie_word_embeddings": BOOL,
+    "rope_parameters": optional(OBJECT),
+}
+_EVERY_FAMILY: Mapping[str, Kind] = {
+    **_SIZES,
+    "original_max_position_embeddings": whole(1, MAX_CONTEXT),
     "use_bidirectional_attention": optional(BOOL),
     "rope_theta": THETA,
     "rope_scaling": optional(OBJECT),
-    "rope_parameters": optional(OBJECT),
     "partial_rotary_factor": optional(number(1e-3, 1)),
 }
 _FROM_GEMMA2: Mapping[str, Kind] = {
@@ -96,6 +106,26 @@ _FROM_GEMMA2: Mapping[str, Kind] = {
     "layer_types": optional(list_of(one_of(LAYER_TYPES))),
     "final_logit_softcapping": SOFTCAP,
     "attn_logit_softcapping": SOFTCAP,
+}
+_PER_LAYER_INPUTS: Mapping[str, Kind] = {
+    "vocab_size_per_layer_input": SIZE,
+    "hidden_size_per_layer_input": whole(0, MAX_SIZE),
+    "num_kv_shared_layers": whole(0, MAX_LAYERS),
+}
+_GEMMA4: Mapping[str, Kind] = {
+    **_SIZES,
+    "hidden_activation": one_of(ACTIVATIONS),
+    "sliding_window": SIZE,
+    "layer_types": optional(list_of(one_of(LAYER_TYPES))),
+    "final_logit_softcapping": SOFTCAP,
+    "use_bidirectional_attention": optional(one_of(("all", "vision"))),
+    "attention_k_eq_v": BOOL,
+    "num_kv_shared_layers": whole(0, MAX_LAYERS),
+    "use_double_wide_mlp": BOOL,
+    # of the full layers; transformers 5 writes them as `per_layer_config`
+    "global_head_dim": whole(2, MAX_SIZE),
+    "num_global_key_value_heads": optional(SIZE),
+    "per_layer_config": optional(OBJECT),
 }
 KINDS: Mapping[str, Mapping[str, Kind]] = {
     "gemma": {
@@ -110,7 +140,34 @@ KINDS: Mapping[str, Mapping[str, Kind]] = {
         "rope_local_base_freq": THETA,
         "sliding_window_pattern": whole(1, MAX_SIZE),
     },
+    "vaultgemma": {**_EVERY_FAMILY, **_FROM_GEMMA2},
+    "gemma3n_text": {
+        **_EVERY_FAMILY,
+        **_PER_LAYER_INPUTS,
+        "hidden_size_per_layer_input": SIZE,
+        "intermediate_size": either(SIZE, list_of(SIZE)),
+        "hidden_activation": one_of(ACTIVATIONS),
+        "sliding_window": SIZE,
+        "layer_types": optional(list_of(one_of(LAYER_TYPES))),
+        "final_logit_softcapping": SOFTCAP,
+        "rope_local_base_freq": THETA,
+        "activation_sparsity_pattern": optional(list_of(number(0, 0.9999))),
+        "laurel_rank": SIZE,
+        "altup_num_inputs": whole(2, MAX_STREAMS),
+        "altup_active_idx": whole(0, MAX_STREAMS - 1),
+        "altup_correct_scale": BOOL,
+    },
+    "gemma4_text": {
+        **_GEMMA4,
+        **_PER_LAYER_INPUTS,
+        "enable_moe_block": BOOL,
+        "num_experts": optional(whole(1, MAX_EXPERTS)),
+        "top_k_experts": optional(whole(1, MAX_EXPERTS)),
+        "moe_intermediate_size": optional(SIZE),
+    },
+    "gemma4_unified_text": _GEMMA4,
 }
+_PER_LAYER: Mapping[str, Kind] = {"head_dim": whole(2, MAX_SIZE), "num_key_value_heads": SIZE}
 _FACTORS = list_of(number(1e-6, 1e6))
 _ROPE: Mapping[str, Kind] = {
     "rope_type": one_of(ROPE_TYPES),
@@ -140,7 +197,8 @@ _UNREAD = {"num_labels": whole(0, 100_000)}  # not used here, but transformers m
 FUNCTION = (
     "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
     "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar",
-    "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention",
+    "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_k_eq_v",
+    "num_kv_shared_layers", "top_k_experts", "activation_sparsity_pattern", "altup_active_idx", "altup_correct_scale",
 )  # fmt: skip
 
 
@@ -156,10 +214,11 @@ def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: 
         section, prefix = config.get(family.text_section), f"{family.text_section}."
         section = {} if section is None else section
         _require(where, family.text_section, section, OBJECT)
-        _require_vision(where, config.get("vision_config"))
+        if model_type == "gemma3_text":
+            _require_vision(where, config.get("vision_config"))
         own = section.get("model_type", model_type)
         _require(where, f"{prefix}model_type", own, one_of([model_type]))
-    _require_known_forward(where, prefix, section)
+    _require_known_forward(where, prefix, section, KINDS[model_type])
     _checked(where, "", config, _UNREAD)
     _checked(where, prefix, section, _UNREAD)
     values = _checked(where, prefix, section, KINDS[model_type])
@@ -173,27 +232,75 @@ def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: 
             f"{where}: {prefix}num_hidden_layers is {values['num_hidden_layers']}; the tensors have {layers} layers.",
             "Take config.json and the weights from the same checkpoint.",
         )
-    types = values.get("layer_types")
-    if types is not None and len(types) != layers:
-        raise GemmaAwqError(f"{where}: {prefix}layer_types has {len(types)} entries for {layers} layers.", HINT)
+    for name in ("layer_types", "intermediate_size", "activation_sparsity_pattern"):
+        given = values.get(name)
+        if isinstance(given, list) and len(given) != layers:
+            raise GemmaAwqError(f"{where}: {prefix}{name} has {len(given)} entries for {layers} layers.", HINT)
+    if values.get("per_layer_config") is not None:
+        values["per_layer_config"] = _per_layer(where, prefix, values)
     return {"model_type": model_type, **values}
 
 
-def require_sound(facts: Any, where: Path) -> None:
+def require_sound(facts: Any, family: Family, where: Path) -> None:
     """An error unless values that depend on each other agree, those that config.json leaves out included."""
 
     def require(sound: bool, problem: str) -> None:
         if not sound:
             raise GemmaAwqError(f"{where}: {problem}.", HINT)
 
-    heads, kv_heads = facts.num_attention_heads, facts.num_key_value_heads
-    require(heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
-    require(facts.head_dim % 2 == 0, f"head_dim {facts.head_dim} is odd, but the rotary embedding rotates pairs")
+    heads = facts.num_attention_heads
+    for sizes in (facts, *_sizes_by_kind(facts, family)):
+        kv_heads = sizes.num_key_value_heads
+        require(
+            heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
+        )
+        require(sizes.head_dim % 2 == 0, f"head_dim {sizes.head_dim} is odd, but the rotary embedding rotates pairs")
     if facts.bos_token_id is not None:
         bos, entries = facts.bos_token_id, facts.vocab_size
         require(bos < entries, f"bos_token_id {bos} is not below vocab_size {entries}")
     if SLIDING in (getattr(facts, "layer_types", None) or ()):
         require(facts.sliding_window is not None, "layer_types has sliding layers, but sliding_window is null")
+    if shared := getattr(facts, "num_kv_shared_layers", 0):
+        own = facts.layer_types[: max(0, len(facts.layer_types) - shared)]
+        missing = sorted(set(facts.layer_types) - set(own))
+        require(
+            not missing, f"num_kv_shared_layers is {shared}, which leaves no {', '.join(missing)} layer to share from"
+        )
+    if getattr(facts, "enable_moe_block", False):
+        for name in ("num_experts", "top_k_experts", "moe_intermediate_size"):
+            require(getattr(facts, name) is not None, f"enable_moe_block is true, but {name} is null")
+        active, count = facts.top_k_experts, facts.num_experts
+        require(active <= count, f"top_k_experts {active} is more than num_experts {count}")
+    if hasattr(facts, "altup_num_inputs"):
+        active, count = facts.altup_active_idx, facts.altup_num_inputs
+        require(active < count, f"altup_active_idx {active} is not below altup_num_inputs {count}")
+    elif getattr(facts, "hidden_size_per_layer_input", 0):
+        table, entries = facts.vocab_size_per_layer_input, facts.vocab_size
+        require(table >= entries, f"vocab_size_per_layer_input {table} is less than vocab_size {entries}")
+
+
+def _sizes_by_kind(facts: Any, family: Family) -> list[Any]:
+    """The sizes of one layer of each kind, if they can differ."""
+    first = [facts.layer_types.index(kind) for kind in set(facts.layer_types)] if family.heads_per_kind else []
+    return [facts.per_layer_config[index] for index in first]
+
+
+def _per_layer(where: Path, prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs between the layers: the heads of the full ones, by the layers' indices."""
+    found: dict[str, Any] = {}
+    name = f"{prefix}per_layer_config"
+    full = [str(index) for index, kind in enumerate(values.get("layer_types") or ()) if kind == FULL]
+    for index, own in values["per_layer_config"].items():
+        if index not in full:
+            raise GemmaAwqError(f"{where}: {name} has the entry {index[:20]!r}, which is no full layer.", HINT)
+        _require(where, f"{name}.{index}", own, OBJECT)
+        found[index] = _checked(where, f"{name}.{index}.", own, _PER_LAYER)
+        if found[index].keys() != own.keys():
+            other = min(own.keys() - found[index].keys())
+            raise GemmaAwqError(f"{where}: {name}.{index}.{other[:40]} is not supported for this family.", HINT)
+    if found and (found.keys() != set(full) or any(own != found[full[0]] for own in found.values())):
+        raise GemmaAwqError(f"{where}: {name} must say the same of every full layer.", HINT)
+    return found
 
 
 def _checked(where: Path, prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]) -> dict[str, Any]:
@@ -203,8 +310,12 @@ def _checked(where: Path, prefix: str, section: Mapping[str, Any], kinds: Mappin
         if name in section:
             value = section[name]
             _require(where, prefix + name, value, kind)
-            values[name] = float(value) if kind.real and value is not None else value
+            values[name] = _real(value) if kind.real and value is not None else value
     return values
+
+
+def _real(value: Any) -> Any:
+    return [float(one) for one in value] if isinstance(value, list) else float(value)
 
 
 def _require(where: Path, name: str, value: Any, kind: Kind) -> None:
@@ -227,9 +338,9 @@ def _require_vision(where: Path, section: Any) -> None:
         _checked(where, "vision_config.", section, {**_VISION, **_UNREAD})
 
 
-def _require_known_forward(where: Path, prefix: str, section: Mapping[str, Any]) -> None:
-    """An error for values that would change transformers' forward and that no Gemma of these families has."""
-    if section.get("per_layer_config") is not None:
+def _require_known_forward(where: Path, prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """An error for values that would change transformers' forward and that no Gemma of the family has."""
+    if section.get("per_layer_config") is not None and "per_layer_config" not in kinds:
         raise GemmaAwqError(f"{where}: {prefix}per_layer_config is not supported for this family.", HINT)
     if section.get("is_causal", True) is not True:
         raise GemmaAwqError(f"{where}: {prefix}is_causal must be true: text is generated from left to right.", HINT)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from gemma_awq_cli.models.gemma.config_values import ACTIVATIONS
-from gemma_awq_cli.models.gemma.families import SLIDING, Family
+from gemma_awq_cli.models.gemma.family import SLIDING, Family
 from gemma_awq_cli.models.gemma.layers import layers_of
 
 ACTIVATION = "gelu_pytorch_tanh"
@@ -23,6 +23,14 @@ FEATURES: Mapping[str, str] = {
     "sliding_window": "sliding-window attention",
     "attention_bias": "attention biases",
     "bidirectional": "bidirectional attention",
+    "value_norm": "normalized values",
+    "keys_are_values": "values that are the keys",
+    "shared_kv": "layers that share keys and values",
+    "per_layer_inputs": "per-layer embeddings",
+    "layer_scalar": "a scalar per layer",
+    "altup": "alternating updates (AltUp)",
+    "sparse_gate": "a sparse gate",
+    "experts": "experts",
     "longrope": "a rotary embedding that changes with the length of the text (longrope)",
     **{name: f"the activation {name}" for name in ACTIVATIONS if name != ACTIVATION},
 }
@@ -38,7 +46,16 @@ def features_of(config: Any, family: Family) -> frozenset[str]:
         "final_softcap": getattr(config, "final_logit_softcapping", None) is not None,
         "sliding_window": any(layer.kind == SLIDING for layer in layers),
         "attention_bias": config.attention_bias,
-        "bidirectional": getattr(config, "use_bidirectional_attention", None),
+        # "vision": between the tokens of one image
+        "bidirectional": getattr(config, "use_bidirectional_attention", None) not in (None, False, "vision"),
+        "value_norm": family.value_norm,
+        "keys_are_values": any(layer.keys_are_values for layer in layers),
+        "shared_kv": any(layer.kv_source is not None for layer in layers),
+        "per_layer_inputs": any(layer.per_layer_width for layer in layers),
+        "layer_scalar": family.layer_scalar,
+        "altup": family.altup,
+        "sparse_gate": any(layer.sparsity for layer in layers),
+        "experts": any(layer.experts for layer in layers),
         "longrope": any(layer.rope.get("rope_type") == "longrope" for layer in layers),
     }
     names = {name for name, is_needed in needed.items() if is_needed}

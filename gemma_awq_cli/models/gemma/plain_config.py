@@ -8,14 +8,34 @@ from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-from gemma_awq_cli.models.gemma.families import FAMILIES, FULL, SLIDING, Family
+from gemma_awq_cli.models.gemma.families import FAMILIES
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING, Family
 from gemma_awq_cli.models.gemma.features import ACTIVATION
 
 _SIZES = (
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "vocab_size", "max_position_embeddings", "bos_token_id",
 )  # fmt: skip
-_CAPS = ("attn_logit_softcapping", "final_logit_softcapping")
+_LAYERS = ("layer_types", "sliding_window", "final_logit_softcapping")
+_GEMMA2 = (*_LAYERS, "query_pre_attn_scalar", "attn_logit_softcapping")
+_PER_LAYER_INPUTS = ("vocab_size_per_layer_input", "hidden_size_per_layer_input", "num_kv_shared_layers")
+_EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
+# By the family's `text_type`: the values that a config must state beside those of every family.
+_STATED: Mapping[str, tuple[str, ...]] = {
+    "gemma": (),
+    "gemma2": _GEMMA2,
+    "gemma3_text": _GEMMA2,
+    "vaultgemma": _GEMMA2,
+    "gemma3n_text": (
+        *_LAYERS, *_PER_LAYER_INPUTS, "activation_sparsity_pattern", "laurel_rank", "altup_num_inputs",
+        "altup_active_idx", "altup_correct_scale",
+    ),
+    "gemma4_text": (
+        *_LAYERS, *_PER_LAYER_INPUTS, *_EXPERTS, "attention_k_eq_v", "use_double_wide_mlp", "enable_moe_block"
+    ),
+    "gemma4_unified_text": (*_LAYERS, "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp"),
+}  # fmt: skip
+_MAY_BE_NULL = ("final_logit_softcapping", "attn_logit_softcapping", *_EXPERTS)
 
 
 def plain_text_config(section: Mapping[str, Any]) -> SimpleNamespace | None:
@@ -24,35 +44,44 @@ def plain_text_config(section: Mapping[str, Any]) -> SimpleNamespace | None:
     None: ask transformers. section: the result of `config_values.text_values`.
     """
     family = FAMILIES[section["model_type"]]
+    stated = (*_SIZES, "attention_bias", "rms_norm_eps", family.activation_key, *_STATED[family.text_type])
     usual = (
-        section.get(family.activation_key) == ACTIVATION
+        all(section.get(name) is not None or (name in _MAY_BE_NULL and name in section) for name in stated)
+        and section.get(family.activation_key) == ACTIVATION
         and section.get("attention_bias") is False
-        and not section.get("use_bidirectional_attention")
-        and all(_is_size(section.get(name)) for name in _SIZES)
+        and section.get("use_bidirectional_attention") in (None, False, "vision")
         and section.get("hidden_size", 0) % section.get("num_attention_heads", 1) == 0
-        and isinstance(section.get("rms_norm_eps"), float)
-        and isinstance(section.get("tie_word_embeddings", True), bool)
     )
     if not usual:
         return None
-    found: dict[str, Any] = {
-        name: section[name] for name in (*_SIZES, "attention_bias", "rms_norm_eps", family.activation_key)
-    }
+    types = section.get("layer_types")
+    if types is not None and not set(types) <= set(family.layer_kinds):
+        return None
+    found: dict[str, Any] = {name: section[name] for name in stated}
     found["tie_word_embeddings"] = section.get("tie_word_embeddings", True)
-    if len(family.layer_kinds) > 1:
-        types = section.get("layer_types")
-        known = (
-            isinstance(types, list)
-            and len(types) == section["num_hidden_layers"]
-            and set(types) <= set(family.layer_kinds)
-        )
-        known = known and _is_size(section.get("sliding_window")) and _is_size(section.get("query_pre_attn_scalar"))
-        caps = [section.get(name, False) for name in _CAPS]
-        if not known or not all(cap is None or isinstance(cap, float) for cap in caps):
+    if family.heads_per_kind:
+        sizes = _sizes_per_layer(section)
+        if sizes is None:
             return None
-        found |= {name: section[name] for name in ("layer_types", "sliding_window", "query_pre_attn_scalar", *_CAPS)}
+        found["per_layer_config"] = sizes
     rope = _rope_parameters(section, family)
     return None if rope is None else SimpleNamespace(**found, rope_parameters=rope)
+
+
+def _sizes_per_layer(section: Mapping[str, Any]) -> list[SimpleNamespace] | None:
+    """The heads of each layer: the full ones have their own. None where transformers changes what the config says."""
+    types = section["layer_types"]
+    if types[-1] != FULL:
+        return None
+    own, other = section.get("per_layer_config"), section.get("global_head_dim")
+    if own is None and other is None:
+        return None
+    sizes = {"head_dim": section["head_dim"], "num_key_value_heads": section["num_key_value_heads"]}
+    if own is None:
+        kv_heads = section.get("num_global_key_value_heads") if section["attention_k_eq_v"] else None
+        full = {"head_dim": other, **({} if kv_heads is None else {"num_key_value_heads": kv_heads})}
+        own = {str(index): full for index, kind in enumerate(types) if kind == FULL}
+    return [SimpleNamespace(**{**sizes, **own.get(str(index), {})}) for index in range(len(types))]
 
 
 def _rope_parameters(section: Mapping[str, Any], family: Family) -> dict[str, Any] | None:
@@ -68,18 +97,19 @@ def _rope_parameters(section: Mapping[str, Any], family: Family) -> dict[str, An
         return None
     if family.rope_per_kind and set(parameters) != set(family.layer_kinds):
         return None
-    plain = all(
-        isinstance(one, dict)
-        and set(one) == {"rope_type", "rope_theta"}
-        and one["rope_type"] == "default"
-        and _is_number(one["rope_theta"])
-        for one in (parameters.values() if family.rope_per_kind else [parameters])
-    )
+    plain = all(_is_plain(one) for one in (parameters.values() if family.rope_per_kind else [parameters]))
     return parameters if plain else None
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+def _is_plain(parameters: Any) -> bool:
+    """Whether these are the parameters of a rotary embedding that rotary.py computes by itself."""
+    if not isinstance(parameters, dict) or not _is_number(parameters.get("rope_theta")):
+        return False
+    names = {
+        "default": {"rope_type", "rope_theta"},
+        "proportional": {"rope_type", "rope_theta", "partial_rotary_factor"},
+    }
+    return set(parameters) == names.get(parameters.get("rope_type", ""), set())
 
 
 def _is_number(value: Any) -> bool:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
-from gemma_awq_cli.models.gemma.families import Family
+from gemma_awq_cli.models.gemma.family import Family
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.system.failures import library_errors
 
@@ -65,6 +65,10 @@ def _rope(config: Any, family: Family, layout: LayerLayout) -> Rope:
     if own.get("rope_type", "default") == "default":
         steps = torch.arange(0, layout.head_dim, 2, dtype=torch.float32) / layout.head_dim
         return Rope(1.0 / (own["rope_theta"] ** steps), 1.0)
+    if own["rope_type"] == "proportional" and "factor" not in own:  # the first pairs rotate, the others stand still
+        rotated = int(own.get("partial_rotary_factor", 1.0) * layout.head_dim // 2)
+        steps = torch.arange(0, 2 * rotated, 2, dtype=torch.int64).to(torch.float32) / layout.head_dim
+        return Rope(torch.cat([1.0 / (own["rope_theta"] ** steps), torch.zeros(layout.head_dim // 2 - rotated)]), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     chosen = {"layer_type": layout.kind} if family.rope_per_kind else {}

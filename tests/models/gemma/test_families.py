@@ -10,7 +10,7 @@ from gemma_awq_cli.models.gemma.config_values import KINDS
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.models.gemma.features import FEATURES, features_of
 from gemma_awq_cli.models.gemma.layers import layers_of
-from tests.tiny import CONFIGS, SPECIAL
+from tests.tiny import CONFIGS, GEMMA4_TURNS, SPECIAL
 
 SCHEMA = Path(__file__).parents[3] / "docs/report-schema.json"
 
@@ -41,7 +41,7 @@ def test_a_familys_names_are_real(model_type: str) -> None:
         assert hasattr(transformers, name)
     assert getattr(transformers, family.config_class).model_type == model_type
     assert (family.text_section is not None) == bool(family.companions)
-    assert family.end_of_turn in SPECIAL
+    assert family.end_of_turn in (*SPECIAL, *GEMMA4_TURNS)
     assert "lm_head" in family.not_converted
     schema = json.loads(SCHEMA.read_text(encoding="utf-8"))
     assert model_type in schema["properties"]["source"]["properties"]["model_type"]["enum"]
@@ -54,6 +54,9 @@ def test_scales_go_where_the_layer_has_something(model_type: str) -> None:
         assert sorted(name for group in layer.groups for name in group.linears) == sorted(layer.linears)
         norms = {norm.name for norm in layer.norms.values()}
         for group in layer.groups:
+            if group.fold == "none":
+                assert group.source is None
+                continue
             assert group.source in (norms if group.fold == "norm" else layer.linears)
             assert len({layer.linears[name].inputs for name in group.linears}) == 1
         normalized = {group.name for group in layer.groups if group.normalized}
