@@ -29,7 +29,7 @@ from tests.conftest import FAMILIES, quantize_arguments
 from tests.tiny import CONFIGS, make_checkpoint
 
 CPU = torch.device("cpu")
-SECTIONS = {kind: "text_config" if kind == "gemma3" else None for kind in FAMILIES}
+SECTIONS = {kind: FAMILIES_BY_TYPE[CONFIGS[kind]().model_type].text_section for kind in FAMILIES}
 HOSTILE = (
     0, -1, 1, 2, 3, True, False, 2.5, 4.0, -0.5, "x", "auto", "9" * 200, None, [], {}, [1], {"a": 1}, 10**8, 2**31 - 1,
     2**31, 2**32 + 1, 2**40, 2**63, 10**30, -(10**30), 1e308, 1e-308, 1e999,
@@ -55,7 +55,8 @@ def changed(tmp_path: Path, checkpoints: Callable[[str], Path]) -> Callable[...,
         if not folder.exists():
             shutil.copytree(checkpoints(kind), folder)
         raw = json.loads((checkpoints(kind) / "config.json").read_text())
-        section = raw["text_config"] if kind == "gemma3" else raw
+        name = SECTIONS[kind]
+        section = raw if name is None else raw[name]
         for target, values in ((section, text), (raw, top or {})):
             target.update(values)
             for name in [name for name, value in values.items() if value is ...]:
