@@ -21,7 +21,7 @@ from gemma_awq_cli.models.forward.decoder_weights import (
     read_streams,
 )
 from gemma_awq_cli.models.forward.experts import Experts, Router
-from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerEmbedding, PerLayerGate
+from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
 from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
 
