@@ -178,8 +178,8 @@ class Checkpoint:
         return digest.hexdigest()
 
     def companions(self) -> list[str]:
-        """Names of the tensors that are copied as they are: a multimodal checkpoint's vision tower and projector."""
-        return sorted(name for name in self.tensors if name.startswith(self.family.companions or ("\0",)))
+        """Names of the tensors that are copied as they are: those of a multimodal checkpoint's towers and embedders."""
+        return sorted(name for name in self.tensors if name.startswith(self.family.companion_prefixes))
 
     def read(self, module_names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by their names inside transformers' causal model, as stored, checked to be finite."""

@@ -1,5 +1,6 @@
 """Tensors of safetensors files: read by name, checked to be finite, and as bytes."""
 
+import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo, opened
+
+_BOUND = re.compile(r"\.(input|output)_(min|max)$")
 
 
 def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Tensor]:
@@ -30,11 +33,12 @@ def raw_bytes(tensor: Tensor) -> memoryview:
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
-    """An error if a weight holds NaN or infinity."""
+    """An error if a weight holds NaN or infinity. A bound of activations may be infinite: it clips nothing then."""
     # the extremes are one pass without a copy, and a NaN is both of them
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+    sound = torch.isfinite if not _BOUND.search(name) else lambda extreme: ~torch.isnan(extreme)
+    if not all(sound(extreme) for extreme in torch.aminmax(tensor)):
         raise GemmaAwqError(
             f"{name} holds NaN or infinite values.",
             "The checkpoint is damaged or its training diverged. " + REDOWNLOAD,
