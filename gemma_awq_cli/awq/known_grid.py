@@ -23,8 +23,9 @@ KNOWN_GROUP = 32  # weights of a Q4_0 block
 TOLERANCE = 2.0**-7  # of a weight, for its distance from the grid: twice the rounding to bfloat16
 # A grid whose largest magnitude is 1, 2 or 4 steps is part of one with 8, and one with 3 steps is part of one with 6.
 PEAKS = (8, 7, 6, 5)
-PART = 2**20  # weights that are placed at a time: they stay in the processor's cache
-_NEGATIVE_MOST = 8  # the zero point whose lowest level is -8; of 7 the highest is +8
+PART = 2**17  # weights that are placed at a time: they stay in the processor's cache
+_LEVELS = 8  # from 0 to the farthest level: to -8 with a zero point of 8, and to +8 with one of 7
+_MANTISSA_BITS = {torch.bfloat16: 7, torch.float16: 10}  # that are stored
 
 
 class KnownGrid(NamedTuple):
@@ -48,13 +49,13 @@ def find_grid(weight: Tensor) -> KnownGrid:
     count = max(1, PART // weight.shape[1])
     for start in range(0, weight.shape[0], count):
         rows = slice(start, start + count)
-        found = _Groups(weight[rows].reshape(-1, KNOWN_GROUP))
+        found = _Groups(weight[rows].reshape(-1, KNOWN_GROUP).t().contiguous())
         for peak in PEAKS:
             found.place(peak)
-        levels, zeros = found.levels, found.zero_points()
-        q[rows] = (levels + zeros[:, None]).view(-1, weight.shape[1])
-        zero[rows], scale[rows] = zeros.view(-1, shape[1]).float(), found.scale.view(-1, shape[1])
-        placed[rows], exact[rows] = found.placed.view(-1, shape[1]), found.exact.view(-1, shape[1])
+        zeros = found.zero_points()
+        q[rows] = (found.levels + zeros).to(torch.uint8).t().reshape(-1, weight.shape[1])
+        for whole, part in ((scale, found.scale), (zero, zeros), (placed, found.placed), (exact, found.exact)):
+            whole[rows] = part.view(-1, shape[1])
     return KnownGrid(Rounded(q, Grid(scale, zero)), placed, exact)
 
 
@@ -73,15 +74,15 @@ def round_others(known: KnownGrid, weight: Tensor, effort: Effort) -> None:
 
 
 class _Groups:
-    """Groups [M, 32] of which more and more find their place.
+    """Groups [32, M], a group a column, of which more and more find their place.
 
-    levels: [M, 32] int8 signed integers; scale: [M] float32, exact in float16; placed, exact: [M] bool.
+    levels: [32, M] float32, signed integers; scale: [M] float32, exact in float16; placed, exact: [M] bool.
     """
 
     def __init__(self, weight: Tensor) -> None:
-        self._weight, self._size = weight, weight.abs().float()
-        self._peak = self._size.amax(1)
-        self.levels = torch.zeros(weight.shape, dtype=torch.int8, device=weight.device)
+        self._weight, self._size = weight, weight.abs().to(torch.float32)
+        self._peak = self._size.amax(0)
+        self.levels = torch.zeros_like(self._size)
         self.scale = torch.full_like(self._peak, MIN_SCALE)
         self.placed = self._peak == 0
         self.exact = self.placed.clone()
@@ -89,64 +90,74 @@ class _Groups:
     def place(self, peak: int) -> None:
         """Place the remaining groups whose largest magnitude is `peak` steps."""
         rest = (~self.placed).nonzero()[:, 0]
-        whole = rest.numel() == self.placed.numel()  # the usual case, without a copy
-        size, step = (t if whole else t[rest] for t in (self._size, self._peak))
-        step = (step / peak)[:, None]
+        size, step = _chosen(self._size, rest), _chosen(self._peak, rest) / peak
         count = (size / step).round_()
         # a rough look, before the step is fitted; false for NaN
-        near = ((count * step).sub_(size).abs_() <= 2 * TOLERANCE * size).all(1)
-        rest, count = rest[near], count[near].to(torch.int8)
-        if not rest.numel():
+        near = ((count * step).sub_(size).abs_().sub_(size, alpha=2 * TOLERANCE).amax(0) <= 0).nonzero()[:, 0]
+        if not near.numel():
             return
-        size, weight = size[near], self._weight[rest]
+        rest, size, count = _chosen(rest, near), _chosen(size, near), _chosen(count, near)
+        weight = _chosen(self._weight, rest)
         if peak % 2 == 0:
             _halve(count)
         scale, exact = _step(weight, size, count)
-        within = ((count * scale[:, None]).sub_(size).abs_() <= TOLERANCE * size).all(1)
-        levels = torch.where(weight < 0, -count, count)
-        within &= (levels.amax(1) < _NEGATIVE_MOST) | (levels.amin(1) > -_NEGATIVE_MOST)  # 17 levels are one too many
-        rest = rest[within]
-        self.levels[rest], self.scale[rest] = levels[within], scale[within]
-        self.exact[rest], self.placed[rest] = exact[within], True
+        levels = count.copysign_(weight)
+        fits = exact.clone()
+        loose = (~exact).nonzero()[:, 0]
+        distance = (levels[:, loose].abs() * scale[loose]).sub_(size[:, loose]).abs_()
+        fits[loose] = distance.sub_(size[:, loose], alpha=TOLERANCE).amax(0) <= 0
+        if peak == _LEVELS:  # both ends would make 17 levels
+            fits &= (levels.amax(0) < _LEVELS) | (levels.amin(0) > -_LEVELS)
+        kept = fits.nonzero()[:, 0]
+        rest = _chosen(rest, kept)
+        if rest.numel() == self.placed.numel():
+            self.levels = levels
+        else:
+            self.levels[:, rest] = _chosen(levels, kept)
+        self.scale[rest], self.exact[rest], self.placed[rest] = scale[kept], exact[kept], True
 
     def zero_points(self) -> Tensor:
-        """Each group's zero point: 8, or 7 if its integers reach +8, as those of a Q4_0 block with d < 0 do."""
-        return torch.where(self.levels.amax(1) == _NEGATIVE_MOST, _NEGATIVE_MOST - 1, _NEGATIVE_MOST).to(torch.int8)
+        """Each group's zero point [M]: 8, or 7 if its integers reach +8, as those of a Q4_0 block with d < 0 do."""
+        return torch.where(self.levels.amax(0) == _LEVELS, _LEVELS - 1.0, float(_LEVELS))
+
+
+def _chosen(groups: Tensor, indices: Tensor) -> Tensor:
+    """Some of the groups [..., M]; no copy of them if all are chosen, which is the usual case."""
+    return groups if indices.numel() == groups.shape[-1] else groups.index_select(-1, indices)
 
 
 def _halve(count: Tensor) -> None:
-    """Halve the integers of the groups [M, 32] that are all even, as often as they are, in place."""
-    even = ((count & 1) == 0).all(1).nonzero()[:, 0]
+    """Halve the integers of the groups [32, M] that are all even, as often as they are, in place."""
+    even = (count.to(torch.int8).bitwise_and_(1).amax(0) == 0).nonzero()[:, 0]
     while even.numel():
-        halved = count[even] // 2
-        count[even] = halved
-        even = even[((halved & 1) == 0).all(1)]
+        halved = count[:, even] / 2
+        count[:, even] = halved
+        even = even[halved.to(torch.int8).bitwise_and_(1).amax(0) == 0]
 
 
 def _step(weight: Tensor, size: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """Return each group's step [M], exact in float16, and whether it gives all weights back.
 
-    weight: [M, 32]; size: its magnitude in float32; count: the integers, not negative, not all 0. A step that bfloat16
+    weight: [32, M]; size: its magnitude in float32; count: the integers, not negative, not all 0. A step that bfloat16
     holds too comes first: some readers round scales to it. Where no step gives all weights back, the one in the middle
     has the smallest relative error.
     """
-    bits = weight.abs().view(torch.int16)
-    above, below = (bits + 1).view(weight.dtype).float(), (bits - 1).view(weight.dtype).float()
-    steps = count.float()
-    none = count == 0
-    # halfway to the neighbours; a weight of 0 allows every step
-    low = below.add_(size).div_(2).div_(steps).masked_fill_(none, 0).amax(1)
-    high = above.add_(size).div_(2).div_(steps).masked_fill_(none, torch.inf).amin(1)
-    middle = (low + high) / 2
-    short, long = middle.to(torch.bfloat16).to(torch.float16).float(), middle.to(torch.float16).float()
-    exact = _gives_back(short, steps, weight, size)
-    scale = torch.where(exact, short, long)
+    # In the bits of float32, all numbers within half a unit in the last place of the 16-bit weight are this near.
+    half = 1 << (22 - _MANTISSA_BITS[weight.dtype])
+    bits, inverse = size.view(torch.int32), count.reciprocal()
+    low = (bits - half).view(torch.float32).mul_(inverse).masked_fill_(count == 0, 0)  # 0 allows every step
+    high = (bits + half).view(torch.float32).mul_(inverse)
+    middle = (low.amax(0) + high.amin(0)).div_(2)
+    scale = middle.to(torch.bfloat16).to(torch.float16).float()
+    exact = _gives_back(scale, count, weight, size)
     rest = (~exact).nonzero()[:, 0]
-    exact[rest] = _gives_back(scale[rest], steps[rest], weight[rest], size[rest])
+    if rest.numel():
+        scale[rest] = middle[rest].to(torch.float16).float()
+        exact[rest] = _gives_back(scale[rest], *(_chosen(groups, rest) for groups in (count, weight, size)))
     return scale, exact
 
 
-def _gives_back(scale: Tensor, steps: Tensor, weight: Tensor, size: Tensor) -> Tensor:
+def _gives_back(scale: Tensor, count: Tensor, weight: Tensor, size: Tensor) -> Tensor:
     """Whether all integers of a group times its scale round to the weights: [M] bool."""
     # the product of 4 and 11 significant bits is exact in float32, so that it is rounded once
-    return ((steps * scale[:, None]).to(weight.dtype).float() == size).all(1)
+    return (count * scale).to(weight.dtype).to(torch.float32).sub_(size).abs_().amax(0) == 0
