@@ -194,6 +194,43 @@ def test_groups_off_the_grid_are_counted_and_the_others_kept(
     assert "qat" not in read_quantization_report(tmp_path / "again")
 
 
+def test_an_interrupted_run_resumes_to_the_same_bytes_and_counts(
+    qat_checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gemma_awq_cli.quantize import pipeline
+
+    whole = quantize(qat_checkpoints("gemma2"), tmp_path / "whole", text_file)
+    process = pipeline.process_layer
+
+    def stop_at_the_last(*arguments: Any) -> Any:
+        if arguments[-1] == 2:
+            raise KeyboardInterrupt
+        return process(*arguments)
+
+    arguments = default_size(quantize_arguments(qat_checkpoints("gemma2"), tmp_path / "out", text_file))
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "process_layer", stop_at_the_last)
+        assert main(arguments) == 130
+    assert main([*arguments, "--resume", "--qat", "ignore", "--group-size", "32"]) == 1  # another mode is another model
+    assert main([*arguments, "--resume"]) == 0
+    resumed = read_quantization_report(tmp_path / "out")
+    assert resumed["qat"] == whole["qat"]
+    assert resumed["layers"] == whole["layers"]
+    for path in sorted((tmp_path / "whole").iterdir()):
+        if path.name != "quantization_report.json":
+            assert (tmp_path / "out" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_the_artifact_can_be_pushed(
+    qat_checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    quantize(qat_checkpoints("gemma3_text"), tmp_path / "out", text_file)
+    capsys.readouterr()
+    arguments = ["push", "me/tiny", str(tmp_path / "out"), "--base-model", "google/tiny-qat", "--license", "gemma"]
+    assert main([*arguments, "--dry-run", "--deep", "--device", "cpu"]) == 0
+    assert "Nothing was lost" in "".join(capsys.readouterr())
+
+
 def test_the_16_bit_checkpoint_of_a_qat_model_runs(qat_checkpoints: Callable[[str], Path], capsys: Capture) -> None:
     """Its quantization section names no method, and its weights are 16-bit."""
     checkpoint = Checkpoint(qat_checkpoints("gemma3"))
