@@ -288,6 +288,30 @@ def _gemma3n_model(config: PreTrainedConfig) -> PreTrainedModel:
         return _model(config)
 
 
+def snap_to_grid(folder: Path) -> None:
+    """Make a checkpoint one of quantization-aware training: every linear of its layers on Q4_0's grid, in bfloat16."""
+
+    def snap(tensors: dict[str, torch.Tensor]) -> None:
+        for seed, name in enumerate(sorted(tensors)):
+            if ".layers." in name and name.endswith("proj.weight") and "vision" not in name:
+                tensors[name] = on_grid(tensors[name], seed)
+
+    for path in folder.glob("*.safetensors"):
+        edit_weights(path, snap)
+
+
+def on_grid(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    """The nearest bfloat16 weight [N, K] made of Q4_0 blocks: steps of both signs, largest levels of 1 to 8."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = weight.float().unflatten(1, (-1, 32))
+    one_each = (*groups.shape[:2], 1)
+    peak = torch.randint(1, 9, one_each, generator=generator)
+    sign = torch.randint(0, 2, one_each, generator=generator) * 2 - 1
+    step = (sign * groups.abs().amax(-1, keepdim=True) / peak).to(torch.bfloat16).float()
+    levels = torch.where(step == 0, 0, (groups / step).round()).clamp(-8, 7)
+    return (levels * step).to(torch.bfloat16).flatten(1)
+
+
 def _hard_gains(weight: torch.Tensor) -> None:
     """Plant gains (1 + weight) that are 0, tiny, negative and large."""
     if weight.numel() >= 32:
@@ -299,8 +323,8 @@ def _hard_gains(weight: torch.Tensor) -> None:
 
 
 def edit_weights(folder: Path, change: object) -> None:
-    """Rewrite a single-file checkpoint's tensors: `change(tensors)` edits the dict in place."""
-    path = folder / "model.safetensors"
+    """Rewrite the tensors of a file, or of a single-file checkpoint: `change(tensors)` edits the dict in place."""
+    path = folder if folder.is_file() else folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)  # type: ignore[operator]
     save_file(tensors, path, metadata={"format": "pt"})

@@ -72,6 +72,11 @@ def modification_notice(report: Mapping[str, Any], base_model: str, weights: lis
     """Return the statement that files were modified: which ones, and how."""
     files = f"{', '.join(weights)} and config.json"
     version = report["versions"]["gemma_awq"]
+    if "qat" in report:
+        return (
+            f"{files} were modified from {base_model}: the weights of the linear layers were stored in 4 bits with "
+            f"gemma-awq {version}, on the grid that quantization-aware training had put them on."
+        )
     return (
         f"{files} were modified from {base_model}: the weights of the linear layers were quantized to 4 bits with "
         f"gemma-awq {version}, and the norms that scales were folded into were changed with them."
@@ -126,7 +131,7 @@ def _metadata(facts: CardFacts) -> str:
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=["gemma", "awq", "4-bit", "int4", "gemma-awq"],
+        tags=["gemma", "awq", "4-bit", "int4", "gemma-awq", *(["qat"] if "qat" in report else [])],
         datasets=[dataset] if dataset else None,
         model_name=facts.repo.split("/")[1],
         eval_results=results,
@@ -167,6 +172,7 @@ def _body(facts: CardFacts) -> str:
             kl=f"{fidelity['kl']:.4f}",
             top1=f"{100 * fidelity['top1_agreement']:.1f} %",
             reading=_reading(facts),
+            qat=_qat(report),
             speed=_speed(facts.bench),
             prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
             chat=facts.chat,
@@ -201,6 +207,35 @@ def _reading(facts: CardFacts) -> str:
         f"Perplexity is {100 * abs(ratio):.1f} % {'higher' if ratio >= 0 else 'lower'} than the 16-bit model's. "
         "Perplexity depends on the text and the tokenizer: compare it only with the figure beside it."
     )
+
+
+def _qat(report: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return what was lost of the training of a QAT checkpoint, in a sentence and in counts; None for another one."""
+    if "qat" not in report:
+        return None
+    groups, on_grid, exact = (report["qat"][name] for name in ("groups", "on_grid", "exact"))
+    dtype = report["artifact"]["dtype"]
+    if exact == groups:
+        return {
+            "summary": f"Nothing was lost: every weight comes back bit for bit when it is dequantized to {dtype}.",
+            "counts": f"All {groups} groups come back bit for bit in {dtype}. What differs in the table above is the "
+            f"rounding of the 16-bit weights to {dtype}, of which the integers and steps are free.",
+        }
+    near, rest = on_grid - exact, groups - on_grid
+    parts = [f"{exact} of {groups} groups ({_percent(exact, groups)}) come back bit for bit in {dtype}"]
+    parts += [f"{near} come back within its rounding"] if near else []
+    parts += [f"{rest} ({_percent(rest, groups)}) lie on no such grid and were rounded to nearest"] if rest else []
+    others = f", and {_percent(rest, groups)} were not on that grid" if rest else ", and the others within its rounding"
+    return {
+        "summary": f"{_percent(exact, groups)} of the weights come back bit for bit in {dtype}{others}.",
+        "counts": f"{'; '.join(parts)}.",
+    }
+
+
+def _percent(part: int, whole: int) -> str:
+    """Return a share that is 0 % or 100 % only if it is nothing or all."""
+    share = 100 * part / max(1, whole)
+    return f"{share:.0f} %" if part in (0, whole) else f"{min(max(share, 0.01), 99.99):.2f} %"
 
 
 def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:

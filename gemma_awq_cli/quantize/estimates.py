@@ -6,6 +6,7 @@ The constants count what the code of this package holds or computes. They were c
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from gemma_awq_cli.awq import known_grid
 from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.round_group import PART
 from gemma_awq_cli.awq.search import RATIOS, Effort
@@ -22,6 +23,8 @@ GROUP_WEIGHT = 6  # of a weight of the group: float32, and one integer each by c
 # of an entry of a block's Gram matrix: scaled and reordered in float32, damped and factored in float64, feedback in
 # float32
 BLOCK_ENTRY = 28
+KEPT_WEIGHT = 6  # of a weight of the linear whose grid is kept: integers, and their packing
+KEPT_PART_WEIGHT = 48  # of a weight of the rows whose grids are found at a time: twelve float32 matrices
 PART_WEIGHT = 32  # of a weight of the rows that are rounded at a time: eight float32 matrices
 HEAD_WEIGHT = 2  # of a weight of the head, read in 16 bits
 HIDDEN_COPIES = 8  # float32 hidden states of a token inside a layer: residual, norms, attention's inputs and output
@@ -35,6 +38,7 @@ FLOPS_PER_SECOND = 2.5e11
 ELEMENTS_PER_SECOND = 1.5e9
 START_SECONDS = 5  # imports, tokenizer, calibration text
 TRY_OPERATIONS = 10  # elementwise operations per weight to judge one scale or one range
+KEEP_OPERATIONS = 40  # elementwise operations per weight to find the grid that it is on
 ROUND_FLOPS = 6  # per weight and channel of its block: the compensation, and the errors that are compared
 REFINE_FLOPS = 12  # the same, to fit the scales once
 SWEEP_FLOPS = 4  # the same, for one pass over the integers
@@ -58,7 +62,7 @@ class Workload:
     """Everything that the estimates depend on, apart from the fit.
 
     vocabulary: entries of the embedding; calibration_tokens, heldout_tokens: of all rows together; seq_len: of one row;
-    product_bytes: of an activation as linears multiply it, 2 or 4.
+    product_bytes: of an activation as linears multiply it, 2 or 4; keeps_grid: see `Plan`.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -70,6 +74,7 @@ class Workload:
     group_size: int
     product_bytes: int
     effort: Effort
+    keeps_grid: bool = False
 
 
 def peak_bytes(work: Workload, fit: Fit) -> int:
@@ -95,6 +100,9 @@ def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
 
 def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     """Bytes while the largest group of a layer is rounded."""
+    if work.keeps_grid:
+        linear = max(linear.outputs * linear.inputs for linear in layout.linears.values())
+        return HELD_WEIGHT * _weights(layout) + KEPT_WEIGHT * linear + KEPT_PART_WEIGHT * min(linear, known_grid.PART)
     largest = 0
     for group in _joined_groups(layout):
         block = block_width(group.inputs, work.group_size, fit.gram_limit)
@@ -105,6 +113,8 @@ def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
 
 def _grams(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     """Bytes of the Gram matrices of all groups of a layer. With a correction there are two per group."""
+    if work.keeps_grid:
+        return 0
     entries = (
         block_width(group.inputs, work.group_size, fit.gram_limit) * group.inputs for group in _joined_groups(layout)
     )
@@ -138,6 +148,8 @@ def _group_flops(work: Workload, fit: Fit, group: Linear) -> float:
     block = block_width(k, work.group_size, fit.gram_limit)
     forwards = FORWARDS_WITH_CORRECTION if effort.correction else 1
     tokens = forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
+    if work.keeps_grid:
+        return 2.0 * tokens * k * n
     flops = 2.0 * tokens * k * n + 2 * work.calibration_tokens * k * block  # the layer's forward, the Gram matrix
     flops += k * block**2 + ROUND_FLOPS * n * k * block  # two Cholesky factors, the rounding
     if effort.correction:
@@ -149,6 +161,8 @@ def _group_flops(work: Workload, fit: Fit, group: Linear) -> float:
 def _group_elements(work: Workload, group: Linear, linears: int) -> float:
     """Elementwise operations of the searches for one group of linears."""
     effort = work.effort
+    if work.keeps_grid:
+        return float(KEEP_OPERATIONS * group.outputs * group.inputs)
     candidates = 2 * RATIOS / effort.stride + effort.descent
     sampled = min(group.outputs, effort.rows * linears)
     searching = TRY_OPERATIONS * candidates * sampled * group.inputs

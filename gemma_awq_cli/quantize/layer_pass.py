@@ -13,6 +13,7 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
+from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.plan import Plan
 
@@ -33,23 +34,27 @@ def process_layer(
         expected = stack.run_layer(index, module, sample)
     with matmul_precision("medium"):
         layout = plan.layouts[index]
-        observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
-        with bfloat16_products(stack.device):
-            rows = max(1, batch // plan.effort.paths)
-            beside = hidden.calibration_quantized if paired else None
-            hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
-        observer.finish(index)
+        if not plan.keeps_grid:
+            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+            with bfloat16_products(stack.device):
+                rows = max(1, batch // plan.effort.paths)
+                beside = hidden.calibration_quantized if paired else None
+                hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
+            observer.finish(index)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
-    layer = quantize_layer(
-        layout,
-        checkpoint.family.gain_offset,
-        weights,
-        observer.hand_over(),
-        plan.group_size,
-        stack.device,
-        plan.effort,
-    )
+    if plan.keeps_grid:
+        layer = keep_layer(layout, weights, stack.device, plan.effort)
+    else:
+        layer = quantize_layer(
+            layout,
+            checkpoint.family.gain_offset,
+            weights,
+            observer.hand_over(),
+            plan.group_size,
+            stack.device,
+            plan.effort,
+        )
     module = stack.layer(index, folded_weights(layer, weights, stack.device))
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))

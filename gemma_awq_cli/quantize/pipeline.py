@@ -31,6 +31,7 @@ from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, ignore
+from gemma_awq_cli.quantize.kept_grid import kept_groups
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, process_layer
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared, prepare
@@ -145,6 +146,7 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
             prepared.arguments,
             CalibrationSection.of(prepared.rows),
             FidelitySection.of(fidelity, prepared.rows),
+            kept_groups(journal.records) if plan.keeps_grid else None,
             verified,
             tuple(record.groups for record in journal.records),
             fingerprint,

@@ -34,7 +34,8 @@ class Plan:
     """What a quantization will do. Sizes are in bytes.
 
     layouts: one per layer; tensors: all that the artifact will hold; smaller: the memory of the next smaller fit, if
-    there is one; state_bytes: on the disk while the work goes on.
+    there is one; state_bytes: on the disk while the work goes on; keeps_grid: whether the weights stay on the 4-bit
+    grid that they are on, and nothing is searched.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -51,6 +52,7 @@ class Plan:
     state_bytes: int
     seconds: float
     effort: Effort
+    keeps_grid: bool = False
 
     @property
     def layers(self) -> int:
@@ -79,7 +81,7 @@ def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
 
 def require_layout(checkpoint: Checkpoint, group_size: int) -> None:
     """Raise if the group size or the packed layout does not fit a dimension of a linear."""
-    for name, linear in _quantized_linears(layers_of(checkpoint.facts, checkpoint.family)).items():
+    for name, linear in quantized_linears(layers_of(checkpoint.facts, checkpoint.family)).items():
         if linear.inputs % group_size:
             fits = [size for size in GROUP_SIZES if linear.inputs % size == 0]
             raise GemmaAwqError(
@@ -95,8 +97,8 @@ def require_layout(checkpoint: Checkpoint, group_size: int) -> None:
             )
 
 
-def _quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, Linear]:
-    """The linears that become 4-bit, by the names of their weights, in the order of the model."""
+def quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, Linear]:
+    """Return the linears that become 4-bit, by the names of their weights, in the order of the model."""
     return {
         f"model.layers.{index}.{name}.weight": layout.linears[name]
         for index, layout in enumerate(layouts)
@@ -113,6 +115,7 @@ def make_plan(
     rows: Rows,
     max_memory: int | None = None,
     quality: str = DEFAULT_QUALITY,
+    keeps_grid: bool = False,
 ) -> Plan:
     """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none."""
     layouts, effort = layers_of(checkpoint.facts, checkpoint.family), QUALITIES[quality].effort
@@ -126,9 +129,10 @@ def make_plan(
         group_size,
         2 if multiplies_bfloat16(stack.device) else FLOAT32,
         effort,
+        keeps_grid,
     )
     fit, memory, smaller = _choose_fit(work, max_memory)
-    linears = _quantized_linears(layouts)
+    linears = quantized_linears(layouts)
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
     return Plan(
@@ -146,6 +150,7 @@ def make_plan(
         state_bytes=2 * states * work.hidden * FLOAT32,  # in two files that take turns
         seconds=seconds(work, fit),
         effort=effort,
+        keeps_grid=keeps_grid,
     )
 
 

@@ -72,6 +72,31 @@ def test_what_it_says_is_what_was_measured(prepared: Callable[[str], Prepared]) 
     assert "AutoModelForImageTextToText" in prepared("gemma3").card
 
 
+@pytest.mark.parametrize(
+    ("counts", "said", "unsaid"),
+    [
+        ((840, 840, 840), ["Nothing was lost: every weight comes back bit for bit", "All 840 groups come"], "within"),
+        ((840, 840, 839), ["99.88 % of the weights come back", "1 come back within its rounding"], "Nothing was lost"),
+        ((200000, 199999, 199999), ["99.99 % of the weights", "1 (0.01 %) lie on no such grid"], "Nothing was lost"),
+    ],
+    ids=["all", "near", "others"],
+)
+def test_a_qat_card_says_what_was_kept(
+    counts: tuple[int, int, int], said: list[str], unsaid: str, artifacts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    def keep(report: dict) -> None:  # type: ignore[type-arg]
+        report["qat"] = dict(zip(("groups", "on_grid", "exact"), counts, strict=True))
+        report["calibration"] |= {"text": "none", "rows": 0}
+
+    folder = with_report(artifacts("gemma3_text"), tmp_path / "qat", keep)
+    card = prepare(folder, "me/tiny-AWQ", "google/tiny-qat", "gemma", None).card
+    for text in (*said, "quantization-aware training", "| Calibration | none: the grid of the weights was kept |"):
+        assert text in " ".join(card.split()), text
+    assert "qat" in ModelCard(card).data.tags
+    for text in (unsaid, "SHA-256 of the calibration rows", "scales were folded", "not used for calibration"):
+        assert text not in " ".join(card.split()), text
+
+
 def test_the_same_artifact_gives_the_same_card_and_an_edit_is_noticed(prepared: Callable[[str], Prepared]) -> None:
     card = prepared("gemma").card
     assert card == prepared("gemma").card

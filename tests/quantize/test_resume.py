@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 
 from gemma_awq_cli.cli.app import main
-from gemma_awq_cli.models.checkpoints.journal import GroupRecord, Journal, LayerRecord, differences
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.journal import GroupRecord, Journal, KeptGroups, LayerRecord, differences
 from tests.conftest import quantize_arguments
 from tests.layers import as_layer_begins
 
@@ -378,6 +379,18 @@ def record(**changes: object) -> dict[str, object]:
         "rtn_error": 1, "gram_block": 64,
     }  # fmt: skip
     return {"groups": [group], "seconds": 0.1, **changes}
+
+
+def test_the_journal_remembers_what_was_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin({"seed": 0})
+    kept = replace(RECORD, groups=(replace(RECORD.groups[0], kept=KeptGroups(8, 7, 6)),))
+    journal.add(kept)
+    assert Journal(tmp_path).records == [kept]
+    line = journal.path.read_text().replace('"exact": 6', '"exact": "6"')
+    journal.path.write_text(line)
+    with pytest.raises(GemmaAwqError, match="line 2 is damaged"):
+        Journal(tmp_path)
 
 
 def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:

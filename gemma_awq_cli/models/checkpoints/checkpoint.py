@@ -22,7 +22,9 @@ from gemma_awq_cli.models.checkpoints.quantization_config import (
     SECTION,
     awq_group_size,
     is_awq,
+    is_packed,
     names_awq,
+    names_no_method,
     quantization_of,
 )
 from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
@@ -43,10 +45,11 @@ _DTYPES = ("dtype", "torch_dtype")
 class Checkpoint:
     """A Gemma checkpoint folder.
 
-    raw_config: config.json; facts: the language model's config, with at least the values that `models.gemma` reads;
-    shape: the sizes and layers that follow from it; key_layout: how the files name the language model's tensors;
-    tensors: every tensor by its name in the files; quantization: the config's section, None for a 16-bit checkpoint;
-    tied_head: whether the head is the embedding; notes: lines on how it was read that the user should see.
+    raw_config: config.json, without a quantization section that names no method beside 16-bit weights; facts: the
+    language model's config, with at least the values that `models.gemma` reads; shape: the sizes and layers that follow
+    from it; key_layout: how the files name the language model's tensors; tensors: every tensor by its name in the
+    files; quantization: the config's section, None for a 16-bit checkpoint; tied_head: whether the head is the
+    embedding; notes: lines on how it was read that the user should see.
 
     A 16-bit multimodal checkpoint without its vision tower is read as a text model.
     """
@@ -62,6 +65,10 @@ class Checkpoint:
         self.quantization = quantization_of(folder, self.raw_config)
         weights = find_weights(folder)
         self.tensors, notes = read_headers(weights), weights.notes
+        section = self.quantization
+        if section is not None and names_no_method(section) and not any(map(is_packed, self.tensors)):
+            self.quantization = None
+            self.raw_config = {key: value for key, value in self.raw_config.items() if key != SECTION}
         config = self.raw_config
         if self.family.text_section and self.quantization is None and not self.companions():
             self.raw_config = _text_part(config, self.family)
