@@ -15,6 +15,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import layerwise
 from gemma_awq_cli.models.forward.layerwise import (
+    KeysAndValues,
     TextStack,
     meta_model,
     real_module,
@@ -37,8 +38,9 @@ def test_logits_equal_transformers(kind: str, checkpoints: Callable[[str], Path]
 
     stack = TextStack(Checkpoint(folder), torch.device("cpu"))
     hidden = stack.embedder(ids)(ids)
+    shared: KeysAndValues = {}
     for index in range(stack.checkpoint.layers):
-        hidden = stack.run_layer(index, stack.layer(index, stack.read_layer(index)), hidden)
+        hidden = stack.run_layer(index, stack.layer(index, stack.read_layer(index)), hidden, ids, shared)
     norm, head = stack.head()
     logits = torch.cat(list(stack.logit_chunks(head, norm(hidden).flatten(0, 1), chunk=100)), -1)
     torch.testing.assert_close(logits.view_as(expected), expected, rtol=1e-4, atol=1e-4)
