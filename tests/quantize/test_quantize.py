@@ -18,6 +18,9 @@ from tests.conftest import FAMILIES, quantize_arguments, tiny_rows
 from tests.tiny import make_checkpoint
 
 
+LINEARS = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
+
+
 def report_of(folder: Path) -> dict:  # type: ignore[type-arg]
     return json.loads((folder / "quantization_report.json").read_text())  # type: ignore[no-any-return]
 
@@ -25,14 +28,15 @@ def report_of(folder: Path) -> dict:  # type: ignore[type-arg]
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_no_group_is_worse_than_round_to_nearest_and_outliers_gain(kind: str, artifacts: Callable[[str], Path]) -> None:
     layers = report_of(artifacts(kind))["layers"]
-    assert len(layers) == 3
-    for layer in layers:
-        assert [group["name"] for group in layer] == ["qkv", "o", "gate_up", "down"]
-        for group in layer:
+    layouts = Checkpoint(artifacts(kind)).shape.layouts
+    for layer, layout in zip(layers, layouts, strict=True):
+        for group, known in zip(layer, layout.groups, strict=True):
+            assert (group["name"], group["linears"]) == (known.name, list(known.linears))
             assert group["error"] <= group["rtn_error"]
             # every group's input has planted outlier channels (large gains, large rows of v and up)
             assert group["error"] < 0.9 * group["rtn_error"]
-            assert group["method"].endswith("scale+compensation")
+            method = "compensation" if known.fold == "none" else "scale+compensation"
+            assert group["method"].removeprefix("descended ") == method
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -79,8 +83,8 @@ def test_the_artifacts_files(kind: str, artifacts: Callable[[str], Path], checkp
     assert quantization["zero_point"] is True
     assert (quantization["bits"], quantization["group_size"]) == (4, 32)
     source, artifact = Checkpoint(checkpoints(kind)), Checkpoint(folder)
-    linears = {key for key in source.tensors if key.endswith("_proj.weight") and "vision" not in key}
-    assert len(linears) == 21
+    linears = {key for key in source.tensors if key.endswith(LINEARS) and "vision" not in key}
+    assert len(linears) == sum(len(layout.linears) for layout in source.shape.layouts)
     for key in linears:
         base = key.removesuffix(".weight")
         assert key not in artifact.tensors
