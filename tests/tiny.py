@@ -201,6 +201,9 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
         for name, parameter in model.named_parameters():
             if name.endswith(("up_proj.weight", "v_proj.weight")):
                 parameter[3] *= 20
+        scalars = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        for index, scalar in enumerate(scalars):
+            scalar.fill_(0.75 + 0.25 * (index % 4))
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
     make_tokenizer(folder, chat, [*SPECIAL[:4], *GEMMA4_TURNS] if family.end_of_turn in GEMMA4_TURNS else SPECIAL)

@@ -17,7 +17,10 @@ from gemma_awq_cli.models.gemma.config_values import FUNCTION
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.system.reading import home_path
 
-_PER_LAYER = {"num_key_value_heads": "kv_heads", "head_dim": "head_dim"}  # a layout's names of what layers may differ in
+_PER_LAYER = {
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+}  # a layout's names of what layers may differ in
 
 
 @dataclass(frozen=True)

@@ -26,17 +26,16 @@ def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[
     return tensors
 
 
-def read_pieces(name: str, info: TensorInfo, piece_bytes: int = PIECE_BYTES) -> Iterator[Tensor]:
-    """Yield a tensor's rows in order, as many at a time as `piece_bytes` hold, each piece checked to be finite.
+def read_pieces(name: str, info: TensorInfo) -> Iterator[Tensor]:
+    """Yield a tensor's rows in order, as many at a time as `PIECE_BYTES` hold, each piece checked to be finite.
 
     Only one piece is in memory at a time, if the receiver keeps none: the file is mapped anew for each.
     """
     rows = info.shape[0] if info.shape else 1
-    step = max(1, piece_bytes * rows // max(1, info.nbytes))
-    for first in range(0, max(1, rows), max(1, step)):
+    step = max(1, PIECE_BYTES * rows // max(1, info.nbytes))
+    for first in range(0, max(1, rows), step):
         with opened(info.file, "pt") as handle:
-            whole = rows <= step
-            piece = handle.get_tensor(name) if whole else handle.get_slice(name)[first : first + step]
+            piece = handle.get_tensor(name) if rows <= step else handle.get_slice(name)[first : first + step]
         require_finite(name, piece)
         yield piece
         del piece

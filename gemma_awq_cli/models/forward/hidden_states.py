@@ -112,10 +112,11 @@ class HiddenStates:
 
     def start(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Write the input of layer 0 for all rows. embed: returns the hidden states of token ids."""
-        for file in (*self._files, *self._shared.values()):
-            file.path.write_bytes(b"")
-        for first, row in enumerate(self._ids.split(1)):
-            self._files[0].write(first, embed(row))
+        with self._files[0].path.open("wb") as file:
+            for row in self._ids.split(1):
+                file.write(raw_bytes(embed(row)))
+        for later in (self._files[1], *self._shared.values()):
+            later.path.touch()
 
     def read(self, layer: int, rows: slice) -> Tensor:
         """Return rows of the input of layer `layer`: [R', S, hidden] or [R', streams, S, hidden] float32."""
