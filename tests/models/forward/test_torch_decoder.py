@@ -259,6 +259,17 @@ def test_rows_of_the_per_layer_table_are_read_when_their_tokens_come(
         given.next_logits([[77]])
 
 
+def test_tokens_outside_the_per_layer_table(checkpoints: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint(checkpoints("gemma3n_text"))
+    arch = architecture_of(checkpoint.facts, checkpoint.family)
+    assert arch.per_layer is not None
+    assert arch.per_layer.vocabulary == arch.vocabulary - 4
+    turns = [[[2, 263, 259, 260]], [[262]], [[17]]]
+    session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 1, CAPACITY)
+    expected = read_whole(build_model(checkpoint, CPU, torch.float32), turns)
+    assert apart(read_by(session, turns), expected).max() < 1e-3
+
+
 @pytest.mark.parametrize("tokens", [[[5] * 11], [[5], [6]], [[]], [[264]], [[-1]]])
 def test_what_is_not_there_is_refused(tokens: list[list[int]], artifacts: Callable[[str], Path]) -> None:
     """The compiled decoder checks nothing itself."""
