@@ -17,6 +17,11 @@ from gemma_awq_cli.models.gemma.config_values import FUNCTION
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.system.reading import home_path
 
+_PER_LAYER = {
+    "num_key_value_heads": "kv_heads",
+    "head_dim": "head_dim",
+}  # a layout's names of what layers may differ in
+
 
 @dataclass(frozen=True)
 class Original:
@@ -74,6 +79,14 @@ def _local_source(name: str, revision: str | None) -> str | None:
         return None
 
 
+def _function_value(checkpoint: Checkpoint, name: str) -> Any:
+    """A value of a config that decides what the model computes: one, or one per layer where they differ."""
+    if name not in _PER_LAYER:
+        return getattr(checkpoint.text_config, name, None)
+    values = [getattr(layout, _PER_LAYER[name]) for layout in checkpoint.shape.layouts]
+    return values[0] if len(set(values)) == 1 else values
+
+
 def require_same_base(reference: Checkpoint, artifact: Checkpoint, text: EvaluationText) -> None:
     """Raise an error if the artifact cannot have been made of `reference`: other shapes, config or tokenizer."""
     hint = "Name the original 16-bit checkpoint with --reference (a folder or a hub id)."
@@ -91,7 +104,7 @@ def require_same_base(reference: Checkpoint, artifact: Checkpoint, text: Evaluat
             hint,
         )
     for name in FUNCTION:
-        then, now = (getattr(checkpoint.text_config, name, None) for checkpoint in (artifact, reference))
+        then, now = (_function_value(checkpoint, name) for checkpoint in (artifact, reference))
         if then != now:
             raise GemmaAwqError(
                 f"{reference.folder} is another model than {artifact.folder}: its {name} is {now}, not {then}.", hint

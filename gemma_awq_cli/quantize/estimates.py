@@ -3,6 +3,7 @@
 The constants count what the code of this package holds or computes. They were compared with measured runs.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -25,8 +26,12 @@ BLOCK_ENTRY = 28
 PART_WEIGHT = 32  # of a weight of the rows that are rounded at a time: eight float32 matrices
 HEAD_WEIGHT = 2  # of a weight of the head, read in 16 bits
 HIDDEN_COPIES = 8  # float32 hidden states of a token inside a layer: residual, norms, attention's inputs and output
+STREAM_COPIES = 5  # of the same for each further stream (AltUp): input, predictions, innovations, corrected, their copy
 # activations as wide as the widest input: an MLP's input, both projections, their product, and its weighted copy
 WIDE_COPIES = 5
+# activations as wide as a layer's per-layer input: itself, the gate, its activation, their product
+PER_LAYER_COPIES = 4
+KEPT_WEIGHT = 4  # of a weight of the layer that stays in 16 bits: float32 in the module
 LOGIT_COPIES = 8  # float32 rows of one chunk of logits: both paths, their log probabilities and differences
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
@@ -58,7 +63,7 @@ class Workload:
     """Everything that the estimates depend on, apart from the fit.
 
     vocabulary: entries of the embedding; calibration_tokens, heldout_tokens: of all rows together; seq_len: of one row;
-    product_bytes: of an activation as linears multiply it, 2 or 4.
+    product_bytes: of an activation as linears multiply it, 2 or 4; streams: of hidden states, more than one with AltUp.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -70,13 +75,14 @@ class Workload:
     group_size: int
     product_bytes: int
     effort: Effort
+    streams: int = 1
 
 
 def peak_bytes(work: Workload, fit: Fit) -> int:
     """Return the peak memory: of the largest layer's stages, or of comparing the predictions at the end."""
     layers = max(max(_observing(work, fit, layout), _rounding(work, fit, layout)) for layout in work.layouts)
     head = HEAD_WEIGHT * work.vocabulary * work.hidden
-    per_token = LOGIT_COPIES * LOGIT_CHUNK + FINAL_COPIES * work.hidden
+    per_token = LOGIT_COPIES * LOGIT_CHUNK + (FINAL_COPIES + work.streams - 1) * work.hidden
     comparing = head + work.heldout_tokens * FLOAT32 * per_token
     return LIBRARY_BYTES + max(layers, comparing)
 
@@ -88,9 +94,13 @@ def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     # the held-out rows are computed in float32 even if the calibration rows are not
     wide = max(tokens * work.product_bytes, min(tokens, work.heldout_tokens) * FLOAT32)
     widest = max(group.inputs for group in _joined_groups(layout))
-    activations = tokens * FLOAT32 * HIDDEN_COPIES * layout.hidden + wide * WIDE_COPIES * widest
+    states = (HIDDEN_COPIES + (work.streams - 1) * STREAM_COPIES) * layout.hidden
+    shared = 0 if layout.kv_source is None else 2 * layout.kv_heads * layout.head_dim
+    activations = tokens * FLOAT32 * (states + shared + PER_LAYER_COPIES * layout.per_layer_width)
+    activations += wide * WIDE_COPIES * widest
     scores = max(1, tokens // work.seq_len) * layout.heads * work.seq_len**2 * FLOAT32
-    return OBSERVED_WEIGHT * _weights(layout) + _grams(work, fit, layout) + activations + scores
+    weights = OBSERVED_WEIGHT * _weights(layout) + KEPT_WEIGHT * _kept(layout)
+    return weights + _grams(work, fit, layout) + activations + scores
 
 
 def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
@@ -117,6 +127,11 @@ def _weights(layout: LayerLayout) -> int:
     return linears + sum(norm.size for norm in layout.norms.values())
 
 
+def _kept(layout: LayerLayout) -> int:
+    """Number of the weights of a layer that stay in 16 bits, without norms."""
+    return sum(math.prod(shape) for shape in layout.kept.values())
+
+
 def _joined_groups(layout: LayerLayout) -> Iterator[Linear]:
     """Each group of a layer as one linear."""
     return (layout.joined(group.linears) for group in layout.groups)
@@ -128,6 +143,7 @@ def seconds(work: Workload, fit: Fit) -> float:
     elements = 0.0
     for layout in work.layouts:
         flops += sum(_group_flops(work, fit, group) for group in _joined_groups(layout))
+        flops += 2.0 * _tokens(work) * _kept(layout)
         elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
     return START_SECONDS + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
 
@@ -136,14 +152,20 @@ def _group_flops(work: Workload, fit: Fit, group: Linear) -> float:
     """Floating-point operations in matrix products for one group of linears."""
     effort, (k, n) = work.effort, (group.inputs, group.outputs)
     block = block_width(k, work.group_size, fit.gram_limit)
-    forwards = FORWARDS_WITH_CORRECTION if effort.correction else 1
-    tokens = forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
-    flops = 2.0 * tokens * k * n + 2 * work.calibration_tokens * k * block  # the layer's forward, the Gram matrix
+    flops = (
+        2.0 * _tokens(work) * k * n + 2 * work.calibration_tokens * k * block
+    )  # the layer's forward, the Gram matrix
     flops += k * block**2 + ROUND_FLOPS * n * k * block  # two Cholesky factors, the rounding
     if effort.correction:
         flops += CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block
         flops += k * block**2 + ROUND_FLOPS * n * k * block  # factor and solve
     return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * n * k * block
+
+
+def _tokens(work: Workload) -> int:
+    """How many tokens pass through a layer, as often as they do."""
+    forwards = FORWARDS_WITH_CORRECTION if work.effort.correction else 1
+    return forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
 
 
 def _group_elements(work: Workload, group: Linear, linears: int) -> float:

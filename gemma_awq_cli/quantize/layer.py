@@ -24,6 +24,7 @@ from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_rows, tied_columns
 
 NEAREST, COMPENSATED, DESCENDED = "round-to-nearest", "scale+compensation", "descended scale+compensation"
+UNSCALED = "compensation"
 
 
 @dataclass
@@ -72,7 +73,8 @@ def dense_weights(layer: QuantizedLayer, device: torch.device) -> dict[str, Tens
 
 
 def _unquantized(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
-    return {n: t.to(device, torch.float32) for n, t in layer.tensors.items() if n.endswith(".weight")}
+    packed = {f"{name}.{kind}" for name in layer.columns for kind in PackedWeight._fields}
+    return {name: tensor.to(device, torch.float32) for name, tensor in layer.tensors.items() if name not in packed}
 
 
 def quantize_layer(
@@ -121,7 +123,7 @@ def _quantize_group(
     def fold(scale: Tensor) -> Tensor:
         """Fold the inverse of a scale into the group's source; returns the scale that makes this exact."""
         if group.source is None:
-            return torch.ones_like(scale)
+            return ones
         if group.fold == "norm":
             folded, scale = fold_norm(group, scale, weights, gain_offset)
             layer.tensors[f"{group.source}.weight"] = folded.cpu()
@@ -129,17 +131,19 @@ def _quantize_group(
             layer.rows[group.source] = source_rows(layout, group, scale)
         return scale
 
-    choice = search_scale(
-        list(originals.values()),
-        statistics.mean_abs,
-        residuals(gram),
-        group_size,
-        foldable_scale(layout, group, weights, gain_offset, device),
-        tied_columns(layout, group, device),
-        effort,
-    )
-    method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
-    scale = fold(choice.scale)
+    method, exponents, scale = UNSCALED, (0.0, 0.0), ones
+    if group.source is not None:
+        choice = search_scale(
+            list(originals.values()),
+            statistics.mean_abs,
+            residuals(gram),
+            group_size,
+            foldable_scale(layout, group, weights, gain_offset, device),
+            tied_columns(layout, group, device),
+            effort,
+        )
+        method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
+        scale = fold(choice.scale)
     rounded = round_compensated(stacked, scale, rows, gram, group_size, effort)
     nearest = round_nearest(stacked, ones, torch.ones_like(rows), group_size)
     with matmul_precision("medium"):  # they are only compared

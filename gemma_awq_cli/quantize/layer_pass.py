@@ -1,14 +1,15 @@
 """One layer of the model, from its input to its output on both paths: observe, quantize, prove the folds, go on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
@@ -23,14 +24,15 @@ def process_layer(
     """Quantize layer `index`, counted from 0, and write the hidden states of both paths behind it."""
     weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
     batch, paired = plan.rows_per_batch, plan.effort.paths == 2
-    sample = hidden.read(index, slice(0, 1)).to(stack.device)
+    sample = hidden.read_batch(index, slice(0, 1))
 
-    def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda states: stack.run_layer(index, module, states.to(stack.device)).float()
+    def forward_of(module: nn.Module) -> Run:
+        return partial(stack.run_layer, index, module)
 
     module = stack.layer(index, weights)
     with matmul_precision("highest"):
-        expected = stack.run_layer(index, module, sample)
+        expected = stack.run_layer(index, module, *sample)
+        carried = stack.carried(index, module, sample[0].to(stack.device))
     with matmul_precision("medium"):
         layout = plan.layouts[index]
         observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
@@ -52,7 +54,7 @@ def process_layer(
     )
     module = stack.layer(index, folded_weights(layer, weights, stack.device))
     with matmul_precision("highest"):
-        require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))
+        require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, *sample), carried))
     del module
     module = stack.layer(index, dense_weights(layer, stack.device))
     with matmul_precision("medium"):

@@ -25,7 +25,7 @@ from gemma_awq_cli.models.checkpoints.journal import Journal, LayerRecord
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, write_errors
-from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
@@ -158,19 +158,12 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
 def _hidden_states(prepared: Prepared, folder: Path, journal: Journal) -> HiddenStates:
     """The hidden states in front of the first layer that is not done."""
     stack, rows, plan = prepared.stack, prepared.rows, prepared.plan
-    hidden = HiddenStates(
-        folder,
-        len(rows.ids),
-        len(rows.heldout),
-        rows.ids.shape[1],
-        int(stack.config.hidden_size),
-        both_paths=plan.effort.paths == 2,
-    )
+    shape = prepared.checkpoint.shape
+    hidden = HiddenStates(folder, shape, rows.ids, rows.heldout, both_paths=plan.effort.paths == 2)
     if journal.records:
         hidden.require_begun(len(journal.records), plan.layers)
     else:
-        ids = torch.cat([rows.ids, rows.heldout])
-        hidden.start(ids, stack.embedder(ids))
+        hidden.start(stack.embedder(torch.cat([rows.ids, rows.heldout])))
     return hidden
 
 
@@ -207,8 +200,8 @@ def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> F
     norm, head = stack.head()
     layers = stack.checkpoint.layers
     reference, quantized = (
-        norm(states[:, :-1].reshape(-1, states.shape[-1]).to(stack.device))
-        for states in (hidden.read(layers, hidden.heldout), hidden.read(layers, hidden.heldout_quantized))
+        norm(hidden.read(layers, rows).to(stack.device))[:, :-1].flatten(0, 1)
+        for rows in (hidden.heldout, hidden.heldout_quantized)
     )
     targets = heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
@@ -219,8 +212,7 @@ def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> F
 def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:
     """Write the tensors outside the layers: embedding, final norm, an untied head, and the companions."""
     for name in (n for n in stack.shapes if not n.startswith("model.layers.")):
-        writer.write(checkpoint.artifact_key(name), checkpoint.read([name])[name].to(plan.dtype))
+        pieces = (piece.to(plan.dtype) for piece in checkpoint.pieces(name))
+        writer.write_pieces(checkpoint.artifact_key(name), pieces)
     for key in checkpoint.companions():
-        tensor = read_tensors(checkpoint.tensors, [key])[key]
-        require_finite(key, tensor)
-        writer.write(key, tensor)
+        writer.write_pieces(key, read_pieces(key, checkpoint.tensors[key]))

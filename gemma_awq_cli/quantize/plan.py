@@ -15,6 +15,7 @@ from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
+from gemma_awq_cli.models.forward.hidden_states import state_bytes
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
@@ -126,6 +127,7 @@ def make_plan(
         group_size,
         2 if multiplies_bfloat16(stack.device) else FLOAT32,
         effort,
+        streams=1 if checkpoint.shape.altup is None else checkpoint.shape.altup.streams,
     )
     fit, memory, smaller = _choose_fit(work, max_memory)
     linears = _quantized_linears(layouts)
@@ -143,7 +145,7 @@ def make_plan(
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
         memory_bytes=memory,
         smaller=smaller,
-        state_bytes=2 * states * work.hidden * FLOAT32,  # in two files that take turns
+        state_bytes=state_bytes(checkpoint.shape, states),
         seconds=seconds(work, fit),
         effort=effort,
     )

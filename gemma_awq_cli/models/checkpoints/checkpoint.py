@@ -4,7 +4,7 @@ Knows the files and the family's key layouts; knows nothing of modules, devices 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from gemma_awq_cli.models.checkpoints.quantization_config import (
     quantization_of,
 )
 from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
-from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_pieces, read_tensors, require_finite
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import family_of
@@ -122,6 +122,7 @@ class Checkpoint:
         if self.quantization is not None and not is_awq(self.quantization):
             return []
         known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
+        known |= {self.key(name) for name in self.shape.unused()}
         names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
         return [f"Ignored tensors, which do not belong to this model: {few(names)}."] if names else []
 
@@ -182,6 +183,11 @@ class Checkpoint:
         """
         key = self.key(module_name)
         return read_tensors(self.tensors, [key])[key]
+
+    def pieces(self, module_name: str) -> Iterator[Tensor]:
+        """A tensor's rows in order, some at a time: see `weight_files.read_pieces`."""
+        key = self.key(module_name)
+        return read_pieces(key, self.tensors[key])
 
 
 def _key(module_name: str, layout: KeyLayout) -> str:

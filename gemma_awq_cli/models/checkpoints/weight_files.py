@@ -1,6 +1,6 @@
 """Tensors of safetensors files: read by name, checked to be finite, and as bytes."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +9,8 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo, opened
+
+PIECE_BYTES = 64 * 2**20  # of a large tensor that is copied
 
 
 def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Tensor]:
@@ -22,6 +24,21 @@ def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[
             for name in wanted:
                 tensors[name] = handle.get_tensor(name)
     return tensors
+
+
+def read_pieces(name: str, info: TensorInfo) -> Iterator[Tensor]:
+    """Yield a tensor's rows in order, as many at a time as `PIECE_BYTES` hold, each piece checked to be finite.
+
+    Only one piece is in memory at a time, if the receiver keeps none: the file is mapped anew for each.
+    """
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, PIECE_BYTES * rows // max(1, info.nbytes))
+    for first in range(0, max(1, rows), step):
+        with opened(info.file, "pt") as handle:
+            piece = handle.get_tensor(name) if rows <= step else handle.get_slice(name)[first : first + step]
+        require_finite(name, piece)
+        yield piece
+        del piece
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

@@ -12,7 +12,7 @@ from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoa
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
-from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.text.prompter import Prompter
@@ -51,7 +51,8 @@ def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
     dense = parameter_shapes(meta_model(checkpoint.text_config), checkpoint.tied_head)
     rest = [name for name in dense if name.removesuffix(".weight") not in linears]
     for name in rest:
-        checkpoint.read([name])
+        for _ in checkpoint.pieces(name):
+            pass  # a piece at a time is checked to be finite
     return {
         "linears": len(linears),
         "other_tensors": len(rest),
@@ -84,7 +85,8 @@ def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Pro
     if "vision_config" in checkpoint.raw_config and not checkpoint.companions():
         raise GemmaAwqError(f"{folder} lacks the vision tower that its {CONFIG} describes.", REMAKE)
     for name in checkpoint.companions():
-        require_finite(name, read_tensors(checkpoint.tensors, [name])[name])
+        for _ in read_pieces(name, checkpoint.tensors[name]):
+            pass
     if (stored := sum(info.nbytes for info in checkpoint.tensors.values())) != declared_bytes:
         raise GemmaAwqError(
             f"{folder} holds {stored} bytes of tensors, but its report says {declared_bytes}.",
