@@ -175,6 +175,14 @@ class Checkpoint:
             require_finite(key, tensor)
         return {name: stored[key] for name, key in keys.items()}
 
+    def mapped(self, module_name: str) -> Tensor:
+        """A tensor of which only few rows are read, by its name inside transformers' causal model.
+
+        Nothing of it is read here, so it is not checked to be finite.
+        """
+        key = self.key(module_name)
+        return read_tensors(self.tensors, [key])[key]
+
 
 def _key(module_name: str, layout: KeyLayout) -> str:
     if module_name.startswith("model."):

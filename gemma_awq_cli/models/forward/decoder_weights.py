@@ -1,5 +1,6 @@
 """A checkpoint's language model as the torch and the compiled decoder want it: joined linears and the norms' gains."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,11 +10,20 @@ from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
-from gemma_awq_cli.models.gemma.architecture import Architecture
-from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.models.gemma.architecture import (
+    PER_LAYER_NORM,
+    PER_LAYER_PROJECTION,
+    PER_LAYER_TABLE,
+    Architecture,
+)
+from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout, Linear
 
 JOINED = ("qkv", "o", "gate_up", "down")  # the groups of linears with one input, by their names in a layout
-GAINS = ("input_norm", "attention_norm", "mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
+EXPERT_JOINED = {"gate_up": GATE_UP, "down": DOWN}  # the same of each expert -> the 16-bit tensor that stacks them
+GAINS = (
+    "input_norm", "attention_norm", "mlp_norm", "post_mlp_norm", "q_norm", "k_norm", "per_layer_norm", "laurel_norm",
+    "router_norm", "dense_norm", "experts_norm", "post_experts_norm",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,13 +45,24 @@ class LayerReader:
 
     def packed(self, joined: str) -> PackedWeight:
         """The linears of one of `JOINED` as one, their outputs side by side: of artifacts only."""
+        names = joined_linears(self.layout)[joined]
+        return self._packed({name: self.layout.linears[name] for name in names})
+
+    def packed_expert(self, expert: int, joined: str) -> PackedWeight:
+        """The linears of one of `EXPERT_JOINED` of one expert as one: of artifacts only."""
+        experts = self.layout.experts
+        assert experts is not None
+        group = experts.gate_up if joined == "gate_up" else experts.down
+        linears = experts.linears(expert)
+        names = [f"experts.{expert}.{name}" for name in group.linears]
+        return self._packed({name: linears[name] for name in names})
+
+    def _packed(self, linears: Mapping[str, Linear]) -> PackedWeight:
         assert self.group_size is not None
-        parts = []
-        for name in joined_linears(self.layout)[joined]:
-            linear = self.layout.linears[name]
-            parts.append(
-                read_packed(self.checkpoint, self._prefix + name, linear.inputs, linear.outputs, self.group_size)
-            )
+        parts = [
+            read_packed(self.checkpoint, self._prefix + name, linear.inputs, linear.outputs, self.group_size)
+            for name, linear in linears.items()
+        ]
         if len(parts) == 1:
             return parts[0]
         return PackedWeight(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
@@ -51,6 +72,16 @@ class LayerReader:
         names = [f"{self._prefix}{name}.weight" for name in joined_linears(self.layout)[joined]]
         read = self.checkpoint.read(names)
         return [read[name] for name in names]
+
+    def dense_experts(self, joined: str) -> Tensor:
+        """The weights [experts, N, K] of one of `EXPERT_JOINED`, mapped from the file: of 16-bit checkpoints only."""
+        name = self._prefix + EXPERT_JOINED[joined]
+        return self.checkpoint.read([name])[name]
+
+    def kept(self) -> dict[str, Tensor]:
+        """The tensors in the layout's `kept`, as stored and mapped from the file, by their names there."""
+        read = self.checkpoint.read(self._prefix + name for name in self.layout.kept)
+        return {name: read[self._prefix + name] for name in self.layout.kept}
 
     def gains(self) -> dict[str, Tensor | None]:
         """The gains [N] float32 of the norms in `GAINS`; None for those that the layer does not have."""
@@ -75,6 +106,50 @@ def read_embedding(checkpoint: Checkpoint) -> tuple[Tensor, Tensor]:
 def read_final_gain(checkpoint: Checkpoint, arch: Architecture) -> Tensor:
     """The gain [hidden] float32 of the last norm."""
     return _gain(checkpoint.read([FINAL_NORM])[FINAL_NORM], arch)
+
+
+@dataclass(frozen=True)
+class PerLayerTensors:
+    """The tensors of the per-layer inputs outside the layers.
+
+    table: [vocabulary, layers * width], mapped from the file: its rows are read when their tokens come; projection:
+    [layers * width, hidden], mapped too; gain: [width] float32.
+    """
+
+    table: Tensor
+    projection: Tensor
+    gain: Tensor
+
+
+def read_per_layer(checkpoint: Checkpoint, arch: Architecture) -> PerLayerTensors | None:
+    """The tensors of the per-layer inputs; None for a model without them."""
+    if arch.per_layer is None:
+        return None
+    read = checkpoint.read([PER_LAYER_PROJECTION, PER_LAYER_NORM])
+    table = checkpoint.mapped(PER_LAYER_TABLE)
+    return PerLayerTensors(table, read[PER_LAYER_PROJECTION], _gain(read[PER_LAYER_NORM], arch))
+
+
+@dataclass(frozen=True)
+class StreamTensors:
+    """What makes AltUp's further streams of the embedding, and what makes one state of all of them: [hidden, hidden]
+    each, mapped from the file.
+    """
+
+    starts: tuple[Tensor, ...]
+    ends: tuple[Tensor, ...]
+
+
+def read_streams(checkpoint: Checkpoint, arch: Architecture) -> StreamTensors | None:
+    """The projections of AltUp's streams; None for a model without them."""
+    if arch.altup is None:
+        return None
+    starts, ends = (
+        [f"model.{name}.{index}.weight" for index in range(arch.altup.streams - 1)]
+        for name in ("altup_projections", "altup_unembed_projections")
+    )
+    read = checkpoint.read([*starts, *ends])
+    return StreamTensors(tuple(read[name] for name in starts), tuple(read[name] for name in ends))
 
 
 def embed_scale(arch: Architecture, dtype: torch.dtype) -> Tensor:

@@ -1,7 +1,7 @@
 """Keys and values of the tokens that were read, in memory allocated once: sliding layers keep only their window.
 
 A layer's slots are a ring: position p is in slot p % slots. A layer without a window has a slot for every position, so
-its ring never wraps around.
+its ring never wraps around. A layer without keys and values of its own has the tensors of the layer whose it reads.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,10 @@ from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values: [R, kv_heads, slots, head_dim] per layer; lengths: how many tokens each row has read."""
+    """keys, values: [R, kv_heads, slots, head_dim] per layer, one tensor for all layers that share it.
+
+    lengths: how many tokens each row has read.
+    """
 
     keys: tuple[Tensor, ...]
     values: tuple[Tensor, ...]
@@ -24,11 +27,12 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return 2 * sum(layer.nbytes for layer in self.keys)
+        return sum(layer.nbytes for layer in {id(layer): layer for layer in (*self.keys, *self.values)}.values())
 
     def repeated(self, rows: int) -> "KVCache":
         """A cache of `rows` equal rows, from this cache of one row."""
-        keys, values = (tuple(layer.repeat(rows, 1, 1, 1) for layer in part) for part in (self.keys, self.values))
+        repeated = {id(layer): layer.repeat(rows, 1, 1, 1) for layer in (*self.keys, *self.values)}
+        keys, values = (tuple(repeated[id(layer)] for layer in part) for part in (self.keys, self.values))
         return KVCache(keys, values, self.lengths * rows, self.capacity)
 
     def require_room(self, tokens: Sequence[Sequence[int]], vocabulary: int) -> None:
@@ -48,12 +52,17 @@ def make_cache(
 ) -> KVCache:
     """An empty cache of `rows` rows, each of at most `capacity` tokens."""
 
-    def layer(layout: LayerLayout) -> Tensor:
-        slots = min(layout.window or capacity, capacity)
-        return torch.zeros(rows, layout.kv_heads, slots, layout.head_dim, device=device, dtype=dtype)
+    def layers() -> tuple[Tensor, ...]:
+        made: list[Tensor] = []
+        for layout in layouts:
+            if layout.kv_source is not None:
+                made.append(made[layout.kv_source])
+                continue
+            slots = min(layout.window or capacity, capacity)
+            made.append(torch.zeros(rows, layout.kv_heads, slots, layout.head_dim, device=device, dtype=dtype))
+        return tuple(made)
 
-    keys, values = (tuple(map(layer, layouts)) for _ in range(2))
-    return KVCache(keys, values, [0] * rows, capacity)
+    return KVCache(layers(), layers(), [0] * rows, capacity)
 
 
 def slot_positions(ends: Tensor, slots: int) -> Tensor:

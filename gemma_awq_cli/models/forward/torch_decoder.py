@@ -35,6 +35,12 @@ class LayerWeights:
     post_mlp_norm: Tensor | None
     q_norm: Tensor | None
     k_norm: Tensor | None
+    per_layer_norm: Tensor | None
+    laurel_norm: Tensor | None
+    router_norm: Tensor | None
+    dense_norm: Tensor | None
+    experts_norm: Tensor | None
+    post_experts_norm: Tensor | None
 
 
 @dataclass(frozen=True)
