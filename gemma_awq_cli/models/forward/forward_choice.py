@@ -102,9 +102,9 @@ def _distinct_linears(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple
     """The first linear of each name and shape, by the last part of its name (`q_proj`)."""
     known = set()
     for index, layout in enumerate(checkpoint.shape.layouts):
-        for name, linear in layout.linears.items():
-            if (name, linear) not in known:
-                known.add((name, linear))
+        for name, linear in layout.packed().items():
+            kind = name.rpartition(".")[2]
+            if (kind, linear) not in known:
+                known.add((kind, linear))
                 full = f"model.layers.{index}.{name}"
-                packed = read_packed(checkpoint, full, linear.inputs, linear.outputs, group_size)
-                yield name.rpartition(".")[2], packed
+                yield kind, read_packed(checkpoint, full, linear.inputs, linear.outputs, group_size)

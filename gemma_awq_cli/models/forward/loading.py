@@ -21,6 +21,7 @@ from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
+from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.text.prompter import Prompter, begin_loading
 
 
@@ -138,8 +139,10 @@ def open_model(
 
 def _require_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, hint: str) -> None:
     """Raise GemmaAwqError if the language model's weights need more memory than the device has free."""
-    companions = set(checkpoint.companions())
-    infos = [info for name, info in checkpoint.tensors.items() if name not in companions]
+    left = set(checkpoint.companions())
+    if device.type == "cpu" and checkpoint.shape.per_layer is not None:
+        left.add(checkpoint.key(PER_LAYER_TABLE))  # it stays in its file
+    infos = [info for name, info in checkpoint.tensors.items() if name not in left]
     name = checkpoint.folder.name
     if checkpoint.quantization is not None:
         require_memory(sum(info.nbytes for info in infos), device, name, hint)

@@ -44,6 +44,12 @@ def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
 def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: Precision) -> Any:
     """transformers' causal model with its weights loaded, over as many of `devices` as it needs."""
     dtype = precision.dtype or default_dtype(checkpoint, devices[0])
+    if precision.quantization is not None and any(layout.experts for layout in checkpoint.shape.layouts):
+        raise UsageError(
+            f"--quantization {precision.quantization} cannot quantize the experts of {checkpoint.folder}, which hold "
+            "most of its weights.",
+            "Leave it out, or use a 4-bit artifact (`gemma-awq quantize`).",
+        )
     model = meta_model(checkpoint.text_config)
     _set_attention(model, precision.attention, devices[0])
     shapes = parameter_shapes(model, checkpoint.tied_head)

@@ -1,5 +1,7 @@
 """The torch decoder's weights from a checkpoint: packed kernels or 16-bit linears, on any device."""
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,15 +9,23 @@ from torch import Tensor, nn
 from gemma_awq_cli.kernels.head import make_head
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.altup import AltUpWeights
 from gemma_awq_cli.models.forward.decoder_weights import (
     JOINED,
     LayerReader,
+    StreamTensors,
     embed_scale,
     read_embedding,
     read_final_gain,
+    read_per_layer,
+    read_streams,
 )
+from gemma_awq_cli.models.forward.experts import Experts, Router
+from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerEmbedding, PerLayerGate
 from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
+
+_LAYER_GAINS = ("input_norm", "attention_norm", "mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
 
 
 class JoinedLinear(nn.Module):
@@ -39,21 +49,122 @@ def read_torch_text(
     head: str = "16bit",
 ) -> TextWeights:
     """Read all weights of the language model. group_size: None for a 16-bit checkpoint; head: see `kernels.head`."""
-    layers = []
-    for index in range(len(arch.layouts)):
-        reader = LayerReader(checkpoint, arch, index, group_size)
-        linears = {kind: _linear(reader, kind, device, dtype) for kind in JOINED}
-        gains = {name: None if gain is None else gain.to(device) for name, gain in reader.gains().items()}
-        layers.append(LayerWeights(**linears, **gains))  # type: ignore[arg-type]
+    readers = [LayerReader(checkpoint, arch, index, group_size) for index in range(arch.layers)]
     embedding, weight = read_embedding(checkpoint)
     embedding = embedding.to(device, dtype)
     weight = embedding if checkpoint.tied_head else weight.to(device, dtype)
-    norm = read_final_gain(checkpoint, arch).to(device)
-    scale = embed_scale(arch, dtype).to(device)
-    return TextWeights(arch, embedding, scale, tuple(layers), norm, make_head(weight, head), dtype)
+    return TextWeights(
+        arch=arch,
+        embedding=embedding,
+        embed_scale=embed_scale(arch, dtype).to(device),
+        layers=tuple(_layer(reader, device, dtype) for reader in readers),
+        norm=read_final_gain(checkpoint, arch).to(device),
+        head=make_head(weight, head),
+        dtype=dtype,
+        per_layer=_per_layer(checkpoint, arch, device, dtype),
+        streams=_streams(checkpoint, arch, device, dtype),
+    )
+
+
+def _per_layer(
+    checkpoint: Checkpoint, arch: Architecture, device: torch.device, dtype: torch.dtype
+) -> PerLayerEmbedding | None:
+    if (read := read_per_layer(checkpoint, arch)) is None:
+        return None
+    scale = torch.tensor(float(len(read.gain)) ** 0.5, dtype=dtype, device=device)  # rounded, as transformers does it
+    return PerLayerEmbedding(read.table, scale, read.projection.to(device, dtype), read.gain.to(device), arch.eps)
+
+
+def _streams(
+    checkpoint: Checkpoint, arch: Architecture, device: torch.device, dtype: torch.dtype
+) -> StreamTensors | None:
+    if (read := read_streams(checkpoint, arch)) is None:
+        return None
+    starts, ends = (tuple(weight.to(device, dtype) for weight in part) for part in (read.starts, read.ends))
+    return StreamTensors(starts, ends)
+
+
+def _layer(reader: LayerReader, device: torch.device, dtype: torch.dtype) -> LayerWeights:
+    gains = {slot: gain.to(device) for slot, gain in reader.gains().items() if gain is not None}
+    kept = {name: tensor.to(device, dtype) for name, tensor in reader.kept().items()}
+    linears = {kind: _linear(reader, kind, device, dtype) for kind in JOINED}
+    return LayerWeights(
+        **linears,  # type: ignore[arg-type]
+        **{slot: gains.get(slot) for slot in _LAYER_GAINS},  # type: ignore[arg-type]
+        scalar=kept.get("layer_scalar"),
+        per_layer=_per_layer_gate(reader, gains, kept),
+        altup=_altup(reader, gains, kept),
+        experts=_experts(reader, gains, kept, device, dtype),
+    )
 
 
 def _linear(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     if reader.group_size is not None:
         return make_linear(reader.packed(kind), device, dtype)
     return JoinedLinear([weight.to(device, dtype) for weight in reader.dense(kind)])
+
+
+def _per_layer_gate(
+    reader: LayerReader, gains: Mapping[str, Tensor], kept: Mapping[str, Tensor]
+) -> PerLayerGate | None:
+    if not reader.layout.per_layer_width:
+        return None
+    return PerLayerGate(
+        gate=kept["per_layer_input_gate.weight"],
+        projection=kept["per_layer_projection.weight"],
+        norm=gains["per_layer_norm"],
+        eps=reader.arch.eps,
+    )
+
+
+def _altup(reader: LayerReader, gains: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> AltUpWeights | None:
+    if (altup := reader.arch.altup) is None:
+        return None
+    return AltUpWeights(
+        predict=kept["altup.prediction_coefs.weight"],
+        correct=kept["altup.correction_coefs.weight"],
+        router=kept["altup.modality_router.weight"],
+        router_norm=gains["router_norm"],
+        output_scale=kept["altup.correct_output_scale"] if altup.scaled else None,
+        left=kept["laurel.linear_left.weight"],
+        right=kept["laurel.linear_right.weight"],
+        laurel_norm=gains["laurel_norm"],
+        active=altup.active,
+        eps=reader.arch.eps,
+    )
+
+
+def _experts(
+    reader: LayerReader,
+    gains: Mapping[str, Tensor],
+    kept: Mapping[str, Tensor],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Experts | None:
+    if (layout := reader.layout.experts) is None:
+        return None
+    router = Router(
+        weight=kept["router.proj.weight"],
+        scale=kept["router.scale"],
+        per_expert_scale=kept["router.per_expert_scale"],
+        active=layout.active,
+        eps=reader.arch.eps,
+    )
+    return Experts(
+        router=router,
+        gate_up=expert_linears(reader, "gate_up", device, dtype),
+        down=expert_linears(reader, "down", device, dtype),
+        dense_norm=gains["dense_norm"],
+        input_norm=gains["experts_norm"],
+        output_norm=gains["post_experts_norm"],
+        eps=reader.arch.eps,
+    )
+
+
+def expert_linears(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
+    """One of `EXPERT_JOINED` of each expert."""
+    assert reader.layout.experts is not None
+    if reader.group_size is None:
+        return [JoinedLinear([weight]) for weight in reader.dense_experts(kind).to(device, dtype)]
+    count = reader.layout.experts.count
+    return [make_linear(reader.packed_expert(expert, kind), device, dtype) for expert in range(count)]

@@ -1,15 +1,20 @@
 """transformers' own causal model of a checkpoint's language model, with an artifact's linears left packed."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.forward.decoder_weights import EXPERT_JOINED, LayerReader
+from gemma_awq_cli.models.forward.experts import mix_experts
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.torch_weights import expert_linears
+from gemma_awq_cli.models.gemma.architecture import TextShape, architecture_of
 from gemma_awq_cli.models.gemma.layers import Linear
 
 
@@ -32,7 +37,7 @@ def finish_model(model: Any, checkpoint: Checkpoint, device: torch.device) -> An
     """
     if checkpoint.tied_head:
         model.lm_head.weight = model.model.embed_tokens.weight
-    _compute_buffers(model, device)
+    _compute_buffers(model, checkpoint.shape, device)
     left = [name for name, tensor in (*model.named_parameters(), *model.named_buffers()) if tensor.is_meta]
     if left:
         raise AssertionError(f"never loaded: {left[:3]}")
@@ -40,7 +45,7 @@ def finish_model(model: Any, checkpoint: Checkpoint, device: torch.device) -> An
 
 
 def layer_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
-    """Every linear of every layer, by its name in transformers' causal model (`model.layers.0.self_attn.q_proj`)."""
+    """The linears that an artifact packs, without the experts', by name (`model.layers.0.self_attn.q_proj`)."""
     return {
         f"model.layers.{index}.{name}": linear
         for index, layout in enumerate(checkpoint.shape.layouts)
@@ -48,12 +53,18 @@ def layer_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
     }
 
 
-def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Compute the rotary tables and the embedding's scale, which follow from the config and are not stored."""
+def _compute_buffers(model: Any, shape: TextShape, device: torch.device) -> None:
+    """Compute the rotary tables and the scales that follow from the config and are not stored."""
     text = model.model
     with torch.device(device):
         text.rotary_emb = type(text.rotary_emb)(text.config)
-    text.embed_tokens.embed_scale = torch.tensor(text.embed_tokens.scalar_embed_scale, device=device)
+    for embedding in [text.embed_tokens, *([text.embed_tokens_per_layer] if shape.per_layer else [])]:
+        embedding.embed_scale = torch.tensor(embedding.scalar_embed_scale, device=device)
+    if shape.altup is not None:
+        text.per_layer_projection_scale = torch.tensor(shape.hidden**-0.5, device=device)
+        text.per_layer_input_scale = torch.rsqrt(torch.tensor(2.0, device=device))
+        for layer in text.layers:
+            layer.altup.router_input_scale = torch.tensor(shape.hidden**-1.0, device=device)
 
 
 def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
@@ -67,3 +78,23 @@ def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.dev
             )
         packed = read_packed(checkpoint, name, linear.inputs, linear.outputs, group_size)
         model.set_submodule(name, make_linear(packed, device, dtype))
+    arch = architecture_of(checkpoint.facts, checkpoint.family)
+    for index, layout in enumerate(arch.layouts):
+        if layout.experts is not None:
+            reader = LayerReader(checkpoint, arch, index, group_size)
+            linears = (expert_linears(reader, kind, device, dtype) for kind in EXPERT_JOINED)
+            model.set_submodule(f"model.layers.{index}.experts", PackedExperts(*linears))
+
+
+class PackedExperts(nn.Module):
+    """In place of transformers' experts of one layer: a packed linear each, so that they are never expanded as a whole.
+
+    gate_up, down: a linear per expert.
+    """
+
+    def __init__(self, gate_up: Sequence[nn.Module], down: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.gate_up, self.down = nn.ModuleList(gate_up), nn.ModuleList(down)
+
+    def forward(self, x: Tensor, chosen: Tensor, weights: Tensor) -> Tensor:
+        return mix_experts(x, chosen, weights, list(self.gate_up), list(self.down))
