@@ -81,6 +81,21 @@ def test_nan_and_infinity_are_not_lost_in_quantization(library: Library) -> None
         assert result[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.06, 0.5, 1.0])
+@pytest.mark.parametrize("kind", [structures.INT4, structures.INT8])
+def test_zeros_need_no_weights(library: Library, kind: int, share: float, threads: int) -> None:
+    torch.set_num_threads(threads)
+    weight = torch.randn(104, 1024).to(torch.bfloat16)
+    linear = native.quantized(library, weight, kind, 64, native.Arena(library, native.arena_bytes(kind, 1024, 104, 64)))
+    x = torch.randn(1024) * (torch.rand(1024) < share)
+    whole = native.apply(library, linear, x[None])[0]
+    assert torch.equal(native.apply_sparse(library, linear, x), whole)
+    for bad in (float("nan"), float("inf")):
+        x[600] = bad
+        assert native.apply_sparse(library, linear, x).isnan().all()
+
+
 def test_a_rows_result_does_not_depend_on_the_others(library: Library) -> None:
     packed, _ = packed_weight(96, 256, 64)
     linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 256, 96, 64)))

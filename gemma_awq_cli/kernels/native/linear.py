@@ -105,6 +105,14 @@ def apply(library: Library, linear: NativeLinear, x: Tensor) -> Tensor:
     return result
 
 
+def apply_sparse(library: Library, linear: NativeLinear, x: Tensor) -> Tensor:
+    """x: [K] float32, most of it zero -> [N] float32, of an integer linear: as `apply`, but reading fewer weights."""
+    x = x.contiguous()
+    result = torch.empty(linear.spec.outputs)
+    library.sparse_linear(linear.spec, x.data_ptr(), result.data_ptr(), torch.get_num_threads())
+    return result
+
+
 def _rounded(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
