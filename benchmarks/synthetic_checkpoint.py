@@ -3,68 +3,75 @@
 python benchmarks/synthetic_checkpoint.py OUT_DIR [--shape gemma-7b] [--layers 4] [--tokenizer-from DIR]
 
 A few channels of each norm have gains twenty times as large as the others', so that the quantizer meets outlier
-channels as it does in real models. The tokenizer is copied from another Gemma folder (by default the demo's), and the
-vocabulary has its size.
+channels as it does in real models. The tokenizer is copied from another Gemma folder (by default the demo's); a
+vocabulary that is larger than the tokenizer's keeps its size.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GemmaConfig, PreTrainedConfig
+from released_configs import RELEASED, first_layers
+from transformers import AutoTokenizer
 
 from gemma_awq_cli.models.checkpoints.demo import demo_checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
-from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.gemma.architecture import shape_of
+from gemma_awq_cli.models.gemma.config_values import text_values
+from gemma_awq_cli.models.gemma.families import family_of
+from gemma_awq_cli.models.gemma.plain_config import plain_text_config
 
-# From the models' config.json files; the size of the vocabulary comes from the tokenizer.
-SHAPES = {
-    "gemma-2b": {"hidden_size": 2048, "intermediate_size": 16384, "num_attention_heads": 8, "num_key_value_heads": 1,
-                 "head_dim": 256, "num_hidden_layers": 18},
-    "gemma-7b": {"hidden_size": 3072, "intermediate_size": 24576, "num_attention_heads": 16, "num_key_value_heads": 16,
-                 "head_dim": 256, "num_hidden_layers": 28},
-}  # fmt: skip
 OUTLIERS = 8  # channels per norm
+BLOCK = 2**25  # random numbers that are made for a tensor; more are the same ones, shifted
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("output", type=Path)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="gemma-7b")
+    parser.add_argument("--shape", choices=sorted(RELEASED), default="gemma-7b")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the shape's own")
     parser.add_argument("--tokenizer-from", type=Path)
     args = parser.parse_args()
     tokenizer_from = args.tokenizer_from or demo_checkpoint(print)
+    config = RELEASED[args.shape] if args.layers is None else first_layers(RELEASED[args.shape], args.layers)
+    config = {**config, "vocab_size": max(config["vocab_size"], len(AutoTokenizer.from_pretrained(tokenizer_from)))}
     args.output.mkdir(parents=True)
-    config = make_config(args.shape, args.layers, len(AutoTokenizer.from_pretrained(tokenizer_from)))
-    config.save_pretrained(args.output)
+    (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in tokenizer_from.glob("tokenizer*"):
         shutil.copyfile(path, args.output / path.name)
-    shapes = parameter_shapes(meta_model(config), tied_head=True)
-    writer = TensorWriter(args.output, [PlannedTensor(n, torch.bfloat16, tuple(s)) for n, s in shapes.items()])
-    torch.manual_seed(0)
-    for name, shape in shapes.items():
-        writer.write(name, random_tensor(name, shape))
-    writer.finish()
+    write_tensors(args.output, config)
     print(args.output)
 
 
-def make_config(shape: str, layers: int | None, vocabulary: int) -> PreTrainedConfig:
-    sizes = {**SHAPES[shape], "vocab_size": vocabulary}
-    if layers is not None:
-        sizes["num_hidden_layers"] = layers
-    return GemmaConfig(**sizes, max_position_embeddings=8192, architectures=["GemmaForCausalLM"], dtype="bfloat16")
+def write_tensors(folder: Path, config: dict[str, Any]) -> None:
+    """Write the tensors that the config asks for, file by file."""
+    family = family_of(config["model_type"])
+    facts = plain_text_config(text_values(config, family, folder / "config.json", config["num_hidden_layers"]))
+    assert facts is not None
+    shapes = {name: one.shape for name, one in text_tensors(shape_of(facts, family), True, None).items()}
+    writer = TensorWriter(folder, [PlannedTensor(name, torch.bfloat16, shape) for name, shape in shapes.items()])
+    torch.manual_seed(0)
+    for name, shape in shapes.items():
+        writer.write(name, random_tensor(name, shape, family.gain_offset))
+    writer.finish()
 
 
-def random_tensor(name: str, shape: torch.Size) -> torch.Tensor:
-    if name.endswith("norm.weight"):
-        weight = torch.randn(shape) * 0.1
-        weight[torch.randperm(shape[0])[:OUTLIERS]] = 19.0  # the gain is 1 + weight
+def random_tensor(name: str, shape: tuple[int, ...], gain_offset: float) -> torch.Tensor:
+    if len(shape) == 1 and "norm" in name:
+        weight = torch.randn(shape) * 0.1 + 1 - gain_offset
+        weight[torch.randperm(shape[0])[:OUTLIERS]] = 20.0 - gain_offset
         return weight.to(torch.bfloat16)
+    if len(shape) == 1:  # a scale
+        return (torch.rand(shape) * 0.2 + 0.9).to(torch.bfloat16)
     weight = torch.empty(shape, dtype=torch.bfloat16)
-    for part in weight.split(1024):  # in parts: bfloat16's own generator is slow, and a float32 copy of all is large
-        part.copy_(torch.randn(part.shape) * (0.7 * shape[-1] ** -0.5))
+    block = (torch.randn(min(weight.numel(), BLOCK)) * (0.7 * shape[-1] ** -0.5)).to(torch.bfloat16)
+    for part in weight.view(-1).split(BLOCK):  # random numbers take longer than anything else here
+        shift = int(torch.randint(len(block), ()))
+        part.copy_(block.roll(shift)[: len(part)])
     return weight
 
 

@@ -90,12 +90,12 @@ def require_same_base(reference: Checkpoint, artifact: Checkpoint, text: Evaluat
             f"{reference.folder} is another model than {artifact.folder}: {other} is {shapes[1]}, not {shapes[0]}.",
             hint,
         )
-    for name in FUNCTION:
-        then, now = (getattr(checkpoint.text_config, name, None) for checkpoint in (artifact, reference))
-        if then != now:
-            raise GemmaAwqError(
-                f"{reference.folder} is another model than {artifact.folder}: its {name} is {now}, not {then}.", hint
-            )
+    then, now = _function(artifact), _function(reference)
+    if name := next((name for name in then if then[name] != now[name]), None):
+        raise GemmaAwqError(
+            f"{reference.folder} is another model than {artifact.folder}: its {name} is {now[name]}, not {then[name]}.",
+            hint,
+        )
     prompter, count = Prompter(artifact.folder), text.rows[:, 1:].numel()
     ids = [prompter.bos, *prompter.ids(text.plain)[:count]]
     if ids != [int(text.rows[0, 0]), *text.rows[:, 1:].flatten().tolist()]:
@@ -103,3 +103,12 @@ def require_same_base(reference: Checkpoint, artifact: Checkpoint, text: Evaluat
             f"{reference.folder} has another tokenizer than {artifact.folder}: they read the same text differently.",
             hint,
         )
+
+
+def _function(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The config values that change what a model computes without changing the shapes of its weights."""
+    values = {name: getattr(checkpoint.text_config, name, None) for name in FUNCTION}
+    layouts = checkpoint.shape.layouts
+    for name, size in (("num_attention_heads", "heads"), ("num_key_value_heads", "kv_heads"), ("head_dim", "head_dim")):
+        values[name] = ", ".join(dict.fromkeys(str(getattr(layout, size)) for layout in layouts))
+    return values

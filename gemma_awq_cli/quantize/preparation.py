@@ -25,6 +25,7 @@ from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.loading import pick_device
 from gemma_awq_cli.models.forward.memory import available_memory
+from gemma_awq_cli.models.gemma.features import features_of
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.events import (
@@ -133,6 +134,11 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
     if getattr(checkpoint.facts, "attention_bias", False):
         raise GemmaAwqError(
             f"{checkpoint.folder} has attention biases, which no released Gemma has.", "This variant is not supported."
+        )
+    if "bidirectional" in features_of(checkpoint.facts, checkpoint.family):
+        raise GemmaAwqError(
+            f"{checkpoint.folder} attends in both directions: it is an encoder, which embeds text and generates none.",
+            "Give a Gemma that generates text. Encoders are not supported.",
         )
     require_companions(checkpoint)
 

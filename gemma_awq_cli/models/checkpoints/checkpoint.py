@@ -75,6 +75,7 @@ class Checkpoint:
         values = text_values(self.raw_config, self.family, folder / CONFIG, layers)
         self._values = {**values, TIE: self.tied_head}
         self.facts: Any = plain_text_config(self._values) or self.text_config
+        require_sound(self.facts, self.family, folder / CONFIG)
         self.shape: TextShape = shape_of(self.facts, self.family)
         self._require_text(layers)
         self.notes = (*notes, *self._unread())
@@ -87,11 +88,16 @@ class Checkpoint:
     def _require_text(self, layers: int) -> None:
         """An error unless config and tensors agree on all that a forward relies on. Everything after this trusts it."""
         where = self.folder / CONFIG
-        require_sound(self.facts, self.family, where)
         if self.layers != layers:  # by default; a value in config.json was compared before
             raise GemmaAwqError(
                 f"{where} has no num_hidden_layers, which means {self.layers}, but the files hold {layers} layers.",
                 f"Set num_hidden_layers to {layers}, or use the {CONFIG} that belongs to the weights.",
+            )
+        experts = sum(layout.experts.count for layout in self.shape.layouts if layout.experts)
+        if self.quantization is not None and experts > len(self.tensors):  # before all their names are made
+            raise GemmaAwqError(
+                f"{where} asks for {experts} experts, but the files hold {len(self.tensors)} tensors.",
+                f"Use the {CONFIG} that belongs to the weights.",
             )
         if self.quantization is None or is_awq(self.quantization):
             require_tensors(self.tensors, self.text_tensors(), self.folder)
@@ -123,7 +129,15 @@ class Checkpoint:
             return []
         known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
         names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
+        names = [name for name in names if not name.startswith(self._unused())]
         return [f"Ignored tensors, which do not belong to this model: {few(names)}."] if names else []
+
+    def _unused(self) -> tuple[str, ...]:
+        """Prefixes of tensors that some files hold and nobody reads: keys and values of layers that read another's."""
+        readers = (i for i, layout in enumerate(self.shape.layouts) if layout.kv_source is not None)
+        return tuple(
+            self.key(f"model.layers.{i}.self_attn.{name}.") for i in readers for name in ("k_proj", "v_proj", "k_norm")
+        )
 
     @property
     def layers(self) -> int:

@@ -149,7 +149,7 @@ KINDS: Mapping[str, Mapping[str, Kind]] = {
         "hidden_activation": one_of(ACTIVATIONS),
         "sliding_window": SIZE,
         "layer_types": optional(list_of(one_of(LAYER_TYPES))),
-        "final_logit_softcapping": SOFTCAP,
+        "final_logit_softcapping": number(1e-3, 1e6),
         "rope_local_base_freq": THETA,
         "activation_sparsity_pattern": optional(list_of(number(0, 0.9999))),
         "laurel_rank": SIZE,
@@ -193,10 +193,10 @@ _VISION = {
     **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_channels"), SIZE),
 }
 _UNREAD = {"num_labels": whole(0, 100_000)}  # not used here, but transformers makes a list of this length
-# The values that change what the model computes without changing the shapes of its weights.
+# The values, beside the heads', that change what the model computes without changing the shapes of its weights.
 FUNCTION = (
-    "model_type", "num_attention_heads", "num_key_value_heads", "head_dim", "hidden_act", "hidden_activation",
-    "rms_norm_eps", "rope_parameters", "sliding_window", "layer_types", "query_pre_attn_scalar",
+    "model_type", "hidden_act", "hidden_activation", "rms_norm_eps", "rope_parameters", "sliding_window",
+    "layer_types", "query_pre_attn_scalar",
     "attn_logit_softcapping", "final_logit_softcapping", "use_bidirectional_attention", "attention_k_eq_v",
     "num_kv_shared_layers", "top_k_experts", "activation_sparsity_pattern", "altup_active_idx", "altup_correct_scale",
 )  # fmt: skip
@@ -249,7 +249,7 @@ def require_sound(facts: Any, family: Family, where: Path) -> None:
             raise GemmaAwqError(f"{where}: {problem}.", HINT)
 
     heads = facts.num_attention_heads
-    for sizes in (facts, *_sizes_by_kind(facts, family)):
+    for sizes in _sizes_by_kind(facts, family):
         kv_heads = sizes.num_key_value_heads
         require(
             heads % kv_heads == 0, f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}"
@@ -258,6 +258,9 @@ def require_sound(facts: Any, family: Family, where: Path) -> None:
     if facts.bos_token_id is not None:
         bos, entries = facts.bos_token_id, facts.vocab_size
         require(bos < entries, f"bos_token_id {bos} is not below vocab_size {entries}")
+    for kind in dict.fromkeys(facts.layer_types) if family.rope_per_kind else ():
+        own = (facts.rope_parameters or {}).get(kind)
+        require(isinstance(own, dict) and "rope_theta" in own, f"rope_parameters has no rope_theta for {kind}")
     if SLIDING in (getattr(facts, "layer_types", None) or ()):
         require(facts.sliding_window is not None, "layer_types has sliding layers, but sliding_window is null")
     if shared := getattr(facts, "num_kv_shared_layers", 0):
@@ -280,9 +283,10 @@ def require_sound(facts: Any, family: Family, where: Path) -> None:
 
 
 def _sizes_by_kind(facts: Any, family: Family) -> list[Any]:
-    """The sizes of one layer of each kind, if they can differ."""
-    first = [facts.layer_types.index(kind) for kind in set(facts.layer_types)] if family.heads_per_kind else []
-    return [facts.per_layer_config[index] for index in first]
+    """What holds the sizes of the heads of one layer of each kind."""
+    if not family.heads_per_kind:
+        return [facts]
+    return [facts.per_layer_config[facts.layer_types.index(kind)] for kind in set(facts.layer_types)]
 
 
 def _per_layer(where: Path, prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,12 +23,13 @@ from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.gemma.config_values import KINDS, MAX_CONTEXT
+from gemma_awq_cli.models.gemma.families import FAMILIES as FAMILIES_BY_TYPE
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from tests.conftest import FAMILIES, quantize_arguments
-from tests.tiny import make_checkpoint
+from tests.tiny import CONFIGS, make_checkpoint
 
 CPU = torch.device("cpu")
-SECTIONS = {kind: "text_config" if kind == "gemma3" else None for kind in FAMILIES}
+SECTIONS = {kind: FAMILIES_BY_TYPE[CONFIGS[kind]().model_type].text_section for kind in FAMILIES}
 HOSTILE = (
     0, -1, 1, 2, 3, True, False, 2.5, 4.0, -0.5, "x", "auto", "9" * 200, None, [], {}, [1], {"a": 1}, 10**8, 2**31 - 1,
     2**31, 2**32 + 1, 2**40, 2**63, 10**30, -(10**30), 1e308, 1e-308, 1e999,
@@ -54,7 +55,8 @@ def changed(tmp_path: Path, checkpoints: Callable[[str], Path]) -> Callable[...,
         if not folder.exists():
             shutil.copytree(checkpoints(kind), folder)
         raw = json.loads((checkpoints(kind) / "config.json").read_text())
-        section = raw["text_config"] if kind == "gemma3" else raw
+        name = SECTIONS[kind]
+        section = raw if name is None else raw[name]
         for target, values in ((section, text), (raw, top or {})):
             target.update(values)
             for name in [name for name, value in values.items() if value is ...]:
@@ -74,11 +76,16 @@ def refusal_of(folder: Path) -> GemmaAwqError | None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])
+@pytest.mark.parametrize(
+    "kind", ["gemma", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma4_text", "gemma4-experts"]
+)
 def test_any_value_of_any_kind_is_taken_or_refused(kind: str, changed: Callable[..., Path]) -> None:
     """Refused within a second, whatever it is, with a message that names it; what is taken can be built."""
     taken = refused = 0
-    names = {*KINDS["gemma3_text"], *KINDS["gemma2"], *KINDS["gemma"], "num_labels", "dtype", "is_causal"}
+    own = FAMILIES_BY_TYPE[CONFIGS[kind]().model_type].text_type
+    names = {*KINDS[own], "num_labels", "dtype", "is_causal"}
+    if own in ("gemma", "gemma2", "gemma3_text"):
+        names |= {*KINDS["gemma3_text"], *KINDS["gemma2"], *KINDS["gemma"]}
     for name, value in itertools.product(sorted(names), HOSTILE):
         folder = changed(kind, {name: value})
         started = time.perf_counter()
@@ -138,6 +145,20 @@ def test_a_size_is_what_the_tensors_are(kind: str, name: str, value: int, change
         ("gemma", {"bos_token_id": 264}, "bos_token_id 264 is not below vocab_size 264"),
         ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern is 0"),
         ("gemma2", {"per_layer_config": {"0": {"head_dim": 16}}}, "per_layer_config is not supported"),
+        ("gemma4_text", {"per_layer_config": {"0": {"head_dim": 16}}}, "has the entry '0', which is no full layer"),
+        ("gemma4_text", {"per_layer_config": {"1": {"head_dim": 64}}}, "must say the same of every full layer"),
+        ("gemma4_text", {"per_layer_config": {"1": {"hidden_size": 64}}}, "per_layer_config.1.hidden_size is not"),
+        ("gemma4_text", {"num_kv_shared_layers": 6}, "leaves no full_attention layer to share from"),
+        ("gemma4_text", {"num_kv_shared_layers": 2}, "lacks 3 tensors"),
+        ("gemma4_text", {"vocab_size_per_layer_input": 263}, "vocab_size_per_layer_input 263 is less than vocab_size"),
+        ("gemma4_text", {"hidden_size_per_layer_input": 8}, "has shape [264, 112], but config.json asks for [264, 56]"),
+        ("gemma4-experts", {"num_experts": 5}, "asks for [5, 64]"),
+        ("gemma4-experts", {"num_experts": None}, "enable_moe_block is true, but num_experts is null"),
+        ("gemma4-experts", {"top_k_experts": 7}, "top_k_experts 7 is more than num_experts 6"),
+        ("gemma4-experts", {"moe_intermediate_size": 48}, "asks for [6, 96, 64]"),
+        ("gemma3n_text", {"altup_active_idx": 4}, "altup_active_idx 4 is not below altup_num_inputs 4"),
+        ("gemma3n_text", {"intermediate_size": [96] * 6}, "intermediate_size has 6 entries for 7 layers"),
+        ("gemma3n_text", {"activation_sparsity_pattern": [1.0] * 7}, "activation_sparsity_pattern is a list of 7"),
         ("gemma2", {"is_causal": False}, "is_causal must be true"),
         ("gemma", {"rope_parameters": {"rope_type": "default", "rope_theta": 0}}, "rope_theta is 0"),
         ("gemma", {"rope_parameters": {"rope_type": "ntk", "rope_theta": 1e4}}, 'rope_type is "ntk"'),

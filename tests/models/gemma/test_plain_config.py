@@ -12,7 +12,7 @@ from transformers import AutoConfig
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.forward.torch_decoder import FEATURES
 from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
-from gemma_awq_cli.models.gemma.config_values import KINDS, text_values
+from gemma_awq_cli.models.gemma.config_values import KINDS, require_sound, text_values
 from gemma_awq_cli.models.gemma.families import family_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
@@ -76,8 +76,15 @@ def raw_of(kind: str) -> dict[str, Any]:
     return raw
 
 
+def section_of(raw: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json that describes the language model."""
+    name = family_of(raw["model_type"]).text_section
+    section: dict[str, Any] = raw if name is None else raw[name]
+    return section
+
+
 def values_of(raw: dict[str, Any]) -> dict[str, Any]:
-    section = raw.get("text_config", raw) if raw["model_type"] == "gemma3" else raw
+    section = section_of(raw)
     return text_values(raw, family_of(raw["model_type"]), Path("config.json"), section["num_hidden_layers"])
 
 
@@ -102,7 +109,7 @@ def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: P
     """
     whole = raw_of(kind)
     family, agreed, filled, refused = family_of(whole["model_type"]), 0, 0, 0
-    section = whole["text_config"] if kind == "gemma3" else whole
+    section = section_of(whole)
     layers = section["num_hidden_layers"]
     for name, value in list(section.items()):
         for change in (..., None, "x", True, 2, 0.5, {"rope_type": "linear", "factor": 8.0, "rope_theta": 10000.0}):
@@ -112,6 +119,7 @@ def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: P
             if whole.get("model_type") == family.model_type and name != "transformers_version":
                 try:
                     values = text_values(whole, family, tmp_path / "config.json", layers)
+                    require_sound(transformers_text_config(values, tmp_path), family, tmp_path / "config.json")
                 except GemmaAwqError:
                     refused += 1
                     section[name] = value
