@@ -38,14 +38,14 @@ class NativeLayer:
     gains: Mapping[str, Tensor]
     inv_freq: Tensor
 
-    def token_nbytes(self, active: int) -> int:
-        """Bytes of linears that a token reads. active: how many experts it is sent to."""
-        read = [
-            *self.linears.values(),
-            *self.narrow.values(),
-            *(e for part in self.experts.values() for e in part[:active]),
-        ]
-        return sum(linear.nbytes for linear in read)
+    def wide_linears(self) -> list[native.NativeLinear]:
+        """The linears that an artifact packs."""
+        return [*self.linears.values(), *(linear for part in self.experts.values() for linear in part)]
+
+    def token_linears(self, active: int) -> list[native.NativeLinear]:
+        """The linears that a token reads. active: how many experts it is sent to."""
+        experts = [linear for part in self.experts.values() for linear in part[:active]]
+        return [*self.linears.values(), *experts, *self.narrow.values()]
 
 
 def read_native_layer(library: Library, reader: LayerReader, inv_freq: Tensor, arena: native.Arena) -> NativeLayer:

@@ -96,18 +96,16 @@ class NativeText:
 
     @property
     def linears(self) -> tuple[native.NativeLinear, ...]:
-        """The linears of all layers, in order, without those of experts."""
-        return tuple(linear for layer in self.layers for linear in layer.linears.values())
+        """The linears of all layers, in order, those of experts included, but not those that always have 16 bits."""
+        return tuple(linear for layer in self.layers for linear in layer.wide_linears())
 
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes of weights that one token reads."""
-        layers = zip(self.layers, self.arch.layouts, strict=True)
-        total = sum(layer.token_nbytes(layout.experts.active if layout.experts else 0) for layer, layout in layers)
-        outer = [self.head]
-        outer += [self.per_layer.projection] if self.per_layer else []
-        outer += [*self.streams.starts, *self.streams.ends] if self.streams else []
-        return total + sum(linear.nbytes for linear in outer)
+    def token_linears(self) -> list[native.NativeLinear]:
+        """The linears that one token reads, in no particular order; of experts any that it could be sent to."""
+        read = [self.head]
+        for layer, layout in zip(self.layers, self.arch.layouts, strict=True):
+            read += layer.token_linears(layout.experts.active if layout.experts else 0)
+        read += [self.per_layer.projection] if self.per_layer else []
+        return read + ([*self.streams.starts, *self.streams.ends] if self.streams else [])
 
 
 def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int | None) -> str | None:
@@ -194,11 +192,16 @@ def native_report(text: NativeText) -> list[str]:
     long = "" if text.dense is None else f"; torch for {MANY_TOKENS} tokens or more at once"
     linears = sum(linear.nbytes for linear in text.linears)
     exact = "; the largest logits recomputed in bfloat16" if text.spec.exact else ""
-    return [
+    experts = next((layout.experts for layout in text.arch.layouts if layout.experts), None)
+    names = JOINED if experts is None else (*JOINED, f"{experts.active} of {experts.count} experts per token")
+    lines = [
         f"forward: compiled C++ ({text.library.instructions}, {torch.get_num_threads()} threads){long}",
-        f"{', '.join(JOINED)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
+        f"{', '.join(names)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
         f"head: compiled {_arithmetic(text.head.spec)}{exact}, {text.head.nbytes / 1e6:.1f} MB",
     ]
+    if text.per_layer is not None:
+        lines.append(f"per-layer embeddings: read row by row from the file, {text.per_layer.table.nbytes / 1e6:.1f} MB")
+    return lines
 
 
 def _arithmetic(linear: LinearSpec) -> str:
