@@ -82,18 +82,22 @@ def test_nan_and_infinity_are_not_lost_in_quantization(library: Library) -> None
 
 
 @pytest.mark.parametrize("threads", [1, 3])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.06, 0.5, 1.0])
-@pytest.mark.parametrize("kind", [structures.INT4, structures.INT8])
-def test_zeros_need_no_weights(library: Library, kind: int, share: float, threads: int) -> None:
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("outputs", [64, 200, 1024])
+def test_weights_that_lie_by_input_give_the_same_results(
+    library: Library, outputs: int, share: float, rows: int, threads: int
+) -> None:
     torch.set_num_threads(threads)
-    weight = torch.randn(104, 1024).to(torch.bfloat16)
-    linear = native.quantized(library, weight, kind, 64, native.Arena(library, native.arena_bytes(kind, 1024, 104, 64)))
-    x = torch.randn(1024) * (torch.rand(1024) < share)
-    whole = native.apply(library, linear, x[None])[0]
-    assert torch.equal(native.apply_sparse(library, linear, x), whole)
+    packed, _ = packed_weight(outputs, 768, 128)
+    kinds = (structures.INT4, structures.INT4_BY_INPUT)
+    arena = native.Arena(library, sum(native.arena_bytes(kind, 768, outputs, 128) for kind in kinds))
+    blocks, by_input = (native.from_awq(library, packed, arena, kind) for kind in kinds)
+    x = torch.randn(rows, 768) * (torch.rand(rows, 768) < share)
+    assert torch.equal(native.apply(library, by_input, x), native.apply(library, blocks, x))
     for bad in (float("nan"), float("inf")):
-        x[600] = bad
-        assert native.apply_sparse(library, linear, x).isnan().all()
+        x[0, 600] = bad
+        assert native.apply(library, by_input, x)[0].isnan().all()
 
 
 def test_a_rows_result_does_not_depend_on_the_others(library: Library) -> None:

@@ -3,12 +3,12 @@
 
 #include "altup.h"
 #include "attention.h"
+#include "by_input.h"
 #include "experts.h"
 #include "norm.h"
 #include "pack.h"
 #include "per_layer.h"
 #include "refine.h"
-#include "sparse.h"
 #include "specs.h"
 
 #include <memory>
@@ -42,7 +42,7 @@ struct Buffers {
     std::vector<std::vector<float>> scores;  // one per thread
     std::vector<float> early_inputs, late_inputs, narrow, input;  // per-layer inputs
     std::vector<float> streams, laurel;                           // AltUp
-    NonzeroSteps nonzero;
+    Nonzero nonzero;
     ExpertBuffers experts;
 };
 static Buffers the_buffers;
@@ -352,10 +352,8 @@ class Forward {
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
             if (l.down.kind != BF16) quantize_row(act, t, l.down.group);
         });
-        if (l.sparse_gate && tokens == 1 && l.down.kind != BF16)
-            apply_sparse(pool, l.down, act, b.nonzero, b.mixed.data());
-        else
-            apply(pool, l.down, act, b.mixed.data(), h);
+        if (l.down.kind == INT4_BY_INPUT) apply_by_input(pool, l.down, act, b.nonzero, b.mixed.data());
+        else apply(pool, l.down, act, b.mixed.data(), h);
         if (l.experts) run_experts(*l.experts);
         each_token([&](int64_t t) {
             float* mixed = &b.mixed[t * h];
@@ -646,24 +644,17 @@ void gaq_linear(const LinearSpec* linear, const float* x, int64_t rows, float* o
     const Activations a{rows, linear->inputs, x, q.data(), scale.data(), total.data()};
     if (linear->kind != BF16)
         for (int64_t r = 0; r < rows; r++) quantize_row(a, r, linear->group);
-    apply(pool_of(threads), *linear, a, out, linear->outputs);
+    Nonzero nonzero;
+    if (linear->kind == INT4_BY_INPUT) apply_by_input(pool_of(threads), *linear, a, nonzero, out);
+    else apply(pool_of(threads), *linear, a, out, linear->outputs);
 }
 
-// x [K] float32, most of it zero -> out [N] float32, of an integer linear
-void gaq_sparse_linear(const LinearSpec* linear, const float* x, float* out, int32_t threads) {
+// kind: INT4 or INT4_BY_INPUT
+void gaq_pack_awq(int32_t kind, const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs,
+                  int64_t outputs, int64_t group, uint8_t* data, uint8_t* zeros, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
-    std::vector<int8_t> q(linear->inputs);
-    std::vector<float> scale(linear->inputs / 16 + 1), total(linear->inputs / 16 + 1);
-    const Activations a{1, linear->inputs, x, q.data(), scale.data(), total.data()};
-    quantize_row(a, 0, linear->group);
-    NonzeroSteps nonzero;
-    apply_sparse(pool_of(threads), *linear, a, nonzero, out);
-}
-
-void gaq_pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs, int64_t outputs,
-                  int64_t group, uint8_t* data, uint8_t* zeros, int32_t threads) {
-    std::lock_guard<std::mutex> lock(one_call);
-    pack_awq(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
+    const auto pack = kind == INT4 ? pack_awq : pack_by_input;
+    pack(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
 }
 
 void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group, uint8_t* data,

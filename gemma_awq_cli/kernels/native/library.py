@@ -58,7 +58,6 @@ class Library:
         self.large_pages = handle.gaq_large_pages
         self.linear = handle.gaq_linear
         self.pack_awq = handle.gaq_pack_awq
-        self.sparse_linear = handle.gaq_sparse_linear
         self.quantize = handle.gaq_quantize
 
 

@@ -13,14 +13,14 @@
 
 #include <algorithm>
 
-enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2 };
+enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2, INT4_BY_INPUT = 3 };  // the last is by_input.h's
 constexpr int BLOCK = 32;
 constexpr int VECTORS = BLOCK / LANES;     // per block
 constexpr int MANY = LANES == 16 ? 8 : 2;  // rows per block at once, as many as the registers hold
 constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. Of bf16, `parts` are row-major weights [rows, K] whose outputs are joined; they
-// are read in place. Of int4 and int8, `data` and `zeros` have the layout above.
+// are read in place. Of int4 and int8, `data` and `zeros` have the layout above or that of by_input.h.
 struct LinearSpec {
     int32_t kind;
     int64_t group;

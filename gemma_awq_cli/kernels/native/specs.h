@@ -3,6 +3,7 @@
 #pragma once
 
 #include "attention.h"
+#include "by_input.h"
 #include "linear.h"
 
 #include <cstddef>
@@ -205,7 +206,9 @@ inline std::string layout_text() {
     CONSTANT(INT4);
     CONSTANT(INT8);
     CONSTANT(BF16);
+    CONSTANT(INT4_BY_INPUT);
     CONSTANT(BLOCK);
+    CONSTANT(PADDED);
     CONSTANT(MAX_PARTS);
     CONSTANT(MAX_HEAD_DIM);
     CONSTANT(MAX_STREAMS);

@@ -11,8 +11,9 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-INT4, INT8, BF16 = 0, 1, 2  # a linear's kind
+INT4, INT8, BF16, INT4_BY_INPUT = 0, 1, 2, 3  # a linear's kind
 BLOCK = 32  # outputs per block of an integer linear
+PADDED = 128  # what the outputs of INT4_BY_INPUT are a multiple of
 MAX_PARTS = 3  # weights that a bf16 linear joins
 MAX_HEAD_DIM = 512
 MAX_STREAMS = 8  # of AltUp
@@ -66,7 +67,7 @@ def _within(value: int, bits: int) -> int:
 
 
 class LinearSpec(_Checked):
-    """One linear: kind is INT4, INT8 or BF16; group is 0 for BF16."""
+    """One linear: kind is INT4, INT8, BF16 or INT4_BY_INPUT; group is 0 for BF16."""
 
     _fields_ = [
         ("kind", c_int32), ("group", c_int64), ("inputs", c_int64), ("outputs", c_int64),
@@ -147,13 +148,12 @@ ARGUMENTS = {
     ),
     "gaq_large_pages": (c_void_p, Int64),
     "gaq_linear": (POINTER(LinearSpec), c_void_p, Int64, c_void_p, Int32),
-    "gaq_pack_awq": (c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
-    "gaq_sparse_linear": (POINTER(LinearSpec), c_void_p, c_void_p, Int32),
+    "gaq_pack_awq": (Int32, c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
 }  # fmt: skip
 
 STRUCTURES = (LinearSpec, ExpertsSpec, AltUpSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
-CONSTANTS = ("INT4", "INT8", "BF16", "BLOCK", "MAX_PARTS", "MAX_HEAD_DIM", "MAX_STREAMS")
+CONSTANTS = ("INT4", "INT8", "BF16", "INT4_BY_INPUT", "BLOCK", "PADDED", "MAX_PARTS", "MAX_HEAD_DIM", "MAX_STREAMS")
 
 
 def layout() -> dict[str, str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native.library import Library
-from gemma_awq_cli.kernels.native.structures import INT4, AltUpSpec, ExpertsSpec, LayerSpec, LinearSpec
+from gemma_awq_cli.kernels.native.structures import INT4, INT4_BY_INPUT, AltUpSpec, ExpertsSpec, LayerSpec, LinearSpec
 from gemma_awq_cli.models.forward.decoder_weights import EXPERT_JOINED, JOINED, LayerReader, joined_linears
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.models.gemma.layers import LayerLayout
@@ -21,6 +21,10 @@ _NARROW = (
     "per_layer_input_gate.weight", "per_layer_projection.weight", "laurel.linear_left.weight",
     "laurel.linear_right.weight", "router.proj.weight",
 )  # fmt: skip
+
+
+# From this share of zeros on it is faster to read weights input by input: three times as fast at 95 %, for one token.
+_SPARSE = 0.9
 
 
 @dataclass(frozen=True)
@@ -80,8 +84,10 @@ def linear_array(linears: Sequence[native.NativeLinear]) -> Any:
 
 def layer_arena_bytes(layout: LayerLayout, group_size: int) -> int:
     """How many bytes of an `Arena` the packed linears of one layer take."""
-    joined = [layout.joined(names) for names in joined_linears(layout).values()]
-    total = sum(native.arena_bytes(INT4, linear.inputs, linear.outputs, group_size) for linear in joined)
+    total = 0
+    for kind, names in joined_linears(layout).items():
+        linear = layout.joined(names)
+        total += native.arena_bytes(_int4_kind(layout, kind), linear.inputs, linear.outputs, group_size)
     if experts := layout.experts:
         for inputs, outputs in ((experts.hidden, 2 * experts.intermediate), (experts.intermediate, experts.hidden)):
             total += experts.count * native.arena_bytes(INT4, inputs, outputs, group_size)
@@ -154,7 +160,12 @@ def _altup_spec(scaled: bool, layer: NativeLayer) -> AltUpSpec:
 def _linear(library: Library, reader: LayerReader, kind: str, arena: native.Arena) -> native.NativeLinear:
     if reader.group_size is None:
         return native.dense(reader.dense(kind))
-    return native.from_awq(library, reader.packed(kind), arena)
+    return native.from_awq(library, reader.packed(kind), arena, _int4_kind(reader.layout, kind))
+
+
+def _int4_kind(layout: LayerLayout, kind: str) -> int:
+    """How the linears of one of `JOINED` are packed: by input where nearly all inputs are zero."""
+    return INT4_BY_INPUT if kind == "down" and layout.sparsity >= _SPARSE else INT4
 
 
 def _experts(library: Library, reader: LayerReader, arena: native.Arena) -> dict[str, tuple[native.NativeLinear, ...]]:
