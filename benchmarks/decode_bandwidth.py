@@ -38,7 +38,7 @@ def main() -> None:
     session = opened.session(1, PROMPT + args.tokens * (args.rounds + 1) + 1)
     prompt = torch.randint(5, text.arch.vocabulary, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     prefill = timed(lambda: session.next_logits([prompt]))
-    linears = [*text.linears, text.head]
+    linears = text.token_linears()
     inputs = {linear.spec.inputs: torch.randn(1, linear.spec.inputs) for linear in linears}
     plain = native.Arena(text.library, 2**30).take(2**30).fill_(0).view(torch.float32)
 
@@ -55,13 +55,12 @@ def main() -> None:
         measured = {"token": timed(tokens) / args.tokens, "kernels": timed(kernels), "read": timed(plain.sum)}
         for name, seconds in measured.items() if turn else ():  # the first round warms up
             times[name].append(seconds)
-    packed = sum(linear.nbytes for linear in text.linears)
-    total = packed + text.head.nbytes
+    total = sum(linear.nbytes for linear in linears)
     token, kernel, read = (statistics.median(times[name]) for name in ("token", "kernels", "read"))
     held = anonymous() - plain.nbytes
-    rest = (held - total) / 1e9
+    rest = (held - text.head.nbytes - sum(linear.nbytes for linear in text.linears)) / 1e9
     print(f"opened in {loaded:.1f} s; anonymous memory {held / 1e9:.2f} GB, {rest:.2f} more than the weights")
-    print(f"packed linears {packed / 1e9:.3f} GB, head {text.head.nbytes / 1e9:.3f} GB")
+    print(f"a token reads {total / 1e9:.3f} GB, {text.head.nbytes / 1e9:.3f} of which are the head")
     print(f"prefill of {PROMPT}: {PROMPT / prefill:.0f} tokens/s")
     print(f"one token {1e3 * token:.2f} ms: {total / token / 1e9:.1f} GB/s")
     more = f"the token takes {token / kernel - 1:+.1%}"

@@ -1,10 +1,10 @@
 """Write a checkpoint of a large Gemma's shape with random weights, to measure memory and time without a download.
 
-python benchmarks/synthetic_checkpoint.py OUT_DIR [--shape gemma-7b] [--layers 4] [--tokenizer-from DIR]
+python benchmarks/synthetic_checkpoint.py OUT_DIR [--shape gemma-7b] [--layers 4] [--packed 128] [--tokenizer-from DIR]
 
 A few channels of each norm have gains twenty times as large as the others', so that the quantizer meets outlier
 channels as it does in real models. The tokenizer is copied from another Gemma folder (by default the demo's); a
-vocabulary that is larger than the tokenizer's keeps its size.
+vocabulary that is larger than the tokenizer's keeps its size. With --packed, it is an artifact with random integers.
 """
 
 import argparse
@@ -34,29 +34,41 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("--shape", choices=sorted(RELEASED), default="gemma-7b")
     parser.add_argument("--layers", type=int, help="number of layers, instead of the shape's own")
+    parser.add_argument("--packed", type=int, metavar="GROUP", help="write an artifact of this group size")
     parser.add_argument("--tokenizer-from", type=Path)
     args = parser.parse_args()
     tokenizer_from = args.tokenizer_from or demo_checkpoint(print)
     config = RELEASED[args.shape] if args.layers is None else first_layers(RELEASED[args.shape], args.layers)
     config = {**config, "vocab_size": max(config["vocab_size"], len(AutoTokenizer.from_pretrained(tokenizer_from)))}
+    if args.packed:
+        config = {**config, "quantization_config": {
+            "quant_method": "awq", "version": "gemm", "bits": 4, "group_size": args.packed, "zero_point": True,
+        }}  # fmt: skip
     args.output.mkdir(parents=True)
     (args.output / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     for path in tokenizer_from.glob("tokenizer*"):
         shutil.copyfile(path, args.output / path.name)
-    write_tensors(args.output, config)
+    write_tensors(args.output, config, args.packed)
     print(args.output)
 
 
-def write_tensors(folder: Path, config: dict[str, Any]) -> None:
-    """Write the tensors that the config asks for, file by file."""
+def write_tensors(folder: Path, config: dict[str, Any], group_size: int | None) -> None:
+    """Write the tensors that the config asks for, file by file. group_size: None for 16 bits."""
     family = family_of(config["model_type"])
     facts = plain_text_config(text_values(config, family, folder / "config.json", config["num_hidden_layers"]))
     assert facts is not None
-    shapes = {name: one.shape for name, one in text_tensors(shape_of(facts, family), True, None).items()}
-    writer = TensorWriter(folder, [PlannedTensor(name, torch.bfloat16, shape) for name, shape in shapes.items()])
+    shapes = {name: one.shape for name, one in text_tensors(shape_of(facts, family), True, group_size).items()}
+    dtypes = {".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}
+    writer = TensorWriter(
+        folder,
+        [PlannedTensor(name, dtypes.get(Path(name).suffix, torch.bfloat16), shape) for name, shape in shapes.items()],
+    )
     torch.manual_seed(0)
     for name, shape in shapes.items():
-        writer.write(name, random_tensor(name, shape, family.gain_offset))
+        if Path(name).suffix in dtypes:
+            writer.write(name, random_packed(name, shape, group_size or 0))
+        else:
+            writer.write(name, random_tensor(name, shape, family.gain_offset))
     writer.finish()
 
 
@@ -73,6 +85,20 @@ def random_tensor(name: str, shape: tuple[int, ...], gain_offset: float) -> torc
         shift = int(torch.randint(len(block), ()))
         part.copy_(block.roll(shift)[: len(part)])
     return weight
+
+
+def random_packed(name: str, shape: tuple[int, ...], group_size: int) -> torch.Tensor:
+    """One of the tensors of a packed linear, whose weights have the deviation that `random_tensor` gives them."""
+    if name.endswith(".qweight"):
+        weight = torch.empty(shape, dtype=torch.int32)
+        block = torch.randint(-(2**31), 2**31, (min(weight.numel(), BLOCK),), dtype=torch.int32)
+        for part in weight.view(-1).split(BLOCK):
+            part.copy_(block.roll(int(torch.randint(len(block), ())))[: len(part)])
+        return weight
+    if name.endswith(".qzeros"):
+        return torch.full(shape, 0x77777777, dtype=torch.int32)
+    deviation = 4.6  # of integers from 0 to 15
+    return torch.full(shape, 0.7 * (shape[0] * group_size) ** -0.5 / deviation, dtype=torch.float16)
 
 
 if __name__ == "__main__":

@@ -81,6 +81,25 @@ def test_nan_and_infinity_are_not_lost_in_quantization(library: Library) -> None
         assert result[[0, 2]].isfinite().all()
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [1, 5])
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("outputs", [64, 200, 1024])
+def test_weights_that_lie_by_input_give_the_same_results(
+    library: Library, outputs: int, share: float, rows: int, threads: int
+) -> None:
+    torch.set_num_threads(threads)
+    packed, _ = packed_weight(outputs, 768, 128)
+    kinds = (structures.INT4, structures.INT4_BY_INPUT)
+    arena = native.Arena(library, sum(native.arena_bytes(kind, 768, outputs, 128) for kind in kinds))
+    blocks, by_input = (native.from_awq(library, packed, arena, kind) for kind in kinds)
+    x = torch.randn(rows, 768) * (torch.rand(rows, 768) < share)
+    assert torch.equal(native.apply(library, by_input, x), native.apply(library, blocks, x))
+    for bad in (float("nan"), float("inf")):
+        x[0, 600] = bad
+        assert native.apply(library, by_input, x)[0].isnan().all()
+
+
 def test_a_rows_result_does_not_depend_on_the_others(library: Library) -> None:
     packed, _ = packed_weight(96, 256, 64)
     linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 256, 96, 64)))

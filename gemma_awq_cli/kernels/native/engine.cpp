@@ -1,8 +1,13 @@
 // The forward of a language model over a flat batch of tokens, in one call. Arithmetic between the linears is float32;
 // keys and values are kept in bf16. models/forward/torch_decoder.py is the same forward in torch, and its oracle.
 
+#include "altup.h"
 #include "attention.h"
+#include "by_input.h"
+#include "experts.h"
+#include "norm.h"
 #include "pack.h"
+#include "per_layer.h"
 #include "refine.h"
 #include "specs.h"
 
@@ -20,32 +25,29 @@ static Pool& pool_of(int threads) {
     return *the_pool;
 }
 
+// The tokens of a chunk that are in the flat batch: `count` of them from `offset` on, the first of which is the chunk's
+// token number `first`.
+struct Queries {
+    int64_t offset, first, count;
+};
+
 // Kept from call to call and only ever grown, so that a token allocates nothing.
 struct Buffers {
     std::vector<float> x, normed, mixed, qkv, attended, gate_up, act, scale, total, cosine, sine;
     std::vector<int8_t> q;
-    std::vector<uint16_t> k, v;
+    std::vector<std::vector<uint16_t>> k, v;  // of new tokens, by LayerSpec.kv_buffer
     std::vector<int64_t> position_of;
+    std::vector<int32_t> ids;
+    std::vector<Queries> queries;
     std::vector<std::vector<float>> scores;  // one per thread
+    std::vector<float> early_inputs, late_inputs, narrow, input;  // per-layer inputs
+    std::vector<float> streams, laurel;                           // AltUp
+    Nonzero nonzero;
+    ExpertBuffers experts;
 };
 static Buffers the_buffers;
 template <class T> static void at_least(std::vector<T>& v, int64_t size) {
     if ((int64_t)v.size() < size) v.resize(size);
-}
-
-static void rms_norm(const float* x, const float* gain, int64_t n, float eps, float* out) {
-    Floats squares = splat(0.0f);
-    const int64_t whole = n & ~(LANES - 1);
-    for (int64_t i = 0; i < whole; i += LANES) squares = fma(load(x + i), load(x + i), squares);
-    float total = sum(squares);
-    for (int64_t i = whole; i < n; i++) total += x[i] * x[i];
-    const float factor = 1.0f / std::sqrt(total / (float)n + eps);
-    for (int64_t i = 0; i < whole; i += LANES) store(out + i, load(x + i) * factor * load(gain + i));
-    for (int64_t i = whole; i < n; i++) out[i] = x[i] * factor * gain[i];
-}
-
-static void add(float* x, const float* y, int64_t n) {
-    for (int64_t i = 0; i < n; i++) x[i] += y[i];
 }
 
 // The rotary embedding in place. cosine, sine: of the angles, [D / 2].
@@ -57,17 +59,34 @@ static void rotate(float* x, const float* cosine, const float* sine, int64_t hal
     }
 }
 
+// Cuts a row off at its mean and some standard deviations, and subtracts that: most of it becomes zero.
+static void cut_gate(float* gate, int64_t n, float deviations) {
+    Floats sums = splat(0.0f), squares = splat(0.0f);
+    for (int64_t i = 0; i < n; i += LANES) sums += load(gate + i);
+    const float mean = sum(sums) / (float)n;
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats off = load(gate + i) - mean;
+        squares = fma(off, off, squares);
+    }
+    const Floats cut = splat(mean + deviations * std::sqrt(sum(squares) / (float)n)), none = splat(0.0f);
+    for (int64_t i = 0; i < n; i += LANES) {
+        const Floats above = load(gate + i) - cut;
+        store(gate + i, above < none ? none : above);
+    }
+}
+
 // The largest sizes that any layer has: the buffers fit all layers.
 struct Widths {
-    int64_t half_head = 0, query = 0, kv = 0, qkv = 0, intermediate = 0;
+    int64_t half_head = 0, query = 0, kv = 0, qkv = 0, intermediate = 0, laurel = 0;
     explicit Widths(const ModelSpec& model) {
         for (int64_t i = 0; i < model.layers; i++) {
             const LayerSpec& l = model.layer[i];
             half_head = std::max(half_head, l.head_dim / 2);
             query = std::max(query, l.heads * l.head_dim);
             kv = std::max(kv, l.kv_heads * l.head_dim);
-            qkv = std::max(qkv, (l.heads + 2 * l.kv_heads) * l.head_dim);
+            qkv = std::max(qkv, l.qkv.outputs);
             intermediate = std::max(intermediate, l.intermediate);
+            if (l.altup) laurel = std::max(laurel, l.altup->laurel_left.outputs);
         }
     }
 };
@@ -90,38 +109,136 @@ class Forward {
         at_least(b.q, tokens * widest);
         at_least(b.scale, tokens * (widest / 16 + 1));
         at_least(b.total, tokens * (widest / 16 + 1));
-        at_least(b.k, tokens * most.kv);
-        at_least(b.v, tokens * most.kv);
+        at_least(b.k, m.kv_buffers);
+        at_least(b.v, m.kv_buffers);
+        for (int64_t i = 0; i < m.kv_buffers; i++) {
+            at_least(b.k[i], tokens * most.kv);
+            at_least(b.v[i], tokens * most.kv);
+        }
         at_least(b.cosine, tokens * most.half_head);
         at_least(b.sine, tokens * most.half_head);
+        at_least(b.narrow, tokens * std::max(m.per_layer_width, most.laurel));
+        at_least(b.input, tokens * m.per_layer_width);
+        at_least(b.streams, tokens * m.streams * m.hidden);
+        if (m.streams) at_least(b.laurel, tokens * m.hidden);
     }
 
     // logits: [sum of wanted, V], those after the last wanted[chunk] tokens of each chunk, in that order.
     void run(const int64_t* wanted, float* logits) {
         at_least(b.position_of, tokens);
-        for (int64_t p = 0; p < nchunks; p++)
+        at_least(b.ids, tokens);
+        at_least(b.queries, nchunks);
+        for (int64_t p = 0; p < nchunks; p++) {
+            b.queries[p] = {chunks[p].offset, 0, chunks[p].count};
             for (int64_t i = 0; i < chunks[p].count; i++) b.position_of[chunks[p].offset + i] = chunks[p].start + i;
+        }
         embed();
-        for (int64_t l = 0; l < m.layers; l++) layer(m.layer[l], l);
-        head(wanted, logits);
+        if (m.per_layer_width) project_inputs(wanted);
+        if (m.streams) start_streams();
+        for (int64_t l = 0; l < m.layers && tokens; l++) {
+            if (l == m.first_kv_reader) keep_wanted(wanted);
+            if (tokens) layer(m.layer[l], l);
+        }
+        // Only now: a reader's tokens may have seen what the ring overwrites.
+        for (int64_t l = 0; m.kv_buffers > 1 && l < m.first_kv_reader; l++)
+            if (m.layer[l].kv_buffer) write_cache(m.layer[l], l);
+        if (m.first_kv_reader >= m.layers) keep_wanted(wanted);
+        if (!tokens) return;
+        if (m.streams) join_streams();
+        head(logits);
     }
 
   private:
     // Calls body(t) for each token: on this thread for one token, on all threads for more.
-    template <class Body> void each_token(const Body& body) {
-        if (tokens == 1) return body(0);
-        const int64_t step = std::max<int64_t>(1, tokens / (4 * pool.threads()));
-        pool.run((tokens + step - 1) / step, [&](int64_t item, int) {
-            for (int64_t t = item * step; t < std::min(tokens, (item + 1) * step); t++) body(t);
+    template <class Body> void each_token(const Body& body) { each_of(tokens, body); }
+    template <class Body> void each_of(int64_t rows, const Body& body) {
+        if (rows == 1) return body(0);
+        const int64_t step = std::max<int64_t>(1, rows / (4 * pool.threads()));
+        pool.run((rows + step - 1) / step, [&](int64_t item, int) {
+            for (int64_t t = item * step; t < std::min(rows, (item + 1) * step); t++) body(t);
         });
     }
 
     void embed() {
         for (int64_t t = 0; t < tokens; t++) {
+            b.ids[t] = ids[t];
             const uint16_t* from = m.embedding + (int64_t)ids[t] * m.hidden;
             for (int64_t i = 0; i < m.hidden; i++)
                 b.x[t * m.hidden + i] = float_of(from[i]) * m.embed_scale;
         }
+    }
+
+    // Calls body(from, to) for each token that is wanted: its place in the batch, and among the wanted.
+    template <class Body> int64_t each_wanted(const int64_t* wanted, const Body& body) {
+        int64_t to = 0;
+        for (int64_t p = 0; p < nchunks; p++)
+            for (int64_t i = chunks[p].count - wanted[p]; i < chunks[p].count; i++) body(chunks[p].offset + i, to++);
+        return to;
+    }
+
+    // Drops the tokens whose logits are not wanted: what follows leaves nothing behind that later tokens read.
+    void keep_wanted(const int64_t* wanted) {
+        const int64_t h = m.hidden, all = m.streams * h;
+        tokens = each_wanted(wanted, [&](int64_t from, int64_t to) {
+            if (from == to) return;
+            memcpy(&b.x[to * h], &b.x[from * h], 4 * h);
+            if (all) memcpy(&b.streams[to * all], &b.streams[from * all], 4 * all);
+            b.position_of[to] = b.position_of[from];
+            b.ids[to] = b.ids[from];
+        });
+        for (int64_t p = 0, to = 0; p < nchunks; to += wanted[p++])
+            b.queries[p] = {to, chunks[p].count - wanted[p], wanted[p]};
+        tabled = nullptr;
+    }
+
+    // The projections of the embedded tokens that are part of the per-layer inputs: of all tokens for the layers that all
+    // tokens pass, of the wanted ones for the others.
+    void project_inputs(const int64_t* wanted) {
+        const int64_t h = m.hidden, early = m.first_kv_reader * m.per_layer_width;
+        const int64_t late = m.layers * m.per_layer_width - early;
+        at_least(b.early_inputs, tokens * early);
+        if (early) apply(pool, projection_of(m, 0, m.first_kv_reader), activations(b.x.data(), tokens, h), b.early_inputs.data(), early);
+        if (!late) return;
+        const int64_t rows = each_wanted(
+            wanted, [&](int64_t from, int64_t to) { memcpy(&b.normed[to * h], &b.x[from * h], 4 * h); });
+        at_least(b.late_inputs, rows * late);
+        if (rows) apply(pool, projection_of(m, m.first_kv_reader, m.layers), activations(b.normed.data(), rows, h), b.late_inputs.data(), late);
+    }
+
+    const float* projected(int64_t index, int64_t t) const {
+        const int64_t width = m.per_layer_width, first = m.first_kv_reader;
+        return index < first ? &b.early_inputs[(t * first + index) * width]
+                             : &b.late_inputs[(t * (m.layers - first) + index - first) * width];
+    }
+
+    float* stream(int64_t t, int64_t s) { return &b.streams[(t * m.streams + s) * m.hidden]; }
+
+    // All streams from the embedded tokens, in b.x.
+    void start_streams() {
+        const int64_t h = m.hidden;
+        each_token([&](int64_t t) { memcpy(stream(t, 0), &b.x[t * h], 4 * h); });
+        for (int64_t s = 1; s < m.streams; s++) {
+            apply(pool, m.stream_starts[s - 1], activations(b.x.data(), tokens, h), b.mixed.data(), h);
+            each_token([&](int64_t t) {
+                const float ratio = magnitude_ratio(&b.mixed[t * h], &b.x[t * h], h);
+                for (int64_t i = 0; i < h; i++) stream(t, s)[i] = b.mixed[t * h + i] * ratio;
+            });
+        }
+    }
+
+    // b.x from all streams.
+    void join_streams() {
+        const int64_t h = m.hidden;
+        each_token([&](int64_t t) { memcpy(&b.x[t * h], stream(t, 0), 4 * h); });
+        for (int64_t s = 1; s < m.streams; s++) {
+            each_token([&](int64_t t) { memcpy(&b.normed[t * h], stream(t, s), 4 * h); });
+            apply(pool, m.stream_ends[s - 1], activations(b.normed.data(), tokens, h), b.mixed.data(), h);
+            each_token([&](int64_t t) {
+                const float ratio = magnitude_ratio(&b.mixed[t * h], stream(t, 0), h);
+                for (int64_t i = 0; i < h; i++) b.x[t * h + i] += b.mixed[t * h + i] * ratio;
+            });
+        }
+        for (int64_t i = 0; i < tokens * h; i++) b.x[i] /= (float)m.streams;
     }
 
     Activations activations(const float* x, int64_t rows, int64_t inputs) {
@@ -143,19 +260,39 @@ class Forward {
 
     void layer(const LayerSpec& l, int64_t index) {
         angles(l);
-        const int64_t h = m.hidden, d = l.head_dim, wide = l.intermediate;
-        const int64_t q_size = l.heads * d, kv_size = l.kv_heads * d, qkv_size = q_size + 2 * kv_size;
+        attention(l, index);
+        mlp(l);
+        if (m.per_layer_width) add_input(l, index);
+        if (l.scalar != 1.0f)
+            each_token([&](int64_t t) {
+                for (int64_t i = 0; i < m.hidden; i++) b.x[t * m.hidden + i] *= l.scalar;
+            });
+    }
+
+    // Up to the norm before the MLP, which it leaves in b.normed.
+    void attention(const LayerSpec& l, int64_t index) {
+        const int64_t h = m.hidden, d = l.head_dim, q_size = l.heads * d, qkv_size = l.qkv.outputs;
         const Activations in = activations(b.normed.data(), tokens, h);
         each_token([&](int64_t t) {
+            if (l.altup) {
+                predict(*l.altup, m, stream(t, 0), &b.normed[t * h]);
+                memcpy(&b.x[t * h], stream(t, m.active_stream), 4 * h);
+            }
             rms_norm(&b.x[t * h], l.input_norm, h, m.eps, &b.normed[t * h]);
             if (l.qkv.kind != BF16) quantize_row(in, t, l.qkv.group);
         });
         apply(pool, l.qkv, in, b.qkv.data(), qkv_size);
+        if (l.altup) {
+            const int64_t rank = l.altup->laurel_left.outputs;
+            apply(pool, l.altup->laurel_left, in, b.narrow.data(), rank);
+            apply(pool, l.altup->laurel_right, activations(b.narrow.data(), tokens, rank), b.laurel.data(), h);
+        }
         each_token([&](int64_t t) {
             float* row = &b.qkv[t * qkv_size];
             const float* cosine = &b.cosine[t * (d / 2)];
             const float* sine = &b.sine[t * (d / 2)];
-            for (int64_t n = 0; n < l.heads + l.kv_heads; n++) {
+            if (!l.reads_kv) keep_values(l, row, t);
+            for (int64_t n = 0; n < l.heads + (l.reads_kv ? 0 : l.kv_heads); n++) {
                 float* x = row + n * d;
                 const bool query = n < l.heads;
                 if (l.q_norm) rms_norm(x, query ? l.q_norm : l.k_norm, d, m.eps, x);
@@ -163,10 +300,10 @@ class Forward {
                 if (query)
                     for (int64_t i = 0; i < d; i++) x[i] *= l.query_scale;
             }
-            for (int64_t i = 0; i < kv_size; i += LANES) {
-                store_bf16(&b.k[t * kv_size + i], load(row + q_size + i));
-                store_bf16(&b.v[t * kv_size + i], load(row + q_size + kv_size + i));
-            }
+            if (l.reads_kv) return;
+            const int64_t kv_size = l.kv_heads * d;
+            for (int64_t i = 0; i < kv_size; i += LANES)
+                store_bf16(&b.k[l.kv_buffer][t * kv_size + i], load(row + q_size + i));
         });
         attend(l, index);
         const Activations attended = activations(b.attended.data(), tokens, q_size);
@@ -174,31 +311,173 @@ class Forward {
         apply(pool, l.o, attended, b.mixed.data(), h);
         each_token([&](int64_t t) {
             float* mixed = &b.mixed[t * h];
+            float* x = &b.x[t * h];
             if (l.attention_norm) rms_norm(mixed, l.attention_norm, h, m.eps, mixed);
-            add(&b.x[t * h], mixed, h);
-            rms_norm(&b.x[t * h], l.mlp_norm, h, m.eps, &b.normed[t * h]);
+            add(x, mixed, h);
+            if (l.altup) {
+                float* laurel = &b.laurel[t * h];
+                rms_norm(laurel, l.altup->laurel_norm, h, m.eps, laurel);
+                for (int64_t i = 0; i < h; i++) x[i] = (x[i] + (b.normed[t * h + i] + laurel[i])) * std::sqrt(0.5f);
+            }
+            rms_norm(x, l.mlp_norm, h, m.eps, &b.normed[t * h]);
             if (l.gate_up.kind != BF16) quantize_row(in, t, l.gate_up.group);
         });
-        apply(pool, l.gate_up, in, b.gate_up.data(), 2 * wide);
+    }
+
+    // The values of one token, from its row of the linear's outputs in which the keys are still as they came.
+    void keep_values(const LayerSpec& l, const float* row, int64_t t) {
+        const int64_t d = l.head_dim, kv_size = l.kv_heads * d;
+        const float* values = row + l.heads * d + (l.keys_are_values ? 0 : kv_size);
+        uint16_t* to = &b.v[l.kv_buffer][t * kv_size];
+        float normed[MAX_HEAD_DIM];
+        for (int64_t n = 0; n < l.kv_heads; n++, values += d, to += d) {
+            const float* head = values;
+            if (l.value_norm) {
+                rms_norm(values, nullptr, d, m.eps, normed);
+                head = normed;
+            }
+            for (int64_t i = 0; i < d; i += LANES) store_bf16(to + i, load(head + i));
+        }
+    }
+
+    void mlp(const LayerSpec& l) {
+        const int64_t h = m.hidden, wide = l.intermediate;
+        apply(pool, l.gate_up, activations(b.normed.data(), tokens, h), b.gate_up.data(), 2 * wide);
         const Activations act = activations(b.act.data(), tokens, wide);
         each_token([&](int64_t t) {
-            const float* gate = &b.gate_up[t * 2 * wide];
+            float* gate = &b.gate_up[t * 2 * wide];
             float* out = &b.act[t * wide];
+            if (l.sparse_gate) cut_gate(gate, wide, l.gate_cut);
             for (int64_t i = 0; i < wide; i += LANES)
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
             if (l.down.kind != BF16) quantize_row(act, t, l.down.group);
         });
-        apply(pool, l.down, act, b.mixed.data(), h);
+        if (l.down.kind == INT4_BY_INPUT) apply_by_input(pool, l.down, act, b.nonzero, b.mixed.data());
+        else apply(pool, l.down, act, b.mixed.data(), h);
+        if (l.experts) run_experts(*l.experts);
         each_token([&](int64_t t) {
             float* mixed = &b.mixed[t * h];
+            if (l.experts) {
+                rms_norm(mixed, l.experts->dense_norm, h, m.eps, mixed);
+                add(mixed, &b.normed[t * h], h);
+            }
             if (l.post_mlp_norm) rms_norm(mixed, l.post_mlp_norm, h, m.eps, mixed);
             add(&b.x[t * h], mixed, h);
+            if (l.altup) correct(*l.altup, m, &b.x[t * h], stream(t, 0), &b.normed[t * h]);
+        });
+    }
+
+    // The experts' sum for the states b.x, normed, in b.normed.
+    void run_experts(const ExpertsSpec& e) {
+        ExpertBuffers& x = b.experts;
+        const int64_t h = m.hidden, wide = e.intermediate, choices = tokens * e.active;
+        const bool packed = e.gate_up->kind != BF16;
+        const int64_t groups = packed ? h / e.gate_up->group : 0, down_groups = packed ? wide / e.down->group : 0;
+        at_least(x.scores, tokens * e.count);
+        at_least(x.weight, choices);
+        at_least(x.chosen, choices);
+        at_least(x.place, choices);
+        at_least(x.gate_up, choices * 2 * wide);
+        at_least(x.act, choices * wide);
+        at_least(x.down, choices * h);
+        if (packed) {
+            at_least(x.q, choices * h);
+            at_least(x.scale, choices * groups);
+            at_least(x.total, choices * groups);
+            at_least(x.act_q, choices * wide);
+            at_least(x.act_scale, choices * down_groups);
+            at_least(x.act_total, choices * down_groups);
+        } else {
+            at_least(x.x, choices * h);
+        }
+        const Activations in = activations(b.normed.data(), tokens, h);
+        each_token([&](int64_t t) { rms_norm(&b.x[t * h], e.router_gain, h, m.eps, &b.normed[t * h]); });
+        apply(pool, e.router, in, x.scores.data(), e.count);
+        each_token([&](int64_t t) {
+            choose_experts(e, &x.scores[t * e.count], &x.chosen[t * e.active], &x.weight[t * e.active]);
+            rms_norm(&b.x[t * h], e.norm, h, m.eps, &b.normed[t * h]);
+            if (packed) quantize_row(in, t, e.gate_up->group);
+        });
+        sort_by_expert(x.chosen, choices, e.count, x.first, x.place);
+        each_token([&](int64_t t) {
+            for (int64_t c = t * e.active; c < (t + 1) * e.active; c++) {
+                const int64_t to = x.place[c];
+                if (packed) {
+                    memcpy(&x.q[to * h], in.q + t * h, h);
+                    memcpy(&x.scale[to * groups], in.scale + t * groups, 4 * groups);
+                    memcpy(&x.total[to * groups], in.total + t * groups, 4 * groups);
+                } else {
+                    memcpy(&x.x[to * h], in.x + t * h, 4 * h);
+                }
+            }
+        });
+        products_of_experts(e, e.gate_up, {choices, h, x.x.data(), x.q.data(), x.scale.data(), x.total.data()},
+                            x.gate_up.data(), 2 * wide);
+        const Activations act{choices, wide, x.act.data(), x.act_q.data(), x.act_scale.data(), x.act_total.data()};
+        each_of(choices, [&](int64_t row) {
+            const float* gate = &x.gate_up[row * 2 * wide];
+            float* out = &x.act[row * wide];
+            for (int64_t i = 0; i < wide; i += LANES)
+                store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
+            if (packed) quantize_row(act, row, e.down->group);
+        });
+        products_of_experts(e, e.down, act, x.down.data(), h);
+        each_token([&](int64_t t) {
+            float* to = &b.normed[t * h];
+            memset(to, 0, 4 * h);
+            for (int64_t c = t * e.active; c < (t + 1) * e.active; c++) {
+                const float* from = &x.down[x.place[c] * h];
+                for (int64_t i = 0; i < h; i++) to[i] += from[i] * x.weight[c];
+            }
+            rms_norm(to, e.post_norm, h, m.eps, to);
+        });
+    }
+
+    // Each expert's linear with its rows of sorted activations.
+    void products_of_experts(const ExpertsSpec& e, const LinearSpec* linears, const Activations& a, float* out,
+                             int64_t stride) {
+        std::vector<Product>& products = b.experts.products;
+        products.clear();
+        for (int64_t i = 0; i < e.count; i++) {
+            const int64_t first = b.experts.first[i], rows = b.experts.first[i + 1] - first;
+            if (!rows) continue;
+            const int64_t groups = linears[i].kind == BF16 ? 0 : a.inputs / linears[i].group;
+            const Activations own{rows, a.inputs, a.x + first * a.inputs, a.q + first * a.inputs,
+                                  a.scale + first * groups, a.total + first * groups};
+            Product parts[MAX_PARTS];
+            const int count = products_of(linears[i], own, out + first * stride, stride, pool.threads(), parts);
+            products.insert(products.end(), parts, parts + count);
+        }
+        run_products(pool, products.data(), (int64_t)products.size());
+    }
+
+    // Adds what the layer makes of the token's per-layer input: to the states, or to all streams but the first.
+    void add_input(const LayerSpec& l, int64_t index) {
+        const int64_t h = m.hidden, width = m.per_layer_width;
+        if (l.altup)
+            each_token([&](int64_t t) {
+                memcpy(&b.normed[t * h], stream(t, m.active_stream), 4 * h);
+                if (l.altup->output_scale)
+                    for (int64_t i = 0; i < h; i++) b.normed[t * h + i] *= l.altup->output_scale[i];
+            });
+        const float* from = l.altup ? b.normed.data() : b.x.data();
+        apply(pool, l.per_layer_gate, activations(from, tokens, h), b.narrow.data(), width);
+        each_token([&](int64_t t) {
+            per_layer_input(m, index, b.ids[t], projected(index, t), &b.input[t * width]);
+            gate_per_layer(&b.narrow[t * width], &b.input[t * width], width);
+        });
+        apply(pool, l.per_layer_projection, activations(b.narrow.data(), tokens, width), b.mixed.data(), h);
+        each_token([&](int64_t t) {
+            float* mixed = &b.mixed[t * h];
+            rms_norm(mixed, l.per_layer_norm, h, m.eps, mixed);
+            if (!l.altup) return add(&b.x[t * h], mixed, h);
+            for (int64_t s = 1; s < m.streams; s++) add(stream(t, s), mixed, h);
         });
     }
 
     // Queries of one kv head, of consecutive tokens of a chunk.
     struct Tile {
-        int64_t chunk, first, count, head, heads;  // tokens first .. of the chunk; query heads head ..
+        int64_t chunk, first, count, head, heads;  // the chunk's queries first ..; query heads head ..
     };
 
     void attend(const LayerSpec& l, int64_t index) {
@@ -209,10 +488,12 @@ class Forward {
         int64_t most_keys = 0;
         for (int64_t p = 0; p < nchunks; p++) {
             const int64_t step = MAX_QUERIES / heads;
-            for (int64_t first = 0; first < chunks[p].count; first += step)
+            const Queries& queries = b.queries[p];
+            if (!queries.count) continue;
+            for (int64_t first = 0; first < queries.count; first += step)
                 for (int64_t kv = 0; kv < l.kv_heads; kv++)
                     for (int64_t h = 0; h < shared; h += heads)
-                        tiles.push_back({p, first, std::min(step, chunks[p].count - first), kv * shared + h,
+                        tiles.push_back({p, first, std::min(step, queries.count - first), kv * shared + h,
                                          std::min(heads, shared - h)});
             most_keys = std::max(most_keys, chunks[p].start + chunks[p].count);
         }
@@ -220,23 +501,29 @@ class Forward {
         for (auto& s : b.scores) at_least(s, MAX_QUERIES * most_keys);
         pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) { tile(tiles[i], l, index, b.scores[thread].data()); });
         // Only now: the first tokens of this batch may have seen what the ring overwrites.
+        if (!l.kv_buffer) write_cache(l, index);
+    }
+
+    // Writes keys and values of the new tokens into the layer's cache.
+    void write_cache(const LayerSpec& l, int64_t index) {
         const int64_t slots = cache.slots[index], d = l.head_dim;
         for (int64_t p = 0; p < nchunks; p++)
             for (int64_t i = std::max<int64_t>(0, chunks[p].count - slots); i < chunks[p].count; i++)
                 for (int64_t kv = 0; kv < l.kv_heads; kv++) {
                     const int64_t to = ((chunks[p].row * l.kv_heads + kv) * slots + (chunks[p].start + i) % slots) * d;
                     const int64_t from = ((chunks[p].offset + i) * l.kv_heads + kv) * d;
-                    memcpy(cache.keys[index] + to, &b.k[from], 2 * d);
-                    memcpy(cache.values[index] + to, &b.v[from], 2 * d);
+                    memcpy(cache.keys[index] + to, &b.k[l.kv_buffer][from], 2 * d);
+                    memcpy(cache.values[index] + to, &b.v[l.kv_buffer][from], 2 * d);
                 }
     }
 
     void tile(const Tile& t, const LayerSpec& l, int64_t index, float* scores) {
         const ChunkSpec& chunk = chunks[t.chunk];
         const int64_t d = l.head_dim, slots = cache.slots[index], kv = t.head / (l.heads / l.kv_heads);
-        const int64_t qkv_size = (l.heads + 2 * l.kv_heads) * d;
+        const int64_t qkv_size = l.qkv.outputs;
+        const Queries& asking = b.queries[t.chunk];
         const int64_t window = l.window ? l.window : INT64_MAX;
-        const int64_t first = chunk.start + t.first;  // the first query's position
+        const int64_t first = chunk.start + asking.first + t.first;  // the first query's position
         const int64_t low = std::max<int64_t>(0, first - std::min(first, window - 1));  // the oldest key seen by any
         Run runs[3];
         int nruns = 0;
@@ -247,15 +534,15 @@ class Forward {
             runs[nruns++] = {cache.keys[index] + at, cache.values[index] + at, d, count};
             p += count;
         }
-        const int64_t from = std::max(low - chunk.start, (int64_t)0), fresh = t.first + t.count - from;
+        const int64_t from = std::max(low - chunk.start, (int64_t)0), fresh = asking.first + t.first + t.count - from;
         const int64_t at = ((chunk.offset + from) * l.kv_heads + kv) * d;
-        runs[nruns++] = {&b.k[at], &b.v[at], l.kv_heads * d, fresh};
+        runs[nruns++] = {&b.k[l.kv_buffer][at], &b.v[l.kv_buffer][at], l.kv_heads * d, fresh};
         const int64_t keys = std::max<int64_t>(0, chunk.start - low) + fresh;
         const int64_t queries = t.count * t.heads;
         float q[MAX_QUERIES * MAX_HEAD_DIM];
         float* out[MAX_QUERIES];
         for (int64_t i = 0; i < queries; i++) {
-            const int64_t token = chunk.offset + t.first + i / t.heads, head = t.head + i % t.heads;
+            const int64_t token = asking.offset + t.first + i / t.heads, head = t.head + i % t.heads;
             memcpy(q + i * d, &b.qkv[token * qkv_size + head * d], 4 * d);
             out[i] = &b.attended[(token * l.heads + head) * d];
         }
@@ -280,14 +567,9 @@ class Forward {
         }
     }
 
-    void head(const int64_t* wanted, float* logits) {
-        int64_t rows = 0;
-        for (int64_t p = 0; p < nchunks; p++)
-            for (int64_t i = chunks[p].count - wanted[p]; i < chunks[p].count; i++) {
-                const float* last = &b.x[(chunks[p].offset + i) * m.hidden];
-                rms_norm(last, m.norm, m.hidden, m.eps, &b.normed[rows++ * m.hidden]);
-            }
-        if (!rows) return;
+    void head(float* logits) {
+        const int64_t rows = tokens;
+        for (int64_t r = 0; r < rows; r++) rms_norm(&b.x[r * m.hidden], m.norm, m.hidden, m.eps, &b.normed[r * m.hidden]);
         const Activations in = activations(b.normed.data(), rows, m.hidden);
         if (m.head.kind != BF16)
             for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head.group);
@@ -312,7 +594,7 @@ class Forward {
     const ChunkSpec* chunks;
     const int64_t nchunks;
     const int32_t* ids;
-    const int64_t tokens;
+    int64_t tokens;  // that still pass
     const float* tabled = nullptr;  // the inv_freq whose angles are in the buffers
 };
 
@@ -362,13 +644,17 @@ void gaq_linear(const LinearSpec* linear, const float* x, int64_t rows, float* o
     const Activations a{rows, linear->inputs, x, q.data(), scale.data(), total.data()};
     if (linear->kind != BF16)
         for (int64_t r = 0; r < rows; r++) quantize_row(a, r, linear->group);
-    apply(pool_of(threads), *linear, a, out, linear->outputs);
+    Nonzero nonzero;
+    if (linear->kind == INT4_BY_INPUT) apply_by_input(pool_of(threads), *linear, a, nonzero, out);
+    else apply(pool_of(threads), *linear, a, out, linear->outputs);
 }
 
-void gaq_pack_awq(const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs, int64_t outputs,
-                  int64_t group, uint8_t* data, uint8_t* zeros, int32_t threads) {
+// kind: INT4 or INT4_BY_INPUT
+void gaq_pack_awq(int32_t kind, const uint32_t* qweight, const uint32_t* qzeros, const uint16_t* scales, int64_t inputs,
+                  int64_t outputs, int64_t group, uint8_t* data, uint8_t* zeros, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
-    pack_awq(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
+    const auto pack = kind == INT4 ? pack_awq : pack_by_input;
+    pack(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
 }
 
 void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group, uint8_t* data,

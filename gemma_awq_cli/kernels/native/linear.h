@@ -13,14 +13,14 @@
 
 #include <algorithm>
 
-enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2 };
+enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2, INT4_BY_INPUT = 3 };  // the last is by_input.h's
 constexpr int BLOCK = 32;
 constexpr int VECTORS = BLOCK / LANES;     // per block
 constexpr int MANY = LANES == 16 ? 8 : 2;  // rows per block at once, as many as the registers hold
 constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. Of bf16, `parts` are row-major weights [rows, K] whose outputs are joined; they
-// are read in place. Of int4 and int8, `data` and `zeros` have the layout above.
+// are read in place. Of int4 and int8, `data` and `zeros` have the layout above or that of by_input.h.
 struct LinearSpec {
     int32_t kind;
     int64_t group;
@@ -178,32 +178,62 @@ static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const fl
     for (; n < count; n++) bf16_tile<1, R>(w + n * inputs, inputs, x, out + n, stride);
 }
 
+// A linear times some rows, or one part of a bf16 linear, in items of work that threads take in any order.
+struct Product {
+    const LinearSpec* w;
+    const uint16_t* part;  // of bf16, row-major
+    int64_t count;         // outputs of the part; blocks of an integer linear
+    Activations a;
+    float* out;  // [rows, outputs], `stride` floats per row
+    int64_t stride, step, items;
+
+    void run(int64_t item) const {
+        const int64_t first = item * step, end = std::min(count, first + step);
+        if (w->kind != BF16) {
+            for (int64_t b = first; b < end; b++)
+                if (w->kind == INT4) block_all_rows<INT4>(*w, b, a, out, stride);
+                else block_all_rows<INT8>(*w, b, a, out, stride);
+            return;
+        }
+        const uint16_t* from = part + first * w->inputs;
+        float* to = out + first;
+        int64_t r = 0;
+        for (; r + 4 <= a.rows; r += 4)
+            bf16_rows<4>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
+        for (; r < a.rows; r++) bf16_rows<1>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
+    }
+};
+
+// Writes the products of a linear to `to`, at most MAX_PARTS; returns how many there are.
+static int products_of(const LinearSpec& w, const Activations& a, float* out, int64_t stride, int threads, Product* to) {
+    if (w.kind != BF16) {
+        const int64_t blocks = blocks_of(w.outputs), bytes = (w.inputs / w.group) * group_bytes(w.kind, w.group);
+        const int64_t step = std::max<int64_t>(1, std::min<int64_t>(131072 / bytes, blocks / (4 * threads)));
+        *to = {&w, nullptr, blocks, a, out, stride, step, (blocks + step - 1) / step};
+        return 1;
+    }
+    int parts = 0;
+    for (; parts < MAX_PARTS && w.part_rows[parts]; out += w.part_rows[parts++]) {
+        const int64_t rows = w.part_rows[parts];
+        const int64_t step = std::max<int64_t>(4, (std::min<int64_t>(65536 / w.inputs, rows / (4 * threads)) + 3) & ~3);
+        to[parts] = {&w, w.parts[parts], rows, a, out, stride, step, (rows + step - 1) / step};
+    }
+    return parts;
+}
+
+// The items of all products together.
+static void run_products(Pool& pool, const Product* products, int64_t count) {
+    int64_t items = 0;
+    for (int64_t p = 0; p < count; p++) items += products[p].items;
+    pool.run(items, [&](int64_t item, int) {
+        const Product* p = products;
+        for (; item >= p->items; p++) item -= p->items;
+        p->run(item);
+    });
+}
+
 // out: [rows, outputs], `stride` floats per row.
 static void apply(Pool& pool, const LinearSpec& w, const Activations& a, float* out, int64_t stride) {
-    if (w.kind == BF16) {
-        int64_t before = 0;
-        for (int part = 0; part < MAX_PARTS && w.part_rows[part]; before += w.part_rows[part++]) {
-            const uint16_t* weight = w.parts[part];
-            const int64_t rows = w.part_rows[part];
-            const int64_t step = std::max<int64_t>(4, (std::min<int64_t>(65536 / w.inputs, rows / (4 * pool.threads())) + 3) & ~3);
-            pool.run((rows + step - 1) / step, [&](int64_t item, int) {
-                const int64_t n = item * step, count = std::min(step, rows - n);
-                const uint16_t* from = weight + n * w.inputs;
-                float* to = out + before + n;
-                int64_t r = 0;
-                for (; r + 4 <= a.rows; r += 4)
-                    bf16_rows<4>(from, count, w.inputs, a.x + r * a.inputs, to + r * stride, stride);
-                for (; r < a.rows; r++) bf16_rows<1>(from, count, w.inputs, a.x + r * a.inputs, to + r * stride, stride);
-            });
-        }
-        return;
-    }
-    const int64_t blocks = blocks_of(w.outputs);
-    const int64_t block_bytes = (w.inputs / w.group) * group_bytes(w.kind, w.group);
-    const int64_t step = std::max<int64_t>(1, std::min<int64_t>(131072 / block_bytes, blocks / (4 * pool.threads())));
-    pool.run((blocks + step - 1) / step, [&](int64_t item, int) {
-        for (int64_t b = item * step; b < std::min(blocks, (item + 1) * step); b++)
-            if (w.kind == INT4) block_all_rows<INT4>(w, b, a, out, stride);
-            else block_all_rows<INT8>(w, b, a, out, stride);
-    });
+    Product products[MAX_PARTS];
+    run_products(pool, products, products_of(w, a, out, stride, pool.threads(), products));
 }

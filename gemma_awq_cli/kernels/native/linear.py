@@ -8,7 +8,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.native.library import Library
-from gemma_awq_cli.kernels.native.structures import BF16, BLOCK, INT4, MAX_PARTS, LinearSpec
+from gemma_awq_cli.kernels.native.structures import BF16, BLOCK, INT4, INT4_BY_INPUT, MAX_PARTS, PADDED, LinearSpec
 
 _GROUP_SIZES = (32, 64, 128, 256)
 
@@ -51,6 +51,9 @@ class Arena:
 
 def packed_bytes(kind: int, inputs: int, outputs: int, group: int) -> tuple[int, int]:
     """Bytes of the blocks and of the zero points of one linear."""
+    if kind == INT4_BY_INPUT:
+        padded = -(-outputs // PADDED) * PADDED
+        return inputs // group * padded * 2 + inputs * padded // 2, inputs // group * padded
     groups = -(-outputs // BLOCK) * (inputs // group)
     data = groups * (2 * BLOCK + group * BLOCK // (2 if kind == INT4 else 1))
     return data, groups * BLOCK if kind == INT4 else 0
@@ -61,18 +64,18 @@ def arena_bytes(kind: int, inputs: int, outputs: int, group: int) -> int:
     return sum(map(_rounded, packed_bytes(kind, inputs, outputs, group)))
 
 
-def from_awq(library: Library, packed: PackedWeight, arena: Arena) -> NativeLinear:
-    """Repack AutoAWQ's tensors into int4 blocks."""
+def from_awq(library: Library, packed: PackedWeight, arena: Arena, kind: int = INT4) -> NativeLinear:
+    """Repack AutoAWQ's tensors. kind: INT4, or INT4_BY_INPUT for activations of which most are zero."""
     inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
     group = inputs // packed.scales.shape[0]
-    data, zeros = map(arena.take, packed_bytes(INT4, inputs, outputs, group))
+    data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
     assert [tensor.dtype for tensor in packed] == [torch.int32, torch.int32, torch.float16]
     qweight, qzeros, scales = (tensor.contiguous() for tensor in packed)
     library.pack_awq(
-        qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), inputs, outputs, group,
+        kind, qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), inputs, outputs, group,
         data.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return _integer(INT4, inputs, outputs, group, data, zeros)
+    return _integer(kind, inputs, outputs, group, data, zeros)
 
 
 def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:

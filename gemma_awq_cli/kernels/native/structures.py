@@ -11,10 +11,12 @@ from ctypes import POINTER, c_float, c_int32, c_int64, c_void_p
 from functools import cache
 from typing import Any
 
-INT4, INT8, BF16 = 0, 1, 2  # a linear's kind
+INT4, INT8, BF16, INT4_BY_INPUT = 0, 1, 2, 3  # a linear's kind
 BLOCK = 32  # outputs per block of an integer linear
+PADDED = 128  # what the outputs of INT4_BY_INPUT are a multiple of
 MAX_PARTS = 3  # weights that a bf16 linear joins
 MAX_HEAD_DIM = 512
+MAX_STREAMS = 8  # of AltUp
 
 
 class _Checked(ctypes.Structure):
@@ -65,7 +67,7 @@ def _within(value: int, bits: int) -> int:
 
 
 class LinearSpec(_Checked):
-    """One linear: kind is INT4, INT8 or BF16; group is 0 for BF16."""
+    """One linear: kind is INT4, INT8, BF16 or INT4_BY_INPUT; group is 0 for BF16."""
 
     _fields_ = [
         ("kind", c_int32), ("group", c_int64), ("inputs", c_int64), ("outputs", c_int64),
@@ -74,16 +76,41 @@ class LinearSpec(_Checked):
     ]  # fmt: skip
 
 
+class ExpertsSpec(_Checked):
+    """The experts of a layer; see specs.h for what the fields of these structures mean."""
+
+    _fields_ = [
+        ("count", c_int64), ("active", c_int64), ("intermediate", c_int64),
+        ("router", LinearSpec), ("router_gain", c_void_p), ("scale", c_void_p), ("norm", c_void_p),
+        ("post_norm", c_void_p), ("dense_norm", c_void_p),
+        ("gate_up", POINTER(LinearSpec)), ("down", POINTER(LinearSpec)),
+    ]  # fmt: skip
+
+
+class AltUpSpec(_Checked):
+    """What a layer of a model with several streams has."""
+
+    _fields_ = [
+        ("router", c_void_p), ("router_gain", c_void_p), ("prediction", c_void_p), ("correction", c_void_p),
+        ("output_scale", c_void_p), ("laurel_left", LinearSpec), ("laurel_right", LinearSpec),
+        ("laurel_norm", c_void_p),
+    ]  # fmt: skip
+
+
 class LayerSpec(_Checked):
-    """One decoder layer; see specs.h for what the fields mean."""
+    """One decoder layer."""
 
     _fields_ = [
         ("heads", c_int64), ("kv_heads", c_int64), ("head_dim", c_int64), ("intermediate", c_int64),
-        ("window", c_int64),
+        ("window", c_int64), ("kv_buffer", c_int64),
+        ("reads_kv", c_int32), ("keys_are_values", c_int32), ("value_norm", c_int32), ("sparse_gate", c_int32),
+        ("gate_cut", c_float), ("scalar", c_float),
         ("qkv", LinearSpec), ("o", LinearSpec), ("gate_up", LinearSpec), ("down", LinearSpec),
+        ("per_layer_gate", LinearSpec), ("per_layer_projection", LinearSpec),
         ("input_norm", c_void_p), ("attention_norm", c_void_p), ("mlp_norm", c_void_p), ("post_mlp_norm", c_void_p),
-        ("q_norm", c_void_p), ("k_norm", c_void_p), ("inv_freq", c_void_p),
+        ("q_norm", c_void_p), ("k_norm", c_void_p), ("per_layer_norm", c_void_p), ("inv_freq", c_void_p),
         ("rope_factor", c_float), ("query_scale", c_float),
+        ("experts", POINTER(ExpertsSpec)), ("altup", POINTER(AltUpSpec)),
     ]  # fmt: skip
 
 
@@ -91,10 +118,14 @@ class ModelSpec(_Checked):
     """A language model: what its layers have in common, the embedding and the head."""
 
     _fields_ = [
-        ("hidden", c_int64), ("layers", c_int64),
+        ("hidden", c_int64), ("layers", c_int64), ("kv_buffers", c_int64), ("first_kv_reader", c_int64),
         ("eps", c_float), ("embed_scale", c_float), ("attention_softcap", c_float), ("final_softcap", c_float),
         ("embedding", c_void_p), ("norm", c_void_p), ("head", LinearSpec), ("layer", POINTER(LayerSpec)),
         ("exact", c_void_p),
+        ("per_layer_width", c_int64), ("per_layer_rows", c_int64), ("per_layer_table", c_void_p),
+        ("per_layer_projection", LinearSpec), ("per_layer_gain", c_void_p),
+        ("streams", c_int64), ("active_stream", c_int64),
+        ("stream_starts", POINTER(LinearSpec)), ("stream_ends", POINTER(LinearSpec)),
     ]  # fmt: skip
 
 
@@ -117,12 +148,12 @@ ARGUMENTS = {
     ),
     "gaq_large_pages": (c_void_p, Int64),
     "gaq_linear": (POINTER(LinearSpec), c_void_p, Int64, c_void_p, Int32),
-    "gaq_pack_awq": (c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
+    "gaq_pack_awq": (Int32, c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
 }  # fmt: skip
 
-STRUCTURES = (LinearSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
-CONSTANTS = ("INT4", "INT8", "BF16", "BLOCK", "MAX_PARTS", "MAX_HEAD_DIM")
+STRUCTURES = (LinearSpec, ExpertsSpec, AltUpSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
+CONSTANTS = ("INT4", "INT8", "BF16", "INT4_BY_INPUT", "BLOCK", "PADDED", "MAX_PARTS", "MAX_HEAD_DIM", "MAX_STREAMS")
 
 
 def layout() -> dict[str, str]:

@@ -3,7 +3,7 @@
 Its integer linears quantize their activations to 8 bits, one scale per token and group.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,22 +12,44 @@ from torch import Tensor
 from gemma_awq_cli.kernels.head import head_group
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native.library import Library
-from gemma_awq_cli.kernels.native.structures import BF16, INT4, INT8, MAX_HEAD_DIM, LayerSpec, LinearSpec, ModelSpec
+from gemma_awq_cli.kernels.native.structures import (
+    BF16,
+    INT4,
+    INT8,
+    MAX_HEAD_DIM,
+    MAX_STREAMS,
+    LayerSpec,
+    LinearSpec,
+    ModelSpec,
+)
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.decoder_weights import (
     JOINED,
     LayerReader,
     embed_scale,
-    joined_linears,
     read_embedding,
     read_final_gain,
+    read_per_layer,
+    read_streams,
+)
+from gemma_awq_cli.models.forward.native_layers import (
+    NativeLayer,
+    layer_arena_bytes,
+    layer_spec,
+    linear_array,
+    narrow,
+    read_native_layer,
 )
 from gemma_awq_cli.models.forward.torch_decoder import TextWeights
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
-from gemma_awq_cli.models.gemma.architecture import Architecture
+from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE, Architecture
+from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 # What engine.cpp implements of `models.gemma.features.FEATURES`.
-FEATURES = frozenset({"post_norms", "qk_norm", "attention_softcap", "final_softcap", "sliding_window"})
+FEATURES = frozenset({
+    "post_norms", "qk_norm", "attention_softcap", "final_softcap", "sliding_window", "value_norm", "keys_are_values",
+    "shared_kv", "per_layer_inputs", "layer_scalar", "altup", "sparse_gate", "experts",
+})  # fmt: skip
 MANY_TOKENS = 16  # from this many at once on, torch's bf16 product is faster than the kernel for 16-bit weights
 _VECTOR = 16  # floats that C++ handles at a time; head sizes and MLP widths must be multiples of it
 _HEAD_KINDS = {"int8": INT8, "int4": INT4}
@@ -36,12 +58,20 @@ _ACTIVATIONS = {INT4: "int8 per group", INT8: "int8 per group", BF16: "float32"}
 
 
 @dataclass(frozen=True)
-class NativeLayer:
-    """One layer's packed or mapped linears by their names in `JOINED`, and the tensors that C++ reads in place."""
+class NativePerLayer:
+    """The per-layer inputs: the table [vocabulary, layers * width] bf16, mapped; the projection; the gain [width]."""
 
-    linears: Mapping[str, native.NativeLinear]
-    gains: Mapping[str, Tensor]
-    inv_freq: Tensor
+    table: Tensor
+    projection: native.NativeLinear
+    gain: Tensor
+
+
+@dataclass(frozen=True)
+class NativeStreams:
+    """What makes AltUp's further streams of the embedded token, and what joins all at the end."""
+
+    starts: tuple[native.NativeLinear, ...]
+    ends: tuple[native.NativeLinear, ...]
 
 
 @dataclass(frozen=True)
@@ -60,31 +90,57 @@ class NativeText:
     embedding: Tensor
     exact_head: Tensor
     norm: Tensor
+    per_layer: NativePerLayer | None
+    streams: NativeStreams | None
     dense: TextWeights | None
 
     @property
     def linears(self) -> tuple[native.NativeLinear, ...]:
-        """The linears of all layers, in order."""
-        return tuple(linear for layer in self.layers for linear in layer.linears.values())
+        """The linears of all layers, in order, those of experts included, but not those that always have 16 bits."""
+        return tuple(linear for layer in self.layers for linear in layer.wide_linears())
+
+    def token_linears(self) -> list[native.NativeLinear]:
+        """The linears that one token reads, in no particular order; of experts any that it could be sent to."""
+        read = [self.head]
+        for layer, layout in zip(self.layers, self.arch.layouts, strict=True):
+            read += layer.token_linears(layout.experts.active if layout.experts else 0)
+        read += [self.per_layer.projection] if self.per_layer else []
+        return read + ([*self.streams.starts, *self.streams.ends] if self.streams else [])
 
 
 def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int | None) -> str | None:
     """Why the compiled decoder cannot take this model's sizes or dtypes, or None."""
     for layout in arch.layouts:
-        if layout.head_dim % _VECTOR or layout.intermediate % _VECTOR:
-            return f"heads of {layout.head_dim} or an MLP of {layout.intermediate} do not fit its vectors of {_VECTOR}"
-        if layout.head_dim > MAX_HEAD_DIM:
-            return f"heads of {layout.head_dim} are larger than {MAX_HEAD_DIM}"
-        if group_size is not None:
-            inputs = [linear.inputs for linear in layout.linears.values()]
-            if refusals := [reason for size in inputs if (reason := native.refusal(size, group_size))]:
-                return refusals[0]
+        if reason := _layer_refusal(layout, group_size):
+            return reason
+    if arch.altup is not None and arch.altup.streams > MAX_STREAMS:
+        return f"{arch.altup.streams} streams are more than {MAX_STREAMS}"
+    if arch.per_layer is not None and checkpoint.tensors[checkpoint.key(PER_LAYER_TABLE)].dtype != torch.bfloat16:
+        return "it reads per-layer embeddings in bfloat16 only"
     if group_size is not None:
         return None
     others = {checkpoint.tensors[name].dtype for name in checkpoint.text_tensors()} - {torch.bfloat16}
     return (
         f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {min(map(str, others))}" if others else None
     )
+
+
+def _layer_refusal(layout: LayerLayout, group_size: int | None) -> str | None:
+    experts = layout.experts
+    widths = [layout.head_dim, layout.intermediate, layout.per_layer_width, experts.intermediate if experts else 0]
+    if any(width % _VECTOR for width in widths):
+        others = f", experts of {experts.intermediate}" if experts else ""
+        others += f", per-layer inputs of {layout.per_layer_width}" if layout.per_layer_width else ""
+        return (
+            f"heads of {layout.head_dim} or an MLP of {layout.intermediate}{others} do not fit its vectors of {_VECTOR}"
+        )
+    if layout.head_dim > MAX_HEAD_DIM:
+        return f"heads of {layout.head_dim} are larger than {MAX_HEAD_DIM}"
+    if group_size is None:
+        return None
+    inputs = [linear.inputs for linear in layout.linears.values()]
+    inputs += [experts.hidden, experts.intermediate] if experts else []
+    return next((reason for size in inputs if (reason := native.refusal(size, group_size))), None)
 
 
 def read_native_text(
@@ -100,7 +156,12 @@ def read_native_text(
     if group is None:
         head_kind = BF16
     arena = native.Arena(library, _arena_bytes(arch, group_size, head_kind, group))
-    layers = _read_layers(library, checkpoint, arch, group_size, arena)
+    # layers with one rope share one tensor, by which C++ knows that they share their angles
+    frequencies = {id(rope): rope.inv_freq.to(torch.float32).contiguous() for rope in arch.ropes}
+    layers = tuple(
+        read_native_layer(library, LayerReader(checkpoint, arch, index, group_size), frequencies[id(rope)], arena)
+        for index, rope in enumerate(arch.ropes)
+    )
     norm = read_final_gain(checkpoint, arch)
     if group is None:
         head_linear = native.dense([exact_head])
@@ -109,8 +170,21 @@ def read_native_text(
     dense = None
     if group_size is None:
         dense = read_torch_text(checkpoint, arch, None, torch.device("cpu"), torch.bfloat16)
-    spec = _model_spec(arch, layers, embedding, norm, head_linear.spec, exact_head)
-    return NativeText(library, arch, spec, layers, head_linear, embedding, exact_head, norm, dense)
+    per_layer, streams = _read_per_layer(checkpoint, arch), _read_streams(checkpoint, arch)
+    spec = _model_spec(arch, layers, embedding, norm, head_linear.spec, exact_head, per_layer, streams)
+    return NativeText(library, arch, spec, layers, head_linear, embedding, exact_head, norm, per_layer, streams, dense)
+
+
+def _read_per_layer(checkpoint: Checkpoint, arch: Architecture) -> NativePerLayer | None:
+    if (read := read_per_layer(checkpoint, arch)) is None:
+        return None
+    return NativePerLayer(read.table, narrow(read.projection), read.gain)
+
+
+def _read_streams(checkpoint: Checkpoint, arch: Architecture) -> NativeStreams | None:
+    if (read := read_streams(checkpoint, arch)) is None:
+        return None
+    return NativeStreams(tuple(map(narrow, read.starts)), tuple(map(narrow, read.ends)))
 
 
 def native_report(text: NativeText) -> list[str]:
@@ -118,36 +192,21 @@ def native_report(text: NativeText) -> list[str]:
     long = "" if text.dense is None else f"; torch for {MANY_TOKENS} tokens or more at once"
     linears = sum(linear.nbytes for linear in text.linears)
     exact = "; the largest logits recomputed in bfloat16" if text.spec.exact else ""
-    return [
+    experts = next((layout.experts for layout in text.arch.layouts if layout.experts), None)
+    names = JOINED if experts is None else (*JOINED, f"{experts.active} of {experts.count} experts per token")
+    lines = [
         f"forward: compiled C++ ({text.library.instructions}, {torch.get_num_threads()} threads){long}",
-        f"{', '.join(JOINED)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
+        f"{', '.join(names)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
         f"head: compiled {_arithmetic(text.head.spec)}{exact}, {text.head.nbytes / 1e6:.1f} MB",
     ]
+    if text.per_layer is not None:
+        lines.append(f"per-layer embeddings: read row by row from the file, {text.per_layer.table.nbytes / 1e6:.1f} MB")
+    return lines
 
 
 def _arithmetic(linear: LinearSpec) -> str:
     groups = f" in groups of {linear.group}" if linear.group else ""
     return f"{_WEIGHTS[linear.kind]}{groups}, activations in {_ACTIVATIONS[linear.kind]}"
-
-
-def _read_layers(
-    library: Library, checkpoint: Checkpoint, arch: Architecture, group_size: int | None, arena: native.Arena
-) -> tuple[NativeLayer, ...]:
-    # layers with one rope share one tensor, by which C++ knows that they share their angles
-    frequencies = {id(rope): rope.inv_freq.to(torch.float32).contiguous() for rope in arch.ropes}
-    layers = []
-    for index, rope in enumerate(arch.ropes):
-        reader = LayerReader(checkpoint, arch, index, group_size)
-        linears = {kind: _read_linear(library, reader, kind, arena) for kind in JOINED}
-        gains = {slot: gain for slot, gain in reader.gains().items() if gain is not None}
-        layers.append(NativeLayer(linears, gains, frequencies[id(rope)]))
-    return tuple(layers)
-
-
-def _read_linear(library: Library, reader: LayerReader, kind: str, arena: native.Arena) -> native.NativeLinear:
-    if reader.group_size is None:
-        return native.dense(reader.dense(kind))
-    return native.from_awq(library, reader.packed(kind), arena)
 
 
 def _model_spec(
@@ -157,39 +216,36 @@ def _model_spec(
     norm: Tensor,
     head: LinearSpec,
     exact_head: Tensor,
+    per_layer: NativePerLayer | None,
+    streams: NativeStreams | None,
 ) -> ModelSpec:
     """exact_head: the head in bf16, from which C++ recomputes the largest logits of an int4 head."""
-    specs = (LayerSpec * len(layers))(*(_layer_spec(arch, index, layer) for index, layer in enumerate(layers)))
-    return ModelSpec(
+    specs = (LayerSpec * len(layers))(*(layer_spec(arch, index, layer) for index, layer in enumerate(layers)))
+    spec = ModelSpec(
         hidden=arch.hidden, layers=len(layers), eps=arch.eps,
+        kv_buffers=1 + len(arch.kv_sources), first_kv_reader=arch.first_kv_reader,
         embed_scale=float(embed_scale(arch, torch.bfloat16)),
         attention_softcap=arch.attention_softcap or 0.0, final_softcap=arch.final_softcap or 0.0,
         embedding=embedding.data_ptr(), norm=norm.data_ptr(), head=head, layer=specs,
         exact=exact_head.data_ptr() if head.kind == INT4 else None,
     )  # fmt: skip
-
-
-def _layer_spec(arch: Architecture, index: int, layer: NativeLayer) -> LayerSpec:
-    layout, rope = arch.layouts[index], arch.ropes[index]
-    if layer.inv_freq.numel() != layout.head_dim // 2:
-        raise AssertionError(f"layer {index} has {layer.inv_freq.numel()} frequencies for heads of {layout.head_dim}")
-    return LayerSpec(
-        heads=layout.heads, kv_heads=layout.kv_heads, head_dim=layout.head_dim, intermediate=layout.intermediate,
-        window=layout.window or 0, inv_freq=layer.inv_freq.data_ptr(), rope_factor=rope.factor,
-        query_scale=arch.query_scale,
-        **{kind: linear.spec for kind, linear in layer.linears.items()},
-        **{slot: gain.data_ptr() for slot, gain in layer.gains.items()},
-    )  # fmt: skip
+    if per_layer is not None:
+        assert arch.per_layer is not None
+        spec.per_layer_width, spec.per_layer_rows = arch.per_layer.width, arch.per_layer.vocabulary
+        spec.per_layer_table, spec.per_layer_gain = per_layer.table.data_ptr(), per_layer.gain.data_ptr()
+        spec.per_layer_projection = per_layer.projection.spec
+    if streams is not None:
+        assert arch.altup is not None
+        spec.streams, spec.active_stream = arch.altup.streams, arch.altup.active
+        spec.stream_starts, spec.stream_ends = linear_array(streams.starts), linear_array(streams.ends)
+    return spec
 
 
 def _arena_bytes(arch: Architecture, group_size: int | None, head_kind: int, head_group_size: int | None) -> int:
     """How many bytes all integer weights take together."""
     total = 0
     if group_size is not None:
-        for layout in arch.layouts:
-            for names in joined_linears(layout).values():
-                linear = layout.joined(names)
-                total += native.arena_bytes(INT4, linear.inputs, linear.outputs, group_size)
+        total += sum(layer_arena_bytes(layout, group_size) for layout in arch.layouts)
     if head_group_size is not None:
         total += native.arena_bytes(head_kind, arch.hidden, arch.vocabulary, head_group_size)
     return total
