@@ -37,9 +37,9 @@ class Batch:
     prompts: Sequence[Prompt]
     system: str | None
     raw: bool
-    think: bool | None
     options: GenerationOptions
     made_with: Mapping[str, Any]
+    think: bool | None = None
 
 
 def recorded_seed(path: Path) -> int | None:

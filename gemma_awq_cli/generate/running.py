@@ -106,7 +106,7 @@ def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_even
         checkpoint = read_checkpoint(found, on_event)
         options = _options(request, checkpoint, on_event)
         made_with = _made_with(request, checkpoint, options)
-        batch = Batch(prompts, request.system, request.raw, request.think, options, made_with)
+        batch = Batch(prompts, request.system, request.raw, options, made_with, request.think)
         finished = read_finished(files.output, batch)
         if finished:
             on_event(BatchResumed(len(finished), len(prompts), files.output))
