@@ -44,7 +44,9 @@ from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.models.gemma.family import FULL, SLIDING
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-GEMMA4_TURNS = ["<|turn>", "<turn|>"]  # in place of the last two
+GEMMA4_TURNS = ["<|turn>", "<turn|>"]
+GEMMA4_SPECIAL = [*SPECIAL[:4], *GEMMA4_TURNS, "<|channel>", "<channel|>", "<|think|>"]
+GEMMA4_TEMPLATE = (Path(__file__).parent / "gemma4_template.jinja").read_text(encoding="utf-8")
 VOCAB = 264  # bytes, the special tokens, and two that nothing maps to
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -207,8 +209,9 @@ CONFIGS = {
 
 
 def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SPECIAL) -> None:
-    """A byte tokenizer with Gemma's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """A byte tokenizer with Gemma's special tokens. Those beyond six take the place of bytes that UTF-8 never has."""
+    never = [chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))][: len(special) - len(SPECIAL)]
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*never})
     vocab = {token: index for index, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -218,7 +221,7 @@ def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SP
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
     if chat:
-        fast.chat_template = CHAT_TEMPLATE
+        fast.chat_template = GEMMA4_TEMPLATE if GEMMA4_TURNS[0] in special else CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 
@@ -263,7 +266,7 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
             scalar.fill_(0.75 + 0.25 * (index % 4))
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
-    make_tokenizer(folder, chat, [*SPECIAL[:4], *GEMMA4_TURNS] if family.end_of_turn in GEMMA4_TURNS else SPECIAL)
+    make_tokenizer(folder, chat, GEMMA4_SPECIAL if family.end_of_turn in GEMMA4_TURNS else SPECIAL)
     return folder
 
 

@@ -18,7 +18,9 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli.calibration_text.recipes import public_name
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
+from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.licensing import Licence
 from gemma_awq_cli.publish.public_documents import source_name
@@ -28,7 +30,36 @@ HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _MARK = re.compile(r"\n<!-- gemma-awq card, sha256 of the above: ([0-9a-f]{64}) -->\n\Z")
 _DATASET = re.compile(r"\(hub dataset ([^,)]+)")  # in the description of the calibration rows
+_PARTS = {
+    "vision_tower": "vision tower", "multi_modal_projector": "projector", "audio_tower": "audio tower",
+    "embed_vision": "vision embedder", "embed_audio": "audio embedder", "vision_embedder": "patch embedder",
+}  # fmt: skip
 PROMPTS = {True: "Write a haiku about rivers.", False: "The three primary colours are"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an artifact holds beside packed linears, the embedding and the norms.
+
+    table_bytes: of the per-layer embeddings, which stay in 16 bits; experts: how many a layer has; altup: whether there
+    are AltUp and Laurel; companions: the names of the parts that were copied. 0 or nothing where a model has none.
+    """
+
+    table_bytes: int = 0
+    experts: int = 0
+    altup: bool = False
+    companions: tuple[str, ...] = ()
+
+
+def contents_of(checkpoint: Checkpoint) -> Contents:
+    """Return what an open artifact holds."""
+    shape, held = checkpoint.shape, checkpoint.companions()
+    table = checkpoint.tensors[checkpoint.key(PER_LAYER_TABLE)].nbytes if shape.per_layer is not None else 0
+    experts = max((layout.experts.count for layout in shape.layouts if layout.experts is not None), default=0)
+    parts = tuple(
+        part.name for part in checkpoint.family.companions if any(f"{part.name}." in f"{name}." for name in held)
+    )
+    return Contents(table, experts, shape.altup is not None, parts)
 
 
 @dataclass(frozen=True)
@@ -37,7 +68,8 @@ class CardFacts:
 
     report: the artifact's, as it is published; chat: whether it has a chat template; tied: whether its head is the
     embedding; notice: the sentence on what was modified; provenance: a remark on where the weights came from, "" for
-    none; bench: the stored document of `gemma-awq bench --save` as it is published, if there is one.
+    none; contents: of the artifact; bench: the stored document of `gemma-awq bench --save` as it is published, if there
+    is one.
     """
 
     repo: str
@@ -48,6 +80,7 @@ class CardFacts:
     tied: bool
     notice: str
     provenance: str
+    contents: Contents
     bench: Mapping[str, Any] | None = None
 
 
@@ -178,12 +211,16 @@ def _body(facts: CardFacts) -> str:
             chat=facts.chat,
             auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
             dtype=artifact["dtype"],
+            table_size=_size(facts.contents.table_bytes) if facts.contents.table_bytes else "",
+            smaller=f"{100 * (1 - artifact['bytes'] / report['source']['bytes']):.0f} %",
+            experts=facts.contents.experts,
+            library=next((part.library for part in family.companions if part.library), ""),
             float16=family.float16,
             command=Markdown(quantize_command(report)),
             source=_source(report),
             group_size=artifact["group_size"],
             linears=artifact["quantized_linears"],
-            left=_left(facts.tied, multimodal),
+            left=_left(facts.tied, facts.contents),
             calibration_rows=calibration["rows"],
             calibration_seq_len=calibration["seq_len"],
             calibration_text=_calibration(report),
@@ -262,9 +299,12 @@ def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _left(tied: bool, multimodal: bool) -> str:
+def _left(tied: bool, contents: Contents) -> str:
     parts = ["embedding (also the head, stored once)" if tied else "embedding, head", "norms"]
-    return ", ".join(parts + (["vision tower", "projector"] if multimodal else []))
+    parts += ["per-layer embeddings and their projections"] if contents.table_bytes else []
+    parts += ["routers"] if contents.experts else []
+    parts += ["AltUp", "Laurel"] if contents.altup else []
+    return ", ".join(parts + [_PARTS[name] for name in contents.companions])
 
 
 def _heldout(report: Mapping[str, Any]) -> str:
@@ -307,11 +347,11 @@ def _licence(licence: Licence) -> Markdown:
         )
     if licence.terms.restrictions:
         parts.append(
-            f"This model is a derivative of Gemma, provided under and subject to the {terms}{beside}; {copies} is a "
-            "copy of them. By using it you agree to them, including their use restrictions (Section 3.2) and the "
-            f"[Prohibited Use Policy]({licence.terms.restrictions}). Whoever passes on this model or a derivative of "
-            "it must pass on these restrictions too, with a copy of the terms, the `Notice` file, and a statement of "
-            "what was modified."
+            f"This model is a derivative of {licence.terms.subject}, provided under and subject to the {terms}{beside};"
+            f" {copies} is a copy of them. By using it you agree to them, including their use restrictions (Section "
+            f"3.2) and the [Prohibited Use Policy]({licence.terms.restrictions}). Whoever passes on this model or a "
+            "derivative of it must pass on these restrictions too, with a copy of the terms, the `Notice` file, and a "
+            "statement of what was modified."
         )
     else:
         parts.append(f"The weights are under the {terms}{beside}; {copies} is a copy of it.")

@@ -43,8 +43,9 @@ class Companion:
     """A part of a multimodal model beside its language model. Its tensors are copied as they are.
 
     name: of the module, in transformers and in the files; section: of config.json, which describes the part. made_by:
-    transformers' class, below `transformers.models`; None for one that needs a library that may not be installed.
-    made_from: what the class is given. unused: modules of the class whose tensors a checkpoint need not have.
+    transformers' class, below `transformers.models`; None if another library makes it. made_from: what the class is
+    given. unused: modules of the class whose tensors a checkpoint need not have. library: which transformers needs for
+    the part.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Companion:
     made_by: str | None
     made_from: Literal["section", "section and text", "config"] = "section"
     unused: tuple[str, ...] = ()
+    library: str = ""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ GEMMA3N = Family(
         KeyLayout("language_model.", "lm_head.weight"),
     ),
     companions=(
-        Companion("vision_tower", "vision_config", None),  # the library timm makes it
+        Companion("vision_tower", "vision_config", None, library="timm"),
         Companion("audio_tower", "audio_config", f"{_MODELING}AudioEncoder"),
         Companion("embed_vision", "vision_config", f"{_MODELING}MultimodalEmbedder", "section and text"),
         Companion("embed_audio", "audio_config", f"{_MODELING}MultimodalEmbedder", "section and text"),
