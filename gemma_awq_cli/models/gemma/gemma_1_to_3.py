@@ -162,7 +162,13 @@ GEMMA3 = Family(
     ),
     read_layouts=(KeyLayout("language_model.", "lm_head.weight"),),  # a model saved without its head's class
     companions=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-    not_converted=("lm_head", "vision_tower", "multi_modal_projector"),
+    not_converted=(
+        "lm_head",
+        "vision_tower",
+        "model.vision_tower",
+        "multi_modal_projector",
+        "model.multi_modal_projector",
+    ),
     float16=False,
 )
 
