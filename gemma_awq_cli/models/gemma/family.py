@@ -86,7 +86,8 @@ class Family:
     key_layouts: tuple[KeyLayout, ...]  # tried in this order; artifacts are written in the first
     read_layouts: tuple[KeyLayout, ...]  # tried after them, and never written: other readers may not know them
     companions: tuple[Companion, ...]  # a multimodal model's other parts
-    # `modules_to_not_convert`: vLLM and SGLang match them by substring, transformers from the start of the full name
+    # `modules_to_not_convert`. vLLM and SGLang match an entry anywhere in a module's name, transformers only from the
+    # name's start to a dot, or as its end: so what lies under `model.` there is listed with that and without.
     not_converted: tuple[str, ...]
     float16: bool  # whether activations fit float16
 

@@ -168,7 +168,13 @@ GEMMA3 = Family(
             "multi_modal_projector", "vision_config", "gemma3.modeling_gemma3.Gemma3MultiModalProjector", "config"
         ),
     ),
-    not_converted=("lm_head", "vision_tower", "multi_modal_projector"),
+    not_converted=(
+        "lm_head",
+        "vision_tower",
+        "model.vision_tower",
+        "multi_modal_projector",
+        "model.multi_modal_projector",
+    ),
     float16=False,
 )
 
