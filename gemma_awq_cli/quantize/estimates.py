@@ -34,7 +34,7 @@ STREAM_COPIES = 5  # of the same for each further stream (AltUp): input, predict
 WIDE_COPIES = 5
 # activations as wide as a layer's per-layer input: itself, the gate, its activation, their product
 PER_LAYER_COPIES = 4
-KEPT_WEIGHT = 4  # of a weight of the layer that stays in 16 bits: float32 in the module
+UNPACKED_WEIGHT = 4  # of a weight of the layer that stays in 16 bits: float32 in the module
 LOGIT_COPIES = 8  # float32 rows of one chunk of logits: both paths, their log probabilities and differences
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
@@ -105,7 +105,7 @@ def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     activations = tokens * FLOAT32 * (states + shared + PER_LAYER_COPIES * layout.per_layer_width)
     activations += wide * WIDE_COPIES * widest
     scores = max(1, tokens // work.seq_len) * layout.heads * work.seq_len**2 * FLOAT32
-    weights = OBSERVED_WEIGHT * _weights(layout) + KEPT_WEIGHT * _kept(layout)
+    weights = OBSERVED_WEIGHT * _weights(layout) + UNPACKED_WEIGHT * _kept(layout)
     return weights + _grams(work, fit, layout) + activations + scores
 
 
