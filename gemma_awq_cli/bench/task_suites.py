@@ -13,8 +13,8 @@ MMLU-Pro, GPQA Diamond, AIME, LiveCodeBench and the like (huggingface.co/blog/ge
 
 The card of Gemma 1 names few settings. Where it names none, a task keeps the harness's own. Its BIG-Bench is the 23
 tasks of BIG-Bench Hard, 3-shot with chain of thought: the Gemma 2 report (arXiv:2408.00118) gives them the same 35.2
-for Gemma 1 2B. The harness and Google do not word the questions alike, so a difference of a few points to the card's figure
-says nothing about a model; a difference between two models of one bench does.
+for Gemma 1 2B. The harness and Google do not word the questions alike, so a difference of a few points to the card's
+figure says nothing about a model; a difference between two models of one bench does.
 """
 
 from collections.abc import Mapping
