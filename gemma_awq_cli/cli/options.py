@@ -60,7 +60,6 @@ class Head(StrEnum):
 
 
 GroupSize = StrEnum("GroupSize", {f"g{size}": str(size) for size in GROUP_SIZES})  # type: ignore[misc]
-DEFAULT_GROUP_SIZE = GroupSize(str(GROUP_SIZES[0]))
 
 # Headings of the help that hold shared options. A command that has more options of the kind uses the same heading.
 MODEL = "Model"

@@ -8,7 +8,6 @@ import typer
 
 from gemma_awq_cli.cli.console import Output, Progress, human_seconds
 from gemma_awq_cli.cli.options import (
-    DEFAULT_GROUP_SIZE,
     Device,
     DeviceOption,
     GroupSize,
@@ -51,8 +50,12 @@ def command(
     ] = None,
     revision: RevisionOption = None,
     group_size: Annotated[
-        GroupSize, typer.Option(help="Weights that share one scale and zero point.", rich_help_panel=METHOD)
-    ] = DEFAULT_GROUP_SIZE,
+        GroupSize | None,
+        typer.Option(
+            help="Weights that share one scale and zero point.  [default: the largest that fits the model]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     quality: Annotated[
         QualityName,
         typer.Option(help="How much work to spend on fidelity.", rich_help_panel=METHOD),
@@ -138,7 +141,7 @@ def command(
         model=model,
         output=output,
         revision=revision,
-        group_size=int(group_size.value),
+        group_size=None if group_size is None else int(group_size.value),
         dtype=dtype and dtype.value,
         quality=quality.value,
         calibration=calibration,

@@ -11,6 +11,8 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
+from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
@@ -34,11 +36,25 @@ def process_layer(
     with matmul_precision("medium"):
         layout = plan.layouts[index]
         observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+        experts = None
+        if layout.experts is not None:
+            experts = ExpertInputs(
+                layout,
+                module,
+                plan.group_size,
+                plan.fit.gram_limit,
+                stack.device,
+                hidden.calibration.stop - hidden.calibration.start,
+                sample.shape[1],
+                paired,
+            )
         with bfloat16_products(stack.device):
             rows = max(1, batch // plan.effort.paths)
             beside = hidden.calibration_quantized if paired else None
             hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
         observer.finish(index)
+        if experts is not None:
+            experts.finish(index)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
     layer = quantize_layer(
@@ -50,11 +66,23 @@ def process_layer(
         stack.device,
         plan.effort,
     )
-    module = stack.layer(index, folded_weights(layer, weights, stack.device))
+    if experts is not None:
+        quantize_experts(
+            layer,
+            layout,
+            checkpoint.family.gain_offset,
+            weights,
+            experts,
+            plan.group_size,
+            stack.device,
+            plan.effort,
+        )
+        del experts
+    module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))
     del module
-    module = stack.layer(index, dense_weights(layer, stack.device))
+    module = stack.layer(index, dense_weights(layer, layout, stack.device))
     with matmul_precision("medium"):
         hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
         if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer

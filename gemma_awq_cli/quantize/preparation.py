@@ -36,7 +36,7 @@ from gemma_awq_cli.quantize.events import (
     SourceFound,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
-from gemma_awq_cli.quantize.plan import Plan, make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -115,14 +115,17 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     for line in source_notes(source.folder, card):
         on_event(Note(line))
     require_in_context(request.seq_len, checkpoint)
-    require_layout(checkpoint, request.group_size)
+    group_size, reason = choose_group_size(checkpoint.shape.layouts, request.group_size)
+    if reason is not None:
+        on_event(Note(reason))
     stack = TextStack(checkpoint, device)
     dtype = stored_dtype(checkpoint, request.dtype)
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run)
-    plan = make_plan(checkpoint, stack, request.group_size, dtype, rows, request.max_memory, request.quality)
+    plan = make_plan(checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality)
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     on_event(PlanMade(plan, source, target, device.type))
-    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, request.reported(device.type))
+    arguments = request.reported(device.type, group_size)
+    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, arguments)
 
 
 def require_quantizable(checkpoint: Checkpoint) -> None:

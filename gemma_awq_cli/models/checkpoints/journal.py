@@ -39,6 +39,17 @@ class GroupRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsRecord(GroupRecord):
+    """The record of a group of linears of all experts.
+
+    Errors are sums over the experts. starved: the experts that fewer calibration tokens reached than they have input
+    channels. The errors of these count tokens that were not routed to them, in place of those that they lack.
+    """
+
+    starved: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """One finished layer. seconds: the time that it took."""
 
@@ -142,12 +153,16 @@ def _is_group(value: Any) -> bool:
         and all(_is_number(value.get(name)) for name in ("error", "rtn_error"))
         and isinstance(value.get("gram_block"), int)
         and not isinstance(value["gram_block"], bool)
+        and isinstance(value.get("starved", []), list)
+        and all(type(expert) is int for expert in value.get("starved", []))
     )
 
 
 def _group(value: dict[str, Any]) -> GroupRecord:
-    held = {field.name: value[field.name] for field in fields(GroupRecord)}
-    return GroupRecord(**{**held, "linears": tuple(held["linears"]), "exponents": tuple(held["exponents"])})
+    kind = ExpertsRecord if "starved" in value else GroupRecord
+    held: dict[str, Any] = {field.name: value[field.name] for field in fields(kind)}
+    held |= {name: tuple(one) for name, one in held.items() if isinstance(one, list)}
+    return kind(**held)
 
 
 def _is_number(value: Any) -> bool:

@@ -3,25 +3,32 @@
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, read_packed_linears, require_awq
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.forward.memory import require_memory
 from gemma_awq_cli.models.gemma.layers import Linear
+
+NOT_PACKED = "Close other programs, or use another --device or machine."
 
 
 @torch.inference_mode()
 def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
     """The model on `device`, with every parameter and buffer loaded and nothing trainable."""
     model = meta_model(checkpoint.text_config)
+    experts: dict[str, Tensor] = {}
     if checkpoint.quantization is not None:
         _replace_linears(model, checkpoint, device, dtype)
-    shapes = parameter_shapes(model, checkpoint.tied_head)
-    weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
-    model.load_state_dict(weights, strict=False, assign=True)
+        experts = _dense_experts(checkpoint, device, dtype)
+    names = [name for name in parameter_shapes(model, checkpoint.tied_head) if name not in experts]
+    weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(names).items()}
+    model.load_state_dict(weights | experts, strict=False, assign=True)
     return finish_model(model, checkpoint, device)
 
 
@@ -40,12 +47,38 @@ def finish_model(model: Any, checkpoint: Checkpoint, device: torch.device) -> An
 
 
 def layer_linears(checkpoint: Checkpoint) -> dict[str, Linear]:
-    """Every linear of every layer, by its name in transformers' causal model (`model.layers.0.self_attn.q_proj`)."""
+    """Every linear of the layers outside experts, by its name in transformers (`model.layers.0.self_attn.q_proj`)."""
     return {
         f"model.layers.{index}.{name}": linear
         for index, layout in enumerate(checkpoint.shape.layouts)
         for name, linear in layout.linears.items()
     }
+
+
+def _dense_experts(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The experts of an artifact as transformers' modules hold them, not packed but stacked, by their full names."""
+    stacks = {
+        f"model.layers.{index}.{name}": shape
+        for index, layout in enumerate(checkpoint.shape.layouts)
+        if layout.experts is not None
+        for name, shape in layout.experts.stacked().items()
+    }
+    if not stacks:
+        return {}
+    needed = sum(torch.Size(shape).numel() for shape in stacks.values()) * dtype.itemsize
+    require_memory(
+        needed, device, f"{checkpoint.folder.name} in transformers, with its experts in 16 bits,", NOT_PACKED
+    )
+    made = {name: torch.empty(shape, dtype=dtype, device=device) for name, shape in stacks.items()}
+    group_size = require_awq(checkpoint)
+    for index, layout in enumerate(checkpoint.shape.layouts):
+        prefix = f"model.layers.{index}."
+        experts = {name: linear for name, linear in layout.packed().items() if name not in layout.linears}
+        packed = read_packed_linears(checkpoint, {prefix + name: one for name, one in experts.items()}, group_size)
+        places = layout.places()
+        for name in experts:
+            made[prefix + places[name].tensor][places[name].part] = dequantize(*unpack_weight(packed[prefix + name]))
+    return made
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
