@@ -26,6 +26,7 @@ from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout
 from gemma_awq_cli.quantize.input_statistics import token_weights
 
 TOKENS_AT_A_TIME = 4096  # of one expert
+SEARCHED = 16  # the scale of all gate_up is searched on this many times the outputs that a linear's scale is
 
 
 class ExpertInputs:

@@ -16,11 +16,9 @@ from gemma_awq_cli.awq.round_group import round_and_compare, round_nearest
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_common_scale, search_scale
 from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, GroupRecord
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Place
-from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
+from gemma_awq_cli.quantize.expert_inputs import SEARCHED, ExpertInputs
 from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_rows
 from gemma_awq_cli.quantize.layer import COMPENSATED, DESCENDED, NEAREST, QuantizedLayer
-
-SEARCHED = 16  # the scale of all gate_up is searched on this many times the outputs that a linear's scale is
 
 
 def quantize_experts(

@@ -46,7 +46,7 @@ class ExpertsRecord(GroupRecord):
     channels. The errors of these count tokens that were not routed to them, in place of those that they lack.
     """
 
-    starved: tuple[int, ...]
+    starved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
