@@ -53,7 +53,8 @@ def command(
     group_size: Annotated[
         GroupSize | None,
         typer.Option(
-            help="Weights that share one scale and zero point.  [default: 128, or 32 for a QAT checkpoint]",
+            help="Weights that share one scale and zero point.  [default: the largest that fits the model, or 32 for a "
+            "QAT checkpoint]",
             rich_help_panel=METHOD,
         ),
     ] = None,

@@ -16,7 +16,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.metrics import Positions, compare, join
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
@@ -113,15 +113,13 @@ class ComparedStack:
         """Return the weights of one layer, by their names relative to the layer."""
         if self.group_size is None:
             return self.stack.read_layer(index)
-        prefix = f"model.layers.{index}."
-        weights = {}
-        for name in self.stack.layer_names(index):
-            full = prefix + name
-            if self.checkpoint.key(full) in self.checkpoint.tensors:
-                weights[name] = self.checkpoint.read([full])[full]
-            else:
-                out_features, in_features = self.stack.shapes[full]
-                linear = full.removesuffix(".weight")
-                packed = read_packed(self.checkpoint, linear, in_features, out_features, self.group_size)
-                weights[name] = dequantize(*unpack_weight(packed))
-        return weights
+        prefix, layout = f"model.layers.{index}.", self.checkpoint.shape.layouts[index]
+        dense = {name: torch.empty(shape) for name, shape in layout.unpacked().items()}
+        packed = read_packed_linears(
+            self.checkpoint, {prefix + name: linear for name, linear in layout.packed().items()}, self.group_size
+        )
+        for name, (tensor, part) in layout.places().items():
+            dense[tensor][part] = dequantize(*unpack_weight(packed[prefix + name]))
+        rest = [name for name in self.stack.layer_names(index) if name not in dense]
+        read = self.checkpoint.read(prefix + name for name in rest)
+        return dense | {name: read[prefix + name] for name in rest}

@@ -5,14 +5,14 @@ weights off their grid. Without searches there is nothing to calibrate. Only the
 layers.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
 from gemma_awq_cli.awq.known_grid import KNOWN_GROUP, PART, KnownGrid, find_grid, round_others
 from gemma_awq_cli.awq.search import Effort
 from gemma_awq_cli.errors import UsageError
@@ -20,6 +20,7 @@ from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord, KeptGroups, LayerRecord
 from gemma_awq_cli.models.checkpoints.weight_files import read_tensors
+from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.events import OnEvent
 from gemma_awq_cli.quantize.layer import QuantizedLayer
@@ -47,8 +48,8 @@ class GridSample(NamedTuple):
 def sample_grids(checkpoint: Checkpoint, dtype: torch.dtype) -> GridSample:
     """Look for 4-bit grids in some rows of every linear, as they are in the 16-bit `dtype` of the artifact."""
     groups = on_grid = 0
-    linears = quantized_linears(checkpoint.shape.layouts)
-    stored = read_tensors(checkpoint.tensors, map(checkpoint.key, linears))
+    weights = dict.fromkeys(tensor for tensor, _ in quantized_linears(checkpoint.shape.layouts).values())
+    stored = read_tensors(checkpoint.tensors, map(checkpoint.key, weights))
     for weight in stored.values():
         if weight.shape[-1] % KNOWN_GROUP == 0:
             rows = weight.flatten(0, -2)
@@ -81,10 +82,8 @@ def decide_on_grid(request: QuantizeRequest, checkpoint: Checkpoint, dtype: torc
     return False
 
 
-def chosen_group_size(asked: int | None, keeps_grid: bool) -> int:
-    """Return the group size. Raises if another one is asked for than that of the grid that is kept."""
-    if not keeps_grid:
-        return asked or GROUP_SIZES[0]
+def grid_group_size(asked: int | None) -> int:
+    """Return the group size of a grid that is kept. Raises if another one is asked for."""
     if asked not in (None, KNOWN_GROUP):
         raise UsageError(
             f"The weights of this QAT checkpoint lie on a grid in groups of {KNOWN_GROUP}, which --group-size {asked} "
@@ -106,13 +105,13 @@ def keep_layer(
 
     weights: all of the layer's parameters in the dtype that is stored, by name.
     """
-    quantized = {f"{linear}.weight" for group in layout.groups for linear in group.linears}
-    layer = QuantizedLayer({name: weight for name, weight in weights.items() if name not in quantized})
-    for group in layout.groups:
+    places, packed = layout.places(), layout.unpacked()
+    layer = QuantizedLayer({name: weight for name, weight in weights.items() if name not in packed})
+    for group, linears in _groups(layout):
         error = rtn_error = 0.0
         counts = []
-        for name in group.linears:
-            weight = weights[f"{name}.weight"].to(device)
+        for name in linears:
+            weight = weights[places[name].tensor][places[name].part].to(device)
             known = find_grid(weight)
             round_others(known, weight, effort)
             one = torch.ones(1, 1, device=device)
@@ -122,6 +121,15 @@ def keep_layer(
             error, rtn_error = error + stored, rtn_error + nearest_stored
         layer.groups.append(GroupRecord(group.name, group.linears, METHOD, (), error, rtn_error, 0, _sum(counts)))
     return layer
+
+
+def _groups(layout: LayerLayout) -> Iterator[tuple[ScaleGroup, Iterable[str]]]:
+    """Each group of a layer with the names of its linears; those of the experts with the linears of all of them."""
+    yield from ((group, group.linears) for group in layout.groups)
+    if layout.experts is not None:
+        for group in (layout.experts.gate_up, layout.experts.down):
+            names = (f"experts.{e}.{linear}" for e in range(layout.experts.count) for linear in group.linears)
+            yield replace(group, linears=tuple(f"experts.*.{linear}" for linear in group.linears)), list(names)
 
 
 def kept_groups(records: Iterable[LayerRecord]) -> KeptGroups:

@@ -12,6 +12,9 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
+from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
 from gemma_awq_cli.quantize.kept_grid import keep_layer
@@ -36,38 +39,52 @@ def process_layer(
         carried = stack.carried(index, module, sample[0].to(stack.device))
     with matmul_precision("medium"):
         layout = plan.layouts[index]
+        observer = experts = None
         if not plan.keeps_grid:
             observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+            experts = _expert_inputs(plan, layout, module, hidden, stack)
             with bfloat16_products(stack.device):
                 rows = max(1, batch // plan.effort.paths)
                 beside = hidden.calibration_quantized if paired else None
                 hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
             observer.finish(index)
+            if experts is not None:
+                experts.finish(index)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
-    if plan.keeps_grid:
+    gain_offset = checkpoint.family.gain_offset
+    if observer is None:
         layer = keep_layer(layout, weights, stack.device, plan.effort)
     else:
-        layer = quantize_layer(
-            layout,
-            checkpoint.family.gain_offset,
-            weights,
-            observer.hand_over(),
-            plan.group_size,
-            stack.device,
-            plan.effort,
-        )
-    module = stack.layer(index, folded_weights(layer, weights, stack.device))
+        observed = observer.hand_over()
+        layer = quantize_layer(layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort)
+        if experts is not None:
+            quantize_experts(layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort)
+            del experts
+    module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, *sample), carried))
     del module
-    module = stack.layer(index, dense_weights(layer, stack.device))
+    module = stack.layer(index, dense_weights(layer, layout, stack.device))
     with matmul_precision("medium"):
         hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
         if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
             with bfloat16_products(stack.device):
                 hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
     return layer
+
+
+def _expert_inputs(
+    plan: Plan, layout: LayerLayout, module: nn.Module, hidden: HiddenStates, stack: TextStack
+) -> ExpertInputs | None:
+    """What collects the inputs of a layer's experts; None if it has none."""
+    if layout.experts is None:
+        return None
+    rows = hidden.calibration.stop - hidden.calibration.start
+    paired = plan.effort.paths == 2
+    return ExpertInputs(
+        layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired
+    )
 
 
 @contextmanager

@@ -27,6 +27,7 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FITS = tuple(
     Fit(tokens, limit) for limit in (8192, 4096, 2048, 1024) for tokens in (4096, 2048, 1024, 512) if tokens <= limit
 )
+NO_LAYOUT = "This model cannot be stored in the AutoAWQ layout."
 MUCH_SMALLER = 0.9  # the share of a plan's memory below which another plan is worth suggesting
 
 
@@ -80,32 +81,39 @@ def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     return dtype if dtype in DTYPE_NAMES else torch.bfloat16
 
 
-def require_layout(checkpoint: Checkpoint, group_size: int) -> None:
-    """Raise if the group size or the packed layout does not fit a dimension of a linear."""
-    for name, linear in quantized_linears(layers_of(checkpoint.facts, checkpoint.family)).items():
-        if linear.inputs % group_size:
-            fits = [size for size in GROUP_SIZES if linear.inputs % size == 0]
-            raise GemmaAwqError(
-                f"Group size {group_size} does not divide the {linear.inputs} inputs of {name}.",
-                f"Use --group-size {fits[0]}."
-                if fits
-                else "This model cannot be stored in the AutoAWQ layout: no group size divides them.",
-            )
+def choose_group_size(layouts: tuple[LayerLayout, ...], asked: int | None) -> tuple[int, str | None]:
+    """Return the group size: `asked`, or the largest that divides the inputs of every linear.
+
+    Also returns a line on why it is not the largest of all, None if it is. Raises if the size or the packed layout does
+    not fit a linear.
+    """
+    linears = quantized_linears(layouts)
+    for name, (_, linear) in linears.items():
         if linear.outputs % PACK:
             raise GemmaAwqError(
-                f"{name} has {linear.outputs} outputs, and the AutoAWQ layout needs a multiple of {PACK}.",
-                "This model cannot be stored in the AutoAWQ layout.",
+                f"{name} has {linear.outputs} outputs, and the AutoAWQ layout needs a multiple of {PACK}.", NO_LAYOUT
             )
+    first = asked or GROUP_SIZES[0]
+    unfit = next(((name, one.inputs) for name, (_, one) in linears.items() if one.inputs % first), None)
+    if unfit is None:
+        return first, None
+    problem = f"{first} does not divide the {unfit[1]} inputs of {unfit[0]}"
+    fits = [size for size in GROUP_SIZES if all(linear.inputs % size == 0 for _, linear in linears.values())]
+    if not fits:
+        raise GemmaAwqError(f"Group size {problem}.", f"{NO_LAYOUT} No group size divides them.")
+    if asked:
+        raise GemmaAwqError(f"Group size {problem}.", f"Use --group-size {' or '.join(map(str, fits))}.")
+    return fits[0], f"The group size is {fits[0]}: {problem}."
 
 
-def quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, Linear]:
-    """Return the linears that become 4-bit, by the names of their weights, in the order of the model."""
-    return {
-        f"model.layers.{index}.{name}.weight": layout.linears[name]
-        for index, layout in enumerate(layouts)
-        for group in layout.groups
-        for name in group.linears
-    }
+def quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, tuple[str, Linear]]:
+    """Return the linears that become 4-bit by name, each with the name of the 16-bit tensor that holds its weight."""
+    found = {}
+    for index, layout in enumerate(layouts):
+        places = layout.places()
+        for name, linear in layout.packed().items():
+            found[f"model.layers.{index}.{name}"] = (f"model.layers.{index}.{places[name].tensor}", linear)
+    return found
 
 
 def make_plan(
@@ -172,20 +180,26 @@ def _choose_fit(work: Workload, max_memory: int | None) -> tuple[Fit, int, int |
 
 
 def _planned_tensors(
-    checkpoint: Checkpoint, stack: TextStack, linears: Mapping[str, Linear], group_size: int, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    stack: TextStack,
+    linears: Mapping[str, tuple[str, Linear]],
+    group_size: int,
+    dtype: torch.dtype,
 ) -> tuple[PlannedTensor, ...]:
     """Every tensor of the artifact, in the order of the model, and then the companions."""
+    held: dict[str, dict[str, Linear]] = {}
+    for name, (tensor, linear) in linears.items():
+        held.setdefault(tensor, {})[name] = linear
     tensors: list[PlannedTensor] = []
     for name, shape in stack.shapes.items():
-        key = checkpoint.artifact_key(name)
-        if (linear := linears.get(name)) is None:
-            tensors.append(PlannedTensor(key, dtype, tuple(shape)))
-            continue
-        base, groups, packed = key.removesuffix(".weight"), linear.inputs // group_size, linear.outputs // PACK
-        tensors += (
-            PlannedTensor(f"{base}.qweight", torch.int32, (linear.inputs, packed)),
-            PlannedTensor(f"{base}.qzeros", torch.int32, (groups, packed)),
-            PlannedTensor(f"{base}.scales", torch.float16, (groups, linear.outputs)),
-        )
+        if name not in held:
+            tensors.append(PlannedTensor(checkpoint.artifact_key(name), dtype, tuple(shape)))
+        for own, linear in held.get(name, {}).items():
+            base, groups, packed = checkpoint.artifact_key(own), linear.inputs // group_size, linear.outputs // PACK
+            tensors += (
+                PlannedTensor(f"{base}.qweight", torch.int32, (linear.inputs, packed)),
+                PlannedTensor(f"{base}.qzeros", torch.int32, (groups, packed)),
+                PlannedTensor(f"{base}.scales", torch.float16, (groups, linear.outputs)),
+            )
     companions = ((key, checkpoint.tensors[key]) for key in checkpoint.companions())
     return (*tensors, *(PlannedTensor(key, info.dtype, info.shape) for key, info in companions))

@@ -37,8 +37,8 @@ from gemma_awq_cli.quantize.events import (
     SourceFound,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
-from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, chosen_group_size, decide_on_grid
-from gemma_awq_cli.quantize.plan import Plan, make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, grid_group_size
+from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -120,15 +120,17 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     require_in_context(request.seq_len, checkpoint)
     dtype = stored_dtype(checkpoint, request.dtype)
     keeps_grid = decide_on_grid(request, checkpoint, dtype, on_event)
-    group_size = chosen_group_size(request.group_size, keeps_grid)
-    request = replace(request, group_size=group_size)
-    require_layout(checkpoint, group_size)
+    asked = grid_group_size(request.group_size) if keeps_grid else request.group_size
+    group_size, reason = choose_group_size(checkpoint.shape.layouts, asked)
+    if reason is not None:
+        on_event(Note(reason))
     stack = TextStack(checkpoint, device)
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run, keeps_grid)
     plan = make_plan(checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid)
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     on_event(PlanMade(plan, source, target, device.type))
-    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, request.reported(device.type))
+    arguments = request.reported(device.type, group_size)
+    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, arguments)
 
 
 def require_quantizable(checkpoint: Checkpoint) -> None:

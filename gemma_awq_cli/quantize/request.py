@@ -23,9 +23,10 @@ class QuantizeRequest:
 
     model: a checkpoint folder, a hub id or `demo`; output: the artifact's folder, by default `NAME-AWQ` in the current
     one; revision: branch, tag or commit of a hub id.
-    group_size: weights that share one scale and zero point, by default 128, or 32 where a grid is kept; qat: `keep` the
-    4-bit grid that the weights of a QAT checkpoint lie on, `ignore` it, or by default keep it if the checkpoint has
-    one; dtype: of the weights that stay in 16 bits, by default the
+    group_size: weights that share one scale and zero point, by default the largest of `GROUP_SIZES` that divides the
+    inputs of every linear, or 32 where a grid is kept; qat: `keep` the 4-bit grid that the weights of a QAT checkpoint
+    lie on, `ignore` it, or by default keep it if the checkpoint has one; dtype: of the weights that stay in 16 bits, by
+    default the
     checkpoint's own; quality: how much work to spend, one of `QUALITIES`.
     calibration: a recipe, a file or folder of texts, a hub dataset, or `self` for rows that the model writes itself;
     dataset_config, dataset_split: of a hub dataset; text_column: the column that holds the text or the messages;
@@ -81,11 +82,14 @@ class QuantizeRequest:
         """How many calibration rows the model writes itself."""
         return self.num_samples if self.samples_itself else self.level.sampled_rows
 
-    def reported(self, device: str) -> dict[str, Any]:
-        """The arguments that the artifact's bytes depend on, by their names in the report. device: the one in use."""
+    def reported(self, device: str, group_size: int) -> dict[str, Any]:
+        """The arguments that the artifact's bytes depend on, by their names in the report.
+
+        device, group_size: those in use.
+        """
         return {
             "quality": self.quality,
-            "group_size": self.group_size,
+            "group_size": group_size,
             "calibration": reported_name(self.calibration),
             "num_samples": self.num_samples,
             "seq_len": self.seq_len,

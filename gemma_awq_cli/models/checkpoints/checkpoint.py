@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoints.expected_tensors import Expected, require_tensors, text_tensors
+from gemma_awq_cli.models.checkpoints.expected_tensors import (
+    OTHER_SOURCE,
+    PACKED_PER_EXPERT,
+    Expected,
+    require_tensors,
+    text_tensors,
+)
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
@@ -113,8 +119,20 @@ class Checkpoint:
     def text_tensors(self) -> dict[str, Expected]:
         """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
         group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
+        if group_size is not None:
+            self._require_as_many_tensors()
         expected = text_tensors(self.shape, self.tied_head, group_size)
         return {self.key(name): one for name, one in expected.items()}
+
+    def _require_as_many_tensors(self) -> None:
+        """An error if the config's experts need more tensors than there are, before they are named one by one."""
+        experts = sum(layout.experts.count for layout in self.shape.layouts if layout.experts is not None)
+        if (needed := experts * PACKED_PER_EXPERT) > len(self.tensors):
+            raise GemmaAwqError(
+                f"{self.folder / CONFIG}: num_experts is {self.facts.num_experts}, which takes {needed} tensors in all "
+                f"layers, but the files hold {len(self.tensors)}.",
+                OTHER_SOURCE,
+            )
 
     def _require_weights_as_declared(self) -> None:
         """An error if the weights are packed and the config does not say so, or the reverse."""

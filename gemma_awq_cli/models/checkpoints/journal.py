@@ -58,6 +58,17 @@ class GroupRecord:
 
 
 @dataclass(frozen=True)
+class ExpertsRecord(GroupRecord):
+    """The record of a group of linears of all experts.
+
+    Errors are sums over the experts. starved: the experts that fewer calibration tokens reached than they have input
+    channels. The errors of these count tokens that were not routed to them, in place of those that they lack.
+    """
+
+    starved: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class LayerRecord:
     """One finished layer. seconds: the time that it took."""
 
@@ -162,6 +173,8 @@ def _is_group(value: Any) -> bool:
         and isinstance(value.get("gram_block"), int)
         and not isinstance(value["gram_block"], bool)
         and ("kept" not in value or _is_kept(value["kept"]))
+        and isinstance(value.get("starved", []), list)
+        and all(type(expert) is int for expert in value.get("starved", []))
     )
 
 
@@ -170,10 +183,12 @@ def _is_kept(value: Any) -> bool:
 
 
 def _group(value: dict[str, Any]) -> GroupRecord:
-    held = {field.name: value[field.name] for field in fields(GroupRecord) if field.name in value}
+    kind = ExpertsRecord if "starved" in value else GroupRecord
+    held: dict[str, Any] = {field.name: value[field.name] for field in fields(kind) if field.name in value}
     if "kept" in held:
         held["kept"] = KeptGroups(**{field.name: held["kept"][field.name] for field in fields(KeptGroups)})
-    return GroupRecord(**{**held, "linears": tuple(held["linears"]), "exponents": tuple(held["exponents"])})
+    held |= {name: tuple(one) for name, one in held.items() if isinstance(one, list)}
+    return kind(**held)
 
 
 def _is_number(value: Any) -> bool:

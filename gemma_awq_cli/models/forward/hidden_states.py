@@ -92,7 +92,7 @@ class HiddenStates:
         heldout_ids: Tensor | None = None,
         both_paths: bool = False,
     ) -> None:
-        seq_len = calibration_ids.shape[1]
+        self.seq_len = seq_len = calibration_ids.shape[1]
         sets = [calibration_ids, *([heldout_ids] * 2 if heldout_ids is not None else [])]
         sets += [calibration_ids] if both_paths else []
         self._ids = torch.cat(sets)

@@ -37,8 +37,12 @@ def meta_model(text_config: Any) -> Any:
     """transformers' causal model of this config with every parameter on the meta device, where it takes no memory."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(text_config)
+    if getattr(config, "enable_moe_block", False):
+        # the other implementations copy the states of all tokens once for each expert that they are routed to
+        config._experts_implementation = "eager"
     with library_errors("transformers cannot build this model", HINT), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(text_config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()
 
 
