@@ -8,13 +8,13 @@ those of the instruction-tuned models, and adds Gemma 1.1's). In percent, except
 Source of the figures of `card-3n`: the model card of google/gemma-3n-E2B and google/gemma-3n-E4B, "Reasoning and
 factuality" of the pre-trained models (from the copy of it at ollama.com/library/gemma3n; those of ARC and BIG-Bench
 Hard compared with a second one), and the card of google/vaultgemma-1b (three of its figures, from
-sourceforge.net/projects/vaultgemma, in the same settings). What Google publishes of Gemma 4 is of other tasks: MMLU-Pro,
-GPQA Diamond, AIME, LiveCodeBench and the like (huggingface.co/blog/gemma4).
+sourceforge.net/projects/vaultgemma, in the same settings). What Google publishes of Gemma 4 is of other tasks:
+MMLU-Pro, GPQA Diamond, AIME, LiveCodeBench and the like (huggingface.co/blog/gemma4).
 
 The card of Gemma 1 names few settings. Where it names none, a task keeps the harness's own. Its BIG-Bench is the 23
-tasks of BIG-Bench Hard, 3-shot with chain of thought: the Gemma 2 report (arXiv:2408.00118) gives them the same 35.2 for
-Gemma 1 2B. The harness and Google do not word the questions alike, so a difference of a few points to the card's figure
-says nothing about a model; a difference between two models of one bench does.
+tasks of BIG-Bench Hard, 3-shot with chain of thought: the Gemma 2 report (arXiv:2408.00118) gives them the same 35.2
+for Gemma 1 2B. The harness and Google do not word the questions alike, so a difference of a few points to the card's
+figure says nothing about a model; a difference between two models of one bench does.
 """
 
 from collections.abc import Mapping
