@@ -68,8 +68,8 @@ class CardFacts:
 
     report: the artifact's, as it is published; chat: whether it has a chat template; tied: whether its head is the
     embedding; notice: the sentence on what was modified; provenance: a remark on where the weights came from, "" for
-    none; contents: of the artifact; bench: the stored document of `gemma-awq bench --save` as it is published, if there
-    is one.
+    none; bench: the stored document of `gemma-awq bench --save` as it is published, if there is one; contents: of the
+    artifact.
     """
 
     repo: str
@@ -80,8 +80,8 @@ class CardFacts:
     tied: bool
     notice: str
     provenance: str
-    contents: Contents
     bench: Mapping[str, Any] | None = None
+    contents: Contents = Contents()
 
 
 def render_card(facts: CardFacts) -> str:
@@ -212,7 +212,7 @@ def _body(facts: CardFacts) -> str:
             auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
             dtype=artifact["dtype"],
             table_size=_size(facts.contents.table_bytes) if facts.contents.table_bytes else "",
-            smaller=f"{100 * (1 - artifact['bytes'] / report['source']['bytes']):.0f} %",
+            smaller=f"{100 * (1 - artifact['bytes'] / max(1, report['source']['bytes'])):.0f} %",
             experts=facts.contents.experts,
             library=next((part.library for part in family.companions if part.library), ""),
             float16=family.float16,

@@ -82,8 +82,8 @@ def prepare(
             checkpoint.tied_head,
             notice,
             provenance,
-            contents_of(checkpoint),
             measured,
+            contents_of(checkpoint),
         )
     )
     _require_no_own_card(folder)

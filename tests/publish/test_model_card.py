@@ -191,7 +191,9 @@ def card_of(model_type: str, contents: Contents) -> str:
     report["artifact"]["bytes"] = 65 * 10**8
     terms = terms_of(model_type)
     licence = decide_licence(terms, {"license": terms.id}, {}, "It was modified.", None, None)
-    return render_card(CardFacts("me/x", "google/x", report, licence, True, True, "It was modified.", "", contents))
+    return render_card(
+        CardFacts("me/x", "google/x", report, licence, True, True, "It was modified.", "", None, contents)
+    )
 
 
 def test_per_layer_embeddings_explain_the_size() -> None:
