@@ -133,18 +133,24 @@ def test_descent_lowers_the_error_further_and_keeps_shared_scales_equal() -> Non
 
 def test_descent_follows_the_derivative() -> None:
     """The slope that is written out, against finite differences of the cost in its docstring."""
-    weights, shares = [torch.randn(16, K), torch.randn(8, K)], [1.0, 2.5]
-    residual, logs = torch.rand(K) + 0.1, 0.3 * torch.randn(K)
+    logs = 0.3 * torch.randn(K)
+    parts = [
+        scale_descent.Fed([torch.randn(16, K), torch.randn(8, K)], torch.rand(K) + 0.1, [1.0, 2.5]),
+        scale_descent.Fed([torch.randn(8, K)], torch.rand(K) + 0.1, [0.7]),
+    ]
 
     def cost(logs: Tensor) -> float:
-        total = torch.zeros(K // GROUP, dtype=torch.float64)
-        for weight, share in zip(weights, shares, strict=True):
-            groups = (weight.double() * logs.double().exp()).unflatten(1, (-1, GROUP))
-            total += share * (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)).square().sum(0)
-        left = (residual.double() / (2 * logs.double()).exp()).view(-1, GROUP).sum(1)
-        return float((total * left).sum().log())
+        cost = torch.zeros((), dtype=torch.float64)
+        for weights, residual, shares in parts:
+            total = torch.zeros(K // GROUP, dtype=torch.float64)
+            for weight, share in zip(weights, shares, strict=True):
+                groups = (weight.double() * logs.double().exp()).unflatten(1, (-1, GROUP))
+                total += share * (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)).square().sum(0)
+            left = (residual.double() / (2 * logs.double()).exp()).view(-1, GROUP).sum(1)
+            cost += (total * left).sum()
+        return float(cost.log())
 
-    slope = scale_descent._slope(weights, shares, residual, logs.exp(), GROUP)
+    slope = scale_descent._slope(parts, logs.exp(), GROUP)
     for column in (0, 31, 32, 77, K - 1):
         step = torch.zeros(K)
         step[column] = 1e-3
