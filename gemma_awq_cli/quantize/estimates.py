@@ -5,7 +5,7 @@ The constants count what the code of this package holds or computes. They were c
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -210,7 +210,12 @@ def _expert_flops(work: Workload, fit: Fit, experts: Experts) -> float:
     block = block_width(gate_up.inputs, work.group_size, fit.gram_limit)
     # the states of a token are multiplied once more, and enter the Gram matrix twice
     again = 2.0 * work.calibration_tokens * share * gate_up.inputs * (gate_up.outputs + block)
-    return experts.count * (again + sum(_group_flops(work, fit, group, share) for group in (gate_up, down)))
+    uncorrected = replace(work, effort=work.effort._replace(correction=0.0))  # as the experts are
+    flops = experts.count * (again + sum(_group_flops(uncorrected, fit, group, share) for group in (gate_up, down)))
+    if work.effort.correction:  # the other two passes
+        weights = 3 * experts.count * experts.intermediate * experts.hidden
+        flops += 2.0 * (FORWARDS_WITH_CORRECTION - 1) * work.calibration_tokens * share * weights
+    return flops
 
 
 def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0) -> float:

@@ -16,12 +16,12 @@ import torch
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.events import Warned
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
-from gemma_awq_cli.models.checkpoints.journal import Journal, LayerRecord
+from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, Journal, LayerRecord
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, write_errors
@@ -190,6 +190,14 @@ def _quantize_layers(
         journal.add(record)
         del layer
         on_event(LayerDone(index, plan.layers, record.error, record.rtn_error, record.seconds))
+    if starved := sum(len(g.starved) for r in journal.records for g in r.groups if isinstance(g, ExpertsRecord)):
+        experts = sum(layout.experts.count for layout in plan.layouts if layout.experts is not None)
+        on_event(
+            Note(
+                f"{starved} of {experts} experts got fewer calibration tokens than they have input channels, and were "
+                "calibrated on other tokens too. The report names them; a larger --num-samples leaves fewer."
+            )
+        )
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:
