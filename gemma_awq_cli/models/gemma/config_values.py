@@ -290,9 +290,10 @@ def _per_layer(where: Path, prefix: str, values: Mapping[str, Any]) -> dict[str,
     found: dict[str, Any] = {}
     name = f"{prefix}per_layer_config"
     full = [str(index) for index, kind in enumerate(values.get("layer_types") or ()) if kind == FULL]
-    for index, own in values["per_layer_config"].items():
-        if index not in full:
-            raise GemmaAwqError(f"{where}: {name} has the entry {index[:20]!r}, which is no full layer.", HINT)
+    for written, own in values["per_layer_config"].items():
+        index = written.lstrip("0") or "0"  # transformers pads the indices: 05, 11
+        if index not in full or index in found:
+            raise GemmaAwqError(f"{where}: {name} has the entry {written[:20]!r}, which is no full layer.", HINT)
         _require(where, f"{name}.{index}", own, OBJECT)
         found[index] = _checked(where, f"{name}.{index}.", own, _PER_LAYER)
         if found[index].keys() != own.keys():
