@@ -482,8 +482,8 @@ class Forward {
 
     void attend(const LayerSpec& l, int64_t index) {
         const int64_t shared = l.heads / l.kv_heads;
-        const bool few = tokens * l.kv_heads < 2 * pool.threads();
-        const int64_t heads = std::min<int64_t>(few ? 1 : shared, MAX_QUERIES);
+        int64_t heads = std::min<int64_t>(shared, MAX_QUERIES);  // that read the same keys at once, in each tile
+        while (heads > 1 && tokens * l.kv_heads * (shared / heads) < 2 * pool.threads()) heads = (heads + 1) / 2;
         std::vector<Tile> tiles;
         int64_t most_keys = 0;
         for (int64_t p = 0; p < nchunks; p++) {

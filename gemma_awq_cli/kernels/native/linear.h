@@ -159,11 +159,15 @@ static void bf16_tile(const uint16_t* w, int64_t inputs, const float* x, float* 
     for (int c = 0; c < C; c++)
         for (int r = 0; r < R; r++) acc[c][r] = splat(0.0f);
     const int64_t whole = inputs & ~(LANES - 1);
-    for (int64_t k = 0; k < whole; k += LANES)
+    for (int64_t k = 0; k < whole; k += LANES) {
+        // the processor's own prefetching makes little of several short rows at once
+        if (R == 1 && C > 1)
+            for (int line = 0; line < C * LANES; line += 32) __builtin_prefetch(w + C * k + 6144 + line);
         for (int c = 0; c < C; c++) {
             const Floats v = load_bf16(w + c * inputs + k);
             for (int r = 0; r < R; r++) acc[c][r] = fma(v, load(x + r * inputs + k), acc[c][r]);
         }
+    }
     for (int c = 0; c < C; c++)
         for (int r = 0; r < R; r++) {
             float total = sum(acc[c][r]);

@@ -60,7 +60,9 @@ def packed_bytes(kind: int, inputs: int, outputs: int, group: int) -> tuple[int,
 
 
 def arena_bytes(kind: int, inputs: int, outputs: int, group: int) -> int:
-    """How many bytes of an `Arena` one linear takes."""
+    """How many bytes of an `Arena` one linear takes. group: ignored for BF16."""
+    if kind == BF16:
+        return _rounded(inputs * outputs * torch.bfloat16.itemsize)
     return sum(map(_rounded, packed_bytes(kind, inputs, outputs, group)))
 
 
@@ -98,6 +100,12 @@ def dense(weights: Sequence[Tensor]) -> NativeLinear:
         spec.parts[index] = weight.data_ptr()
         spec.part_rows[index] = weight.shape[0]
     return NativeLinear(spec, tuple(weights))
+
+
+def copied(weight: Tensor, arena: Arena) -> NativeLinear:
+    """A weight [N, K] in bfloat16, copied into the arena's large pages."""
+    copy = arena.take(weight.numel() * torch.bfloat16.itemsize).view(torch.bfloat16).view(weight.shape)
+    return dense([copy.copy_(weight)])
 
 
 def apply(library: Library, linear: NativeLinear, x: Tensor) -> Tensor:

@@ -11,7 +11,15 @@ from torch import Tensor
 
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native.library import Library
-from gemma_awq_cli.kernels.native.structures import INT4, INT4_BY_INPUT, AltUpSpec, ExpertsSpec, LayerSpec, LinearSpec
+from gemma_awq_cli.kernels.native.structures import (
+    BF16,
+    INT4,
+    INT4_BY_INPUT,
+    AltUpSpec,
+    ExpertsSpec,
+    LayerSpec,
+    LinearSpec,
+)
 from gemma_awq_cli.models.forward.decoder_weights import EXPERT_JOINED, JOINED, LayerReader, joined_linears
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.models.gemma.layers import LayerLayout
@@ -65,15 +73,17 @@ def read_native_layer(library: Library, reader: LayerReader, inv_freq: Tensor, a
     return NativeLayer(
         linears={kind: _linear(library, reader, kind, arena) for kind in JOINED},
         experts=_experts(library, reader, arena),
-        narrow={name: narrow(kept[name]) for name in _NARROW if name in kept},
+        narrow={name: narrow(kept[name], reader.group_size, arena) for name in _NARROW if name in kept},
         numbers=numbers,
         gains=gains,
         inv_freq=inv_freq,
     )
 
 
-def narrow(weight: Tensor) -> native.NativeLinear:
-    """A linear that stays in 16 bits: mapped from its file if that holds bfloat16."""
+def narrow(weight: Tensor, group_size: int | None, arena: native.Arena) -> native.NativeLinear:
+    """A linear that always has 16 bits: beside packed ones in the arena, or mapped from its file like all others."""
+    if group_size is not None:
+        return native.copied(weight, arena)
     return native.dense([weight.to(torch.bfloat16).contiguous()])
 
 
@@ -88,6 +98,9 @@ def layer_arena_bytes(layout: LayerLayout, group_size: int) -> int:
     for kind, names in joined_linears(layout).items():
         linear = layout.joined(names)
         total += native.arena_bytes(_int4_kind(layout, kind), linear.inputs, linear.outputs, group_size)
+    for name in _NARROW:
+        outputs, inputs = layout.kept.get(name, (0, 0))
+        total += native.arena_bytes(BF16, inputs, outputs, 0)
     if experts := layout.experts:
         for inputs, outputs in ((experts.hidden, 2 * experts.intermediate), (experts.intermediate, experts.hidden)):
             total += experts.count * native.arena_bytes(INT4, inputs, outputs, group_size)

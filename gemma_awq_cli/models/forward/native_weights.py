@@ -170,21 +170,29 @@ def read_native_text(
     dense = None
     if group_size is None:
         dense = read_torch_text(checkpoint, arch, None, torch.device("cpu"), torch.bfloat16)
-    per_layer, streams = _read_per_layer(checkpoint, arch), _read_streams(checkpoint, arch)
+    per_layer, streams = (
+        _read_per_layer(checkpoint, arch, group_size, arena),
+        _read_streams(checkpoint, arch, group_size, arena),
+    )
     spec = _model_spec(arch, layers, embedding, norm, head_linear.spec, exact_head, per_layer, streams)
     return NativeText(library, arch, spec, layers, head_linear, embedding, exact_head, norm, per_layer, streams, dense)
 
 
-def _read_per_layer(checkpoint: Checkpoint, arch: Architecture) -> NativePerLayer | None:
+def _read_per_layer(
+    checkpoint: Checkpoint, arch: Architecture, group_size: int | None, arena: native.Arena
+) -> NativePerLayer | None:
     if (read := read_per_layer(checkpoint, arch)) is None:
         return None
-    return NativePerLayer(read.table, narrow(read.projection), read.gain)
+    return NativePerLayer(read.table, narrow(read.projection, group_size, arena), read.gain)
 
 
-def _read_streams(checkpoint: Checkpoint, arch: Architecture) -> NativeStreams | None:
+def _read_streams(
+    checkpoint: Checkpoint, arch: Architecture, group_size: int | None, arena: native.Arena
+) -> NativeStreams | None:
     if (read := read_streams(checkpoint, arch)) is None:
         return None
-    return NativeStreams(tuple(map(narrow, read.starts)), tuple(map(narrow, read.ends)))
+    starts, ends = (tuple(narrow(one, group_size, arena) for one in part) for part in (read.starts, read.ends))
+    return NativeStreams(starts, ends)
 
 
 def native_report(text: NativeText) -> list[str]:
@@ -242,10 +250,13 @@ def _model_spec(
 
 
 def _arena_bytes(arch: Architecture, group_size: int | None, head_kind: int, head_group_size: int | None) -> int:
-    """How many bytes all integer weights take together."""
+    """How many bytes all weights take together that are not mapped."""
     total = 0
     if group_size is not None:
         total += sum(layer_arena_bytes(layout, group_size) for layout in arch.layouts)
+        for name, shape in arch.outer().items():
+            if len(shape) == 2 and name != PER_LAYER_TABLE:
+                total += native.arena_bytes(BF16, shape[1], shape[0], 0)
     if head_group_size is not None:
         total += native.arena_bytes(head_kind, arch.hidden, arch.vocabulary, head_group_size)
     return total
