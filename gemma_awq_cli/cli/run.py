@@ -282,7 +282,7 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
     if as_json:
         out.document(
             {
-                "model": model, "text": completion.text, "thinking": completion.thinking, "finish": completion.finish,
+                "model": model, **completion.texts, "finish": completion.finish,
                 "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
                 "sampling": result.sampling.summary(),
                 "prompt_tokens_per_second": round(completion.prefill_rate, 2),

@@ -181,7 +181,7 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
     return {
-        "index": index, "prompt": batch.prompts[index], "text": completion.text, "thinking": completion.thinking,
+        "index": index, "prompt": batch.prompts[index], **completion.texts,
         "finish": completion.finish,
         "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
         "made_with": dict(batch.made_with),

@@ -51,6 +51,11 @@ class Completion:
     decode_seconds: float = 0.0
 
     @property
+    def texts(self) -> dict[str, str]:
+        """The text and, if there are any, the thoughts before it, by their names in a document."""
+        return {"text": self.text, **({"thinking": self.thinking} if self.thinking else {})}
+
+    @property
     def prefill_rate(self) -> float:
         """Prompt tokens/s up to the first new token; 0 if none was generated."""
         return self.read_tokens / self.prefill_seconds if self.prefill_seconds else 0.0
