@@ -17,7 +17,7 @@ from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_fi
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.quantize.plan import make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.plan import choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.report import artifact_config
 
 
@@ -29,7 +29,7 @@ def main() -> None:
     args = parser.parse_args()
     checkpoint = Checkpoint(args.checkpoint)
     stack = TextStack(checkpoint, torch.device("cpu"))
-    require_layout(checkpoint, args.group_size)
+    choose_group_size(checkpoint.shape.layouts, args.group_size)
     none = torch.zeros(0, 8)
     plan = make_plan(checkpoint, stack, args.group_size, stored_dtype(checkpoint, None), Rows(none, none, "", "", ""))
     quantized = {tensor.name.rpartition(".")[0] for tensor in plan.tensors if tensor.name.endswith(".qweight")}

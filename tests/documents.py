@@ -12,7 +12,7 @@ HASH = "0123456789abcdef" * 4
 def full_report() -> dict[str, Any]:
     group = {
         "name": "qkv", "linears": ["self_attn.q_proj"], "method": "search", "exponents": [0.5, 0.0], "error": 0.5,
-        "rtn_error": 1.0, "gram_block": 0,
+        "rtn_error": 1.0, "gram_block": 0, "kept": {"groups": 64, "on_grid": 63, "exact": 62},
     }  # fmt: skip
     arguments = {
         "quality": "balanced", "group_size": 128, "calibration": "wikitext", "num_samples": 128, "seq_len": 512,
@@ -36,6 +36,7 @@ def full_report() -> dict[str, Any]:
             "heldout_tokens": 3000, "heldout_sha256": HASH, "kl": 0.01, "perplexity_16bit": 10.0,
             "perplexity_4bit": 10.5, "top1_agreement": 0.95,
         },
+        "qat": {"groups": 256, "on_grid": 252, "exact": 248},
         "verified": {"linears": 21, "other_tensors": 3, "autoawq": None, "linears_compared_with_autoawq": 0},
         "layers": [[dict(group), {**group, "name": "o"}], [dict(group), {**group, "name": "o"}]],
         "fingerprint": {"gemma-awq": "1.0", "model": HASH, **arguments, "processor": "x86_64", "torch": "2.13.0+cpu"},

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
@@ -16,23 +17,36 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma3Config,
+    Gemma3nAudioConfig,
+    Gemma3nConfig,
     Gemma3nTextConfig,
+    Gemma3nVisionConfig,
     Gemma3TextConfig,
+    Gemma4AudioConfig,
+    Gemma4Config,
     Gemma4TextConfig,
+    Gemma4UnifiedAudioConfig,
+    Gemma4UnifiedConfig,
     Gemma4UnifiedTextConfig,
+    Gemma4UnifiedVisionConfig,
+    Gemma4VisionConfig,
     GemmaConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerFast,
     SiglipVisionConfig,
     VaultGemmaConfig,
 )
-from transformers.models.auto.modeling_auto import AutoModelForCausalLM
+from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
+from transformers.models.gemma3n import modeling_gemma3n
 
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.models.gemma.family import FULL, SLIDING
 
 SPECIAL = ["<pad>", "<eos>", "<bos>", "<unk>", "<start_of_turn>", "<end_of_turn>"]
-GEMMA4_TURNS = ["<|turn>", "<turn|>"]  # in place of the last two
+GEMMA4_TURNS = ["<|turn>", "<turn|>"]
+GEMMA4_SPECIAL = [*SPECIAL[:4], *GEMMA4_TURNS, "<|channel>", "<channel|>", "<|think|>"]
+GEMMA4_TEMPLATE = (Path(__file__).parent / "gemma4_template.jinja").read_text(encoding="utf-8")
 VOCAB = 264  # bytes, the special tokens, and two that nothing maps to
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
@@ -104,12 +118,38 @@ def _gemma3n_text() -> PreTrainedConfig:
     )  # fmt: skip
 
 
+def _gemma3n() -> PreTrainedConfig:
+    audio = Gemma3nAudioConfig(
+        vocab_size=8, vocab_offset=VOCAB + 8, hidden_size=32, input_feat_size=16, conf_num_attention_heads=2,
+        conf_num_hidden_layers=1, sscp_conv_channel_size=(8, 4),
+    )  # fmt: skip
+    vision = Gemma3nVisionConfig(vocab_size=8, vocab_offset=VOCAB, hidden_size=32)
+    return Gemma3nConfig(
+        text_config=_gemma3n_text(), vision_config=vision, audio_config=audio, image_token_id=VOCAB,
+        audio_token_id=VOCAB + 8,
+    )  # fmt: skip
+
+
 def _gemma4_text(**changes: object) -> PreTrainedConfig:
     """Like E2B: per-layer embeddings, shared keys and values, wide MLPs in the layers that share them."""
     return Gemma4TextConfig(
         **{**_SIZES, **_SHARING, **_PER_LAYER_INPUTS, "use_double_wide_mlp": True, **changes}, global_head_dim=64,
         final_logit_softcapping=20.0,
     )  # fmt: skip
+
+
+def _gemma4() -> PreTrainedConfig:
+    """Like E2B, with both towers; what their linears take is clipped."""
+    vision = Gemma4VisionConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, patch_size=4, position_embedding_size=16, use_clipped_linears=True, standardize=True,
+    )  # fmt: skip
+    audio = Gemma4AudioConfig(
+        hidden_size=32, num_hidden_layers=1, num_attention_heads=2, subsampling_conv_channels=[8, 4],
+        output_proj_dims=48,
+    )  # fmt: skip
+    tokens = {"image_token_id": 262, "video_token_id": 262, "audio_token_id": 263}
+    return Gemma4Config(text_config=_gemma4_text(), vision_config=vision, audio_config=audio, **tokens)
 
 
 _KEYS_ARE_VALUES = {
@@ -135,6 +175,20 @@ def _gemma4_unified_text() -> PreTrainedConfig:
     return Gemma4UnifiedTextConfig(**{**_SIZES, **_KEYS_ARE_VALUES})
 
 
+def _gemma4_unified() -> PreTrainedConfig:
+    """Like 12B: patches and frames go into the language model through embedders, without towers."""
+    vision = Gemma4UnifiedVisionConfig(
+        patch_size=4, pooling_kernel_size=2, mm_embed_dim=48, mm_posemb_size=8, output_proj_dims=48
+    )
+    tokens = {"image_token_id": 262, "video_token_id": 262, "audio_token_id": 263}
+    return Gemma4UnifiedConfig(
+        text_config=_gemma4_unified_text(),
+        vision_config=vision,
+        audio_config=Gemma4UnifiedAudioConfig(audio_embed_dim=40),
+        **tokens,
+    )
+
+
 # Name of a tiny model -> its config. A family's `model_type` is the name of one of its models.
 CONFIGS = {
     "gemma": _gemma,
@@ -144,16 +198,20 @@ CONFIGS = {
     "gemma3": _gemma3,
     "vaultgemma": _vaultgemma,
     "gemma3n_text": _gemma3n_text,
+    "gemma3n": _gemma3n,
     "gemma4_text": _gemma4_text,
+    "gemma4": _gemma4,
     "gemma4-dense": _gemma4_dense,
     "gemma4-experts": _gemma4_experts,
     "gemma4_unified_text": _gemma4_unified_text,
+    "gemma4_unified": _gemma4_unified,
 }
 
 
 def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SPECIAL) -> None:
-    """A byte tokenizer with Gemma's special tokens."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    """A byte tokenizer with Gemma's special tokens. Those beyond six take the place of bytes that UTF-8 never has."""
+    never = [chr(byte) for byte in (0xC0, 0xC1, *range(0xF5, 0x100))][: len(special) - len(SPECIAL)]
+    alphabet = sorted({*pre_tokenizers.ByteLevel.alphabet()} - {*never})
     vocab = {token: index for index, token in enumerate([*special, *alphabet])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[], unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -163,7 +221,7 @@ def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SP
         tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
     )
     if chat:
-        fast.chat_template = CHAT_TEMPLATE
+        fast.chat_template = GEMMA4_TEMPLATE if GEMMA4_TURNS[0] in special else CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 
@@ -186,10 +244,7 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
     config.dtype = "bfloat16"
     torch.manual_seed(seed)
     family = FAMILIES[config.model_type]
-    if family.companions:
-        model = getattr(transformers, family.model_class)(config)
-    else:
-        model = AutoModelForCausalLM.from_config(config)
+    model = _gemma3n_model(config) if config.model_type == "gemma3n" else _model(config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if name.endswith("norm.weight"):
@@ -197,14 +252,67 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
                 _hard_gains(parameter)
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
+        for name, buffer in model.named_buffers():
+            if name.endswith("layer_scalar"):
+                buffer.uniform_(0.5, 1.5)
+            elif name.endswith(("ffw_layer_1.input_max", "std_scale")):  # other bounds stay infinite
+                buffer.fill_(3.0)
         # a few inputs of down_proj and o_proj are far larger than the rest
         for name, parameter in model.named_parameters():
             if name.endswith(("up_proj.weight", "v_proj.weight")):
                 parameter[3] *= 20
+        scalars = [buffer for name, buffer in model.named_buffers() if name.endswith("layer_scalar")]
+        for index, scalar in enumerate(scalars):
+            scalar.fill_(0.75 + 0.25 * (index % 4))
     folder.mkdir(parents=True, exist_ok=True)
     model.to(torch.bfloat16).save_pretrained(folder, max_shard_size="60KB" if sharded else "5GB")
-    make_tokenizer(folder, chat, [*SPECIAL[:4], *GEMMA4_TURNS] if family.end_of_turn in GEMMA4_TURNS else SPECIAL)
+    make_tokenizer(folder, chat, GEMMA4_SPECIAL if family.end_of_turn in GEMMA4_TURNS else SPECIAL)
     return folder
+
+
+def _model(config: PreTrainedConfig) -> PreTrainedModel:
+    family = FAMILIES[config.model_type]
+    if family.companions:
+        return getattr(transformers, family.model_class)(config)
+    return AutoModelForCausalLM.from_config(config)
+
+
+def _gemma3n_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A multimodal Gemma 3n whose vision tower, which the library timm would make, is one convolution."""
+    vision = torch.nn.Module()
+    vision.timm_model = torch.nn.ModuleDict({"conv_stem": torch.nn.Conv2d(3, config.vision_config.hidden_size, 3)})
+    from_config = AutoModel.from_config
+
+    def made(part: PreTrainedConfig) -> torch.nn.Module:
+        return vision if part.model_type == "gemma3n_vision" else from_config(part)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(modeling_gemma3n.AutoModel, "from_config", made)
+        return _model(config)
+
+
+def snap_to_grid(folder: Path) -> None:
+    """Make a checkpoint one of quantization-aware training: every linear of its layers on Q4_0's grid, in bfloat16."""
+
+    def snap(tensors: dict[str, torch.Tensor]) -> None:
+        for seed, name in enumerate(sorted(tensors)):
+            if ".layers." in name and name.endswith("proj.weight") and "vision" not in name:
+                tensors[name] = on_grid(tensors[name], seed)
+
+    for path in folder.glob("*.safetensors"):
+        edit_weights(path, snap)
+
+
+def on_grid(weight: torch.Tensor, seed: int) -> torch.Tensor:
+    """The nearest bfloat16 weight [N, K] made of Q4_0 blocks: steps of both signs, largest levels of 1 to 8."""
+    generator = torch.Generator().manual_seed(seed)
+    groups = weight.float().unflatten(1, (-1, 32))
+    one_each = (*groups.shape[:2], 1)
+    peak = torch.randint(1, 9, one_each, generator=generator)
+    sign = torch.randint(0, 2, one_each, generator=generator) * 2 - 1
+    step = (sign * groups.abs().amax(-1, keepdim=True) / peak).to(torch.bfloat16).float()
+    levels = torch.where(step == 0, 0, (groups / step).round()).clamp(-8, 7)
+    return (levels * step).to(torch.bfloat16).flatten(1)
 
 
 def _hard_gains(weight: torch.Tensor) -> None:
@@ -218,8 +326,8 @@ def _hard_gains(weight: torch.Tensor) -> None:
 
 
 def edit_weights(folder: Path, change: object) -> None:
-    """Rewrite a single-file checkpoint's tensors: `change(tensors)` edits the dict in place."""
-    path = folder / "model.safetensors"
+    """Rewrite the tensors of a file, or of a single-file checkpoint: `change(tensors)` edits the dict in place."""
+    path = folder if folder.is_file() else folder / "model.safetensors"
     tensors = {name: tensor.clone() for name, tensor in load_file(path).items()}
     change(tensors)  # type: ignore[operator]
     save_file(tensors, path, metadata={"format": "pt"})

@@ -48,15 +48,19 @@ class InputStatistics:
                 tile = slice(first, first + TILE)
                 total[tile, first:].addmm_(part[:, tile].t(), part[:, first:])
 
-    def finish(self) -> None:
-        """Turn the sums into means. Call it once, after the last token."""
+    def finish(self, tokens: int | None = None) -> None:
+        """Turn the sums into means. Call it once, after the last token.
+
+        tokens: what the Gram matrices are divided by, by default the number of tokens that were added.
+        """
+        over = self.tokens if tokens is None else tokens
         for total in self.gram:
             for first in range(0, total.shape[0], TILE):
                 end = first + TILE
                 total[end:, first:end] = total[first:end, end:].t()
-        self.gram /= self.tokens
+        self.gram /= over
         if self.error_gram is not None:
-            self.error_gram /= self.tokens
+            self.error_gram /= over
         self.mean_abs = self.abs_sum / self.tokens
 
     def take_error_gram(self) -> Tensor | None:

@@ -14,6 +14,7 @@ from gemma_awq_cli.awq.coordinate_descent import refine
 from gemma_awq_cli.awq.gptq import DAMPING, damping_amount, factor_gram, quantize_compensated
 from gemma_awq_cli.awq.gram import output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.search import Effort, search_range
 
 PART = 2**23  # elements that are rounded at a time: rows are independent
@@ -68,6 +69,18 @@ def rounding_error(weight: Tensor, columns: Tensor, rows: Tensor, rounded: Round
         effective = dequantize(*rounded.rows(part)).div_(columns).div_(rows[part])
         total += output_error(effective.sub_(weight[part]), gram)
     return total
+
+
+def round_and_compare(
+    weight: Tensor, columns: Tensor, rows: Tensor, gram: Tensor, group_size: int, effort: Effort
+) -> tuple[Rounded, float, float]:
+    """Return what `round_compensated` returns, its `rounding_error`, and that of round-to-nearest without scales."""
+    rounded = round_compensated(weight, columns, rows, gram, group_size, effort)
+    one, ones = torch.ones_like(columns), torch.ones_like(rows)
+    nearest = round_nearest(weight, one, ones, group_size)
+    with matmul_precision("medium"):  # they are only compared
+        error = rounding_error(weight, columns, rows, rounded, gram)
+        return rounded, error, rounding_error(weight, one, ones, nearest, gram)
 
 
 def _empty(weight: Tensor, group_size: int) -> Rounded:

@@ -5,11 +5,14 @@ R_jj^2 a column's residual (see gptq.py), the error of a linear that is expected
 
     sum over groups g of  (sum over rows n of range_ng(s)^2)  x  (sum over columns j in g of R_jj^2 / s_j^2)
 
+Linears with inputs of their own may share a scale, as the experts of a layer do: their errors add up.
+
 A larger s_j makes the error of column j smaller, until its weights are those that stretch the ranges of the groups.
 AWQ's exponents search a family of scales with two parameters; this has one parameter per channel.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,10 +20,20 @@ from torch import Tensor
 LEARNING_RATE = 0.03  # of log s; it falls to 0 over the steps
 
 
+class Fed(NamedTuple):
+    """Linears with one input.
+
+    weights: [N_i, K] float32; residual: [K] of the input, see `Compensation`; shares: how much a row of each weight
+    counts.
+    """
+
+    weights: Sequence[Tensor]
+    residual: Tensor
+    shares: Sequence[float]
+
+
 def descend(
-    weights: Sequence[Tensor],
-    shares: Sequence[float],
-    residual: Tensor,
+    parts: Sequence[Fed],
     start: Tensor,
     tied: Tensor | None,
     group_size: int,
@@ -28,8 +41,8 @@ def descend(
 ) -> Tensor:
     """Return the scale [K] float32 that `steps` of Adam find from `start` [K].
 
-    weights: [N_i, K] float32 of the linears that share the input; shares: how much a row of each counts; residual: [K];
-    tied: [K] integers, equal for columns that must get the same scale, or None if there are none.
+    parts: the linears that get it; tied: [K] integers, equal for columns that must get the same scale, or None if there
+    are none.
     """
     parameter = torch.arange(start.numel(), device=start.device) if tied is None else tied  # of each column
     count = int(parameter.max()) + 1
@@ -38,30 +51,32 @@ def descend(
     optimizer = torch.optim.Adam([logs], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
-        slope = _slope(weights, shares, residual, logs.exp()[parameter], group_size)
+        slope = _slope(parts, logs.exp()[parameter], group_size)
         logs.grad = torch.zeros_like(logs).index_add_(0, parameter, slope)
         optimizer.step()
         schedule.step()
     return logs.exp()[parameter]
 
 
-def _slope(
-    weights: Sequence[Tensor], shares: Sequence[float], residual: Tensor, scale: Tensor, group_size: int
-) -> Tensor:
+def _slope(parts: Sequence[Fed], scale: Tensor, group_size: int) -> Tensor:
     """Return the derivative of the log of the expected error by log s: [K]."""
     groups = scale.numel() // group_size
-    column_cost = (residual / scale.square()).view(groups, group_size)
-    group_cost = column_cost.sum(1)  # [G]
-    spread = torch.zeros(groups, device=scale.device)
-    stretch = torch.zeros(groups, group_size, device=scale.device)  # half of d spread / d log s
-    for weight, share in zip(weights, shares, strict=True):
-        scaled = (weight * scale).unflatten(1, (groups, group_size))
-        high, highest = scaled.max(-1)  # [N, G]
-        low, lowest = scaled.min(-1)
-        high, low = high.clamp_(min=0), low.clamp_(max=0)  # every grid contains 0
-        width = share * (high - low)
-        spread += (width * (high - low)).sum(0)
-        stretch.scatter_add_(1, highest.t(), (width * high).t())
-        stretch.scatter_add_(1, lowest.t(), -(width * low).t())
-    total = (spread * group_cost).sum()
-    return (2 * (stretch * group_cost[:, None] - spread[:, None] * column_cost) / total).flatten()
+    total = torch.zeros((), device=scale.device)
+    slope = torch.zeros(groups, group_size, device=scale.device)
+    for part in parts:
+        column_cost = (part.residual / scale.square()).view(groups, group_size)
+        group_cost = column_cost.sum(1)  # [G]
+        spread = torch.zeros(groups, device=scale.device)
+        stretch = torch.zeros(groups, group_size, device=scale.device)  # half of d spread / d log s
+        for weight, share in zip(part.weights, part.shares, strict=True):
+            scaled = (weight * scale).unflatten(1, (groups, group_size))
+            high, highest = scaled.max(-1)  # [N, G]
+            low, lowest = scaled.min(-1)
+            high, low = high.clamp_(min=0), low.clamp_(max=0)  # every grid contains 0
+            width = share * (high - low)
+            spread += (width * (high - low)).sum(0)
+            stretch.scatter_add_(1, highest.t(), (width * high).t())
+            stretch.scatter_add_(1, lowest.t(), -(width * low).t())
+        total += (spread * group_cost).sum()
+        slope += stretch * group_cost[:, None] - spread[:, None] * column_cost
+    return (2 * slope / total).flatten()

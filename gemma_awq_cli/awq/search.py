@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import Grid, grid_of_range, minmax_grid, nearest
-from gemma_awq_cli.awq.scale_descent import descend
+from gemma_awq_cli.awq.scale_descent import Fed, descend
 
 RATIOS = 20  # exponents are multiples of 1 / RATIOS
 PART = 2**22  # elements of a weight that are searched at a time: they stay in the processor's cache
@@ -105,17 +105,37 @@ def search_scale(
     foldable: returns the scale nearest to a given one that can be folded exactly, by which candidates are judged;
     tied: [K] integers, equal for columns that must get the same scale, or None if there are none.
     """
-    samples = [weight[:: -(-weight.shape[0] // effort.rows)] for weight in weights]
-    shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
-    magnitude = weight_magnitude(weights, group_size)
+    return search_common_scale([(weights, residual)], mean_abs, group_size, foldable, tied, effort)
+
+
+def search_common_scale(
+    inputs: Sequence[tuple[Sequence[Tensor], Tensor]],
+    mean_abs: Tensor,
+    group_size: int,
+    foldable: Callable[[Tensor], Tensor],
+    tied: Tensor | None = None,
+    effort: Effort = BALANCED,
+) -> ScaleChoice:
+    """Return one scale for linears with different inputs, under which the sum of their errors is expected to be least.
+
+    inputs: for each, the weights that it enters and its residual; mean_abs: [K] over all of them. The rest as in
+    `search_scale`.
+    """
+    parts = []
+    for weights, residual in inputs:
+        samples = [weight[:: -(-weight.shape[0] // effort.rows)] for weight in weights]
+        shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
+        parts.append(Fed(samples, residual, shares))
+    magnitude = weight_magnitude([weight for weights, _ in inputs for weight in weights], group_size)
 
     def error_of(scale: Tensor) -> float:
-        cost = residual / scale.square()
         total = 0.0
-        for weight, share in zip(samples, shares, strict=True):
-            scaled = weight * scale
-            error = nearest(scaled, minmax_grid(scaled, group_size)).sub_(scaled).square_()
-            total += share * float(error.sum(0) @ cost)
+        for part in parts:
+            cost = part.residual / scale.square()
+            for weight, share in zip(part.weights, part.shares, strict=True):
+                scaled = weight * scale
+                error = nearest(scaled, minmax_grid(scaled, group_size)).sub_(scaled).square_()
+                total += share * float(error.sum(0) @ cost)
         return total
 
     one = torch.ones_like(mean_abs)
@@ -129,7 +149,7 @@ def search_scale(
             if error < best.error:
                 best = ScaleChoice(scale, exponents, error)
     if effort.descent:
-        descended = descend(samples, shares, residual, best.scale, tied, group_size, effort.descent)
+        descended = descend(parts, best.scale, tied, group_size, effort.descent)
         scale = foldable(normalized(descended))
         error = error_of(scale)
         if error < best.error:

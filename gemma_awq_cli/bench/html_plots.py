@@ -163,7 +163,7 @@ def _task_bars(models: Models, names: Sequence[str]) -> Plot | None:
 
 
 def layer_errors(report: Any, name: str) -> Plot | None:
-    """Return a plot of each linear group's calibration error relative to rounding to nearest, layer by layer."""
+    """Return a plot of each linear group's recorded error relative to rounding to nearest, layer by layer."""
     if not report or not report.get("layers"):
         return None
     figure = _figure(2.9)
@@ -187,7 +187,8 @@ def layer_errors(report: Any, name: str) -> Plot | None:
     return _plot(
         figure,
         f"Error by layer, {name}",
-        "On the calibration rows. Dashed: rounding to nearest. Lower is better.",
+        f"{'Of the weights' if 'qat' in report else 'On the calibration rows'}. Dashed: rounding to nearest. Lower is "
+        "better.",
     )
 
 

@@ -71,17 +71,17 @@ def measure_running(
     parts = []
     with scratch_folder() as scratch, matmul_precision("highest"):
         with write_errors(scratch, "set TMPDIR to another folder"):
-            hidden = HiddenStates(scratch, len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
-            hidden.start(rows, stack.embedder(rows))
-            through_layers(stack, [(hidden, stack.read_layer)], device, on_step)
+            hidden = HiddenStates(scratch, reference.shape, rows)
+            hidden.start(stack.embedder(rows))
+            through_layers([(hidden, stack, stack.read_layer)], on_step)
         norm, head = stack.head()
         for number, row in enumerate(rows.tolist()):
-            states = hidden.read(layers, slice(number, number + 1))[0].to(device)
+            states = norm(hidden.read(layers, slice(number, number + 1)).to(device))[0]
             session = open_session(1, len(row))
             for first in range(0, len(row) - 1, POSITIONS):
                 ids = row[first : min(first + POSITIONS, len(row) - 1)]
                 logits = session.last_logits([ids], [len(ids)]).to(device)
-                exact = stack.logit_chunks(head, norm(states[first : first + len(ids)]))
+                exact = stack.logit_chunks(head, states[first : first + len(ids)])
                 targets = torch.tensor(row[first + 1 : first + 1 + len(ids)], device=device)
                 parts.append(compare(_beside(exact, logits), targets))
             on_step()

@@ -68,8 +68,8 @@ def command(
         help="Measure on the first N windows.  [default: all]", min=1, show_default=False,
         rich_help_panel=FIDELITY)] = None,
     tasks: Annotated[list[str] | None, typer.Option(
-        help="Measure scores in tasks of lm-evaluation-harness (extra `eval`). NAMES are its tasks, the suites card "
-        "and safety, .yaml files and folders of them, separated by commas. Tasks whose data is unavailable are "
+        help="Measure scores in tasks of lm-evaluation-harness (extra `eval`). NAMES are its tasks, the suites card, "
+        "card-3n and safety, .yaml files and folders of them, separated by commas. Tasks whose data is unavailable are "
         "reported and skipped.", metavar="NAMES", rich_help_panel=TASKS)] = None,
     task_limit: Annotated[int | None, typer.Option(
         help="Ask the first N questions of each task.  [default: all]", min=1, show_default=False,

@@ -6,6 +6,7 @@ from pathlib import Path
 import typer
 
 from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.thinking import Thinking
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.chat import Chat, MessageTooLongError
 from gemma_awq_cli.models.text.prompter import PromptError
@@ -58,15 +59,20 @@ def _respond(out: Output, chat: Chat, message: str) -> None:
 
 
 def _answer(out: Output, chat: Chat, message: str) -> None:
-    answer = chat.ask(message, out.piece)
+    view = Thinking(out)
+    answer = chat.ask(message, view.answer, view.thought)
+    view.end()
     completion = answer.completion
     out.result("")
     if answer.dropped:
         out.note(f"(The context is full; the oldest {answer.dropped} messages were dropped.)")
+    unanswered = (
+        "" if completion.text.strip() or not completion.thinking else " while thinking; the message is forgotten"
+    )
     if completion.finish == "interrupted":
-        out.note("(stopped)")
+        out.note(f"(stopped{unanswered})")
     elif completion.finish == "length":
-        out.note(f"(cut at {len(completion.tokens)} tokens; --max-new-tokens sets the limit)")
+        out.note(f"(cut at {len(completion.tokens)} tokens{unanswered}; --max-new-tokens sets the limit)")
 
 
 def _command(out: Output, chat: Chat, message: str) -> None:

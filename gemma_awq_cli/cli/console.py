@@ -44,6 +44,11 @@ class Output:
         put(sys.stdout, terminal.content(text) if sys.stdout.isatty() else text)
         sys.stdout.flush()
 
+    def thought(self, text: str) -> None:
+        """Write a piece of what a model thinks to stderr at once, unless the command is quiet."""
+        if not self.quiet:
+            self._say(terminal.content(text), "dim", end="")
+
     def ask(self, prompt: str) -> str:
         """Return a line that the user types. The prompt goes to stderr if stdout is not a terminal."""
         prompt = terminal.line(prompt)

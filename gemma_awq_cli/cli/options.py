@@ -53,6 +53,11 @@ class QualityName(StrEnum):
     best = "best"
 
 
+class Qat(StrEnum):
+    keep = "keep"
+    ignore = "ignore"
+
+
 class Head(StrEnum):
     bits16 = "16bit"
     int8 = "int8"
@@ -60,7 +65,6 @@ class Head(StrEnum):
 
 
 GroupSize = StrEnum("GroupSize", {f"g{size}": str(size) for size in GROUP_SIZES})  # type: ignore[misc]
-DEFAULT_GROUP_SIZE = GroupSize(str(GROUP_SIZES[0]))
 
 # Headings of the help that hold shared options. A command that has more options of the kind uses the same heading.
 MODEL = "Model"

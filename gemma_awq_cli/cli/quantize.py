@@ -8,11 +8,11 @@ import typer
 
 from gemma_awq_cli.cli.console import Output, Progress, human_seconds
 from gemma_awq_cli.cli.options import (
-    DEFAULT_GROUP_SIZE,
     Device,
     DeviceOption,
     GroupSize,
     JsonOption,
+    Qat,
     QualityName,
     QuietOption,
     RevisionOption,
@@ -51,8 +51,21 @@ def command(
     ] = None,
     revision: RevisionOption = None,
     group_size: Annotated[
-        GroupSize, typer.Option(help="Weights that share one scale and zero point.", rich_help_panel=METHOD)
-    ] = DEFAULT_GROUP_SIZE,
+        GroupSize | None,
+        typer.Option(
+            help="Weights that share one scale and zero point.  [default: the largest that fits the model, or 32 for a "
+            "QAT checkpoint]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    qat: Annotated[
+        Qat | None,
+        typer.Option(
+            help="Keep the 4-bit grid that the weights of a QAT checkpoint lie on, or quantize it like any other.  "
+            "[default: keep if at least 99 % of them lie on one]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     quality: Annotated[
         QualityName,
         typer.Option(help="How much work to spend on fidelity.", rich_help_panel=METHOD),
@@ -138,7 +151,8 @@ def command(
         model=model,
         output=output,
         revision=revision,
-        group_size=int(group_size.value),
+        group_size=int(group_size.value) if group_size else None,
+        qat=qat and qat.value,
         dtype=dtype and dtype.value,
         quality=quality.value,
         calibration=calibration,
@@ -254,7 +268,7 @@ def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
         return
     document: dict[str, Any] = {
         "artifact": str(planned.folder), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
-        "group_size": plan.group_size, "dtype": plan.dtype_name,
+        "group_size": plan.group_size, "keeps_grid": plan.keeps_grid, "dtype": plan.dtype_name,
         "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
         "memory_bytes": plan.memory_bytes, "tokens_per_batch": plan.fit.tokens_per_batch,
         "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,

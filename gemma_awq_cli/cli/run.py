@@ -20,8 +20,9 @@ from gemma_awq_cli.cli.options import (
 )
 from gemma_awq_cli.cli.stages import Stages
 from gemma_awq_cli.cli.stdin_prompt import read_prompt
+from gemma_awq_cli.cli.thinking import Thinking
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_CHAT
+from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_CHAT, NEW_TOKENS_THINKING
 from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
@@ -60,7 +61,8 @@ def command(
     max_new_tokens: Annotated[
         int | None,
         typer.Option(
-            help=f"Stop after N new tokens.  [default: {NEW_TOKENS}, in a chat {NEW_TOKENS_CHAT}]",
+            help=f"Stop after N new tokens, thoughts included.  [default: {NEW_TOKENS}, in a chat {NEW_TOKENS_CHAT}, "
+            f"with --think {NEW_TOKENS_THINKING}]",
             metavar="N",
             min=1,
             rich_help_panel=SAMPLING,
@@ -107,6 +109,15 @@ def command(
             "--raw", help="Give an instruct model the prompt without its chat template.", rich_help_panel=FILES
         ),
     ] = False,
+    think: Annotated[
+        bool | None,
+        typer.Option(
+            "--think/--no-think",
+            help="Let the model think before it answers, or not, if its chat template has a switch for that (Gemma 4). "
+            "Thoughts go to stderr.  [default: the template's]",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
@@ -209,9 +220,9 @@ def command(
     if chatting and as_json:
         raise UsageError("--json cannot be used in a chat.", "Give a prompt.")
     text = "" if chatting or files else read_prompt(prompt)
-    limit = max_new_tokens or (NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
+    limit = max_new_tokens or (NEW_TOKENS_THINKING if think else NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
     generation = GenerationOptions(limit, Sampling(temperature, top_k, top_p, seed), stop or ())
-    request = RunRequest(model or default_model(out), revision, opening, generation, system, raw)
+    request = RunRequest(model or default_model(out), revision, opening, generation, system, raw, think)
     stages.end("command line")
 
     from gemma_awq_cli.generate.finding import find_model
@@ -229,7 +240,10 @@ def command(
     elif chatting:
         chat_screen.talk(out, open_chat(request, found, show), request.model)
     else:
-        result = run_prompt(request, found, text, (lambda piece: None) if as_json else out.piece, show)
+        view = Thinking(out)
+        shown = (_unseen, _unseen) if as_json else (view.answer, view.thought)
+        result = run_prompt(request, found, text, *shown, show)
+        view.end()
         _report(out, result, request.model, as_json)
         if verbose:
             out.note(stages.summary(result.completion.prefill_seconds))
@@ -258,13 +272,17 @@ def _require_consistent(
         raise UsageError("--verbose cannot be used with --engine vllm.", "Leave it out.")
 
 
+def _unseen(piece: str) -> None:
+    """Show nothing: the document will have it all."""
+
+
 def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> None:
     """End the streamed text, or print the JSON document. Note the speed."""
     completion = result.completion
     if as_json:
         out.document(
             {
-                "model": model, "text": completion.text, "finish": completion.finish,
+                "model": model, "text": completion.text, "thinking": completion.thinking, "finish": completion.finish,
                 "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
                 "sampling": result.sampling.summary(),
                 "prompt_tokens_per_second": round(completion.prefill_rate, 2),

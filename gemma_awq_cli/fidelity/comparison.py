@@ -4,8 +4,8 @@ Everything is computed from the stored weights in float32. The hidden states bet
 are computed a few vocabulary entries at a time, so that a large model needs no more memory here than for quantizing.
 """
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.metrics import Positions, compare, join
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
@@ -49,20 +49,20 @@ def measure(
     with scratch_folder() as scratch, matmul_precision(precision):
         sides = []
         with write_errors(scratch, "set TMPDIR to another folder"):
-            for name, embed in (("reference", stack.embedder(rows)), ("other", other.embedder(rows))):
+            for name, embed in (("reference", stack.embedder(rows)), ("other", other.stack.embedder(rows))):
                 folder = scratch / name
                 folder.mkdir()
-                hidden = HiddenStates(folder, len(rows), 0, rows.shape[1], int(stack.config.hidden_size))
-                hidden.start(rows, embed)
+                hidden = HiddenStates(folder, reference.shape, rows)
+                hidden.start(embed)
                 sides.append(hidden)
-            through_layers(stack, list(zip(sides, (stack.read_layer, other.read_layer), strict=True)), device, on_step)
+            through_layers([(sides[0], stack, stack.read_layer), (sides[1], other.stack, other.read_layer)], on_step)
         parts = []
-        heads = (stack.head(), other.head())
+        heads = (stack.head(), other.stack.head())
         for batch in _batches(rows):
             chunks = []
             for hidden, (norm, head) in zip(sides, heads, strict=True):
-                states = hidden.read(layers, batch)[:, :-1].to(device)
-                chunks.append(stack.logit_chunks(head, norm(states.reshape(-1, states.shape[-1]))))
+                states = norm(hidden.read(layers, batch).to(device))[:, :-1]
+                chunks.append(stack.logit_chunks(head, states.reshape(-1, states.shape[-1])))
             targets = rows[batch, 1:].reshape(-1).to(device)
             parts.append(compare(zip(*chunks, strict=True), targets))
             on_step()
@@ -70,23 +70,16 @@ def measure(
 
 
 def through_layers(
-    stack: TextStack,
-    sides: Sequence[tuple[HiddenStates, Callable[[int], Mapping[str, Tensor]]]],
-    device: torch.device,
-    on_step: Callable[[], None],
+    sides: Sequence[tuple[HiddenStates, TextStack, Callable[[int], Mapping[str, Tensor]]]], on_step: Callable[[], None]
 ) -> None:
     """Take the hidden states of several models side by side from the embedding to the last layer's output.
 
-    sides: for each model its hidden states, and the function that reads the weights of one of its layers.
+    sides: for each model its hidden states, its stack, and the function that reads the weights of one of its layers.
     """
-    for index in range(stack.checkpoint.layers):
-        for hidden, read in sides:
+    for index in range(sides[0][1].checkpoint.layers):
+        for hidden, stack, read in sides:
             module = stack.layer(index, dict(read(index)))
-
-            def run(states: Tensor, index: int = index, module: torch.nn.Module = module) -> Tensor:
-                return stack.run_layer(index, module, states.to(device))
-
-            hidden.advance(index, hidden.calibration, 1, run)
+            hidden.advance(index, hidden.calibration, 1, partial(stack.run_layer, index, module))
             on_step()
 
 
@@ -114,31 +107,19 @@ class ComparedStack:
     def __init__(self, checkpoint: Checkpoint, stack: TextStack) -> None:
         self.checkpoint = checkpoint
         self.group_size = require_awq(checkpoint) if checkpoint.quantization is not None else None
-        # a stack that reads the unquantized tensors from this checkpoint
-        self.stack = copy.copy(stack)
-        self.stack.checkpoint = checkpoint
+        self.stack = stack.reading(checkpoint)  # of the unquantized tensors
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Return the weights of one layer, by their names relative to the layer."""
         if self.group_size is None:
             return self.stack.read_layer(index)
-        prefix = f"model.layers.{index}."
-        weights = {}
-        for name in self.stack.layer_names(index):
-            full = prefix + name
-            if self.checkpoint.key(full) in self.checkpoint.tensors:
-                weights[name] = self.checkpoint.read([full])[full]
-            else:
-                out_features, in_features = self.stack.shapes[full]
-                linear = full.removesuffix(".weight")
-                packed = read_packed(self.checkpoint, linear, in_features, out_features, self.group_size)
-                weights[name] = dequantize(*unpack_weight(packed))
-        return weights
-
-    def embedder(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
-        """See `TextStack.embedder`."""
-        return self.stack.embedder(ids)
-
-    def head(self) -> tuple[torch.nn.Module, Tensor]:
-        """See `TextStack.head`."""
-        return self.stack.head()
+        prefix, layout = f"model.layers.{index}.", self.checkpoint.shape.layouts[index]
+        dense = {name: torch.empty(shape) for name, shape in layout.unpacked().items()}
+        packed = read_packed_linears(
+            self.checkpoint, {prefix + name: linear for name, linear in layout.packed().items()}, self.group_size
+        )
+        for name, (tensor, part) in layout.places().items():
+            dense[tensor][part] = dequantize(*unpack_weight(packed[prefix + name]))
+        rest = [name for name in self.stack.layer_names(index) if name not in dense]
+        read = self.checkpoint.read(prefix + name for name in rest)
+        return dense | {name: read[prefix + name] for name in rest}

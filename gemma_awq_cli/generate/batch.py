@@ -31,7 +31,7 @@ ROW_BEGINS = b'{"index": '
 class Batch:
     """The prompts to complete and how.
 
-    system, raw: as for `prompt_ids`. made_with: all that the completions depend on, by the names of the options.
+    system, raw, think: as for `prompt_ids`. made_with: all that the completions depend on, by the names of the options.
     """
 
     prompts: Sequence[Prompt]
@@ -39,6 +39,7 @@ class Batch:
     raw: bool
     options: GenerationOptions
     made_with: Mapping[str, Any]
+    think: bool | None = None
 
 
 def recorded_seed(path: Path) -> int | None:
@@ -169,7 +170,7 @@ def token_rows(prompter: Prompter, batch: Batch) -> list[list[int]]:
     rows = []
     for number, prompt in enumerate(batch.prompts, 1):
         with located(f"Prompt {number}"):
-            rows.append(prompt_ids(prompter, prompt, batch.system, batch.raw))
+            rows.append(prompt_ids(prompter, prompt, batch.system, batch.raw, batch.think))
     return rows
 
 
@@ -180,7 +181,8 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
     return {
-        "index": index, "prompt": batch.prompts[index], "text": completion.text, "finish": completion.finish,
+        "index": index, "prompt": batch.prompts[index], "text": completion.text, "thinking": completion.thinking,
+        "finish": completion.finish,
         "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
         "made_with": dict(batch.made_with),
     }  # fmt: skip

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, require_room
+from gemma_awq_cli.generate.prompting import require_switch
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.system.saving import local_path, write_errors, write_new
 
@@ -40,19 +41,24 @@ class Chat:
     """A conversation that grows with each question and answer.
 
     engine: best one that keeps its cache between turns. options: of each answer. system: the system message, or None.
-    raw: leave out the chat template, so that each message is completed by itself.
+    raw: leave out the chat template, so that each message is completed by itself. think: whether the model is to think
+    before it answers; None for its template's default. Thoughts are no part of the conversation.
 
     answers: whether the model answers rather than completes. has_template: whether it has a chat template. messages:
     the conversation without the system message.
     """
 
-    def __init__(self, engine: Engine, options: GenerationOptions, system: str | None, raw: bool) -> None:
+    def __init__(
+        self, engine: Engine, options: GenerationOptions, system: str | None, raw: bool, think: bool | None = None
+    ) -> None:
+        require_switch(engine.prompter, raw, think)
         self.has_template = engine.prompter.is_chat
         self.answers = self.has_template and not raw
         self.system: str | None = None
         self.messages: list[Message] = []
         self._engine = engine
         self._options = options
+        self._think = think
         self._transcript: _Transcript | None = None
         self._turns = 0
         if system:
@@ -66,11 +72,15 @@ class Chat:
         self.messages = []
         self._transcript = None
 
-    def ask(self, text: str, on_text: Callable[[str], None]) -> Answer:
+    def ask(
+        self, text: str, on_text: Callable[[str], None], on_thought: Callable[[str], None] = lambda piece: None
+    ) -> Answer:
         """Send the message `text` and return the answer, which Ctrl-C ends early.
 
-        on_text: called with each piece of the answer. Drops the oldest turns if the context is too small. Raises
-        MessageTooLongError or PromptError if the model cannot be given the message; the conversation stays as it was.
+        on_text, on_thought: called with each piece of the answer and of the thoughts before it. If the answer ended
+        before its first word, the conversation stays as it was. Drops the oldest turns if the context is too small.
+        Raises MessageTooLongError or PromptError if the model cannot be given the message; the conversation stays as it
+        was.
         """
         before = list(self.messages)
         self.messages.append({"role": "user", "content": text})
@@ -78,16 +88,21 @@ class Chat:
             rendered, ids, dropped = self._next()
             # every turn draws its own random numbers
             completion = self._engine.complete(
-                [ids], self._options, lambda _, piece: on_text(piece), numbers=[self._turns]
+                [ids],
+                self._options,
+                lambda _, piece: on_text(piece),
+                numbers=[self._turns],
+                on_thought=lambda _, piece: on_thought(piece),
             )[0]
         except BaseException:
             self.messages = before
             raise
-        if not completion.tokens:  # interrupted before the first token: as if nothing had been asked
+        content = completion.text.strip()
+        if completion.tokens:
+            self._turns += 1
+        if not content and completion.finish != "stop":  # ended before the answer: as if nothing had been asked
             self.messages = before
             return Answer(completion, dropped=0)
-        self._turns += 1
-        content = completion.text.strip()
         self.messages.append({"role": "assistant", "content": content})
         self._transcript = self._transcript_of(rendered + content, ids, completion, content)
         return Answer(completion, dropped)
@@ -104,7 +119,7 @@ class Chat:
         dropped = 0
         while True:
             system = [{"role": "system", "content": self.system}] if self.system else []
-            text = prompter.chat([*system, *self.messages], answer_next=True)
+            text = prompter.chat([*system, *self.messages], answer_next=True, think=self._think)
             if self._transcript is not None and text.startswith(self._transcript.text):
                 ids = [*self._transcript.ids, *prompter.ids(text.removeprefix(self._transcript.text))]
             else:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.sampling import Sampling
-from gemma_awq_cli.models.text.detokenizer import StreamingDetokenizer
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class GenerationOptions:
     """How rows are continued, by whichever engine.
 
     max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
-    before the first that it would contain.
+    before the first that its text, which thoughts are no part of, would contain.
     """
 
     max_new_tokens: int
@@ -34,7 +34,8 @@ class Completion:
     """The text that was generated for one prompt.
 
     prompt_tokens: length of the prompt, BOS included. tokens: ids of the generated tokens, an end token included. text:
-    the tokens as text, without special tokens and cut before a stop string. finish: `stop` (an end token or a stop
+    the tokens as text, without special tokens and cut before a stop string. thinking: what the model thought before it
+    answered, which is not in `text`. finish: `stop` (an end token or a stop
     string), `length` (the limit or the end of the context) or `interrupted` (Ctrl-C). read_tokens: how many of the
     prompt's tokens had to be read; the others were in the cache of an earlier turn. prefill_seconds: time to the first
     token. decode_seconds: time from the first token to the last.
@@ -43,6 +44,7 @@ class Completion:
     prompt_tokens: int
     tokens: list[int] = field(default_factory=list)
     text: str = ""
+    thinking: str = ""
     finish: str = "length"
     read_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -72,7 +74,7 @@ class Row:
     ids: Sequence[int]
     limit: int
     ends: Set[int]
-    text: StreamingDetokenizer
+    text: TurnDetokenizer
     completion: Completion
     done: bool = False
     _started: float = 0.0
@@ -96,13 +98,13 @@ class Row:
         elif len(completion.tokens) == self.limit:
             self.done = True
         if self.done:
-            completion.text = self.text.finish()
+            completion.text, completion.thinking = self.text.finish()
 
     def interrupt(self) -> None:
         """End the row as it is, unless it has ended already."""
         if not self.done:
             self.completion.finish = "interrupted"
-            self.completion.text = self.text.finish()
+            self.completion.text, self.completion.thinking = self.text.finish()
 
 
 class Engine(ABC):
@@ -124,18 +126,19 @@ class Engine(ABC):
         on_text: Callable[[int, str], None] = lambda index, piece: None,
         on_done: Callable[[int, Completion], None] = lambda index, completion: None,
         numbers: Sequence[int] | None = None,
+        on_thought: Callable[[int, str], None] = lambda index, piece: None,
     ) -> list[Completion]:
         """Continue each row until it ends, has `max_new_tokens` new tokens or fills the context.
 
         rows: token ids, BOS included. on_text: called with (index of the row, piece of text); the pieces of a row make
         up its text. on_done: called with (index, completion) as soon as a row ends by itself. numbers: one number per
         row that tells its random numbers from those of other rows, by default 0, 1, ...; a row's tokens depend on its
-        own number alone, whatever other rows run beside it.
+        own number alone, whatever other rows run beside it. on_thought: as on_text, of the row's thoughts.
 
         Ctrl-C ends the unfinished rows and keeps their text; if all rows are finished, KeyboardInterrupt is raised.
         Raises GemmaAwqError if a prompt fills the context.
         """
-        work = self._rows(rows, options, on_text, numbers)
+        work = self._rows(rows, options, on_text, on_thought, numbers)
         try:
             with closing(self._steps(work, options.sampling, lambda row: on_done(row.index, row.completion))) as steps:
                 for _ in steps:
@@ -148,12 +151,12 @@ class Engine(ABC):
         return [row.completion for row in work]
 
     def stream(self, ids: Sequence[int], options: GenerationOptions) -> Iterator[str]:
-        """Yield the text of one row piece by piece while it is generated.
+        """Yield the text of one row, without thoughts, piece by piece while it is generated.
 
         ids: token ids, BOS included. Nothing is generated until the first piece is asked for.
         """
         pieces: list[str] = []
-        work = self._rows([ids], options, lambda _, piece: pieces.append(piece), None)
+        work = self._rows([ids], options, lambda _, piece: pieces.append(piece), lambda *_: None, None)
         with closing(self._steps(work, options.sampling, lambda row: None)) as steps:
             for _ in steps:
                 yield from pieces
@@ -165,13 +168,19 @@ class Engine(ABC):
         rows: Sequence[Sequence[int]],
         options: GenerationOptions,
         on_text: Callable[[int, str], None],
+        on_thought: Callable[[int, str], None],
         numbers: Sequence[int] | None,
     ) -> list[Row]:
         for index, ids in enumerate(rows):
             require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
 
         def new(index: int, ids: Sequence[int]) -> Row:
-            text = StreamingDetokenizer(self.prompter.tokenizer, options.stop, lambda piece: on_text(index, piece))
+            text = TurnDetokenizer(
+                self.prompter.tokenizer,
+                options.stop,
+                lambda piece: on_text(index, piece),
+                lambda piece: on_thought(index, piece),
+            )
             limit = min(options.max_new_tokens, self.context - len(ids))
             return Row(index, numbers[index] if numbers else index, ids, limit, self.ends, text, Completion(len(ids)))
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from gemma_awq_cli.calibration_text.document_forms import read_messages
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.events import Note
-from gemma_awq_cli.generate import NEW_TOKENS
+from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_THINKING
 from gemma_awq_cli.generate.events import OnEvent, ignore
 from gemma_awq_cli.generate.finding import find_model
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
@@ -59,10 +59,12 @@ class Model:
 
     It keeps the cache of the last prompt and its answer: a prompt that continues them reads only the new tokens.
 
-    The options of `generate`, `stream` and `chat` are the same. max_new_tokens: the most tokens of the answer.
+    The options of `generate`, `stream` and `chat` are the same. max_new_tokens: the most tokens of the answer and the
+    thoughts before it; by default 256, with `think` 4096.
     temperature, top_p, top_k: how tokens are sampled; what is left out comes from the model's generation_config, and
     temperature 0 takes the most likely token each time. seed: of the random numbers; by default another for each call.
-    stop: one or more strings; the text ends before the first of them.
+    stop: one or more strings; the text ends before the first of them. think: whether the model is to think before it
+    answers; by default what its chat template does. What it thought is in `Completion.thinking`, never in the text.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
@@ -78,7 +80,7 @@ class Model:
         self,
         prompt: str,
         *,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -86,6 +88,7 @@ class Model:
         stop: str | Sequence[str] = (),
         system: str | None = None,
         raw: bool = False,
+        think: bool | None = None,
     ) -> Completion:
         """Return the completion of a prompt, or an instruct model's answer to it.
 
@@ -95,14 +98,14 @@ class Model:
         Raises UsageError for an invalid option, PromptError for a text that the model cannot be given, and
         GemmaAwqError if the prompt fills the context.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop)
-        return self._engine.complete([prompt_ids(self._engine.prompter, prompt, system, raw)], options)[0]
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think)
+        return self._engine.complete([prompt_ids(self._engine.prompter, prompt, system, raw, think)], options)[0]
 
     def stream(
         self,
         prompt: str,
         *,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
@@ -110,44 +113,49 @@ class Model:
         stop: str | Sequence[str] = (),
         system: str | None = None,
         raw: bool = False,
+        think: bool | None = None,
     ) -> Iterator[str]:
         """Return an iterator over the text that `generate` would return, piece by piece.
 
         Wrong arguments are an error at once; the text is generated while the iterator is read, and no further than it
         is read.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop)
-        return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw), options)
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think)
+        return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw, think), options)
 
     def chat(
         self,
         messages: Sequence[Message],
         *,
-        max_new_tokens: int = NEW_TOKENS,
+        max_new_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
         top_k: int | None = None,
         seed: int | None = None,
         stop: str | Sequence[str] = (),
+        think: bool | None = None,
     ) -> Completion:
         """Return an instruct model's answer to a conversation.
 
         messages: dicts with `role` (`system`, `user`, `assistant`) and `content`; the last one is the user's. The
         answer is not added to them.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop)
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think)
         conversation = read_messages(list(messages), "The conversation")
-        return self._engine.complete([prompt_ids(self._engine.prompter, conversation, None, False)], options)[0]
+        return self._engine.complete([prompt_ids(self._engine.prompter, conversation, None, False, think)], options)[0]
 
     def _options(
         self,
-        max_new_tokens: int,
+        max_new_tokens: int | None,
         temperature: float | None,
         top_p: float | None,
         top_k: int | None,
         seed: int | None,
         stop: str | Sequence[str],
+        think: bool | None,
     ) -> GenerationOptions:
+        if max_new_tokens is None:
+            max_new_tokens = NEW_TOKENS_THINKING if think else NEW_TOKENS
         if max_new_tokens < 1:
             raise UsageError(f"Invalid max_new_tokens: {max_new_tokens}.", "Give 1 or more.")
         asked = Sampling(temperature, top_k, top_p, seed)

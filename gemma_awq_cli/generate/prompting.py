@@ -3,17 +3,21 @@
 from collections.abc import Sequence
 
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.models.text.prompter import Message, Prompter
+from gemma_awq_cli.models.text.prompter import THINKING, Message, Prompter
 
 Prompt = str | list[Message]
 
 
-def prompt_ids(prompter: Prompter, prompt: str | Sequence[Message], system: str | None, raw: bool) -> list[int]:
+def prompt_ids(
+    prompter: Prompter, prompt: str | Sequence[Message], system: str | None, raw: bool, think: bool | None = None
+) -> list[int]:
     """Return the token ids of a prompt or a conversation, BOS included.
 
-    They go through the chat template of an instruct model, unless `raw`. Raises UsageError for messages or a system
-    message that no chat template takes, and PromptError for a text that the model cannot be given.
+    They go through the chat template of an instruct model, unless `raw`. think: see `Prompter.chat`. Raises UsageError
+    for messages, a system message or a `think` that no chat template takes, and PromptError for a text that the model
+    cannot be given.
     """
+    require_switch(prompter, raw, think)
     if raw or not prompter.is_chat:
         unused = ", which --raw turns off." if raw and prompter.is_chat else "."
         if system:
@@ -24,4 +28,19 @@ def prompt_ids(prompter: Prompter, prompt: str | Sequence[Message], system: str 
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return prompter.prompt_ids(prompter.chat(messages, answer_next=True))
+    return prompter.prompt_ids(prompter.chat(messages, answer_next=True, think=think))
+
+
+def require_switch(prompter: Prompter, raw: bool, think: bool | None) -> None:
+    """Raise UsageError if thinking is to be turned on or off and nothing does that."""
+    if think is None:
+        return
+    option = "--think" if think else "--no-think"
+    if raw:
+        raise UsageError(f"{option} and --raw exclude each other.", "The chat template turns thinking on: leave --raw.")
+    if not prompter.can_think:
+        why = f"its chat template has no {THINKING}" if prompter.is_chat else "it has no chat template"
+        raise UsageError(
+            f"{option} cannot be used with {prompter.folder.name}: {why}.",
+            "Leave it out, or give a model that thinks, such as an instruct Gemma 4.",
+        )

@@ -65,7 +65,8 @@ class RunRequest:
 
     model: a folder, a hub id or `demo`. revision: branch, tag or commit of a hub id. generation: its sampling is what
     the user asked for; the model's generation_config completes it. system: a system message for an instruct model. raw:
-    leave out the chat template.
+    leave out the chat template. think: whether the model is to think before it answers; None for its template's own
+    default.
     """
 
     model: str
@@ -74,6 +75,7 @@ class RunRequest:
     generation: GenerationOptions
     system: str | None = None
     raw: bool = False
+    think: bool | None = None
 
 
 @dataclass(frozen=True)

@@ -57,12 +57,20 @@ class BatchResult:
 
 
 def run_prompt(
-    request: RunRequest, found: FoundModel, prompt: Prompt, on_text: Callable[[str], None], on_event: OnEvent
+    request: RunRequest,
+    found: FoundModel,
+    prompt: Prompt,
+    on_text: Callable[[str], None],
+    on_thought: Callable[[str], None],
+    on_event: OnEvent,
 ) -> PromptResult:
-    """Complete or answer one prompt. `on_text` is called with each piece of the text as soon as it is certain."""
+    """Complete or answer one prompt.
+
+    on_text, on_thought: called with each piece of the text and of the thoughts before it as soon as it is certain.
+    """
 
     def ids_of(prompter: Prompter) -> list[int]:
-        return prompt_ids(prompter, prompt, request.system, request.raw)
+        return prompt_ids(prompter, prompt, request.system, request.raw, request.think)
 
     checkpoint = read_checkpoint(found, on_event)
     options = _options(request, checkpoint, on_event)
@@ -72,7 +80,9 @@ def run_prompt(
     )
     ids = ids_of(engine.prompter)
     on_event(StageEnded("waiting for the tokenizer"))
-    (completion,) = engine.complete([ids], options, lambda _, piece: on_text(piece))
+    (completion,) = engine.complete(
+        [ids], options, lambda _, piece: on_text(piece), on_thought=lambda _, piece: on_thought(piece)
+    )
     return PromptResult(completion, options.sampling)
 
 
@@ -81,7 +91,7 @@ def open_chat(request: RunRequest, found: FoundModel, on_event: OnEvent) -> Chat
     checkpoint = read_checkpoint(found, on_event)
     options = _options(request, checkpoint, on_event)
     engine = open_engine(checkpoint, found, request.engine, 1, None, on_event)
-    return Chat(engine, options, request.system, request.raw)
+    return Chat(engine, options, request.system, request.raw, request.think)
 
 
 def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_event: OnEvent) -> BatchResult:
@@ -95,7 +105,8 @@ def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_even
         request = replace(request, generation=replace(request.generation, sampling=asked))
         checkpoint = read_checkpoint(found, on_event)
         options = _options(request, checkpoint, on_event)
-        batch = Batch(prompts, request.system, request.raw, options, _made_with(request, checkpoint, options))
+        made_with = _made_with(request, checkpoint, options)
+        batch = Batch(prompts, request.system, request.raw, options, made_with, request.think)
         finished = read_finished(files.output, batch)
         if finished:
             on_event(BatchResumed(len(finished), len(prompts), files.output))
@@ -146,10 +157,12 @@ def _options(request: RunRequest, checkpoint: Checkpoint, on_event: OnEvent) -> 
 def _made_with(request: RunRequest, checkpoint: Checkpoint, options: GenerationOptions) -> dict[str, Any]:
     """Return all that the completions depend on, as plain JSON under the names of the options."""
     sampling, engine = options.sampling, request.engine
+    think = {} if request.think is None else {"think": request.think}
     return {
         "model": checkpoint.folder.resolve().name, "model_id": checkpoint.identity()[:16], "engine": engine.engine,
         "dtype": engine.dtype, "quantization": engine.quantization, "attn": engine.attention,
         "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_k": sampling.top_k,
         "top_p": sampling.top_p, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed, "stop": list(options.stop), "system": request.system, "raw": request.raw,
+        **think,
     }  # fmt: skip

@@ -22,20 +22,23 @@ TEXTS = Path(__file__).parent / "licences"
 class Terms:
     """A licence that Google releases Gemma models under."""
 
-    id: str  # as the hub's card metadata writes it
+    id: str  # as the hub's card metadata writes it; for a licence that the hub has no id of, as `license_name`
     title: str
+    subject: str  # what Google calls the models that are under it
     url: str
-    text: str  # name of the file in `TEXTS` that holds its full text
+    text: str | None  # name of the file in `TEXTS` that holds its full text; None: whoever publishes gives the text
     copy_name: str  # name of that file in a repository
     known_as: tuple[str, ...]  # glob patterns of files that may already be a copy of it
     opening: str  # words that identify its text
     sentence: str = ""  # what the `Notice` file must say, if anything
     restrictions: str = ""  # URL of the policy that restricts the use, if there is one
+    on_hub: bool = True  # whether the hub has an id of its own for it
 
 
 GEMMA_TERMS = Terms(
     id="gemma",
     title="Gemma Terms of Use",
+    subject="Gemma",
     url="https://ai.google.dev/gemma/terms",
     text="gemma-terms-of-use.md",
     copy_name="GEMMA_TERMS_OF_USE.md",
@@ -48,15 +51,33 @@ GEMMA_TERMS = Terms(
 APACHE = Terms(
     id="apache-2.0",
     title="Apache License 2.0",
+    subject="Gemma",
     url="https://www.apache.org/licenses/LICENSE-2.0",
     text="apache-2.0.txt",
     copy_name="LICENSE",
     known_as=("LICENSE*",),
     opening="Apache License",
 )
+# MedGemma and TxGemma: Gemmas by their config, and under these terms where their own card says so. The text has changed
+# since its first edition, and none that is known to be the present one is held here.
+HAI_DEF = Terms(
+    id="health-ai-developer-foundations",
+    title="Health AI Developer Foundations Terms of Use",
+    subject="HAI-DEF",
+    url="https://developers.google.com/health-ai-developer-foundations/terms",
+    text=None,
+    copy_name="HAI_DEF_TERMS_OF_USE.md",
+    known_as=("*TERMS*", "LICENSE*"),
+    opening="Health AI Developer Foundations Terms of Use",
+    # Section 3.1, which also asks for a copy of the terms and for the restrictions of Section 3.2 to be passed on
+    sentence="HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at "
+    "https://developers.google.com/health-ai-developer-foundations/terms",
+    restrictions="https://developers.google.com/health-ai-developer-foundations/prohibited-use-policy",
+    on_hub=False,
+)
 
-# By licence key, which is the hub's id of the licence.
-LICENCES: Mapping[str, Terms] = {terms.id: terms for terms in (GEMMA_TERMS, APACHE)}
+# By licence key: the hub's id of the licence, or its `license_name`.
+LICENCES: Mapping[str, Terms] = {terms.id: terms for terms in (GEMMA_TERMS, APACHE, HAI_DEF)}
 
 LICENCE_FILE = "LICENSE"
 LICENCE_BYTES = 10 * 1024 * 1024
@@ -87,8 +108,10 @@ class Licence:
     @property
     def metadata(self) -> dict[str, Any]:
         """The licence fields of the card's metadata."""
-        if self.derived is None:
+        if self.derived is None and self.terms.on_hub:
             return {"license": self.terms.id}
+        if self.derived is None:
+            return {"license": "other", "license_name": self.terms.id, "license_link": self.terms.url}
         return {"license": "other", "license_name": one_line(self.derived.id), "license_link": LICENCE_FILE}
 
 
@@ -120,8 +143,11 @@ def decide_licence(
     """Return an artifact's licence; raises where what is known of it is incomplete or contradictory.
 
     terms: of the model's family; declared: metadata of the source's card; present: the artifact's licence files;
-    notice: the sentence on what was modified; given, derived: --license, and its text.
+    notice: the sentence on what was modified; given, derived: --license, and its text. A source that declares the terms
+    of Health AI Developer Foundations is under these instead of `terms`.
     """
+    if (declared or {}).get("license_name") == HAI_DEF.id or given == HAI_DEF.id:
+        terms = HAI_DEF
     if given is not None and derived is None and given != terms.id:
         raise UsageError(
             f"--license {given} needs the licence's text, because {terms.title} stays in force beside it.",
@@ -130,7 +156,31 @@ def decide_licence(
         )
     if given is None:
         _require_consistent(terms, declared, present)
-    return _with_files(terms, derived if derived is not None and derived.id != terms.id else None, present, notice)
+    own = derived if derived is not None and derived.id != terms.id else None
+    text = _text_of(terms, derived) if not _copies(terms, present, own) else b""
+    return _with_files(terms, own, present, notice, text)
+
+
+def _text_of(terms: Terms, derived: DerivedLicence | None) -> bytes:
+    """Return the text of the terms: this tool's copy of it, or the one that --license-file gives."""
+    if terms.text is not None:
+        return (TEXTS / terms.text).read_bytes()
+    if derived is not None and derived.id == terms.id and _begins_as(terms, derived.text):
+        return derived.text
+    raise GemmaAwqError(
+        f"A copy of the {terms.title} has to go with the model, and neither the source nor this tool has one.",
+        f"Save {terms.url} as a text and give --license {terms.id} --license-file FILE.",
+    )
+
+
+def _copies(terms: Terms, present: Mapping[str, bytes], derived: DerivedLicence | None) -> tuple[str, ...]:
+    """Return the names of the artifact's files that hold the text of the terms and stay."""
+    replaced = (LICENCE_FILE,) if derived is not None else ()
+    return tuple(
+        name
+        for name, text in present.items()
+        if name not in replaced and any(Path(name).match(p) for p in terms.known_as) and terms.opening.encode() in text
+    )
 
 
 def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, present: Mapping[str, bytes]) -> None:
@@ -145,6 +195,8 @@ def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, presen
     licence = (declared or {}).get("license")
     if isinstance(licence, list) and len(licence) == 1:
         licence = licence[0]
+    if licence == "other" and (declared or {}).get("license_name") == terms.id:
+        licence = terms.id
     if licence is None:
         raise GemmaAwqError(
             "The source checkpoint declares no licence (no `license` in a model card of its own).", f"Give {options}."
@@ -170,25 +222,24 @@ def _begins_as(terms: Terms, text: bytes) -> bool:
     return terms.opening.encode() in text[:2000]
 
 
-def _with_files(terms: Terms, derived: DerivedLicence | None, present: Mapping[str, bytes], notice: str) -> Licence:
+def _with_files(
+    terms: Terms, derived: DerivedLicence | None, present: Mapping[str, bytes], notice: str, text: bytes
+) -> Licence:
+    """Return the licence with the files that are added. text: of the terms, where no file holds it."""
     files: dict[str, bytes] = {}
     if derived is not None:
         files[LICENCE_FILE] = derived.text
-    copies = tuple(
-        name
-        for name, text in present.items()
-        if name not in files and any(Path(name).match(p) for p in terms.known_as) and terms.opening.encode() in text
-    )
+    copies = _copies(terms, present, derived)
     if not copies:
         name = terms.copy_name if terms.copy_name not in files else f"{terms.copy_name}-{terms.id}"
-        files[name] = (TEXTS / terms.text).read_bytes()
+        files[name] = text
         copies = (name,)
     # one `Notice`: a second one that differs in case alone would be lost on some file systems
     name = next((n for n in present if n.lower() in ("notice", "notice.txt")), NOTICE)
     kept = present.get(name, b"")
-    text = _notice_text(terms, notice)
-    if text not in kept:
-        files[name] = text + (b"\n" + kept if kept else b"")
+    own = _notice_text(terms, notice)
+    if own not in kept:
+        files[name] = own + (b"\n" + kept if kept else b"")
     return Licence(terms, derived, files, copies)
 
 

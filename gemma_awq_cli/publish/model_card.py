@@ -18,7 +18,9 @@ from statistics import median
 from typing import Any
 
 from gemma_awq_cli.calibration_text.recipes import public_name
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
+from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.licensing import Licence
 from gemma_awq_cli.publish.public_documents import source_name
@@ -28,7 +30,36 @@ HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 _MARK = re.compile(r"\n<!-- gemma-awq card, sha256 of the above: ([0-9a-f]{64}) -->\n\Z")
 _DATASET = re.compile(r"\(hub dataset ([^,)]+)")  # in the description of the calibration rows
+_PARTS = {
+    "vision_tower": "vision tower", "multi_modal_projector": "projector", "audio_tower": "audio tower",
+    "embed_vision": "vision embedder", "embed_audio": "audio embedder", "vision_embedder": "patch embedder",
+}  # fmt: skip
 PROMPTS = {True: "Write a haiku about rivers.", False: "The three primary colours are"}
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What an artifact holds beside packed linears, the embedding and the norms.
+
+    table_bytes: of the per-layer embeddings, which stay in 16 bits; experts: how many a layer has; altup: whether there
+    are AltUp and Laurel; companions: the names of the parts that were copied. 0 or nothing where a model has none.
+    """
+
+    table_bytes: int = 0
+    experts: int = 0
+    altup: bool = False
+    companions: tuple[str, ...] = ()
+
+
+def contents_of(checkpoint: Checkpoint) -> Contents:
+    """Return what an open artifact holds."""
+    shape, held = checkpoint.shape, checkpoint.companions()
+    table = checkpoint.tensors[checkpoint.key(PER_LAYER_TABLE)].nbytes if shape.per_layer is not None else 0
+    experts = max((layout.experts.count for layout in shape.layouts if layout.experts is not None), default=0)
+    parts = tuple(
+        part.name for part in checkpoint.family.companions if any(f"{part.name}." in f"{name}." for name in held)
+    )
+    return Contents(table, experts, shape.altup is not None, parts)
 
 
 @dataclass(frozen=True)
@@ -37,7 +68,8 @@ class CardFacts:
 
     report: the artifact's, as it is published; chat: whether it has a chat template; tied: whether its head is the
     embedding; notice: the sentence on what was modified; provenance: a remark on where the weights came from, "" for
-    none; bench: the stored document of `gemma-awq bench --save` as it is published, if there is one.
+    none; bench: the stored document of `gemma-awq bench --save` as it is published, if there is one; contents: of the
+    artifact.
     """
 
     repo: str
@@ -49,6 +81,7 @@ class CardFacts:
     notice: str
     provenance: str
     bench: Mapping[str, Any] | None = None
+    contents: Contents = Contents()
 
 
 def render_card(facts: CardFacts) -> str:
@@ -72,6 +105,11 @@ def modification_notice(report: Mapping[str, Any], base_model: str, weights: lis
     """Return the statement that files were modified: which ones, and how."""
     files = f"{', '.join(weights)} and config.json"
     version = report["versions"]["gemma_awq"]
+    if "qat" in report:
+        return (
+            f"{files} were modified from {base_model}: the weights of the linear layers were stored in 4 bits with "
+            f"gemma-awq {version}, on the grid that quantization-aware training had put them on."
+        )
     return (
         f"{files} were modified from {base_model}: the weights of the linear layers were quantized to 4 bits with "
         f"gemma-awq {version}, and the norms that scales were folded into were changed with them."
@@ -126,7 +164,7 @@ def _metadata(facts: CardFacts) -> str:
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=["gemma", "awq", "4-bit", "int4", "gemma-awq"],
+        tags=["gemma", "awq", "4-bit", "int4", "gemma-awq", *(["qat"] if "qat" in report else [])],
         datasets=[dataset] if dataset else None,
         model_name=facts.repo.split("/")[1],
         eval_results=results,
@@ -167,17 +205,22 @@ def _body(facts: CardFacts) -> str:
             kl=f"{fidelity['kl']:.4f}",
             top1=f"{100 * fidelity['top1_agreement']:.1f} %",
             reading=_reading(facts),
+            qat=_qat(report),
             speed=_speed(facts.bench),
             prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
             chat=facts.chat,
             auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
             dtype=artifact["dtype"],
+            table_size=_size(facts.contents.table_bytes) if facts.contents.table_bytes else "",
+            smaller=f"{100 * (1 - artifact['bytes'] / max(1, report['source']['bytes'])):.0f} %",
+            experts=facts.contents.experts,
+            library=next((part.library for part in family.companions if part.library), ""),
             float16=family.float16,
             command=Markdown(quantize_command(report)),
             source=_source(report),
             group_size=artifact["group_size"],
             linears=artifact["quantized_linears"],
-            left=_left(facts.tied, multimodal),
+            left=_left(facts.tied, facts.contents),
             calibration_rows=calibration["rows"],
             calibration_seq_len=calibration["seq_len"],
             calibration_text=_calibration(report),
@@ -201,6 +244,35 @@ def _reading(facts: CardFacts) -> str:
         f"Perplexity is {100 * abs(ratio):.1f} % {'higher' if ratio >= 0 else 'lower'} than the 16-bit model's. "
         "Perplexity depends on the text and the tokenizer: compare it only with the figure beside it."
     )
+
+
+def _qat(report: Mapping[str, Any]) -> dict[str, str] | None:
+    """Return what was lost of the training of a QAT checkpoint, in a sentence and in counts; None for another one."""
+    if "qat" not in report:
+        return None
+    groups, on_grid, exact = (report["qat"][name] for name in ("groups", "on_grid", "exact"))
+    dtype = report["artifact"]["dtype"]
+    if exact == groups:
+        return {
+            "summary": f"Nothing was lost: every weight comes back bit for bit when it is dequantized to {dtype}.",
+            "counts": f"All {groups} groups come back bit for bit in {dtype}. What differs in the table above is the "
+            f"rounding of the 16-bit weights to {dtype}, of which the integers and steps are free.",
+        }
+    near, rest = on_grid - exact, groups - on_grid
+    parts = [f"{exact} of {groups} groups ({_percent(exact, groups)}) come back bit for bit in {dtype}"]
+    parts += [f"{near} come back within its rounding"] if near else []
+    parts += [f"{rest} ({_percent(rest, groups)}) lie on no such grid and were rounded to nearest"] if rest else []
+    others = f", and {_percent(rest, groups)} were not on that grid" if rest else ", and the others within its rounding"
+    return {
+        "summary": f"{_percent(exact, groups)} of the weights come back bit for bit in {dtype}{others}.",
+        "counts": f"{'; '.join(parts)}.",
+    }
+
+
+def _percent(part: int, whole: int) -> str:
+    """Return a share that is 0 % or 100 % only if it is nothing or all."""
+    share = 100 * part / max(1, whole)
+    return f"{share:.0f} %" if part in (0, whole) else f"{min(max(share, 0.01), 99.99):.2f} %"
 
 
 def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
@@ -227,9 +299,12 @@ def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _left(tied: bool, multimodal: bool) -> str:
+def _left(tied: bool, contents: Contents) -> str:
     parts = ["embedding (also the head, stored once)" if tied else "embedding, head", "norms"]
-    return ", ".join(parts + (["vision tower", "projector"] if multimodal else []))
+    parts += ["per-layer embeddings and their projections"] if contents.table_bytes else []
+    parts += ["routers"] if contents.experts else []
+    parts += ["AltUp", "Laurel"] if contents.altup else []
+    return ", ".join(parts + [_PARTS[name] for name in contents.companions])
 
 
 def _heldout(report: Mapping[str, Any]) -> str:
@@ -272,11 +347,11 @@ def _licence(licence: Licence) -> Markdown:
         )
     if licence.terms.restrictions:
         parts.append(
-            f"This model is a derivative of Gemma, provided under and subject to the {terms}{beside}; {copies} is a "
-            "copy of them. By using it you agree to them, including their use restrictions (Section 3.2) and the "
-            f"[Prohibited Use Policy]({licence.terms.restrictions}). Whoever passes on this model or a derivative of "
-            "it must pass on these restrictions too, with a copy of the terms, the `Notice` file, and a statement of "
-            "what was modified."
+            f"This model is a derivative of {licence.terms.subject}, provided under and subject to the {terms}{beside};"
+            f" {copies} is a copy of them. By using it you agree to them, including their use restrictions (Section "
+            f"3.2) and the [Prohibited Use Policy]({licence.terms.restrictions}). Whoever passes on this model or a "
+            "derivative of it must pass on these restrictions too, with a copy of the terms, the `Notice` file, and a "
+            "statement of what was modified."
         )
     else:
         parts.append(f"The weights are under the {terms}{beside}; {copies} is a copy of it.")

@@ -22,7 +22,7 @@ from gemma_awq_cli.publish.artifact_folder import (
     system_leftovers,
 )
 from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence, terms_of
-from gemma_awq_cli.publish.model_card import CardFacts, is_unedited, modification_notice, render_card
+from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited, modification_notice, render_card
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
 from gemma_awq_cli.publish.public_documents import public_bench, public_report
 from gemma_awq_cli.publish.upload_file import UploadFile
@@ -73,7 +73,18 @@ def prepare(
     bench = read_bench(folder, checkpoint)
     shown, measured = public_report(report), public_bench(bench) if bench is not None else None
     card = render_card(
-        CardFacts(repo, base, shown, decided, prompter.is_chat, checkpoint.tied_head, notice, provenance, measured)
+        CardFacts(
+            repo,
+            base,
+            shown,
+            decided,
+            prompter.is_chat,
+            checkpoint.tied_head,
+            notice,
+            provenance,
+            measured,
+            contents_of(checkpoint),
+        )
     )
     _require_no_own_card(folder)
     made = {**decided.files, REPORT: to_json(shown), CARD: card.encode()}

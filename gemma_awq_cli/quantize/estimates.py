@@ -3,14 +3,19 @@
 The constants count what the code of this package holds or computes. They were compared with measured runs.
 """
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
+
+from gemma_awq_cli.awq import known_grid
 from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.round_group import PART
 from gemma_awq_cli.awq.search import RATIOS, Effort
 from gemma_awq_cli.models.forward.layerwise import LOGIT_CHUNK
-from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear
+from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Linear
+from gemma_awq_cli.quantize.expert_inputs import SEARCHED, TOKENS_AT_A_TIME
 
 FLOAT32 = 4  # bytes
 
@@ -22,11 +27,18 @@ GROUP_WEIGHT = 6  # of a weight of the group: float32, and one integer each by c
 # of an entry of a block's Gram matrix: scaled and reordered in float32, damped and factored in float64, feedback in
 # float32
 BLOCK_ENTRY = 28
+KEPT_WEIGHT = 6  # of a weight of the linear whose grid is kept: integers, and their packing
+KEPT_PART_WEIGHT = 48  # of a weight of the rows whose grids are found at a time: twelve float32 matrices
 PART_WEIGHT = 32  # of a weight of the rows that are rounded at a time: eight float32 matrices
+PROVED_WEIGHT = 6.6  # of a weight of experts whose folds are proved: 16-bit, packed, and float32 in the module
 HEAD_WEIGHT = 2  # of a weight of the head, read in 16 bits
 HIDDEN_COPIES = 8  # float32 hidden states of a token inside a layer: residual, norms, attention's inputs and output
+STREAM_COPIES = 5  # of the same for each further stream (AltUp): input, predictions, innovations, corrected, their copy
 # activations as wide as the widest input: an MLP's input, both projections, their product, and its weighted copy
 WIDE_COPIES = 5
+# activations as wide as a layer's per-layer input: itself, the gate, its activation, their product
+PER_LAYER_COPIES = 4
+UNPACKED_WEIGHT = 4  # of a weight of the layer that stays in 16 bits: float32 in the module
 LOGIT_COPIES = 8  # float32 rows of one chunk of logits: both paths, their log probabilities and differences
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
@@ -35,6 +47,7 @@ FLOPS_PER_SECOND = 2.5e11
 ELEMENTS_PER_SECOND = 1.5e9
 START_SECONDS = 5  # imports, tokenizer, calibration text
 TRY_OPERATIONS = 10  # elementwise operations per weight to judge one scale or one range
+KEEP_OPERATIONS = 40  # elementwise operations per weight to find the grid that it is on
 ROUND_FLOPS = 6  # per weight and channel of its block: the compensation, and the errors that are compared
 REFINE_FLOPS = 12  # the same, to fit the scales once
 SWEEP_FLOPS = 4  # the same, for one pass over the integers
@@ -58,7 +71,8 @@ class Workload:
     """Everything that the estimates depend on, apart from the fit.
 
     vocabulary: entries of the embedding; calibration_tokens, heldout_tokens: of all rows together; seq_len: of one row;
-    product_bytes: of an activation as linears multiply it, 2 or 4.
+    product_bytes: of an activation as linears multiply it, 2 or 4; keeps_grid: see `Plan`; streams: of hidden states,
+    more than one with AltUp.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -70,13 +84,17 @@ class Workload:
     group_size: int
     product_bytes: int
     effort: Effort
+    keeps_grid: bool = False
+    streams: int = 1
 
 
 def peak_bytes(work: Workload, fit: Fit) -> int:
     """Return the peak memory: of the largest layer's stages, or of comparing the predictions at the end."""
-    layers = max(max(_observing(work, fit, layout), _rounding(work, fit, layout)) for layout in work.layouts)
+    layers = max(
+        max(_observing(work, fit, layout), _rounding(work, fit, layout), _proving(layout)) for layout in work.layouts
+    )
     head = HEAD_WEIGHT * work.vocabulary * work.hidden
-    per_token = LOGIT_COPIES * LOGIT_CHUNK + FINAL_COPIES * work.hidden
+    per_token = LOGIT_COPIES * LOGIT_CHUNK + (FINAL_COPIES + work.streams - 1) * work.hidden
     comparing = head + work.heldout_tokens * FLOAT32 * per_token
     return LIBRARY_BYTES + max(layers, comparing)
 
@@ -88,23 +106,60 @@ def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     # the held-out rows are computed in float32 even if the calibration rows are not
     wide = max(tokens * work.product_bytes, min(tokens, work.heldout_tokens) * FLOAT32)
     widest = max(group.inputs for group in _joined_groups(layout))
-    activations = tokens * FLOAT32 * HIDDEN_COPIES * layout.hidden + wide * WIDE_COPIES * widest
+    states = (HIDDEN_COPIES + (work.streams - 1) * STREAM_COPIES) * layout.hidden
+    shared = 0 if layout.kv_source is None else 2 * layout.kv_heads * layout.head_dim
+    activations = tokens * FLOAT32 * (states + shared + PER_LAYER_COPIES * layout.per_layer_width)
+    activations += wide * WIDE_COPIES * widest
     scores = max(1, tokens // work.seq_len) * layout.heads * work.seq_len**2 * FLOAT32
-    return OBSERVED_WEIGHT * _weights(layout) + _grams(work, fit, layout) + activations + scores
+    if layout.experts is not None:  # an expert may get all of them
+        activations += tokens * FLOAT32 * (2 * layout.hidden + 4 * layout.experts.intermediate)
+    weights = OBSERVED_WEIGHT * _weights(layout) + UNPACKED_WEIGHT * _kept(layout)
+    return weights + _grams(work, fit, layout) + _expert_inputs(work, fit, layout) + activations + scores
 
 
 def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     """Bytes while the largest group of a layer is rounded."""
+    if work.keeps_grid:
+        linear = max(linear.outputs * linear.inputs for linear in layout.linears.values())
+        return HELD_WEIGHT * _weights(layout) + KEPT_WEIGHT * linear + KEPT_PART_WEIGHT * min(linear, known_grid.PART)
     largest = 0
     for group in _joined_groups(layout):
-        block = block_width(group.inputs, work.group_size, fit.gram_limit)
-        part = PART_WEIGHT * min(group.outputs * block, PART)
-        largest = max(largest, GROUP_WEIGHT * group.inputs * group.outputs + BLOCK_ENTRY * block**2 + part)
-    return HELD_WEIGHT * _weights(layout) + _grams(work, fit, layout) + largest
+        largest = max(largest, _rounding_group(work, fit, group))
+    if (experts := layout.experts) is not None:
+        gate_up = _expert_groups(experts)[0]
+        gram = FLOAT32 * gate_up.inputs * block_width(gate_up.inputs, work.group_size, fit.gram_limit)
+        states = TOKENS_AT_A_TIME * FLOAT32 * (2 * gate_up.inputs + 2 * gate_up.outputs)
+        samples = FLOAT32 * SEARCHED * work.effort.rows * gate_up.inputs
+        largest = max(largest, _rounding_group(work, fit, gate_up) + gram + states) + samples
+    kept = _grams(work, fit, layout) + _expert_inputs(work, fit, layout)
+    return HELD_WEIGHT * _weights(layout) + kept + largest
+
+
+def _rounding_group(work: Workload, fit: Fit, group: Linear) -> int:
+    """Bytes while one group is rounded."""
+    block = block_width(group.inputs, work.group_size, fit.gram_limit)
+    part = PART_WEIGHT * min(group.outputs * block, PART)
+    return GROUP_WEIGHT * group.inputs * group.outputs + BLOCK_ENTRY * block**2 + part
+
+
+def _proving(layout: LayerLayout) -> int:
+    """Bytes while the folds of a layer with experts are proved. Other layers are smaller than their Gram matrices."""
+    return 0 if layout.experts is None else int(PROVED_WEIGHT * _weights(layout))
+
+
+def _expert_inputs(work: Workload, fit: Fit, layout: LayerLayout) -> int:
+    """Bytes of the tokens that are kept for the experts of a layer, and of the Gram matrix of them all."""
+    if (experts := layout.experts) is None:
+        return 0
+    token = 2 * experts.hidden + experts.active * (8 + FLOAT32) + 2 * FLOAT32
+    gram = FLOAT32 * experts.hidden * block_width(experts.hidden, work.group_size, fit.gram_limit)
+    return work.calibration_tokens * token + gram
 
 
 def _grams(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     """Bytes of the Gram matrices of all groups of a layer. With a correction there are two per group."""
+    if work.keeps_grid:
+        return 0
     entries = (
         block_width(group.inputs, work.group_size, fit.gram_limit) * group.inputs for group in _joined_groups(layout)
     )
@@ -114,12 +169,24 @@ def _grams(work: Workload, fit: Fit, layout: LayerLayout) -> int:
 def _weights(layout: LayerLayout) -> int:
     """Number of all parameters of a layer."""
     linears = sum(linear.outputs * linear.inputs for linear in layout.linears.values())
+    if layout.experts is not None:
+        linears += sum(torch.Size(shape).numel() for shape in layout.experts.stacked().values())
     return linears + sum(norm.size for norm in layout.norms.values())
+
+
+def _kept(layout: LayerLayout) -> int:
+    """Number of the weights of a layer that stay in 16 bits, without norms."""
+    return sum(math.prod(shape) for shape in layout.kept.values())
 
 
 def _joined_groups(layout: LayerLayout) -> Iterator[Linear]:
     """Each group of a layer as one linear."""
     return (layout.joined(group.linears) for group in layout.groups)
+
+
+def _expert_groups(experts: Experts) -> tuple[Linear, Linear]:
+    """The two groups of one expert, gate_up and down, each as one linear."""
+    return Linear(2 * experts.intermediate, experts.hidden), Linear(experts.hidden, experts.intermediate)
 
 
 def seconds(work: Workload, fit: Fit) -> float:
@@ -128,27 +195,56 @@ def seconds(work: Workload, fit: Fit) -> float:
     elements = 0.0
     for layout in work.layouts:
         flops += sum(_group_flops(work, fit, group) for group in _joined_groups(layout))
+        flops += 2.0 * _tokens(work) * _kept(layout)
         elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
+        if (experts := layout.experts) is not None:
+            flops += _expert_flops(work, fit, experts)
+            elements += sum(experts.count * _group_elements(work, group, 1) for group in _expert_groups(experts))
     return START_SECONDS + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
 
 
-def _group_flops(work: Workload, fit: Fit, group: Linear) -> float:
-    """Floating-point operations in matrix products for one group of linears."""
+def _expert_flops(work: Workload, fit: Fit, experts: Experts) -> float:
+    """Floating-point operations in matrix products for all experts of a layer."""
+    share = experts.active / experts.count
+    gate_up, down = _expert_groups(experts)
+    block = block_width(gate_up.inputs, work.group_size, fit.gram_limit)
+    # the states of a token are multiplied once more, and enter the Gram matrix twice
+    again = 2.0 * work.calibration_tokens * share * gate_up.inputs * (gate_up.outputs + block)
+    uncorrected = replace(work, effort=work.effort._replace(correction=0.0))  # as the experts are
+    flops = experts.count * (again + sum(_group_flops(uncorrected, fit, group, share) for group in (gate_up, down)))
+    if work.effort.correction:  # the other two passes
+        weights = 3 * experts.count * experts.intermediate * experts.hidden
+        flops += 2.0 * (FORWARDS_WITH_CORRECTION - 1) * work.calibration_tokens * share * weights
+    return flops
+
+
+def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0) -> float:
+    """Floating-point operations in matrix products for one group of linears. share: of the tokens that reach it."""
     effort, (k, n) = work.effort, (group.inputs, group.outputs)
     block = block_width(k, work.group_size, fit.gram_limit)
-    forwards = FORWARDS_WITH_CORRECTION if effort.correction else 1
-    tokens = forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
-    flops = 2.0 * tokens * k * n + 2 * work.calibration_tokens * k * block  # the layer's forward, the Gram matrix
+    # the layer's forward, the Gram matrix
+    flops = 2.0 * share * _tokens(work) * k * n
+    if work.keeps_grid:
+        return flops
+    flops += 2.0 * share * work.calibration_tokens * k * block
     flops += k * block**2 + ROUND_FLOPS * n * k * block  # two Cholesky factors, the rounding
     if effort.correction:
-        flops += CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block
+        flops += share * CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block
         flops += k * block**2 + ROUND_FLOPS * n * k * block  # factor and solve
     return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * n * k * block
+
+
+def _tokens(work: Workload) -> int:
+    """How many tokens pass through a layer, as often as they do."""
+    forwards = FORWARDS_WITH_CORRECTION if work.effort.correction else 1
+    return forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
 
 
 def _group_elements(work: Workload, group: Linear, linears: int) -> float:
     """Elementwise operations of the searches for one group of linears."""
     effort = work.effort
+    if work.keeps_grid:
+        return float(KEEP_OPERATIONS * group.outputs * group.inputs)
     candidates = 2 * RATIOS / effort.stride + effort.descent
     sampled = min(group.outputs, effort.rows * linears)
     searching = TRY_OPERATIONS * candidates * sampled * group.inputs

@@ -2,7 +2,7 @@
 
 A group's linears are multiplied by a scale, column by column. Its inverse goes into a norm (`norm`), into the rows of
 v_proj, one scale per kv-head channel (`heads`), or into the rows of a linear whose output is multiplied into the input
-(`rows`).
+(`rows`). With `none` the group gets no scale.
 """
 
 from collections.abc import Callable, Mapping
@@ -60,9 +60,12 @@ def source_rows(layout: LayerLayout, group: ScaleGroup, scale: Tensor) -> Tensor
     return scale.reciprocal()[:, None]
 
 
-def fold_deviation(original: Tensor, folded: Tensor, hidden: Tensor) -> float:
-    """Return how far a folded layer's output is from the original's, relative to what the layer adds to `hidden`."""
-    contribution = (original - hidden).norm().clamp(min=torch.finfo(torch.float32).tiny)
+def fold_deviation(original: Tensor, folded: Tensor, carried: Tensor) -> float:
+    """Return how far a folded layer's output is from the original's, relative to what attention and MLP add to it.
+
+    carried: the output without what they add (`TextStack.carried`).
+    """
+    contribution = (original - carried).norm().clamp(min=torch.finfo(torch.float32).tiny)
     return float((folded - original).norm() / contribution)
 
 

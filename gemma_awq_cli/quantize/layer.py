@@ -15,8 +15,7 @@ from gemma_awq_cli.awq.gptq import residuals
 from gemma_awq_cli.awq.gram import InputStatistics
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
-from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.awq.round_group import Rounded, round_compensated, round_nearest, rounding_error
+from gemma_awq_cli.awq.round_group import Rounded, round_and_compare, round_nearest
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord
 from gemma_awq_cli.models.gemma.family import ScaleGroup
@@ -24,6 +23,7 @@ from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_rows, tied_columns
 
 NEAREST, COMPENSATED, DESCENDED = "round-to-nearest", "scale+compensation", "descended scale+compensation"
+UNSCALED = "compensation"
 
 
 @dataclass
@@ -50,29 +50,34 @@ class QuantizedLayer:
                 self.tensors[f"{name}.{kind}"] = tensor.cpu()
 
 
-def folded_weights(layer: QuantizedLayer, weights: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+def folded_weights(
+    layer: QuantizedLayer, layout: LayerLayout, weights: Mapping[str, Tensor], device: torch.device
+) -> dict[str, Tensor]:
     """Return float32 weights of the folded but unquantized layer. Norms are as they are stored.
 
     weights: the original layer's, by name.
     """
-    folded = _unquantized(layer, device)
-    for name, columns in layer.columns.items():
-        weight = weights[f"{name}.weight"].to(device, torch.float32, copy=True)
-        folded[f"{name}.weight"] = weight.mul_(columns).mul_(layer.rows[name])
+    folded = _to_fill(layer, layout, device)
+    for name, (tensor, part) in layout.places().items():
+        weight = folded[tensor][part]
+        weight.copy_(weights[tensor][part]).mul_(layer.columns[name]).mul_(layer.rows[name])
     return folded
 
 
-def dense_weights(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
+def dense_weights(layer: QuantizedLayer, layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
     """Return float32 weights that compute what the packed layer computes, from the tensors that are written."""
-    dense = _unquantized(layer, device)
-    for name in layer.columns:
+    dense = _to_fill(layer, layout, device)
+    for name, (tensor, part) in layout.places().items():
         packed = PackedWeight(*(layer.tensors[f"{name}.{kind}"].to(device) for kind in PackedWeight._fields))
-        dense[f"{name}.weight"] = dequantize(*unpack_weight(packed))
+        dense[tensor][part] = dequantize(*unpack_weight(packed))
     return dense
 
 
-def _unquantized(layer: QuantizedLayer, device: torch.device) -> dict[str, Tensor]:
-    return {n: t.to(device, torch.float32) for n, t in layer.tensors.items() if n.endswith(".weight")}
+def _to_fill(layer: QuantizedLayer, layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
+    """The float32 tensors that transformers' layer has. Those of the quantized linears are still empty."""
+    empty = {name: torch.empty(shape, device=device) for name, shape in layout.unpacked().items()}
+    packed = {f"{name}.{kind}" for name in layer.columns for kind in PackedWeight._fields}
+    return empty | {n: t.to(device, torch.float32) for n, t in layer.tensors.items() if n not in packed}
 
 
 def quantize_layer(
@@ -84,14 +89,13 @@ def quantize_layer(
     device: torch.device,
     effort: Effort = BALANCED,
 ) -> QuantizedLayer:
-    """Quantize one layer.
+    """Quantize one layer, but for its experts (see experts.py).
 
     gain_offset: of the family's norms; weights: all of the layer's parameters in the dtype that is stored, by name;
     observed: the groups from the last to the first with the statistics of their inputs (`Observer.hand_over`). The last
     comes first, so that the rows that a linear gets from folding (v from o, up from down) are known when it is rounded.
     """
-    quantized = {f"{linear}.weight" for group in layout.groups for linear in group.linears}
-    layer = QuantizedLayer({name: weight for name, weight in weights.items() if name not in quantized})
+    layer = QuantizedLayer({name: weight for name, weight in weights.items() if name not in layout.unpacked()})
     for group, statistics in observed:
         record = _quantize_group(layer, layout, gain_offset, weights, group, statistics, group_size, device, effort)
         layer.groups.insert(0, record)
@@ -121,7 +125,7 @@ def _quantize_group(
     def fold(scale: Tensor) -> Tensor:
         """Fold the inverse of a scale into the group's source; returns the scale that makes this exact."""
         if group.source is None:
-            return torch.ones_like(scale)
+            return ones
         if group.fold == "norm":
             folded, scale = fold_norm(group, scale, weights, gain_offset)
             layer.tensors[f"{group.source}.weight"] = folded.cpu()
@@ -129,23 +133,20 @@ def _quantize_group(
             layer.rows[group.source] = source_rows(layout, group, scale)
         return scale
 
-    choice = search_scale(
-        list(originals.values()),
-        statistics.mean_abs,
-        residuals(gram),
-        group_size,
-        foldable_scale(layout, group, weights, gain_offset, device),
-        tied_columns(layout, group, device),
-        effort,
-    )
-    method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
-    scale = fold(choice.scale)
-    rounded = round_compensated(stacked, scale, rows, gram, group_size, effort)
-    nearest = round_nearest(stacked, ones, torch.ones_like(rows), group_size)
-    with matmul_precision("medium"):  # they are only compared
-        error = rounding_error(stacked, scale, rows, rounded, gram)
-        rtn_error = rounding_error(stacked, ones, torch.ones_like(rows), nearest, gram)
-    del nearest
+    method, exponents, scale = UNSCALED, (0.0, 0.0), ones
+    if group.source is not None:
+        choice = search_scale(
+            list(originals.values()),
+            statistics.mean_abs,
+            residuals(gram),
+            group_size,
+            foldable_scale(layout, group, weights, gain_offset, device),
+            tied_columns(layout, group, device),
+            effort,
+        )
+        method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
+        scale = fold(choice.scale)
+    rounded, error, rtn_error = round_and_compare(stacked, scale, rows, gram, group_size, effort)
     if not error <= rtn_error:  # also if it is NaN
         method, exponents, error = NEAREST, (0.0, 0.0), rtn_error
         scale = fold(ones)

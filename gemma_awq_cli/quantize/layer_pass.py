@@ -1,18 +1,23 @@
 """One layer of the model, from its input to its output on both paths: observe, quantize, prove the folds, go on."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
+from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
+from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.plan import Plan
 
@@ -23,44 +28,63 @@ def process_layer(
     """Quantize layer `index`, counted from 0, and write the hidden states of both paths behind it."""
     weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
     batch, paired = plan.rows_per_batch, plan.effort.paths == 2
-    sample = hidden.read(index, slice(0, 1)).to(stack.device)
+    sample = hidden.read_batch(index, slice(0, 1))
 
-    def forward_of(module: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda states: stack.run_layer(index, module, states.to(stack.device)).float()
+    def forward_of(module: nn.Module) -> Run:
+        return partial(stack.run_layer, index, module)
 
     module = stack.layer(index, weights)
     with matmul_precision("highest"):
-        expected = stack.run_layer(index, module, sample)
+        expected = stack.run_layer(index, module, *sample)
+        carried = stack.carried(index, module, sample[0].to(stack.device))
     with matmul_precision("medium"):
         layout = plan.layouts[index]
-        observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
-        with bfloat16_products(stack.device):
-            rows = max(1, batch // plan.effort.paths)
-            beside = hidden.calibration_quantized if paired else None
-            hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
-        observer.finish(index)
+        observer = experts = None
+        if not plan.keeps_grid:
+            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+            experts = _expert_inputs(plan, layout, module, hidden, stack)
+            with bfloat16_products(stack.device):
+                rows = max(1, batch // plan.effort.paths)
+                beside = hidden.calibration_quantized if paired else None
+                hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
+            observer.finish(index)
+            if experts is not None:
+                experts.finish(index)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
-    layer = quantize_layer(
-        layout,
-        checkpoint.family.gain_offset,
-        weights,
-        observer.hand_over(),
-        plan.group_size,
-        stack.device,
-        plan.effort,
-    )
-    module = stack.layer(index, folded_weights(layer, weights, stack.device))
+    gain_offset = checkpoint.family.gain_offset
+    if observer is None:
+        layer = keep_layer(layout, weights, stack.device, plan.effort)
+    else:
+        observed = observer.hand_over()
+        layer = quantize_layer(layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort)
+        if experts is not None:
+            quantize_experts(layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort)
+            del experts
+    module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
     with matmul_precision("highest"):
-        require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))
+        require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, *sample), carried))
     del module
-    module = stack.layer(index, dense_weights(layer, stack.device))
+    module = stack.layer(index, dense_weights(layer, layout, stack.device))
     with matmul_precision("medium"):
         hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
         if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
             with bfloat16_products(stack.device):
                 hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
     return layer
+
+
+def _expert_inputs(
+    plan: Plan, layout: LayerLayout, module: nn.Module, hidden: HiddenStates, stack: TextStack
+) -> ExpertInputs | None:
+    """What collects the inputs of a layer's experts; None if it has none."""
+    if layout.experts is None:
+        return None
+    rows = hidden.calibration.stop - hidden.calibration.start
+    paired = plan.effort.paths == 2
+    return ExpertInputs(
+        layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired
+    )
 
 
 @contextmanager

@@ -16,21 +16,22 @@ import torch
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.events import Warned
+from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
-from gemma_awq_cli.models.checkpoints.journal import Journal, LayerRecord
+from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, Journal, LayerRecord
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, write_errors
-from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, ignore
+from gemma_awq_cli.quantize.kept_grid import kept_groups
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, process_layer
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared, prepare
@@ -145,6 +146,7 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
             prepared.arguments,
             CalibrationSection.of(prepared.rows),
             FidelitySection.of(fidelity, prepared.rows),
+            kept_groups(journal.records) if plan.keeps_grid else None,
             verified,
             tuple(record.groups for record in journal.records),
             fingerprint,
@@ -158,19 +160,12 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
 def _hidden_states(prepared: Prepared, folder: Path, journal: Journal) -> HiddenStates:
     """The hidden states in front of the first layer that is not done."""
     stack, rows, plan = prepared.stack, prepared.rows, prepared.plan
-    hidden = HiddenStates(
-        folder,
-        len(rows.ids),
-        len(rows.heldout),
-        rows.ids.shape[1],
-        int(stack.config.hidden_size),
-        both_paths=plan.effort.paths == 2,
-    )
+    shape = prepared.checkpoint.shape
+    hidden = HiddenStates(folder, shape, rows.ids, rows.heldout, both_paths=plan.effort.paths == 2)
     if journal.records:
         hidden.require_begun(len(journal.records), plan.layers)
     else:
-        ids = torch.cat([rows.ids, rows.heldout])
-        hidden.start(ids, stack.embedder(ids))
+        hidden.start(stack.embedder(torch.cat([rows.ids, rows.heldout])))
     return hidden
 
 
@@ -195,6 +190,14 @@ def _quantize_layers(
         journal.add(record)
         del layer
         on_event(LayerDone(index, plan.layers, record.error, record.rtn_error, record.seconds))
+    if starved := sum(len(g.starved) for r in journal.records for g in r.groups if isinstance(g, ExpertsRecord)):
+        experts = sum(layout.experts.count for layout in plan.layouts if layout.experts is not None)
+        on_event(
+            Note(
+                f"{starved} of {experts} experts got fewer calibration tokens than they have input channels, and were "
+                "calibrated on other tokens too. The report names them; a larger --num-samples leaves fewer."
+            )
+        )
 
 
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:
@@ -207,8 +210,8 @@ def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> F
     norm, head = stack.head()
     layers = stack.checkpoint.layers
     reference, quantized = (
-        norm(states[:, :-1].reshape(-1, states.shape[-1]).to(stack.device))
-        for states in (hidden.read(layers, hidden.heldout), hidden.read(layers, hidden.heldout_quantized))
+        norm(hidden.read(layers, rows).to(stack.device))[:, :-1].flatten(0, 1)
+        for rows in (hidden.heldout, hidden.heldout_quantized)
     )
     targets = heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
@@ -219,8 +222,7 @@ def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> F
 def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:
     """Write the tensors outside the layers: embedding, final norm, an untied head, and the companions."""
     for name in (n for n in stack.shapes if not n.startswith("model.layers.")):
-        writer.write(checkpoint.artifact_key(name), checkpoint.read([name])[name].to(plan.dtype))
+        pieces = (piece.to(plan.dtype) for piece in checkpoint.pieces(name))
+        writer.write_pieces(checkpoint.artifact_key(name), pieces)
     for key in checkpoint.companions():
-        tensor = read_tensors(checkpoint.tensors, [key])[key]
-        require_finite(key, tensor)
-        writer.write(key, tensor)
+        writer.write_pieces(key, read_pieces(key, checkpoint.tensors[key]))

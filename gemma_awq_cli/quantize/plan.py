@@ -15,6 +15,7 @@ from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
+from gemma_awq_cli.models.forward.hidden_states import state_bytes
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
@@ -26,6 +27,7 @@ DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
 FITS = tuple(
     Fit(tokens, limit) for limit in (8192, 4096, 2048, 1024) for tokens in (4096, 2048, 1024, 512) if tokens <= limit
 )
+NO_LAYOUT = "This model cannot be stored in the AutoAWQ layout."
 MUCH_SMALLER = 0.9  # the share of a plan's memory below which another plan is worth suggesting
 
 
@@ -34,7 +36,8 @@ class Plan:
     """What a quantization will do. Sizes are in bytes.
 
     layouts: one per layer; tensors: all that the artifact will hold; smaller: the memory of the next smaller fit, if
-    there is one; state_bytes: on the disk while the work goes on.
+    there is one; state_bytes: on the disk while the work goes on; keeps_grid: whether the weights stay on the 4-bit
+    grid that they are on, and nothing is searched.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -51,6 +54,7 @@ class Plan:
     state_bytes: int
     seconds: float
     effort: Effort
+    keeps_grid: bool = False
 
     @property
     def layers(self) -> int:
@@ -77,32 +81,39 @@ def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     return dtype if dtype in DTYPE_NAMES else torch.bfloat16
 
 
-def require_layout(checkpoint: Checkpoint, group_size: int) -> None:
-    """Raise if the group size or the packed layout does not fit a dimension of a linear."""
-    for name, linear in _quantized_linears(layers_of(checkpoint.facts, checkpoint.family)).items():
-        if linear.inputs % group_size:
-            fits = [size for size in GROUP_SIZES if linear.inputs % size == 0]
-            raise GemmaAwqError(
-                f"Group size {group_size} does not divide the {linear.inputs} inputs of {name}.",
-                f"Use --group-size {fits[0]}."
-                if fits
-                else "This model cannot be stored in the AutoAWQ layout: no group size divides them.",
-            )
+def choose_group_size(layouts: tuple[LayerLayout, ...], asked: int | None) -> tuple[int, str | None]:
+    """Return the group size: `asked`, or the largest that divides the inputs of every linear.
+
+    Also returns a line on why it is not the largest of all, None if it is. Raises if the size or the packed layout does
+    not fit a linear.
+    """
+    linears = quantized_linears(layouts)
+    for name, (_, linear) in linears.items():
         if linear.outputs % PACK:
             raise GemmaAwqError(
-                f"{name} has {linear.outputs} outputs, and the AutoAWQ layout needs a multiple of {PACK}.",
-                "This model cannot be stored in the AutoAWQ layout.",
+                f"{name} has {linear.outputs} outputs, and the AutoAWQ layout needs a multiple of {PACK}.", NO_LAYOUT
             )
+    first = asked or GROUP_SIZES[0]
+    unfit = next(((name, one.inputs) for name, (_, one) in linears.items() if one.inputs % first), None)
+    if unfit is None:
+        return first, None
+    problem = f"{first} does not divide the {unfit[1]} inputs of {unfit[0]}"
+    fits = [size for size in GROUP_SIZES if all(linear.inputs % size == 0 for _, linear in linears.values())]
+    if not fits:
+        raise GemmaAwqError(f"Group size {problem}.", f"{NO_LAYOUT} No group size divides them.")
+    if asked:
+        raise GemmaAwqError(f"Group size {problem}.", f"Use --group-size {' or '.join(map(str, fits))}.")
+    return fits[0], f"The group size is {fits[0]}: {problem}."
 
 
-def _quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, Linear]:
-    """The linears that become 4-bit, by the names of their weights, in the order of the model."""
-    return {
-        f"model.layers.{index}.{name}.weight": layout.linears[name]
-        for index, layout in enumerate(layouts)
-        for group in layout.groups
-        for name in group.linears
-    }
+def quantized_linears(layouts: tuple[LayerLayout, ...]) -> dict[str, tuple[str, Linear]]:
+    """Return the linears that become 4-bit by name, each with the name of the 16-bit tensor that holds its weight."""
+    found = {}
+    for index, layout in enumerate(layouts):
+        places = layout.places()
+        for name, linear in layout.packed().items():
+            found[f"model.layers.{index}.{name}"] = (f"model.layers.{index}.{places[name].tensor}", linear)
+    return found
 
 
 def make_plan(
@@ -113,6 +124,7 @@ def make_plan(
     rows: Rows,
     max_memory: int | None = None,
     quality: str = DEFAULT_QUALITY,
+    keeps_grid: bool = False,
 ) -> Plan:
     """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none."""
     layouts, effort = layers_of(checkpoint.facts, checkpoint.family), QUALITIES[quality].effort
@@ -126,9 +138,11 @@ def make_plan(
         group_size,
         2 if multiplies_bfloat16(stack.device) else FLOAT32,
         effort,
+        keeps_grid,
+        1 if checkpoint.shape.altup is None else checkpoint.shape.altup.streams,
     )
     fit, memory, smaller = _choose_fit(work, max_memory)
-    linears = _quantized_linears(layouts)
+    linears = quantized_linears(layouts)
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
     return Plan(
@@ -143,9 +157,10 @@ def make_plan(
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
         memory_bytes=memory,
         smaller=smaller,
-        state_bytes=2 * states * work.hidden * FLOAT32,  # in two files that take turns
+        state_bytes=state_bytes(checkpoint.shape, states),
         seconds=seconds(work, fit),
         effort=effort,
+        keeps_grid=keeps_grid,
     )
 
 
@@ -165,20 +180,26 @@ def _choose_fit(work: Workload, max_memory: int | None) -> tuple[Fit, int, int |
 
 
 def _planned_tensors(
-    checkpoint: Checkpoint, stack: TextStack, linears: Mapping[str, Linear], group_size: int, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    stack: TextStack,
+    linears: Mapping[str, tuple[str, Linear]],
+    group_size: int,
+    dtype: torch.dtype,
 ) -> tuple[PlannedTensor, ...]:
     """Every tensor of the artifact, in the order of the model, and then the companions."""
+    held: dict[str, dict[str, Linear]] = {}
+    for name, (tensor, linear) in linears.items():
+        held.setdefault(tensor, {})[name] = linear
     tensors: list[PlannedTensor] = []
     for name, shape in stack.shapes.items():
-        key = checkpoint.artifact_key(name)
-        if (linear := linears.get(name)) is None:
-            tensors.append(PlannedTensor(key, dtype, tuple(shape)))
-            continue
-        base, groups, packed = key.removesuffix(".weight"), linear.inputs // group_size, linear.outputs // PACK
-        tensors += (
-            PlannedTensor(f"{base}.qweight", torch.int32, (linear.inputs, packed)),
-            PlannedTensor(f"{base}.qzeros", torch.int32, (groups, packed)),
-            PlannedTensor(f"{base}.scales", torch.float16, (groups, linear.outputs)),
-        )
+        if name not in held:
+            tensors.append(PlannedTensor(checkpoint.artifact_key(name), dtype, tuple(shape)))
+        for own, linear in held.get(name, {}).items():
+            base, groups, packed = checkpoint.artifact_key(own), linear.inputs // group_size, linear.outputs // PACK
+            tensors += (
+                PlannedTensor(f"{base}.qweight", torch.int32, (linear.inputs, packed)),
+                PlannedTensor(f"{base}.qzeros", torch.int32, (groups, packed)),
+                PlannedTensor(f"{base}.scales", torch.float16, (groups, linear.outputs)),
+            )
     companions = ((key, checkpoint.tensors[key]) for key in checkpoint.companions())
     return (*tensors, *(PlannedTensor(key, info.dtype, info.shape) for key, info in companions))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, Recipe, find_recipe
-from gemma_awq_cli.calibration_text.rows import Rows, build_rows
+from gemma_awq_cli.calibration_text.rows import Rows, build_rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -37,7 +37,8 @@ from gemma_awq_cli.quantize.events import (
     SourceFound,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
-from gemma_awq_cli.quantize.plan import Plan, make_plan, require_layout, stored_dtype
+from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, grid_group_size
+from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -75,6 +76,7 @@ class Prepared:
             "model": self.checkpoint.identity(),
             **self.arguments,
             "stored dtype": self.plan.dtype_name,
+            **({"grid": "kept"} if self.plan.keeps_grid else {}),
             "calibration rows": self.rows.text_sha256,
             "held-out rows": self.rows.heldout_sha256,
             "tokens a batch": self.plan.fit.tokens_per_batch,
@@ -116,14 +118,19 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     for line in source_notes(source.folder, card):
         on_event(Note(line))
     require_in_context(request.seq_len, checkpoint)
-    require_layout(checkpoint, request.group_size)
-    stack = TextStack(checkpoint, device)
     dtype = stored_dtype(checkpoint, request.dtype)
-    rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run)
-    plan = make_plan(checkpoint, stack, request.group_size, dtype, rows, request.max_memory, request.quality)
+    keeps_grid = decide_on_grid(request, checkpoint, dtype, on_event)
+    asked = grid_group_size(request.group_size) if keeps_grid else request.group_size
+    group_size, reason = choose_group_size(checkpoint.shape.layouts, asked)
+    if reason is not None:
+        on_event(Note(reason))
+    stack = TextStack(checkpoint, device)
+    rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run, keeps_grid)
+    plan = make_plan(checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid)
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     on_event(PlanMade(plan, source, target, device.type))
-    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, request.reported(device.type))
+    arguments = request.reported(device.type, group_size)
+    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, arguments)
 
 
 def require_quantizable(checkpoint: Checkpoint) -> None:
@@ -170,8 +177,9 @@ def _calibration_rows(
     device: torch.device,
     on_event: OnEvent,
     dry_run: bool,
+    keeps_grid: bool,
 ) -> Rows:
-    """The rows of the text, and those that the model samples."""
+    """The rows of the text, and those that the model samples; of a grid that is kept, only the held-out rows."""
     heldout = request.level.heldout_samples
     prompter = Prompter(checkpoint.folder)
     rows = build_rows(recipe, prompter, request.num_samples, request.seq_len, request.seed, heldout, request.strict)
@@ -179,6 +187,8 @@ def _calibration_rows(
         on_event(Note(note))
     if rows.skipped:
         on_event(Warned(rows.skipped))
+    if keeps_grid:
+        return replace(rows, ids=rows.ids[:0], text_sha256=hash_rows(rows.ids[:0]), description=NO_CALIBRATION)
     if request.sampled_rows:
         memory = request.max_memory or available_memory()
         require_memory_to_sample(checkpoint, request.sampled_rows, request.seq_len, memory)

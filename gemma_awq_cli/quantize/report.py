@@ -14,8 +14,9 @@ from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
-from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, LayerRecord
+from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, KeptGroups, LayerRecord
 from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
+from gemma_awq_cli.models.checkpoints.quantization_config import SECTION
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.tying import with_tie
 from gemma_awq_cli.models.forward.memory import peak_memory
@@ -31,9 +32,10 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     config = {key: value for key, value in checkpoint.raw_config.items() if key != "torch_dtype"}
     config["dtype"] = dtype
     if isinstance(config.get("text_config"), dict):
-        text_config = {key: value for key, value in config["text_config"].items() if key != "torch_dtype"}
+        other = ("torch_dtype", SECTION)  # some readers would take a section in here for the artifact's
+        text_config = {key: value for key, value in config["text_config"].items() if key not in other}
         config["text_config"] = {**text_config, "dtype": dtype}
-    config["quantization_config"] = {
+    config[SECTION] = {
         "quant_method": "awq",
         "version": "gemm",
         "bits": BITS,
@@ -165,8 +167,8 @@ class RunSection:
 class Report:
     """The report that lies in the artifact.
 
-    arguments: of the request; verified: the result of reading the artifact back; layers: the decisions, layer by layer;
-    fingerprint: everything that the artifact's bytes depend on.
+    arguments: of the request; qat: of a checkpoint whose grid was kept; verified: the result of reading the artifact
+    back; layers: the decisions, layer by layer; fingerprint: everything that the artifact's bytes depend on.
     """
 
     schema: int
@@ -175,6 +177,7 @@ class Report:
     arguments: dict[str, Any]
     calibration: CalibrationSection
     fidelity: FidelitySection
+    qat: KeptGroups | None
     verified: dict[str, Any]
     layers: tuple[tuple[GroupRecord, ...], ...]
     fingerprint: Fingerprint
@@ -183,5 +186,8 @@ class Report:
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as reading the file will return it: with lists for tuples."""
-        value: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        layers = [[group.to_json() for group in groups] for groups in self.layers]
+        value: dict[str, Any] = json.loads(json.dumps({**asdict(self), "layers": layers}))
+        if self.qat is None:
+            del value["qat"]
         return value

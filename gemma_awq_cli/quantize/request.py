@@ -14,6 +14,7 @@ DTYPES = ("bfloat16", "float16")
 DEVICES = ("auto", "cpu", "cuda", "mps")
 NUM_SAMPLES, SEQ_LEN = 128, 512  # by default
 LEAST_SEQ_LEN = 8
+KEEP, IGNORE = QAT_MODES = ("keep", "ignore")
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,10 @@ class QuantizeRequest:
 
     model: a checkpoint folder, a hub id or `demo`; output: the artifact's folder, by default `NAME-AWQ` in the current
     one; revision: branch, tag or commit of a hub id.
-    group_size: weights that share one scale and zero point; dtype: of the weights that stay in 16 bits, by default the
+    group_size: weights that share one scale and zero point, by default the largest of `GROUP_SIZES` that divides the
+    inputs of every linear, or 32 where a grid is kept; qat: `keep` the 4-bit grid that the weights of a QAT checkpoint
+    lie on, `ignore` it, or by default keep it if the checkpoint has one; dtype: of the weights that stay in 16 bits, by
+    default the
     checkpoint's own; quality: how much work to spend, one of `QUALITIES`.
     calibration: a recipe, a file or folder of texts, a hub dataset, or `self` for rows that the model writes itself;
     dataset_config, dataset_split: of a hub dataset; text_column: the column that holds the text or the messages;
@@ -35,7 +39,8 @@ class QuantizeRequest:
     model: str = DEMO
     output: Path | None = None
     revision: str | None = None
-    group_size: int = GROUP_SIZES[0]
+    group_size: int | None = None
+    qat: str | None = None
     dtype: str | None = None
     quality: str = DEFAULT_QUALITY
     calibration: str = DEFAULT_RECIPE
@@ -52,7 +57,8 @@ class QuantizeRequest:
     force: bool = False
 
     def __post_init__(self) -> None:
-        _require_one_of("group_size", self.group_size, GROUP_SIZES)
+        _require_one_of("group_size", self.group_size, (None, *GROUP_SIZES))
+        _require_one_of("qat", self.qat, (None, *QAT_MODES))
         _require_one_of("dtype", self.dtype, (None, *DTYPES))
         _require_one_of("quality", self.quality, tuple(QUALITIES))
         _require_one_of("device", self.device, DEVICES)
@@ -76,11 +82,14 @@ class QuantizeRequest:
         """How many calibration rows the model writes itself."""
         return self.num_samples if self.samples_itself else self.level.sampled_rows
 
-    def reported(self, device: str) -> dict[str, Any]:
-        """The arguments that the artifact's bytes depend on, by their names in the report. device: the one in use."""
+    def reported(self, device: str, group_size: int) -> dict[str, Any]:
+        """The arguments that the artifact's bytes depend on, by their names in the report.
+
+        device, group_size: those in use.
+        """
         return {
             "quality": self.quality,
-            "group_size": self.group_size,
+            "group_size": group_size,
             "calibration": reported_name(self.calibration),
             "num_samples": self.num_samples,
             "seq_len": self.seq_len,
@@ -91,6 +100,7 @@ class QuantizeRequest:
             "device": device,
             "dtype": self.dtype,
             "max_memory": self.max_memory,
+            **({} if self.qat is None else {"qat": self.qat}),
         }
 
 
@@ -98,7 +108,8 @@ class QuantizeOptions(TypedDict, total=False):
     """The fields of `QuantizeRequest` beside the model and the output, as keyword arguments."""
 
     revision: str | None
-    group_size: int
+    group_size: int | None
+    qat: str | None
     dtype: str | None
     quality: str
     calibration: str

@@ -9,7 +9,7 @@ from gemma_awq_cli.awq.coordinate_descent import fit_scales, refine
 from gemma_awq_cli.awq.gptq import DAMPING, damping_amount, factor_gram, quantize_compensated, residuals
 from gemma_awq_cli.awq.gram import TILE, InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.search import BALANCED, search_range, search_scale
+from gemma_awq_cli.awq.search import BALANCED, search_common_scale, search_range, search_scale
 
 K, N, GROUP = 128, 64, 32
 
@@ -133,18 +133,24 @@ def test_descent_lowers_the_error_further_and_keeps_shared_scales_equal() -> Non
 
 def test_descent_follows_the_derivative() -> None:
     """The slope that is written out, against finite differences of the cost in its docstring."""
-    weights, shares = [torch.randn(16, K), torch.randn(8, K)], [1.0, 2.5]
-    residual, logs = torch.rand(K) + 0.1, 0.3 * torch.randn(K)
+    logs = 0.3 * torch.randn(K)
+    parts = [
+        scale_descent.Fed([torch.randn(16, K), torch.randn(8, K)], torch.rand(K) + 0.1, [1.0, 2.5]),
+        scale_descent.Fed([torch.randn(8, K)], torch.rand(K) + 0.1, [0.7]),
+    ]
 
     def cost(logs: Tensor) -> float:
-        total = torch.zeros(K // GROUP, dtype=torch.float64)
-        for weight, share in zip(weights, shares, strict=True):
-            groups = (weight.double() * logs.double().exp()).unflatten(1, (-1, GROUP))
-            total += share * (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)).square().sum(0)
-        left = (residual.double() / (2 * logs.double()).exp()).view(-1, GROUP).sum(1)
-        return float((total * left).sum().log())
+        cost = torch.zeros((), dtype=torch.float64)
+        for weights, residual, shares in parts:
+            total = torch.zeros(K // GROUP, dtype=torch.float64)
+            for weight, share in zip(weights, shares, strict=True):
+                groups = (weight.double() * logs.double().exp()).unflatten(1, (-1, GROUP))
+                total += share * (groups.amax(-1).clamp(min=0) - groups.amin(-1).clamp(max=0)).square().sum(0)
+            left = (residual.double() / (2 * logs.double()).exp()).view(-1, GROUP).sum(1)
+            cost += (total * left).sum()
+        return float(cost.log())
 
-    slope = scale_descent._slope(weights, shares, residual, logs.exp(), GROUP)
+    slope = scale_descent._slope(parts, logs.exp(), GROUP)
     for column in (0, 31, 32, 77, K - 1):
         step = torch.zeros(K)
         step[column] = 1e-3
@@ -253,3 +259,29 @@ def test_fitted_scales_are_the_least_squares_solution() -> None:
             columns[part, group] = (q[row, part] - grid.zero[row, group]).double()
         solution = torch.linalg.lstsq(root.t() @ columns, root.t() @ weight[row].double()).solution
         assert torch.allclose(fitted[row].double(), solution, rtol=5e-3)  # stored with 8 bits
+
+
+def test_a_common_scale_serves_inputs_that_differ() -> None:
+    """Two inputs with outliers in other channels: either's own scale is worse for both than the common one."""
+    first, second = outlier_rows(), outlier_rows().roll(20, dims=1)
+    weights = [torch.randn(N, K), torch.randn(N, K)]
+    grams = [statistics_of(x).gram for x in (first, second)]
+    mean_abs = statistics_of(torch.cat([first, second])).mean_abs
+
+    def found(inputs: list[int]) -> Tensor:
+        parts = [([weights[i]], residuals(grams[i])) for i in inputs]
+        return search_common_scale(parts, mean_abs, GROUP, lambda scale: scale).scale
+
+    def error(scale: Tensor) -> float:
+        return sum(rounded(weights[i], grams[i], scale) for i in (0, 1))
+
+    assert error(found([0, 1])) < min(error(scale) for scale in (found([0]), found([1]), torch.ones(K)))
+
+
+def test_a_common_scale_of_one_input_is_its_scale() -> None:
+    statistics = statistics_of(outlier_rows())
+    weights, left = [torch.randn(N, K), torch.randn(2 * N, K)], residuals(statistics.gram)
+    own = search_scale(weights, statistics.mean_abs, left, GROUP, lambda scale: scale)
+    split = [([weight], left) for weight in weights]  # as if each had an input of its own
+    common = search_common_scale(split, statistics.mean_abs, GROUP, lambda scale: scale)
+    torch.testing.assert_close(common.scale, own.scale, rtol=1e-3, atol=0)

@@ -16,9 +16,10 @@ WITH_TORCH = {
     },
     "models.text": set(),
     "models.forward": {
-        "cached_session", "decoder_weights", "forward_choice", "hidden_states", "kv_cache", "layerwise", "loading",
-        "loading_dense", "memory", "native_session", "native_weights", "torch_decoder", "torch_weights",
-        "transformers_model", "transformers_session", "verification",
+        "altup", "cached_attention", "cached_session", "decoder_weights", "experts", "forward_choice", "hidden_states",
+        "kv_cache", "layerwise", "loading", "loading_dense", "memory", "native_session", "native_weights",
+        "per_layer_embedding", "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights", "transformers_model",
+        "transformers_session", "verification",
     },
     "kernels.native": {"linear"},
 }  # fmt: skip

@@ -13,6 +13,7 @@ from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.licensing import (
     APACHE,
     GEMMA_TERMS,
+    HAI_DEF,
     LICENCES,
     TEXTS,
     DerivedLicence,
@@ -34,7 +35,7 @@ def test_every_family_has_its_terms() -> None:
 
 
 def test_up_to_3n_the_terms_a_notice_and_the_restrictions_go_with_it() -> None:
-    for model_type in ("gemma", "gemma2", "gemma3_text", "gemma3"):
+    for model_type in ("gemma", "gemma2", "gemma3_text", "gemma3", "vaultgemma", "gemma3n_text", "gemma3n"):
         assert terms_of(model_type) is GEMMA_TERMS
     licence = decide_licence(GEMMA_TERMS, GEMMA, {}, CHANGED, None, None)
     assert licence.metadata == GEMMA
@@ -48,10 +49,59 @@ def test_up_to_3n_the_terms_a_notice_and_the_restrictions_go_with_it() -> None:
 
 
 def test_gemma_4_is_apache() -> None:
+    for model_type in ("gemma4_text", "gemma4", "gemma4_unified_text", "gemma4_unified"):
+        assert terms_of(model_type) is APACHE
     licence = decide_licence(APACHE, {"license": "apache-2.0"}, {}, CHANGED, None, None)
     assert licence.metadata == {"license": "apache-2.0"}
     assert b"Version 2.0, January 2004" in licence.files["LICENSE"]
     assert licence.files["Notice"] == f"{CHANGED}\n".encode()  # section 4 (b)
+
+
+MED = {"license": "other", "license_name": HAI_DEF.id, "license_link": HAI_DEF.url}  # as MedGemma's card says
+MED_TERMS = b"# Health AI Developer Foundations Terms of Use\n\nLast modified: some day\n"
+
+
+def test_a_medical_gemma_is_under_terms_of_its_own() -> None:
+    """Its config is a Gemma 3's; the card of the source says that the terms are others."""
+    licence = decide_licence(GEMMA_TERMS, MED, {"LICENSE": MED_TERMS}, CHANGED, None, None)
+    assert licence.metadata == MED
+    assert licence.copies == ("LICENSE",)
+    assert set(licence.files) == {"Notice"}
+    notice = licence.files["Notice"].decode()
+    assert notice.startswith(
+        "HAI-DEF is provided under and subject to the Health AI Developer Foundations Terms of Use found at "
+        "https://developers.google.com/health-ai-developer-foundations/terms."
+    )
+    assert CHANGED in notice
+    assert "Section 3.2 of the Health AI Developer Foundations Terms of Use" in notice
+    assert "developers.google.com/health-ai-developer-foundations/prohibited-use-policy" in notice
+    assert "Gemma Terms" not in notice
+
+
+def test_the_text_of_those_terms_has_to_be_given() -> None:
+    for present in ({}, {"LICENSE": b"Something else"}):
+        with pytest.raises(
+            GemmaAwqError, match="A copy of the Health AI Developer Foundations Terms of Use has to go with"
+        ) as caught:
+            decide_licence(GEMMA_TERMS, MED, present, CHANGED, None, None)
+        assert f"--license {HAI_DEF.id} --license-file FILE" in caught.value.hint
+    given = DerivedLicence(HAI_DEF.id, MED_TERMS)
+    for declared in (MED, None):  # as the hint says; and where the source's card is lost
+        licence = decide_licence(GEMMA_TERMS, declared, {}, CHANGED, HAI_DEF.id, given)
+        assert licence.metadata == MED
+        assert licence.copies == ("HAI_DEF_TERMS_OF_USE.md",)
+        assert licence.files["HAI_DEF_TERMS_OF_USE.md"] == MED_TERMS
+    with pytest.raises(GemmaAwqError, match="neither the source nor this tool"):
+        decide_licence(GEMMA_TERMS, MED, {}, CHANGED, HAI_DEF.id, DerivedLicence(HAI_DEF.id, b"Other terms"))
+
+
+def test_a_fine_tune_of_a_medical_gemma_keeps_both() -> None:
+    own = DerivedLicence("research-only", b"For research only.")
+    licence = decide_licence(GEMMA_TERMS, MED, {"TERMS.md": MED_TERMS}, CHANGED, "research-only", own)
+    assert licence.metadata["license_name"] == "research-only"
+    assert licence.copies == ("TERMS.md",)
+    assert licence.files["LICENSE"] == b"For research only."
+    assert b"HAI-DEF is provided under" in licence.files["Notice"]
 
 
 def test_what_the_source_ships_is_kept_and_completed() -> None:

@@ -4,7 +4,7 @@ The wrong folds are those that shipped elsewhere: a gain taken for plain `weight
 was chosen, and a GQA scale tiled instead of repeated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.family import ScaleGroup
-from gemma_awq_cli.models.gemma.layers import layers_of
 from gemma_awq_cli.quantize.folding import FOLD_TOLERANCE, fold_deviation, require_exact_fold
 from tests.conftest import FAMILIES
 
@@ -24,19 +23,30 @@ CPU = torch.device("cpu")
 
 
 class FoldedLayer:
-    """Layer 1 of a tiny model (random weights, hard gains), its input, and folds of a random scale into it."""
+    """One layer of a tiny model (random weights, hard gains), its input, and folds of a random scale into it."""
 
-    def __init__(self, folder: Path) -> None:
-        self.checkpoint = Checkpoint(folder)
-        self.stack = TextStack(self.checkpoint, CPU)
-        self.weights = self.stack.read_layer(1)
-        self.layout = layers_of(self.checkpoint.facts, self.checkpoint.family)[1]
+    def __init__(self, stack: TextStack, index: int) -> None:
+        self.stack, self.index, self.family = stack, index, stack.checkpoint.family
+        self.weights = stack.read_layer(index)
+        self.layout = stack.checkpoint.shape.layouts[index]
         torch.manual_seed(5)
-        self.hidden = torch.randn(2, 40, int(self.stack.config.hidden_size))
+        altup = stack.checkpoint.shape.altup
+        streams = () if altup is None else (altup.streams,)
+        self.hidden = torch.randn(2, *streams, 40, self.layout.hidden)
+        self.ids = torch.randint(6, 260, (2, 40))
+        keys_and_values = torch.randn(2, 2, self.layout.kv_heads, 40, self.layout.head_dim)
+        self.shared = {} if self.layout.kv_source is None else {self.layout.kv_source: tuple(keys_and_values)}
+        module = stack.layer(index, self.weights)
         self.original = self.run(self.weights)
+        self.carried = stack.carried(index, module, self.hidden)
 
     def run(self, weights: dict[str, Tensor]) -> Tensor:
-        return self.stack.run_layer(1, self.stack.layer(1, weights), self.hidden)
+        module = self.stack.layer(self.index, weights)
+        return self.stack.run_layer(self.index, module, self.hidden, self.ids, self.shared)
+
+    def groups(self, *folds: str) -> list[ScaleGroup]:
+        """The layer's groups that are folded in one of these ways."""
+        return [group for group in self.layout.groups if group.fold in folds]
 
     def scale(self, group: ScaleGroup) -> Tensor:
         """A random scale from 0.2 to 5 for a group's input channels; tied over query heads where the fold needs it."""
@@ -55,7 +65,7 @@ class FoldedLayer:
         scale = self.scale(group)
         if group.fold == "norm":
             norm = self.weights[f"{group.source}.weight"]
-            gain_offset = self.checkpoint.family.gain_offset if offset is None else offset
+            gain_offset = self.family.gain_offset if offset is None else offset
             folded, exact = fold_into_norm(norm, scale, gain_offset)
             weights[f"{group.source}.weight"] = folded.float()
             scale = exact if snap else torch.where(exact == 1, exact, scale)
@@ -69,42 +79,83 @@ class FoldedLayer:
             weights[f"{group.source}.weight"] = weights[f"{group.source}.weight"] / rows[:, None]
         for linear in group.linears:
             weights[f"{linear}.weight"] = weights[f"{linear}.weight"] * scale
-        return fold_deviation(self.original, self.run(weights), self.hidden)
+        return fold_deviation(self.original, self.run(weights), self.carried)
+
+
+def folded_layers(folder: Path) -> Iterator[FoldedLayer]:
+    """A layer of every kind that a tiny model has."""
+    stack = TextStack(Checkpoint(folder), CPU)
+    layouts = stack.checkpoint.shape.layouts
+    for layout in dict.fromkeys(map(id, layouts)):  # layers that are alike have one layout
+        yield FoldedLayer(stack, next(index for index, one in enumerate(layouts) if id(one) == layout))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_every_fold_of_every_family_is_exact(kind: str, checkpoints: Callable[[str], Path]) -> None:
-    layer = FoldedLayer(checkpoints(kind))
-    for group in layer.checkpoint.family.groups:
-        deviation = layer.fold(group)
-        require_exact_fold(1, deviation)
-        assert deviation > 0, f"{group.name}: nothing was folded"
+def test_every_fold_of_every_layer_is_exact(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    for layer in folded_layers(checkpoints(kind)):
+        for group in layer.groups("norm", "heads", "rows"):
+            deviation = layer.fold(group)
+            require_exact_fold(layer.index, deviation)
+            assert deviation > 0, f"{group.name} of layer {layer.index}: nothing was folded"
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_a_plain_weight_fold_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
-    layer = FoldedLayer(checkpoints(kind))
-    norms = [group for group in layer.checkpoint.family.groups if group.fold == "norm"]
-    assert norms
-    for group in norms:
-        with pytest.raises(GemmaAwqError, match="changed its output"):
-            require_exact_fold(1, layer.fold(group, offset=0.0))
+def test_a_gain_taken_for_another_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    """1 + weight for weight, or the reverse."""
+    for layer in folded_layers(checkpoints(kind)):
+        assert layer.groups("norm")
+        for group in layer.groups("norm"):
+            with pytest.raises(GemmaAwqError, match="changed its output"):
+                require_exact_fold(layer.index, layer.fold(group, offset=1 - layer.family.gain_offset))
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_an_unsnapped_fold_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
-    layer = FoldedLayer(checkpoints(kind))
-    norms = [group for group in layer.checkpoint.family.groups if group.fold == "norm"]
-    assert norms
-    for group in norms:
-        assert layer.fold(group, snap=False) > FOLD_TOLERANCE
+    for layer in folded_layers(checkpoints(kind)):
+        for group in layer.groups("norm"):
+            assert layer.fold(group, snap=False) > FOLD_TOLERANCE
 
 
-@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3"])  # two kv heads: tiling differs
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text", "gemma3", "vaultgemma"])  # two kv heads
 def test_a_tiled_gqa_scale_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
-    layer = FoldedLayer(checkpoints(kind))
-    group = next(g for g in layer.checkpoint.family.groups if g.fold == "heads")
-    assert layer.fold(group, tile=True) > FOLD_TOLERANCE
+    for layer in folded_layers(checkpoints(kind)):
+        (group,) = layer.groups("heads")
+        assert layer.fold(group, tile=True) > FOLD_TOLERANCE
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text", "gemma4-dense", "gemma4_unified_text"])
+def test_a_fold_that_a_family_must_not_have_fails_the_check(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    """A norm follows v_proj, and Laurel adds the output of Gemma 3n's input norm itself."""
+    for layer in folded_layers(checkpoints(kind)):
+        wrong = []
+        if "self_attn.v_proj" in layer.layout.linears:
+            wrong.append(ScaleGroup("o", ("self_attn.o_proj",), "self_attn.v_proj", "heads"))
+        if kind == "gemma3n_text":
+            qkv = next(group.linears for group in layer.layout.groups if group.name == "qkv")
+            wrong.append(ScaleGroup("qkv", qkv, "input_layernorm", "norm"))
+        for group in wrong:
+            with pytest.raises(GemmaAwqError, match="changed its output"):
+                require_exact_fold(layer.index, layer.fold(group))
+
+
+def test_what_a_layer_adds_is_seen_beside_what_it_carries(checkpoints: Callable[[str], Path]) -> None:
+    """A scalar of the layer, and the prediction of streams, are no part of what attention and MLP add."""
+    for kind in ("gemma4-dense", "gemma3n_text"):
+        stack = TextStack(Checkpoint(checkpoints(kind)), CPU)
+        layer = FoldedLayer(stack, 1)
+        nothing = ("post_attention_layernorm.weight", "post_feedforward_layernorm.weight")
+        if kind == "gemma3n_text":  # the streams are corrected by as much as the layer adds
+            nothing = ("altup.correction_coefs.weight", "post_per_layer_input_norm.weight")
+        silent = {name: tensor * (name not in nothing) for name, tensor in layer.weights.items()}
+        if kind == "gemma4-dense":
+            silent["layer_scalar"] = torch.tensor([0.25])
+        carried = stack.carried(1, stack.layer(1, silent), layer.hidden)
+        added = layer.run(silent) - carried
+        if kind == "gemma4-dense":
+            assert torch.equal(carried, layer.hidden * 0.25)
+            torch.testing.assert_close(added, torch.zeros_like(added))
+        else:  # without coefficients every stream gets the same innovation
+            torch.testing.assert_close(added, added[:, :1].expand_as(added), rtol=1e-4, atol=1e-4)
 
 
 def test_a_nan_deviation_fails_the_check() -> None:

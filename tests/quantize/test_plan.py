@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gemma_awq_cli.awq.search import Effort
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -62,6 +63,30 @@ def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str
         assert peak_bytes(work(*order), FITS[0]) == peak_bytes(work(large), FITS[0]) > peak_bytes(work(small), FITS[0])
         alone = sum(seconds(work(layout), FITS[0]) - START_SECONDS for layout in order)
         assert seconds(work(*order), FITS[0]) == pytest.approx(START_SECONDS + alone)
+
+
+def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> None:
+    from dataclasses import replace
+
+    from gemma_awq_cli.awq.search import BALANCED, BEST
+    from gemma_awq_cli.quantize.estimates import PROVED_WEIGHT, START_SECONDS, Workload, peak_bytes, seconds
+
+    tiny = plan_of(checkpoints("gemma4-experts")).layouts[0]
+    assert tiny.experts is not None
+    many = replace(tiny, experts=replace(tiny.experts, count=128, intermediate=704, hidden=2816))
+    none = replace(tiny, experts=None)
+
+    def work(layout: LayerLayout, effort: Effort = BALANCED) -> Workload:
+        return Workload((layout,), 0, layout.hidden, 65536, 0, 512, 64, 4, effort)
+
+    # one expert at a time: not much more than the module that proves the folds, and far from 128 Gram matrices
+    grams = 128 * 4 * 2816**2
+    weights = 128 * 3 * 704 * 2816
+    more = peak_bytes(work(many), FITS[0]) - peak_bytes(work(none), FITS[0])
+    assert PROVED_WEIGHT * weights < more < PROVED_WEIGHT * weights + grams / 2
+    alone = seconds(work(none), FITS[0]) - START_SECONDS
+    assert seconds(work(many), FITS[0]) > seconds(work(tiny), FITS[0]) > START_SECONDS + alone
+    assert seconds(work(many, BEST), FITS[0]) > seconds(work(many), FITS[0])
 
 
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +13,14 @@ from safetensors.torch import load_file
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.models.checkpoints import weight_files
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from tests.conftest import FAMILIES, quantize_arguments, tiny_rows
 from tests.tiny import make_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+LINEARS = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
 def report_of(folder: Path) -> dict:  # type: ignore[type-arg]
@@ -25,14 +30,15 @@ def report_of(folder: Path) -> dict:  # type: ignore[type-arg]
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_no_group_is_worse_than_round_to_nearest_and_outliers_gain(kind: str, artifacts: Callable[[str], Path]) -> None:
     layers = report_of(artifacts(kind))["layers"]
-    assert len(layers) == 3
-    for layer in layers:
-        assert [group["name"] for group in layer] == ["qkv", "o", "gate_up", "down"]
-        for group in layer:
+    layouts = Checkpoint(artifacts(kind)).shape.layouts
+    for layer, layout in zip(layers, layouts, strict=True):
+        for group, known in zip(layer, layout.groups, strict=True):
+            assert (group["name"], group["linears"]) == (known.name, list(known.linears))
             assert group["error"] <= group["rtn_error"]
             # every group's input has planted outlier channels (large gains, large rows of v and up)
             assert group["error"] < 0.9 * group["rtn_error"]
-            assert group["method"].endswith("scale+compensation")
+            method = "compensation" if known.fold == "none" else "scale+compensation"
+            assert group["method"].removeprefix("descended ") == method
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -79,8 +85,8 @@ def test_the_artifacts_files(kind: str, artifacts: Callable[[str], Path], checkp
     assert quantization["zero_point"] is True
     assert (quantization["bits"], quantization["group_size"]) == (4, 32)
     source, artifact = Checkpoint(checkpoints(kind)), Checkpoint(folder)
-    linears = {key for key in source.tensors if key.endswith("_proj.weight") and "vision" not in key}
-    assert len(linears) == 21
+    linears = {key for key in source.tensors if key.endswith(LINEARS) and "vision" not in key}
+    assert len(linears) == sum(len(layout.linears) for layout in source.shape.layouts)
     for key in linears:
         base = key.removesuffix(".weight")
         assert key not in artifact.tensors
@@ -111,6 +117,57 @@ def test_a_multimodal_tower_is_copied_as_it_is(
     skipped = config["quantization_config"]["modules_to_not_convert"]
     for key in companions:
         assert any(name in key for name in skipped)
+
+
+def test_a_large_tensor_is_copied_in_pieces(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+) -> None:
+    from tests.tiny import edit_weights
+
+    monkeypatch.setattr(weight_files, "PIECE_BYTES", 10_000)
+    read = weight_files.read_pieces
+    table = "model.embed_tokens_per_layer.weight"
+    source = Checkpoint(checkpoints("gemma4_text"))
+    pieces = list(read(table, source.tensors[table]))
+    assert len(pieces) > 2
+    assert all(piece.nbytes <= 10_000 for piece in pieces)
+    assert torch.equal(torch.cat(pieces), source.mapped(table))
+    arguments = ("--num-samples", "2", "--quality", "fast")
+    assert main(quantize_arguments(source.folder, tmp_path / "out", text_file, *arguments)) == 0
+    assert torch.equal(Checkpoint(tmp_path / "out").mapped(table), source.mapped(table))
+    damaged = shutil.copytree(source.folder, tmp_path / "damaged")
+    edit_weights(damaged, lambda tensors: tensors[table][-1].fill_(torch.nan))  # of a token that the text does not have
+    assert main(quantize_arguments(damaged, tmp_path / "none", text_file, *arguments)) == 1
+    assert f"{table} holds NaN" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+def test_keys_and_values_that_nobody_reads_are_dropped(
+    tmp_path: Path,
+    artifacts: Callable[[str], Path],
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    capsys: Capture,
+) -> None:
+    """16-bit files hold them in layers that read another layer's; without a word they are left out."""
+    from tests.tiny import edit_weights
+
+    folder = shutil.copytree(checkpoints("gemma4_text"), tmp_path / "tiny")
+    unused = {
+        f"model.layers.5.self_attn.{name}.weight": torch.randn(shape).to(torch.bfloat16)
+        for name, shape in {"k_proj": (64, 64), "v_proj": (64, 64), "k_norm": (32,)}.items()
+    }
+    edit_weights(folder, lambda tensors: tensors.update(unused))
+    assert Checkpoint(folder).notes == ()
+    assert main(quantize_arguments(folder, tmp_path / "out", text_file)) == 0
+    assert "Ignored" not in capsys.readouterr().err
+    made, known = (load_file(f / "model.safetensors") for f in (tmp_path / "out", artifacts("gemma4_text")))
+    assert made.keys() == known.keys()
+    assert all(torch.equal(tensor, known[name]) for name, tensor in made.items())
 
 
 def test_scales_read_the_same_in_float16_and_bfloat16(artifacts: Callable[[str], Path]) -> None:

@@ -18,11 +18,17 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 
 from gemma_awq_cli.cli.app import main
-from gemma_awq_cli.models.checkpoints.journal import GroupRecord, Journal, LayerRecord, differences
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.journal import GroupRecord, Journal, KeptGroups, LayerRecord, differences
+from gemma_awq_cli.models.forward.hidden_states import state_bytes
+from gemma_awq_cli.quantize import layer_pass
+from gemma_awq_cli.quantize.quality import heldout_samples
 from tests.conftest import quantize_arguments
 from tests.layers import as_layer_begins
 
@@ -179,10 +185,10 @@ def interrupt() -> None:
     raise KeyboardInterrupt
 
 
-def kept_run(out: Path, checkpoint: Path, text: Path, *more: str) -> list[str]:
-    """A run that was interrupted after two of three layers. Returns its arguments."""
+def kept_run(out: Path, checkpoint: Path, text: Path, *more: str, layers: int = 2) -> list[str]:
+    """A run that was interrupted after so many layers. Returns its arguments."""
     arguments = quantize_arguments(checkpoint, out, text, *more)
-    with as_layer_begins(2, interrupt):
+    with as_layer_begins(layers, interrupt):
         assert main(arguments) == 130
     return arguments
 
@@ -215,17 +221,37 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("kind", "layers"), [("gemma2", 2), ("gemma3n_text", 5), ("gemma4_text", 3)])
 def test_both_paths_of_the_rows_are_gone_on_with(
-    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
+    kind: str, layers: int, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
-    """At `best` the calibration rows travel through the quantized layers too."""
+    """At `best` the calibration rows travel through the quantized layers too; so do keys and values that are shared."""
     whole = tmp_path / "whole"
     best = ("--quality", "best", "--seed", "3")
-    assert main(quantize_arguments(checkpoints("gemma2"), whole, text_file, *best)) == 0
+    assert main(quantize_arguments(checkpoints(kind), whole, text_file, *best)) == 0
     out = tmp_path / "out"
-    arguments = kept_run(out, checkpoints("gemma2"), text_file, *best)
+    arguments = kept_run(out, checkpoints(kind), text_file, *best, layers=layers)
+    # once more, in the middle of a layer: what it has written of its output is written again
+    with mock.patch.object(layer_pass, "require_exact_fold", side_effect=KeyboardInterrupt):
+        assert main([*arguments, "--resume"]) == 130
     assert main([*arguments, "--resume"]) == 0
     assert identity(out) == identity(whole)
+
+
+def test_shared_keys_and_values_are_kept_on_the_disk(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
+) -> None:
+    checkpoint = Checkpoint(checkpoints("gemma3n_text"))
+    arguments = kept_run(tmp_path / "out", checkpoint.folder, text_file, *SMALL, layers=4)
+    state = tmp_path / ".out.partial" / "state"
+    files = {path.name: path.stat().st_size for path in state.glob("*.f32")}
+    assert sorted(files) == ["hidden-0.f32", "hidden-1.f32", "shared-2.f32", "shared-3.f32"]
+    tokens = (4 + 2 * heldout_samples("fast")) * 40
+    assert sum(files.values()) == state_bytes(checkpoint.shape, tokens)
+    damaged = state / "shared-2.f32"
+    os.truncate(damaged, files[damaged.name] - 1)
+    assert main([*arguments, "--resume"]) == 1
+    assert "shared-2.f32 is too short" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -378,6 +404,18 @@ def record(**changes: object) -> dict[str, object]:
         "rtn_error": 1, "gram_block": 64,
     }  # fmt: skip
     return {"groups": [group], "seconds": 0.1, **changes}
+
+
+def test_the_journal_remembers_what_was_kept(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    journal.begin({"seed": 0})
+    kept = replace(RECORD, groups=(replace(RECORD.groups[0], kept=KeptGroups(8, 7, 6)),))
+    journal.add(kept)
+    assert Journal(tmp_path).records == [kept]
+    line = journal.path.read_text().replace('"exact": 6', '"exact": "6"')
+    journal.path.write_text(line)
+    with pytest.raises(GemmaAwqError, match="line 2 is damaged"):
+        Journal(tmp_path)
 
 
 def test_a_torn_journal_line_is_no_line(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ Knows the files and the family's key layouts; knows nothing of modules, devices 
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoints.expected_tensors import Expected, require_tensors, text_tensors
+from gemma_awq_cli.models.checkpoints.expected_tensors import (
+    OTHER_SOURCE,
+    PACKED_PER_EXPERT,
+    Expected,
+    require_tensors,
+    text_tensors,
+)
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
@@ -22,11 +28,13 @@ from gemma_awq_cli.models.checkpoints.quantization_config import (
     SECTION,
     awq_group_size,
     is_awq,
+    is_packed,
     names_awq,
+    names_no_method,
     quantization_of,
 )
 from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
-from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_pieces, read_tensors, require_finite
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import family_of
@@ -43,10 +51,11 @@ _DTYPES = ("dtype", "torch_dtype")
 class Checkpoint:
     """A Gemma checkpoint folder.
 
-    raw_config: config.json; facts: the language model's config, with at least the values that `models.gemma` reads;
-    shape: the sizes and layers that follow from it; key_layout: how the files name the language model's tensors;
-    tensors: every tensor by its name in the files; quantization: the config's section, None for a 16-bit checkpoint;
-    tied_head: whether the head is the embedding; notes: lines on how it was read that the user should see.
+    raw_config: config.json, without a quantization section that names no method beside 16-bit weights; facts: the
+    language model's config, with at least the values that `models.gemma` reads; shape: the sizes and layers that follow
+    from it; key_layout: how the files name the language model's tensors; tensors: every tensor by its name in the
+    files; quantization: the config's section, None for a 16-bit checkpoint; tied_head: whether the head is the
+    embedding; notes: lines on how it was read that the user should see.
 
     A 16-bit multimodal checkpoint without its vision tower is read as a text model.
     """
@@ -62,6 +71,10 @@ class Checkpoint:
         self.quantization = quantization_of(folder, self.raw_config)
         weights = find_weights(folder)
         self.tensors, notes = read_headers(weights), weights.notes
+        section = self.quantization
+        if section is not None and names_no_method(section) and not any(map(is_packed, self.tensors)):
+            self.quantization = None
+            self.raw_config = {key: value for key, value in self.raw_config.items() if key != SECTION}
         config = self.raw_config
         if self.family.text_section and self.quantization is None and not self.companions():
             self.raw_config = _text_part(config, self.family)
@@ -106,8 +119,20 @@ class Checkpoint:
     def text_tensors(self) -> dict[str, Expected]:
         """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
         group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
+        if group_size is not None:
+            self._require_as_many_tensors()
         expected = text_tensors(self.shape, self.tied_head, group_size)
         return {self.key(name): one for name, one in expected.items()}
+
+    def _require_as_many_tensors(self) -> None:
+        """An error if the config's experts need more tensors than there are, before they are named one by one."""
+        experts = sum(layout.experts.count for layout in self.shape.layouts if layout.experts is not None)
+        if (needed := experts * PACKED_PER_EXPERT) > len(self.tensors):
+            raise GemmaAwqError(
+                f"{self.folder / CONFIG}: num_experts is {self.facts.num_experts}, which takes {needed} tensors in all "
+                f"layers, but the files hold {len(self.tensors)}.",
+                OTHER_SOURCE,
+            )
 
     def _require_weights_as_declared(self) -> None:
         """An error if the weights are packed and the config does not say so, or the reverse."""
@@ -128,6 +153,7 @@ class Checkpoint:
         if self.quantization is not None and not is_awq(self.quantization):
             return []
         known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
+        known |= {self.key(name) for name in self.shape.unused()}
         names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
         names = [name for name in names if not name.startswith(self._unused())]
         return [f"Ignored tensors, which do not belong to this model: {few(names)}."] if names else []
@@ -178,8 +204,8 @@ class Checkpoint:
         return digest.hexdigest()
 
     def companions(self) -> list[str]:
-        """Names of the tensors that are copied as they are: a multimodal checkpoint's vision tower and projector."""
-        return sorted(name for name in self.tensors if name.startswith(self.family.companions or ("\0",)))
+        """Names of the tensors that are copied as they are: those of a multimodal checkpoint's towers and embedders."""
+        return sorted(name for name in self.tensors if name.startswith(self.family.companion_prefixes))
 
     def read(self, module_names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by their names inside transformers' causal model, as stored, checked to be finite."""
@@ -196,6 +222,11 @@ class Checkpoint:
         """
         key = self.key(module_name)
         return read_tensors(self.tensors, [key])[key]
+
+    def pieces(self, module_name: str) -> Iterator[Tensor]:
+        """A tensor's rows in order, some at a time: see `weight_files.read_pieces`."""
+        key = self.key(module_name)
+        return read_pieces(key, self.tensors[key])
 
 
 def _key(module_name: str, layout: KeyLayout) -> str:

@@ -1,6 +1,6 @@
-"""The check that a multimodal checkpoint's vision tower and projector are complete, as the config describes them."""
+"""The check that a multimodal checkpoint's towers and embedders are complete, as the config describes them."""
 
-import copy
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -9,24 +9,36 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import few
-from gemma_awq_cli.system.failures import first_line, library_errors
+from gemma_awq_cli.models.gemma.family import Companion
+from gemma_awq_cli.models.gemma.text_config import require_loadable
+from gemma_awq_cli.system.failures import library_errors
 
-_TOWER = "vision_tower."
-_PROJECTOR = "multi_modal_projector."
-_SIGLIP = "siglip_vision_model"
+_LAYERS = ("num_hidden_layers", "conf_num_hidden_layers")
 
 
 def require_companions(checkpoint: Checkpoint) -> None:
-    """An error if tensors of the tower or the projector are missing or of another shape: readers would make them up."""
-    if not checkpoint.family.companions:
+    """An error if tensors of towers or embedders are missing or of another shape: readers would make them up."""
+    parts = checkpoint.family.companions
+    if not parts:
         return
     held = {_plain(name): checkpoint.tensors[name].shape for name in checkpoint.companions()}
-    expected = _expected(checkpoint)
+    config = require_loadable(checkpoint.raw_config, checkpoint.folder / CONFIG)
+    for part in parts:
+        if getattr(config, part.section) is not None:
+            _require_part(checkpoint, part, held, config)
+
+
+def _require_part(checkpoint: Checkpoint, part: Companion, held: dict[str, tuple[int, ...]], config: Any) -> None:
+    own = [name for name in held if name.startswith(f"{part.name}.")]
+    if not own:
+        raise _incomplete(checkpoint, f"all tensors of its {part.name}, which {CONFIG} describes")
+    if part.made_by is None:
+        return
+    if part.made_from == "section":
+        _require_layers(checkpoint, part, getattr(config, part.section), len(own))
+    expected = _expected(checkpoint, part, config)
     if missing := [name for name in expected if name not in held]:
-        raise GemmaAwqError(
-            f"{checkpoint.folder} lacks {len(missing)} tensors of its vision tower and projector: {few(missing)}.",
-            f"{REDOWNLOAD} To quantize the language model alone, remove the rest of the vision tower from the files.",
-        )
+        raise _incomplete(checkpoint, f"{len(missing)} tensors of its {part.name}: {few(missing)}")
     if other := next((name for name, shape in expected.items() if held[name] != shape), None):
         raise GemmaAwqError(
             f"{checkpoint.folder}: {other} has shape {list(held[other])}, but {CONFIG} asks for "
@@ -35,43 +47,39 @@ def require_companions(checkpoint: Checkpoint) -> None:
         )
 
 
-def _expected(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import AutoModel, Gemma3Config
-    from transformers.models.gemma3.modeling_gemma3 import Gemma3MultiModalProjector
+def _incomplete(checkpoint: Checkpoint, what: str) -> GemmaAwqError:
+    parts = ", ".join(part.name for part in checkpoint.family.companions)
+    return GemmaAwqError(
+        f"{checkpoint.folder} lacks {what}.",
+        f"{REDOWNLOAD} To quantize the language model alone, remove every tensor of {parts} from the files.",
+    )
 
-    what, hint = f"The vision_config in {checkpoint.folder / CONFIG} cannot be used", f"Correct {CONFIG}."
+
+def _expected(checkpoint: Checkpoint, part: Companion, config: Any) -> dict[str, tuple[int, ...]]:
+    """The names and shapes of a part's tensors, from transformers' class built without memory."""
+    section = getattr(config, part.section)
+    given = {"section": (section,), "section and text": (section, config.text_config), "config": (config,)}
+    module, _, name = str(part.made_by).rpartition(".")
+    made_by = getattr(import_module(f"transformers.models.{module}"), name)
+    what, hint = f"The {part.section} in {checkpoint.folder / CONFIG} cannot be used", f"Correct {CONFIG}."
     with library_errors(what, hint), torch.device("meta"):
-        try:
-            config = Gemma3Config.from_dict(copy.deepcopy(checkpoint.raw_config))  # it writes into what it gets
-            _require_siglip(config.vision_config, checkpoint)
-            tower = AutoModel.from_config(config.vision_config)
-            projector = Gemma3MultiModalProjector(config)
-        except StrictDataclassError as error:  # its cause says what is wrong
-            raise GemmaAwqError(f"{what}: {first_line(error.__cause__ or error)}", hint) from error
-    names = {f"{_TOWER}{name}": tuple(tensor.shape) for name, tensor in tower.state_dict().items()}
-    names |= {f"{_PROJECTOR}{name}": tuple(tensor.shape) for name, tensor in projector.state_dict().items()}
-    # Gemma does not use the tower's pooling head, and many checkpoints leave it out
-    return {_plain(name): shape for name, shape in names.items() if ".head." not in name}
+        tensors = made_by(*given[part.made_from]).state_dict()
+    shapes = {_plain(f"{part.name}.{name}"): tuple(tensor.shape) for name, tensor in tensors.items()}
+    unused = tuple(f"{part.name}.{name}." for name in part.unused)
+    return {name: shape for name, shape in shapes.items() if not name.startswith(unused)}
 
 
-def _require_siglip(config: Any, checkpoint: Checkpoint) -> None:
-    """An error for another kind of tower, or one with more layers than the files can hold, before any is built."""
-    where = checkpoint.folder / CONFIG
-    if config.model_type != _SIGLIP:
-        raise GemmaAwqError(
-            f"The vision_config in {where} has model_type {str(config.model_type)[:40]!r}.",
-            f"The vision tower of a Gemma 3 is a {_SIGLIP}: use the {CONFIG} that belongs to the weights.",
-        )
-    held = len(checkpoint.companions())
-    if config.num_hidden_layers > held:
-        raise GemmaAwqError(
-            f"The vision_config in {where} has num_hidden_layers {config.num_hidden_layers}, but the files hold only "
-            f"{held} tensors of a vision tower.",
-            f"Use the {CONFIG} that belongs to the weights.",
-        )
+def _require_layers(checkpoint: Checkpoint, part: Companion, section: Any, held: int) -> None:
+    """An error for a part with more layers than the files can hold, before it is built."""
+    for name in _LAYERS:
+        if (layers := getattr(section, name, 0)) > held:
+            raise GemmaAwqError(
+                f"The {part.section} in {checkpoint.folder / CONFIG} has {name} {layers}, but the files hold only "
+                f"{held} tensors of the {part.name}.",
+                f"Use the {CONFIG} that belongs to the weights.",
+            )
 
 
 def _plain(name: str) -> str:
     """A companion's name without the parts that differ between versions of transformers."""
-    return name.removeprefix("model.").replace(f"{_TOWER}vision_model.", _TOWER)
+    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")

@@ -24,6 +24,7 @@ FINAL_NORM = "model.norm.weight"
 FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)  # of a weight that is not packed
 INTEGERS = (torch.int32,)  # of packed weights: eight 4-bit integers in each
 SCALES = (torch.float16, torch.bfloat16, torch.float32)  # the format has float16; some writers store the others
+PACKED_PER_EXPERT = 9  # tensors: three linears of three tensors each
 OTHER_SOURCE = f"Take {CONFIG} and the weights from the same checkpoint."
 
 

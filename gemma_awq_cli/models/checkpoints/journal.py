@@ -21,12 +21,26 @@ Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, 
 
 
 @dataclass(frozen=True)
+class KeptGroups:
+    """How many of a checkpoint's groups of weights kept the 4-bit grid that they were on.
+
+    on_grid: those that are stored on their own grid; exact: those whose weights all come back bit for bit when they are
+    dequantized to the checkpoint's dtype.
+    """
+
+    groups: int
+    on_grid: int
+    exact: int
+
+
+@dataclass(frozen=True)
 class GroupRecord:
     """The decisions for one group of linears, as the journal and the report hold them.
 
     Errors are mean squared output errors over the calibration tokens, summed over the outputs: `error` of the stored
     weights, `rtn_error` of round-to-nearest. If weights were corrected for the layers before, the errors are those of
-    rounding the corrected weights.
+    rounding the corrected weights. kept: of a checkpoint whose grid is kept. There are no calibration tokens then, and
+    the errors are the squared errors of the weights, summed.
     """
 
     name: str
@@ -36,6 +50,22 @@ class GroupRecord:
     error: float
     rtn_error: float
     gram_block: int
+    kept: KeptGroups | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by their names, without `kept` if it is None."""
+        return {name: value for name, value in asdict(self).items() if name != "kept" or value is not None}
+
+
+@dataclass(frozen=True)
+class ExpertsRecord(GroupRecord):
+    """The record of a group of linears of all experts.
+
+    Errors are sums over the experts. starved: the experts that fewer calibration tokens reached than they have input
+    channels. The errors of these count tokens that were not routed to them, in place of those that they lack.
+    """
+
+    starved: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,7 +115,7 @@ class Journal:
 
     def add(self, record: LayerRecord) -> None:
         """Record one more finished layer, all of whose files are on the disk."""
-        self._append(asdict(record))
+        self._append({"groups": [group.to_json() for group in record.groups], "seconds": record.seconds})
         self.records.append(record)
 
     def require_at_most(self, layers: int) -> None:
@@ -142,12 +172,23 @@ def _is_group(value: Any) -> bool:
         and all(_is_number(value.get(name)) for name in ("error", "rtn_error"))
         and isinstance(value.get("gram_block"), int)
         and not isinstance(value["gram_block"], bool)
+        and ("kept" not in value or _is_kept(value["kept"]))
+        and isinstance(value.get("starved", []), list)
+        and all(type(expert) is int for expert in value.get("starved", []))
     )
 
 
+def _is_kept(value: Any) -> bool:
+    return isinstance(value, dict) and all(type(value.get(field.name)) is int for field in fields(KeptGroups))
+
+
 def _group(value: dict[str, Any]) -> GroupRecord:
-    held = {field.name: value[field.name] for field in fields(GroupRecord)}
-    return GroupRecord(**{**held, "linears": tuple(held["linears"]), "exponents": tuple(held["exponents"])})
+    kind = ExpertsRecord if "starved" in value else GroupRecord
+    held: dict[str, Any] = {field.name: value[field.name] for field in fields(kind) if field.name in value}
+    if "kept" in held:
+        held["kept"] = KeptGroups(**{field.name: held["kept"][field.name] for field in fields(KeptGroups)})
+    held |= {name: tuple(one) for name, one in held.items() if isinstance(one, list)}
+    return kind(**held)
 
 
 def _is_number(value: Any) -> bool:

@@ -13,6 +13,7 @@ QUANT_CONFIG = "quant_config.json"  # where llm-awq and early AutoAWQ stored the
 # Keys of AWQ as AutoAWQ spells them in quant_config.json, and GPTQModel in config.json -> as transformers does.
 _SPELLINGS = {"w_bit": "bits", "q_group_size": "group_size", "format": "version"}
 _DEFAULTS = {"bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}  # of transformers' AwqConfig
+_PACKED = (".qweight", ".weight_packed")  # AWQ and GPTQ, compressed-tensors
 ORIGINAL = "Give the original 16-bit checkpoint: `gemma-awq quantize` makes a 4-bit artifact of it."
 
 
@@ -34,6 +35,19 @@ def quantization_of(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] |
         found["version"] = "llm-awq"
     found["version"] = str(found["version"]).lower()
     return found
+
+
+def names_no_method(section: Mapping[str, Any]) -> bool:
+    """Whether the section says nothing about how weights are stored.
+
+    Checkpoints of quantization-aware training have such a section beside 16-bit weights: it describes the training.
+    """
+    return section.get("quant_method") is None
+
+
+def is_packed(name: str) -> bool:
+    """Whether a tensor's name is one that writers of packed weights use."""
+    return name.endswith(_PACKED)
 
 
 def names_awq(section: Mapping[str, Any]) -> bool:

@@ -1,6 +1,7 @@
 """Tensors of safetensors files: read by name, checked to be finite, and as bytes."""
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo, opened
+
+_BOUND = re.compile(r"\.(input|output)_(min|max)$")
+PIECE_BYTES = 64 * 2**20  # of a large tensor that is copied
 
 
 def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[str, Tensor]:
@@ -24,17 +28,33 @@ def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[
     return tensors
 
 
+def read_pieces(name: str, info: TensorInfo) -> Iterator[Tensor]:
+    """Yield a tensor's rows in order, as many at a time as `PIECE_BYTES` hold, each piece checked to be finite.
+
+    Only one piece is in memory at a time, if the receiver keeps none: the file is mapped anew for each.
+    """
+    rows = info.shape[0] if info.shape else 1
+    step = max(1, PIECE_BYTES * rows // max(1, info.nbytes))
+    for first in range(0, max(1, rows), step):
+        with opened(info.file, "pt") as handle:
+            piece = handle.get_tensor(name) if rows <= step else handle.get_slice(name)[first : first + step]
+        require_finite(name, piece)
+        yield piece
+        del piece
+
+
 def raw_bytes(tensor: Tensor) -> memoryview:
     """A tensor's bytes, as a safetensors file holds them."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def require_finite(name: str, tensor: Tensor) -> None:
-    """An error if a weight holds NaN or infinity."""
+    """An error if a weight holds NaN or infinity. A bound of activations may be infinite: it clips nothing then."""
     # the extremes are one pass without a copy, and a NaN is both of them
     if not tensor.is_floating_point() or not tensor.numel():
         return
-    if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+    sound = torch.isfinite if not _BOUND.search(name) else lambda extreme: ~torch.isnan(extreme)
+    if not all(sound(extreme) for extreme in torch.aminmax(tensor)):
         raise GemmaAwqError(
             f"{name} holds NaN or infinite values.",
             "The checkpoint is damaged or its training diverged. " + REDOWNLOAD,

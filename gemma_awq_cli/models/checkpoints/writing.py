@@ -92,14 +92,24 @@ class TensorWriter:
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Put one planned tensor in its place. Its dtype and shape must be the planned ones."""
-        planned = self._pending.pop(name)
-        if tensor.dtype != planned.dtype or tuple(tensor.shape) != planned.shape:
-            raise ValueError(f"{name}: planned {planned}, got {tensor.dtype} {tuple(tensor.shape)}")
+        if tuple(tensor.shape) != self._pending[name].shape:
+            raise ValueError(f"{name}: planned {self._pending[name]}, got {tuple(tensor.shape)}")
+        self.write_pieces(name, [tensor])
+
+    def write_pieces(self, name: str, pieces: Iterable[Tensor]) -> None:
+        """Put one planned tensor in its place, given as its rows in order, some at a time."""
+        planned, written = self._pending.pop(name), 0
         path, offset = self._place[name]
         self._unsynced.add(path)
         with path.open("r+b") as file:
             file.seek(offset)
-            file.write(raw_bytes(tensor))
+            for piece in pieces:
+                written += piece.nbytes
+                if piece.dtype != planned.dtype or written > planned.nbytes:
+                    raise ValueError(f"{name}: planned {planned}, got {piece.dtype} and {written} bytes")
+                file.write(raw_bytes(piece))
+        if written != planned.nbytes:
+            raise ValueError(f"{name}: planned {planned}, got {written} bytes")
 
     def finish(self) -> None:
         """Make sure that every planned tensor was written and is on the disk."""

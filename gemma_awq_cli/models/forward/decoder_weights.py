@@ -1,7 +1,8 @@
 """A checkpoint's language model as the torch and the compiled decoder want it: joined linears and the norms' gains."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -9,14 +10,14 @@ from torch import Tensor
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears
 from gemma_awq_cli.models.gemma.architecture import (
     PER_LAYER_NORM,
     PER_LAYER_PROJECTION,
     PER_LAYER_TABLE,
     Architecture,
 )
-from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout, Linear
+from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout
 
 JOINED = ("qkv", "o", "gate_up", "down")  # the groups of linears with one input, by their names in a layout
 EXPERT_JOINED = {"gate_up": GATE_UP, "down": DOWN}  # the same of each expert -> the 16-bit tensor that stacks them
@@ -45,24 +46,25 @@ class LayerReader:
 
     def packed(self, joined: str) -> PackedWeight:
         """The linears of one of `JOINED` as one, their outputs side by side: of artifacts only."""
-        names = joined_linears(self.layout)[joined]
-        return self._packed({name: self.layout.linears[name] for name in names})
+        return self._side_by_side(joined_linears(self.layout)[joined])
 
     def packed_expert(self, expert: int, joined: str) -> PackedWeight:
         """The linears of one of `EXPERT_JOINED` of one expert as one: of artifacts only."""
         experts = self.layout.experts
         assert experts is not None
         group = experts.gate_up if joined == "gate_up" else experts.down
-        linears = experts.linears(expert)
-        names = [f"experts.{expert}.{name}" for name in group.linears]
-        return self._packed({name: linears[name] for name in names})
+        return self._side_by_side([f"experts.{expert}.{name}" for name in group.linears])
 
-    def _packed(self, linears: Mapping[str, Linear]) -> PackedWeight:
+    @cached_property
+    def _packed(self) -> dict[str, PackedWeight]:
+        """All packed linears by their names in the layer, mapped: opening a file for each expert would take minutes."""
         assert self.group_size is not None
-        parts = [
-            read_packed(self.checkpoint, self._prefix + name, linear.inputs, linear.outputs, self.group_size)
-            for name, linear in linears.items()
-        ]
+        linears = {self._prefix + name: linear for name, linear in self.layout.packed().items()}
+        read = read_packed_linears(self.checkpoint, linears, self.group_size)
+        return {name.removeprefix(self._prefix): packed for name, packed in read.items()}
+
+    def _side_by_side(self, names: Sequence[str]) -> PackedWeight:
+        parts = [self._packed[name] for name in names]
         if len(parts) == 1:
             return parts[0]
         return PackedWeight(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))

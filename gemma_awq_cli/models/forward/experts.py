@@ -65,10 +65,10 @@ def mix_experts(
     tokens = order // chosen.shape[1]
     counts = chosen.flatten().bincount(minlength=len(gate_up)).tolist()
     shares = weights.flatten()[order]
-    result = torch.zeros_like(x)
+    result = torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32))
     for expert, (own, share) in enumerate(zip(tokens.split(counts), shares.split(counts), strict=True)):
         if len(own):
             gate, up = gate_up[expert](x[own]).chunk(2, -1)
             output = down[expert](F.gelu(gate, approximate="tanh") * up)
-            result.index_add_(0, own, (output * share[:, None]).to(x.dtype))
-    return result
+            result.index_add_(0, own, (output * share[:, None]).to(result.dtype))
+    return result.to(x.dtype)

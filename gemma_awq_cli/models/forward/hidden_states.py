@@ -1,7 +1,8 @@
 """The hidden states of all rows between two layers, kept on the disk: any number of rows takes no memory.
 
 Two files take turns. A layer reads its input from one and writes its output to the other, so its input is complete
-until its output is, and a run that was killed inside a layer repeats that layer from the same bytes.
+until its output is, and a run that was killed inside a layer repeats that layer from the same bytes. Keys and values
+that later layers share have a file for each layer that they come from, which only that layer writes.
 
 Rows take one of two paths: the reference path through the 16-bit layers, or the quantized path through the layers that
 are written.
@@ -9,6 +10,7 @@ are written.
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,78 +19,150 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.journal import ANEW
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes
+from gemma_awq_cli.models.forward.layerwise import KeysAndValues
+from gemma_awq_cli.models.gemma.architecture import TextShape
 from gemma_awq_cli.system.reading import require_regular
 
+FLOAT32 = 4  # bytes
 
-class HiddenStates:
-    """Rows [R, S, hidden] float32 in a folder, in four sets, each a slice of R.
+# From hidden states, token ids and shared keys and values to the layer's output: see `TextStack.run_layer`.
+Run = Callable[[Tensor, Tensor, KeysAndValues], Tensor]
 
-    calibration, heldout: the rows to calibrate on and the rows to measure on, on the reference path; heldout_quantized:
-    the held-out rows on the quantized path; calibration_quantized: the calibration rows on it, empty unless
-    `both_paths`.
-    """
 
-    def __init__(
-        self, folder: Path, calibration: int, heldout: int, seq_len: int, hidden: int, both_paths: bool = False
-    ) -> None:
-        self.calibration = slice(0, calibration)
-        self.heldout = slice(calibration, calibration + heldout)
-        self.heldout_quantized = slice(self.heldout.stop, self.heldout.stop + heldout)
-        again = calibration if both_paths else 0
-        self.calibration_quantized = slice(self.heldout_quantized.stop, self.heldout_quantized.stop + again)
-        self._row = (seq_len, hidden)
-        self._files = (folder / "hidden-0.f32", folder / "hidden-1.f32")
+def state_bytes(shape: TextShape, tokens: int) -> int:
+    """Return how many bytes the files of `HiddenStates` take for so many tokens of all sets together."""
+    streams = 1 if shape.altup is None else shape.altup.streams
+    keys_and_values = sum(2 * shape.layouts[index].kv_size for index in shape.kv_sources)
+    return tokens * FLOAT32 * (2 * streams * shape.hidden + keys_and_values)
 
-    def start(self, ids: Tensor, embed: Callable[[Tensor], Tensor]) -> None:
-        """Write the input of layer 0 for all rows.
 
-        ids: [R', S], the calibration rows and then the held-out rows; embed: returns the hidden states of token ids.
-        """
-        again = slice(0, self.calibration_quantized.stop - self.calibration_quantized.start)
-        with self._files[0].open("wb") as file:
-            for rows in (self.calibration, self.heldout, self.heldout, again):
-                for row in ids[rows].split(1):
-                    file.write(raw_bytes(embed(row)))
-        self._files[1].touch()
+@dataclass(frozen=True)
+class _RowFile:
+    """Rows of one shape in float32, one after another in a file."""
 
-    def read(self, layer: int, rows: slice) -> Tensor:
-        """Return rows of the input of layer `layer`: [R', S, hidden] float32."""
-        result = torch.empty((rows.stop - rows.start, *self._row), dtype=torch.float32)
-        with self._files[layer % 2].open("rb") as file:
-            file.seek(rows.start * result[:1].nbytes)
+    path: Path
+    row: tuple[int, ...]
+
+    @property
+    def row_bytes(self) -> int:
+        return torch.Size(self.row).numel() * FLOAT32
+
+    def read(self, rows: slice) -> Tensor:
+        """Return rows [R, ...]; an error if the file does not hold them all."""
+        result = torch.empty((rows.stop - rows.start, *self.row), dtype=torch.float32)
+        with self.path.open("rb") as file:
+            file.seek(rows.start * self.row_bytes)
             if file.readinto(raw_bytes(result)) != result.nbytes:
                 raise GemmaAwqError(f"{file.name} is too short: something changed it during the run.", ANEW)
         return result
 
+    def write(self, first: int, rows: Tensor) -> None:
+        """Write rows [R, ...] from row `first` on. The file must exist."""
+        with self.path.open("r+b") as file:
+            file.seek(first * self.row_bytes)
+            file.write(raw_bytes(rows.to(torch.float32)))
+
+    def require(self, rows: int) -> None:
+        """Raise unless an interrupted run left at least so many rows."""
+        require_regular(self.path, ANEW)
+        if self.path.stat().st_size < rows * self.row_bytes:
+            raise GemmaAwqError(f"{self.path} is too short: something changed it since.", ANEW)
+
+    def sync(self) -> None:
+        """Force the file to the disk."""
+        with self.path.open("r+b") as file:
+            os.fsync(file.fileno())
+
+
+class HiddenStates:
+    """Rows [R, S, hidden], or [R, streams, S, hidden] with AltUp, in a folder, in four sets, each a slice of R.
+
+    calibration, heldout: the rows to calibrate on and the rows to measure on, on the reference path; heldout_quantized:
+    the held-out rows on the quantized path; calibration_quantized: the calibration rows on it, empty unless
+    `both_paths`.
+
+    calibration_ids, heldout_ids: [R, S], their tokens.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        shape: TextShape,
+        calibration_ids: Tensor,
+        heldout_ids: Tensor | None = None,
+        both_paths: bool = False,
+    ) -> None:
+        self.seq_len = seq_len = calibration_ids.shape[1]
+        sets = [calibration_ids, *([heldout_ids] * 2 if heldout_ids is not None else [])]
+        sets += [calibration_ids] if both_paths else []
+        self._ids = torch.cat(sets)
+        calibration, heldout = len(calibration_ids), 0 if heldout_ids is None else len(heldout_ids)
+        self.calibration = slice(0, calibration)
+        self.heldout = slice(calibration, calibration + heldout)
+        self.heldout_quantized = slice(self.heldout.stop, self.heldout.stop + heldout)
+        self.calibration_quantized = slice(self.heldout_quantized.stop, len(self._ids))
+        streams = () if shape.altup is None else (shape.altup.streams,)
+        self._files = tuple(_RowFile(folder / f"hidden-{i}.f32", (*streams, seq_len, shape.hidden)) for i in (0, 1))
+        self._sources = [layout.kv_source for layout in shape.layouts]
+        self._shared = {
+            index: _RowFile(folder / f"shared-{index}.f32", (2, layout.kv_heads, seq_len, layout.head_dim))
+            for index, layout in enumerate(shape.layouts)
+            if index in shape.kv_sources
+        }
+
+    def start(self, embed: Callable[[Tensor], Tensor]) -> None:
+        """Write the input of layer 0 for all rows. embed: returns the hidden states of token ids."""
+        with self._files[0].path.open("wb") as file:
+            for row in self._ids.split(1):
+                file.write(raw_bytes(embed(row)))
+        for later in (self._files[1], *self._shared.values()):
+            later.path.touch()
+
+    def read(self, layer: int, rows: slice) -> Tensor:
+        """Return rows of the input of layer `layer`: [R', S, hidden] or [R', streams, S, hidden] float32."""
+        return self._files[layer % 2].read(rows)
+
+    def read_batch(self, layer: int, rows: slice) -> tuple[Tensor, Tensor, KeysAndValues]:
+        """Return rows of all that layer `layer` reads, as a `Run` takes it."""
+        shared: KeysAndValues = {}
+        if (source := self._sources[layer]) is not None:
+            keys, values = self._shared[source].read(rows).unbind(1)
+            shared[source] = keys, values
+        return self.read(layer, rows), self._ids[rows], shared
+
     def require_begun(self, layer: int, layers: int) -> None:
-        """Raise unless an interrupted run left the input of layer `layer` of `layers`, and the file for its output."""
-        row = self._row[0] * self._row[1] * 4
+        """Raise unless an interrupted run left what layer `layer` of `layers` reads, and the files for its output."""
         # after the last layer nobody reads the calibration rows
         rows = (self.calibration_quantized if layer < layers else self.heldout_quantized).stop
-        for path, least in ((self._files[layer % 2], rows * row), (self._files[1 - layer % 2], 0)):
-            require_regular(path, ANEW)
-            if path.stat().st_size < least:
-                raise GemmaAwqError(f"{path} is too short: something changed it since.", ANEW)
+        self._files[layer % 2].require(rows)
+        self._files[1 - layer % 2].require(0)
+        for index, file in self._shared.items():
+            file.require(rows if index < layer else 0)
 
-    def advance(
-        self, layer: int, rows: slice, batch: int, run: Callable[[Tensor], Tensor], paired: slice | None = None
-    ) -> None:
+    def advance(self, layer: int, rows: slice, batch: int, run: Run, paired: slice | None = None) -> None:
         """Run `rows` through layer `layer`, `batch` rows at a time, and write them as the next layer's input.
 
         paired: the same number of other rows. `run` then gets [rows of the batch, their paired rows], and only the
         outputs of the former are written.
         """
-        with self._files[1 - layer % 2].open("r+b") as file:
-            for first in range(rows.start, rows.stop, batch):
-                own = slice(first, min(first + batch, rows.stop))
-                hidden = self.read(layer, own)
-                if paired is not None:
-                    shift = paired.start - rows.start
-                    hidden = torch.cat([hidden, self.read(layer, slice(own.start + shift, own.stop + shift))])
-                file.seek(first * hidden[:1].nbytes)
-                file.write(raw_bytes(run(hidden)[: own.stop - own.start]))
+        for first in range(rows.start, rows.stop, batch):
+            own = slice(first, min(first + batch, rows.stop))
+            hidden, ids, shared = self.read_batch(layer, own)
+            if paired is not None:
+                shift = paired.start - rows.start
+                other, ids_again, beside = self.read_batch(layer, slice(own.start + shift, own.stop + shift))
+                hidden, ids = torch.cat([hidden, other]), torch.cat([ids, ids_again])
+                shared = {
+                    index: (torch.cat([keys, beside[index][0]]), torch.cat([values, beside[index][1]]))
+                    for index, (keys, values) in shared.items()
+                }
+            output, count = run(hidden, ids, shared), own.stop - own.start
+            self._files[1 - layer % 2].write(first, output[:count])
+            if layer in self._shared:
+                self._shared[layer].write(first, torch.stack([part[:count] for part in shared[layer]], dim=1))
 
     def sync(self, layer: int) -> None:
-        """Force the input of layer `layer` to the disk."""
-        with self._files[layer % 2].open("r+b") as file:
-            os.fsync(file.fileno())
+        """Force the input of layer `layer`, and what the layer before it shares, to the disk."""
+        self._files[layer % 2].sync()
+        if layer - 1 in self._shared:
+            self._shared[layer - 1].sync()

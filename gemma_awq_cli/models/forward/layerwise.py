@@ -1,13 +1,17 @@
 """A text model run layer by layer: transformers' own modules, given memory and weights one at a time.
 
 Everything here computes in float32 on one device. The causal masks, the rotary tables and whatever else a layer is
-called with are recorded from transformers' own forward, so that no family's forward is written a second time.
+called with are recorded from transformers' own forward, so that no family's forward is written a second time. What
+comes before the first layer and after the last one runs in that forward too, with other layers in place of its own.
+
+Rows are [R, S, hidden]; with alternating updates (AltUp) they are [R, streams, S, hidden].
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +19,17 @@ from torch import Tensor, nn
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerInputs
 from gemma_awq_cli.models.gemma.architecture import final_softcap
 from gemma_awq_cli.models.gemma.config_values import HINT
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.system.failures import library_errors
 
+# By the index of a layer: its keys, normalized and rotated, and its values [R, kv heads, S, head_dim].
+KeysAndValues = dict[int, tuple[Tensor, Tensor]]
+
+_SHARED = "shared_kv_states"  # the argument of a layer that holds keys and values by the layers' kind
+_ALTUP_STARTS, _ALTUP_ENDS = "altup_projections", "altup_unembed_projections"
 LOGIT_CHUNK = 512  # vocabulary entries whose logits are computed at a time: they stay in the processor's cache
 
 
@@ -27,8 +37,12 @@ def meta_model(text_config: Any) -> Any:
     """transformers' causal model of this config with every parameter on the meta device, where it takes no memory."""
     from transformers import AutoModelForCausalLM
 
+    config = copy.deepcopy(text_config)
+    if getattr(config, "enable_moe_block", False):
+        # the other implementations copy the states of all tokens once for each expert that they are routed to
+        config._experts_implementation = "eager"
     with library_errors("transformers cannot build this model", HINT), torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(copy.deepcopy(text_config), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     return model.eval()
 
 
@@ -64,16 +78,57 @@ class LayerCall:
     named: Mapping[str, Any] = field(default_factory=dict)
 
 
+class _PerLayerInput:
+    """Stands for the per-layer inputs of all layers, and of any one of them: the real ones depend on the tokens."""
+
+    def __getitem__(self, _: object) -> Self:
+        return self
+
+
+_PER_LAYER_INPUT = _PerLayerInput()
+
+
 class _Recorder(nn.Module):
-    """Stands in for a decoder layer and keeps the arguments of its last call."""
+    """Stands in for a decoder layer and keeps what it was called with last."""
 
     def __init__(self) -> None:
         super().__init__()
         self.call = LayerCall()
+        self.hidden = torch.empty(0)
 
     def forward(self, hidden: Tensor, *positional: Any, **named: Any) -> Tensor:
-        self.call = LayerCall(positional, named)
+        self.hidden, self.call = hidden, LayerCall(positional, named)
         return hidden
+
+
+class _Given(nn.Module):
+    """Stands in for all decoder layers: returns what it was given as the last one's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden = torch.empty(0)
+
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        return self.hidden
+
+
+def _shell(model: Any, config: Any, layers: Iterable[nn.Module], device: torch.device) -> Any:
+    """transformers' text model around other layers, with nothing of its own before and after them that has weights.
+
+    model: what lies below a causal model's head, on the meta device; it stays as it is.
+    """
+    shell = copy.copy(model)
+    shell._modules = dict(shell._modules)
+    shell.layers = nn.ModuleList(layers)
+    shell.norm = nn.Identity()
+    for name in (_ALTUP_STARTS, _ALTUP_ENDS):
+        if name in shell._modules:
+            setattr(shell, name, nn.ModuleList(nn.Identity() for _ in shell._modules[name]))
+    for name in ("get_per_layer_inputs", "project_per_layer_inputs"):
+        setattr(shell, name, lambda *_, **__: _PER_LAYER_INPUT)
+    with torch.device(device):
+        shell.rotary_emb = type(model.rotary_emb)(config)
+    return shell
 
 
 def record_calls(model: Any, config: Any, length: int, device: torch.device) -> list[LayerCall]:
@@ -81,34 +136,52 @@ def record_calls(model: Any, config: Any, length: int, device: torch.device) -> 
 
     model: what lies below a causal model's head, on the meta device; it stays as it is.
     """
-    shell = copy.copy(model)
-    shell._modules = dict(shell._modules)
     recorders = [_Recorder() for _ in model.layers]
-    shell.layers = nn.ModuleList(recorders)
-    shell.norm = nn.Identity()
-    with torch.device(device):
-        shell.rotary_emb = type(model.rotary_emb)(config)
-        hidden = torch.zeros(1, length, int(config.hidden_size))
-        shell(inputs_embeds=hidden, use_cache=False)
+    shell = _shell(model, config, recorders, device)
+    shell(inputs_embeds=torch.zeros(1, length, int(config.hidden_size), device=device), use_cache=False)
     return [recorder.call for recorder in recorders]
 
 
-def real_module(module: nn.Module, weights: Mapping[str, Tensor], device: torch.device) -> nn.Module:
+def compute_buffers(module: nn.Module, initialize: Callable[[nn.Module], object] | None, device: torch.device) -> None:
+    """Give the buffers of a module on the meta device that a checkpoint does not store the values that they start with.
+
+    initialize: transformers' way to compute them, a model's `_init_weights`. It sets parameters of the same submodule
+    too, so the stored ones are loaded afterwards. An error if there is a buffer that it leaves as it is.
+    """
+    for owner in module.modules():
+        computed = [name for name in owner._non_persistent_buffers_set if getattr(owner, name).is_meta]
+        for name in computed:
+            dtype = getattr(owner, name).dtype
+            empty = torch.nan if dtype.is_floating_point else -1
+            setattr(owner, name, torch.full(getattr(owner, name).shape, empty, dtype=dtype, device=device))
+        if computed and initialize is not None:
+            initialize(owner)
+        for name in computed:
+            buffer = getattr(owner, name)
+            if not buffer.is_floating_point() or buffer.isnan().any():
+                raise GemmaAwqError(
+                    f"transformers computes the buffer {name} of {type(owner).__name__}, which this version cannot do.",
+                    "Install the version of transformers that this tool was tested with (constraints.txt).",
+                )
+
+
+def real_module(
+    module: nn.Module,
+    weights: Mapping[str, Tensor],
+    device: torch.device,
+    initialize: Callable[[nn.Module], object] | None = None,
+) -> nn.Module:
     """A copy of a module on the meta device with `weights` on `device`: floating-point ones in float32, others as is.
 
-    An error if the module holds a buffer that a checkpoint does not store: there is nothing to fill it with.
+    initialize: see `compute_buffers`.
     """
     made = copy.deepcopy(module)
+    compute_buffers(made, initialize, device)
     real = {
         name: tensor.to(device, torch.float32 if tensor.is_floating_point() else tensor.dtype)
         for name, tensor in weights.items()
     }
     made.load_state_dict(real, assign=True)
-    if empty := [name for name, buffer in made.named_buffers() if buffer.is_meta]:
-        raise GemmaAwqError(
-            f"transformers computes the buffer {empty[0]} of {type(module).__name__}, which this version cannot do.",
-            "Install the version of transformers that this tool was tested with (constraints.txt).",
-        )
     return made.requires_grad_(False)
 
 
@@ -139,14 +212,21 @@ class TextStack:
         read = self.checkpoint.read(prefix + name for name in self.layer_names(index))
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
 
+    def reading(self, checkpoint: Checkpoint) -> "TextStack":
+        """The same model with the weights of another checkpoint of it."""
+        other = copy.copy(self)
+        other.checkpoint = checkpoint
+        vars(other).pop("_per_layer_inputs", None)
+        return other
+
     def layer(self, index: int, weights: Mapping[str, Tensor]) -> nn.Module:
         """The layer's module with `weights` in float32 on the device."""
-        return real_module(self._layers[index], weights, self.device)
+        return real_module(self._layers[index], weights, self.device, self.model.model._init_weights)
 
     def embedder(self, ids: Tensor) -> Callable[[Tensor], Tensor]:
         """Return a function from token ids [R, S], all of which occur in `ids`, to the first layer's input.
 
-        Its results are [R, S, hidden] float32 on the CPU. It holds only the rows of the embedding that occur in `ids`.
+        Its results are float32 on the CPU. It holds only the rows of the embedding that occur in `ids`.
         """
         table = self.checkpoint.read(["model.embed_tokens.weight"])["model.embed_tokens.weight"]
         used = torch.unique(ids)
@@ -155,7 +235,28 @@ class TextStack:
         embedding.padding_idx = None
         scale = float(embedding.scalar_embed_scale)
         embedding.embed_scale = torch.tensor(scale)
-        return lambda part: embedding(torch.searchsorted(used, part))
+        begin = self._start()
+        return lambda part: begin(embedding(torch.searchsorted(used, part)))
+
+    def _start(self) -> Callable[[Tensor], Tensor]:
+        """A function from embedded tokens [R, S, hidden] to the first layer's input, both on the CPU."""
+        if self.checkpoint.shape.altup is None:
+            return lambda embedded: embedded
+        recorder = _Recorder()
+        shell = _shell(self.model.model, self.config, [recorder], torch.device("cpu"))
+        setattr(shell, _ALTUP_STARTS, self._outer(_ALTUP_STARTS, torch.device("cpu")))
+
+        def streams(embedded: Tensor) -> Tensor:
+            shell(inputs_embeds=embedded, use_cache=False)
+            return recorder.hidden.transpose(0, 1)
+
+        return streams
+
+    def _outer(self, name: str, device: torch.device) -> nn.Module:
+        """A module outside the layers with its stored weights in float32."""
+        module, prefix = self.model.model.get_submodule(name), f"model.{name}."
+        read = self.checkpoint.read(prefix + key for key in module.state_dict())
+        return real_module(module, {key.removeprefix(prefix): tensor for key, tensor in read.items()}, device)
 
     def _call(self, index: int, length: int) -> LayerCall:
         """How transformers' model calls layer `index` for rows of `length` tokens; the last length is remembered."""
@@ -163,19 +264,77 @@ class TextStack:
             self._calls = {length: record_calls(self.model.model, self.config, length, self.device)}
         return self._calls[length][index]
 
-    def run_layer(self, index: int, module: nn.Module, hidden: Tensor) -> Tensor:
-        """Run one layer on rows [R, S, hidden] that lie on the device."""
-        call = self._call(index, hidden.shape[1])
-        output = module(hidden, *call.positional, **call.named)
-        return output[0] if isinstance(output, tuple) else output
+    @cached_property
+    def _per_layer_inputs(self) -> PerLayerInputs:
+        return PerLayerInputs(self.checkpoint)
 
-    def head(self) -> tuple[nn.Module, Tensor]:
-        """The final norm in float32 on the device, and the head's weight [V, hidden] as it is stored, on the CPU."""
+    def run_layer(
+        self,
+        index: int,
+        module: nn.Module,
+        hidden: Tensor,
+        ids: Tensor | None = None,
+        shared: KeysAndValues | None = None,
+    ) -> Tensor:
+        """Run one layer on rows, on the device.
+
+        ids: [R, S], their tokens, which only a model with per-layer inputs needs; shared: where a layer finds the keys
+        and values of its source, and a source puts its own. A model without shared ones needs none.
+        """
+        shape, call = self.checkpoint.shape, self._call(index, hidden.shape[-2])
+        layout, given = shape.layouts[index], dict(call.named)
+        if _SHARED in given:
+            given[_SHARED] = states = type(given[_SHARED])()
+            if layout.kv_source is not None:
+                assert shared is not None
+                states[layout.kind] = tuple(part.to(self.device) for part in shared[layout.kv_source])
+
+        def real(argument: Any) -> Any:
+            if argument is not _PER_LAYER_INPUT:
+                return argument
+            assert ids is not None
+            return self._per_layer_inputs.of_layer(index, ids, self.device)
+
+        hidden = hidden.to(self.device)
+        output = module(
+            hidden if shape.altup is None else hidden.transpose(0, 1),
+            *map(real, call.positional),
+            **{name: real(argument) for name, argument in given.items()},
+        )
+        if index in shape.kv_sources and shared is not None:
+            shared[index] = states[layout.kind]
+        output = output[0] if isinstance(output, tuple) else output
+        return output if shape.altup is None else output.transpose(0, 1)
+
+    def carried(self, index: int, module: Any, hidden: Tensor) -> Tensor:
+        """What a layer would return for rows on the device if its attention and MLP added nothing to them."""
+        if self.checkpoint.shape.altup is not None:
+            predicted: Tensor = module.altup.predict(hidden.transpose(0, 1))
+            return predicted.transpose(0, 1)
+        scaled: Tensor = hidden * module.layer_scalar if "layer_scalar" in self.layer_names(index) else hidden
+        return scaled
+
+    def head(self) -> tuple[Callable[[Tensor], Tensor], Tensor]:
+        """What follows the last layer, and the head's weight [V, hidden] as it is stored, on the CPU.
+
+        The former is a function from the last layer's output on the device to normalized float32 [R, S, hidden].
+        """
         name = "model.embed_tokens.weight" if self.checkpoint.tied_head else "lm_head.weight"
-        weights = self.checkpoint.read(["model.norm.weight", name])
-        norm = copy.deepcopy(self.model.model.norm)
-        norm.load_state_dict({"weight": weights["model.norm.weight"].to(self.device, torch.float32)}, assign=True)
-        return norm, weights[name]
+        weight = self.checkpoint.read([name])[name]
+        norm = self._outer("norm", self.device)
+        if self.checkpoint.shape.altup is None:
+            return norm, weight
+        given = _Given()
+        shell = _shell(self.model.model, self.config, [given], self.device)
+        setattr(shell, _ALTUP_ENDS, self._outer(_ALTUP_ENDS, self.device))
+        shell.norm = norm
+
+        def end(states: Tensor) -> Tensor:
+            given.hidden = states.transpose(0, 1)
+            final: Tensor = shell(inputs_embeds=states[:, 0], use_cache=False).last_hidden_state
+            return final
+
+        return end, weight
 
     def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int = LOGIT_CHUNK) -> Iterator[Tensor]:
         """Yield float32 logits [R, <= chunk] of normed final states [R, hidden], `chunk` entries at a time."""

@@ -55,6 +55,7 @@ def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: P
     shapes = parameter_shapes(model, checkpoint.tied_head)
     quantized: Collection[str] = ()
     if precision.quantization is not None:
+        _require_no_experts(checkpoint, precision.quantization)
         _require_bitsandbytes()
         quantized = layer_linears(checkpoint).keys()
     needed = memory_needed(shapes, dtype, precision.quantization, quantized)
@@ -102,6 +103,15 @@ def _set_attention(model: Any, attention: str | None, device: torch.device) -> N
         raise GemmaAwqError(
             f"This model cannot use {attention} attention here: {reason}", "Leave --attn out, or use --attn eager."
         ) from None
+
+
+def _require_no_experts(checkpoint: Checkpoint, quantization: str) -> None:
+    # bitsandbytes replaces linears only; stacked experts would stay in 16 bits without a word
+    if any(layout.experts is not None for layout in checkpoint.shape.layouts):
+        raise UsageError(
+            f"--quantization {quantization} cannot hold the experts of {checkpoint.folder.name}, most of its weights.",
+            "Make a 4-bit artifact of it (`gemma-awq quantize`), or leave --quantization out.",
+        )
 
 
 def _require_bitsandbytes() -> None:

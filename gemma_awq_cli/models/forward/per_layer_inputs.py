@@ -1,59 +1,40 @@
-"""Per-layer embeddings: what each token brings to each layer, beside what the layers before made of it.
+"""The per-layer inputs of one layer at a time (Gemma 3n; Gemma 4 E2B and E4B), for a model whose layers run in turn.
 
-The formula is `models.gemma.architecture.PerLayerInputs`'s. The table is larger than all other weights of some models;
-it stays in its file, and only the rows of the tokens that come are read.
+They follow from the tokens alone, and a layer's from its own slices of the table and of the projection. So they are
+computed when the layer runs, from the rows of its tokens.
 """
 
-from dataclasses import dataclass
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_awq_cli.models.checkpoints.weight_files import require_finite
-from gemma_awq_cli.models.forward.rms_norm import rms_norm
-from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING
+from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding
+from gemma_awq_cli.models.gemma.architecture import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
 
 
-@dataclass(frozen=True)
-class PerLayerEmbedding:
-    """What is outside the layers.
+class PerLayerInputs:
+    """The per-layer inputs of one checkpoint's language model, which must have them, in float32."""
 
-    table: [vocabulary, layers * width], mapped from the file; table_scale: sqrt(width), in the dtype of the states;
-    projection: [layers * width, hidden]; norm: the gain [width] float32.
-    """
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        assert checkpoint.shape.per_layer is not None
+        self._width = checkpoint.shape.per_layer.width
+        self._eps = float(checkpoint.facts.rms_norm_eps)
+        self._embedding, self._table = checkpoint.mapped(EMBEDDING), checkpoint.mapped(PER_LAYER_TABLE)
+        small = checkpoint.read([PER_LAYER_PROJECTION, PER_LAYER_NORM])
+        self._projection, self._gain = small[PER_LAYER_PROJECTION], small[PER_LAYER_NORM]
 
-    table: Tensor
-    table_scale: Tensor
-    projection: Tensor
-    norm: Tensor
-    eps: float
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """The scaled rows [T, layers * width] of tokens [T]; a token that the table does not have gets row 0."""
-        known = torch.where(ids < len(self.table), ids, 0).to(self.table.device)
-        rows = self.table[known]
-        require_finite(PER_LAYER_TABLE, rows)  # the table as a whole was not read before
-        return rows.to(self.table_scale.device, self.table_scale.dtype) * self.table_scale
-
-    def of_layer(self, index: int, embedded: Tensor, rows: Tensor) -> Tensor:
-        """Layer `index`'s input [T, width]. embedded: the scaled embeddings [T, hidden]; rows: what `rows` returned."""
-        width = len(self.norm)
-        part = slice(index * width, (index + 1) * width)
-        projected = F.linear(embedded, self.projection[part]) * embedded.shape[-1] ** -0.5
-        return (rms_norm(projected, self.norm, self.eps) + rows[:, part]) * 2.0**-0.5
-
-
-@dataclass(frozen=True)
-class PerLayerGate:
-    """One layer's use of its input. gate: [width, hidden]; projection: [hidden, width]; norm: [hidden] float32."""
-
-    gate: Tensor
-    projection: Tensor
-    norm: Tensor
-    eps: float
-
-    def output(self, x: Tensor, layer_input: Tensor) -> Tensor:
-        """What states x [T, hidden] and the layer's input [T, width] add to the residual stream: [T, hidden]."""
-        gated = F.gelu(F.linear(x, self.gate), approximate="tanh") * layer_input
-        return rms_norm(F.linear(gated, self.projection), self.norm, self.eps)
+    def of_layer(self, index: int, ids: Tensor, device: torch.device) -> Tensor:
+        """Return the input of layer `index` for token ids [R, S]: [R, S, width] float32 on the device."""
+        used, place = torch.unique(ids, return_inverse=True)
+        own = slice(index * self._width, (index + 1) * self._width)
+        layer = PerLayerEmbedding(
+            self._table[:, own],
+            torch.tensor(self._width**0.5, device=device),
+            self._projection[own].to(device, torch.float32),
+            self._gain.to(device, torch.float32),
+            self._eps,
+        )
+        embedded = self._embedding[used.to("cpu")].to(device, torch.float32) * self._embedding.shape[1] ** 0.5
+        with torch.autocast(device.type, enabled=False):  # they are few, and used by every row
+            return layer.of_layer(0, embedded, layer.rows(used))[place.to(device)]

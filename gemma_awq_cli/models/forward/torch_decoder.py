@@ -27,7 +27,7 @@ from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.decoder_weights import StreamTensors
 from gemma_awq_cli.models.forward.experts import Experts
 from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache
-from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerEmbedding, PerLayerGate
+from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
 from gemma_awq_cli.models.forward.prefill import FlatBatch
 from gemma_awq_cli.models.forward.rms_norm import rms_norm
 from gemma_awq_cli.models.gemma.architecture import Architecture

@@ -21,7 +21,7 @@ from gemma_awq_cli.models.forward.decoder_weights import (
     read_streams,
 )
 from gemma_awq_cli.models.forward.experts import Experts, Router
-from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerEmbedding, PerLayerGate
+from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
 from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
 
@@ -49,7 +49,7 @@ def read_torch_text(
     head: str = "16bit",
 ) -> TextWeights:
     """Read all weights of the language model. group_size: None for a 16-bit checkpoint; head: see `kernels.head`."""
-    readers = [LayerReader(checkpoint, arch, index, group_size) for index in range(arch.layers)]
+    readers = (LayerReader(checkpoint, arch, index, group_size) for index in range(arch.layers))
     embedding, weight = read_embedding(checkpoint)
     embedding = embedding.to(device, dtype)
     weight = embedding if checkpoint.tied_head else weight.to(device, dtype)

@@ -1,18 +1,19 @@
 """Reading a finished artifact back from the disk, as any other reader would."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.packing import unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
-from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
+from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.text.prompter import Prompter
@@ -29,16 +30,32 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
 def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
     group_size = require_awq(checkpoint)
     require_loadable(checkpoint.raw_config, checkpoint.folder / CONFIG)
-    linears = {
-        f"model.layers.{index}.{name}": linear
-        for index, layout in enumerate(checkpoint.shape.layouts)
-        for name, linear in layout.linears.items()
+    linears = compared = 0
+    unpacked: set[str] = set()  # what the 16-bit model has in their place
+    for index, layout in enumerate(checkpoint.shape.layouts):
+        prefix = f"model.layers.{index}."
+        wanted = {prefix + name: linear for name, linear in layout.packed().items()}
+        linears += len(wanted)
+        unpacked.update(prefix + name for name in layout.unpacked())
+        packed = read_packed_linears(checkpoint, wanted, group_size)
+        compared += _compare_with_autoawq(packed, group_size) if index == 0 else 0
+    # the names of the rest are transformers' own, not those of our layouts
+    dense = parameter_shapes(meta_model(checkpoint.text_config), checkpoint.tied_head)
+    rest = [name for name in dense if name not in unpacked]
+    for name in rest:
+        checkpoint.read([name])
+    return {
+        "linears": linears,
+        "other_tensors": len(rest),
+        "autoawq": autoawq_version() if compared else None,
+        "linears_compared_with_autoawq": compared,
     }
+
+
+def _compare_with_autoawq(linears: Mapping[str, PackedWeight], group_size: int) -> int:
+    """An error unless AutoAWQ's code reads the weights as ours does. Returns how many were compared: 0 without it."""
     compared = 0
-    for name, linear in linears.items():
-        packed = read_packed(checkpoint, name, linear.inputs, linear.outputs, group_size)
-        if not name.startswith("model.layers.0."):
-            continue
+    for name, packed in linears.items():
         theirs = dequantize_with_autoawq(packed, group_size)
         if theirs is not None:
             ours = dequantize(*unpack_weight(packed)).t()
@@ -47,17 +64,7 @@ def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
                     f"AutoAWQ reads other weights from {name} than were written.", "This is a bug: please report it."
                 )
             compared += 1
-    # the names of the rest are transformers' own, not those of our layouts
-    dense = parameter_shapes(meta_model(checkpoint.text_config), checkpoint.tied_head)
-    rest = [name for name in dense if name.removesuffix(".weight") not in linears]
-    for name in rest:
-        checkpoint.read([name])
-    return {
-        "linears": len(linears),
-        "other_tensors": len(rest),
-        "autoawq": autoawq_version() if compared else None,
-        "linears_compared_with_autoawq": compared,
-    }
+    return compared
 
 
 REMAKE = "Quantize the model again, or download the artifact again."
@@ -84,7 +91,8 @@ def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Pro
     if "vision_config" in checkpoint.raw_config and not checkpoint.companions():
         raise GemmaAwqError(f"{folder} lacks the vision tower that its {CONFIG} describes.", REMAKE)
     for name in checkpoint.companions():
-        require_finite(name, read_tensors(checkpoint.tensors, [name])[name])
+        for _ in read_pieces(name, checkpoint.tensors[name]):
+            pass
     if (stored := sum(info.nbytes for info in checkpoint.tensors.values())) != declared_bytes:
         raise GemmaAwqError(
             f"{folder} holds {stored} bytes of tensors, but its report says {declared_bytes}.",

@@ -58,6 +58,15 @@ class TextShape:
         """The first of the layers at the end that have no keys and values of their own; `layers` if all have them."""
         return next((i for i, layout in enumerate(self.layouts) if layout.kv_source is not None), self.layers)
 
+    def unused(self) -> list[str]:
+        """Tensors that a file may hold and that no forward reads: keys and values of layers that read another's."""
+        return [
+            f"model.layers.{index}.self_attn.{name}.weight"
+            for index, layout in enumerate(self.layouts)
+            if layout.kv_source is not None
+            for name in ("k_proj", "v_proj", "k_norm", "v_norm")
+        ]
+
     def outer(self) -> dict[str, tuple[int, ...]]:
         """Tensors outside the layers beside embedding, final norm and head, by their names in the causal model."""
         found: dict[str, tuple[int, ...]] = {}

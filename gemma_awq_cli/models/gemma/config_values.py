@@ -187,10 +187,55 @@ _ROPE: Mapping[str, Kind] = {
     "low_freq_factor": number(1e-3, 1e6),
     "high_freq_factor": number(1e-3, 1e6),
 }
-_VISION = {
-    "model_type": one_of(["siglip_vision_model"]),
+_TOWER: Mapping[str, Kind] = {
     "num_hidden_layers": whole(1, MAX_LAYERS),
-    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads", "num_channels"), SIZE),
+    **dict.fromkeys(("hidden_size", "intermediate_size", "num_attention_heads"), SIZE),
+}
+_EMBEDDER: Mapping[str, Kind] = {"hidden_size": SIZE, "vocab_size": SIZE}
+_CHANNELS = list_of(SIZE)
+# What is read of the sections that describe a multimodal model's other parts, by the language model's model_type.
+_COMPANIONS: Mapping[str, Mapping[str, Mapping[str, Kind]]] = {
+    "gemma3_text": {
+        "vision_config": {"model_type": one_of(["siglip_vision_model"]), **_TOWER, "num_channels": SIZE},
+    },
+    "gemma3n_text": {
+        "vision_config": {"model_type": one_of(["gemma3n_vision"]), **_EMBEDDER},
+        "audio_config": {
+            "model_type": one_of(["gemma3n_audio"]),
+            **_EMBEDDER,
+            "conf_num_hidden_layers": whole(1, MAX_LAYERS),
+            **dict.fromkeys(("input_feat_size", "conf_num_attention_heads", "conf_conv_kernel_size"), SIZE),
+            "sscp_conv_channel_size": _CHANNELS,
+        },
+    },
+    "gemma4_text": {
+        "vision_config": {
+            "model_type": one_of(["gemma4_vision"]),
+            **_TOWER,
+            **dict.fromkeys(
+                ("num_key_value_heads", "head_dim", "patch_size", "pooling_kernel_size", "position_embedding_size"),
+                SIZE,
+            ),
+        },
+        "audio_config": {
+            "model_type": one_of(["gemma4_audio"]),
+            **_TOWER,
+            **dict.fromkeys(("conv_kernel_size", "output_proj_dims"), SIZE),
+            "subsampling_conv_channels": _CHANNELS,
+        },
+    },
+    "gemma4_unified_text": {
+        "vision_config": {
+            "model_type": one_of(["gemma4_unified_vision"]),
+            **dict.fromkeys(
+                ("patch_size", "pooling_kernel_size", "mm_embed_dim", "mm_posemb_size", "output_proj_dims"), SIZE
+            ),
+        },
+        "audio_config": {
+            "model_type": one_of(["gemma4_unified_audio"]),
+            **dict.fromkeys(("audio_embed_dim", "hidden_size", "output_proj_dims"), SIZE),
+        },
+    },
 }
 _UNREAD = {"num_labels": whole(0, 100_000)}  # not used here, but transformers makes a list of this length
 # The values, beside the heads', that change what the model computes without changing the shapes of its weights.
@@ -214,8 +259,7 @@ def text_values(config: Mapping[str, Any], family: Family, where: Path, layers: 
         section, prefix = config.get(family.text_section), f"{family.text_section}."
         section = {} if section is None else section
         _require(where, family.text_section, section, OBJECT)
-        if model_type == "gemma3_text":
-            _require_vision(where, config.get("vision_config"))
+        _require_companions(where, config, _COMPANIONS[model_type])
         own = section.get("model_type", model_type)
         _require(where, f"{prefix}model_type", own, one_of([model_type]))
     _require_known_forward(where, prefix, section, KINDS[model_type])
@@ -294,9 +338,10 @@ def _per_layer(where: Path, prefix: str, values: Mapping[str, Any]) -> dict[str,
     found: dict[str, Any] = {}
     name = f"{prefix}per_layer_config"
     full = [str(index) for index, kind in enumerate(values.get("layer_types") or ()) if kind == FULL]
-    for index, own in values["per_layer_config"].items():
-        if index not in full:
-            raise GemmaAwqError(f"{where}: {name} has the entry {index[:20]!r}, which is no full layer.", HINT)
+    for written, own in values["per_layer_config"].items():
+        index = written.lstrip("0") or "0"  # transformers pads the indices: 05, 11
+        if index not in full or index in found:
+            raise GemmaAwqError(f"{where}: {name} has the entry {written[:20]!r}, which is no full layer.", HINT)
         _require(where, f"{name}.{index}", own, OBJECT)
         found[index] = _checked(where, f"{name}.{index}.", own, _PER_LAYER)
         if found[index].keys() != own.keys():
@@ -335,11 +380,12 @@ def _shown(value: Any) -> str:
     return json.dumps(value[:80] if isinstance(value, str) else value)
 
 
-def _require_vision(where: Path, section: Any) -> None:
-    """Check the vision tower's values. The tower is copied, never built; readers of the artifact build it."""
-    if section is not None:
-        _require(where, "vision_config", section, OBJECT)
-        _checked(where, "vision_config.", section, {**_VISION, **_UNREAD})
+def _require_companions(where: Path, config: Mapping[str, Any], sections: Mapping[str, Mapping[str, Kind]]) -> None:
+    """Check the sizes of the towers and embedders. They are copied, never built; readers of the artifact build them."""
+    for name, kinds in sections.items():
+        if (section := config.get(name)) is not None:
+            _require(where, name, section, OBJECT)
+            _checked(where, f"{name}.", section, {**kinds, **_UNREAD})
 
 
 def _require_known_forward(where: Path, prefix: str, section: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:

@@ -39,6 +39,24 @@ class KeyLayout:
 
 
 @dataclass(frozen=True)
+class Companion:
+    """A part of a multimodal model beside its language model. Its tensors are copied as they are.
+
+    name: of the module, in transformers and in the files; section: of config.json, which describes the part. made_by:
+    transformers' class, below `transformers.models`; None if another library makes it. made_from: what the class is
+    given. unused: modules of the class whose tensors a checkpoint need not have. library: which transformers needs for
+    the part.
+    """
+
+    name: str
+    section: str
+    made_by: str | None
+    made_from: Literal["section", "section and text", "config"] = "section"
+    unused: tuple[str, ...] = ()
+    library: str = ""
+
+
+@dataclass(frozen=True)
 class Family:
     """Everything that is known of one `model_type`."""
 
@@ -67,10 +85,16 @@ class Family:
     groups: tuple[ScaleGroup, ...]
     key_layouts: tuple[KeyLayout, ...]  # tried in this order; artifacts are written in the first
     read_layouts: tuple[KeyLayout, ...]  # tried after them, and never written: other readers may not know them
-    companions: tuple[str, ...]  # key prefixes copied as they are (vision tower, projector)
-    # `modules_to_not_convert`: vLLM and SGLang match them by substring, transformers from the start of the full name
+    companions: tuple[Companion, ...]  # a multimodal model's other parts
+    # `modules_to_not_convert`. vLLM and SGLang match an entry anywhere in a module's name, transformers only from the
+    # name's start to a dot, or as its end: so what lies under `model.` there is listed with that and without.
     not_converted: tuple[str, ...]
     float16: bool  # whether activations fit float16
+
+    @property
+    def companion_prefixes(self) -> tuple[str, ...]:
+        """What the names of the companions' tensors in the files begin with."""
+        return tuple(f"{outer}{one.name}." for one in self.companions for outer in ("", "model."))
 
 
 # A text model saved without its head's class, or cut out of a multimodal one.

@@ -4,7 +4,7 @@ Families are written out in full and never inherit from each other: Gemma 3 taki
 a bug elsewhere.
 """
 
-from gemma_awq_cli.models.gemma.family import FULL, SLIDING, TEXT_READ, Family, KeyLayout, ScaleGroup
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING, TEXT_READ, Companion, Family, KeyLayout, ScaleGroup
 
 _ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
@@ -161,8 +161,20 @@ GEMMA3 = Family(
         KeyLayout("model.language_model.", "lm_head.weight"),  # what transformers 5 calls the same modules
     ),
     read_layouts=(KeyLayout("language_model.", "lm_head.weight"),),  # a model saved without its head's class
-    companions=("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector."),
-    not_converted=("lm_head", "vision_tower", "multi_modal_projector"),
+    companions=(
+        # Gemma does not use the tower's pooling head, and many checkpoints leave it out.
+        Companion("vision_tower", "vision_config", "siglip.modeling_siglip.SiglipVisionModel", unused=("head",)),
+        Companion(
+            "multi_modal_projector", "vision_config", "gemma3.modeling_gemma3.Gemma3MultiModalProjector", "config"
+        ),
+    ),
+    not_converted=(
+        "lm_head",
+        "vision_tower",
+        "model.vision_tower",
+        "multi_modal_projector",
+        "model.multi_modal_projector",
+    ),
     float16=False,
 )
 

@@ -3,10 +3,11 @@
 Families are written out in full and never inherit from each other.
 """
 
-from gemma_awq_cli.models.gemma.family import FULL, SLIDING, TEXT_READ, Family, KeyLayout, ScaleGroup
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING, TEXT_READ, Companion, Family, KeyLayout, ScaleGroup
 
 _ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
+_MODELING = "gemma3n.modeling_gemma3n.Gemma3n"
 _NOT_CONVERTED = (
     "lm_head",
     "vision_tower", "model.vision_tower", "audio_tower", "model.audio_tower", "embed_vision", "model.embed_vision",
@@ -103,7 +104,12 @@ GEMMA3N = Family(
         KeyLayout("language_model.model.", "language_model.lm_head.weight"),
         KeyLayout("language_model.", "lm_head.weight"),
     ),
-    companions=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    companions=(
+        Companion("vision_tower", "vision_config", None, library="timm"),
+        Companion("audio_tower", "audio_config", f"{_MODELING}AudioEncoder"),
+        Companion("embed_vision", "vision_config", f"{_MODELING}MultimodalEmbedder", "section and text"),
+        Companion("embed_audio", "audio_config", f"{_MODELING}MultimodalEmbedder", "section and text"),
+    ),
     not_converted=_NOT_CONVERTED,
     float16=False,
 )

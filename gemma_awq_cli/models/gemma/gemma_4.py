@@ -4,10 +4,12 @@ Families are written out in full and never inherit from each other. What only so
 shared keys and values, experts) follows from the config: see layers.py.
 """
 
-from gemma_awq_cli.models.gemma.family import FULL, SLIDING, TEXT_READ, Family, KeyLayout, ScaleGroup
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING, TEXT_READ, Companion, Family, KeyLayout, ScaleGroup
 
 _ATTENTION_INPUT = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _MLP_INPUT = ("mlp.gate_proj", "mlp.up_proj")
+_MODELING = "gemma4.modeling_gemma4.Gemma4"
+_UNIFIED = "gemma4_unified.modeling_gemma4_unified.Gemma4Unified"
 _NOT_CONVERTED = (
     "lm_head",
     "vision_tower", "model.vision_tower", "audio_tower", "model.audio_tower", "embed_vision", "model.embed_vision",
@@ -103,7 +105,12 @@ GEMMA4 = Family(
         KeyLayout("language_model.model.", "language_model.lm_head.weight"),
         KeyLayout("language_model.", "lm_head.weight"),
     ),
-    companions=("model.vision_tower.", "model.audio_tower.", "model.embed_vision.", "model.embed_audio."),
+    companions=(
+        Companion("vision_tower", "vision_config", f"{_MODELING}VisionModel"),
+        Companion("audio_tower", "audio_config", f"{_MODELING}AudioModel"),
+        Companion("embed_vision", "vision_config", f"{_MODELING}MultimodalEmbedder", "section and text"),
+        Companion("embed_audio", "audio_config", f"{_MODELING}MultimodalEmbedder", "section and text"),
+    ),
     not_converted=_NOT_CONVERTED,
     float16=False,
 )
@@ -188,7 +195,18 @@ GEMMA4_UNIFIED = Family(
         KeyLayout("language_model.model.", "language_model.lm_head.weight"),
         KeyLayout("language_model.", "lm_head.weight"),
     ),
-    companions=("model.vision_embedder.", "model.embed_vision.", "model.embed_audio."),
+    companions=(
+        # transformers holds the first two as one module, whose tensors have other names in memory than in the files.
+        Companion(
+            "vision_embedder",
+            "vision_config",
+            f"{_UNIFIED}VisionEmbedder",
+            "section and text",
+            unused=("multimodal_embedder",),
+        ),
+        Companion("embed_vision", "vision_config", f"{_UNIFIED}MultimodalEmbedder", "section and text"),
+        Companion("embed_audio", "audio_config", f"{_UNIFIED}MultimodalEmbedder", "section and text"),
+    ),
     not_converted=_NOT_CONVERTED,
     float16=False,
 )

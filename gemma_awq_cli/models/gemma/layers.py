@@ -5,7 +5,7 @@ Every question about a layer is answered here, per layer: nothing may assume tha
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from gemma_awq_cli.models.gemma.family import FULL, SLIDING, Family, ScaleGroup
 
@@ -27,6 +27,16 @@ class Norm:
 
     name: str
     size: int
+
+
+class Place(NamedTuple):
+    """Where the weight [outputs, inputs] of a linear lies in a 16-bit file: `tensors[tensor][part]`.
+
+    tensor: its full name in the layer; part: empty if the tensor is the weight itself.
+    """
+
+    tensor: str
+    part: tuple[int | slice, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,6 +63,15 @@ class Experts:
             f"experts.{expert}.gate_proj": Linear(self.intermediate, self.hidden),
             f"experts.{expert}.up_proj": Linear(self.intermediate, self.hidden),
             f"experts.{expert}.down_proj": Linear(self.hidden, self.intermediate),
+        }
+
+    def places(self, expert: int) -> dict[str, Place]:
+        """Where the weights of one expert lie, by the names of its linears in the layer."""
+        own = self.intermediate
+        return {
+            f"experts.{expert}.gate_proj": Place(GATE_UP, (expert, slice(0, own))),
+            f"experts.{expert}.up_proj": Place(GATE_UP, (expert, slice(own, 2 * own))),
+            f"experts.{expert}.down_proj": Place(DOWN, (expert,)),
         }
 
     def stacked(self) -> dict[str, tuple[int, ...]]:
@@ -124,6 +143,12 @@ class LayerLayout:
         experts = self.experts
         own = {} if experts is None else {n: one for e in range(experts.count) for n, one in experts.linears(e).items()}
         return {**self.linears, **own}
+
+    def places(self) -> dict[str, Place]:
+        """Where the weights of the linears of `packed` lie in a 16-bit file."""
+        experts = self.experts
+        own = {} if experts is None else {n: p for e in range(experts.count) for n, p in experts.places(e).items()}
+        return {**{name: Place(f"{name}.weight") for name in self.linears}, **own}
 
     def unpacked(self) -> dict[str, tuple[int, ...]]:
         """The 16-bit tensors that an artifact packs, by their full names: the weights of linears, and the experts."""
@@ -226,7 +251,8 @@ def _experts(config: Any, hidden: int) -> Experts:
         intermediate=config.moe_intermediate_size,
         hidden=hidden,
         gate_up=ScaleGroup("experts_gate_up", ("gate_proj", "up_proj"), "pre_feedforward_layernorm_2", "norm"),
-        down=ScaleGroup("experts_down", ("down_proj",), "up_proj", "rows"),
+        # A norm follows the sum of the experts' outputs.
+        down=ScaleGroup("experts_down", ("down_proj",), "up_proj", "rows", normalized=True),
     )
 
 

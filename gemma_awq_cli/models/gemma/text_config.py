@@ -25,15 +25,15 @@ def transformers_text_config(values: Mapping[str, Any], where: Path) -> Any:
         return config_class(**own)
 
 
-def require_loadable(config: Mapping[str, Any], where: Path) -> None:
-    """An error unless transformers can read a whole config.json, including the parts that this tool does not use.
+def require_loadable(config: Mapping[str, Any], where: Path) -> Any:
+    """Return transformers' config of a whole config.json; an error unless it can read it all, whatever is used here.
 
     config: one whose language model's values are checked already; where: the file, for errors.
     """
     from transformers import CONFIG_MAPPING
 
     with _refusals(f"transformers, which has to read the artifact, does not accept {where}"):
-        CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
+        return CONFIG_MAPPING[config["model_type"]].from_dict(copy.deepcopy(dict(config)))
 
 
 @contextmanager

@@ -16,10 +16,11 @@ from gemma_awq_cli.models.text.tokenizer import COPY, load_tokenizer
 __all__ = ["Message", "PromptError", "Prompter", "begin_loading", "located"]
 
 Message = dict[str, str]
+THINKING = "enable_thinking"  # the variable of a chat template that turns thinking on or off
 
 
 class Prompter:
-    """A model folder's tokenizer and chat template.
+    """A model folder's tokenizer and chat template. can_think: whether the template turns thinking on and off.
 
     A text or a conversation that the model cannot be given raises `PromptError`; the next one may be fine.
     """
@@ -33,6 +34,7 @@ class Prompter:
         self.bos = bos
         template = self.tokenizer.chat_template
         self._templates = TemplateWorker(template, self.tokenizer.special) if template else None
+        self.can_think = template is not None and THINKING in template.text
 
     @cached_property
     def vocabulary(self) -> int | None:
@@ -95,17 +97,21 @@ class Prompter:
         ids = self.ids(text)
         return ids if ids[:1] == [self.bos] else [self.bos, *ids]
 
-    def chat(self, messages: Sequence[Message], answer_next: bool) -> str:
-        """Return the text that the chat template renders, up to where the next answer begins if `answer_next`."""
+    def chat(self, messages: Sequence[Message], answer_next: bool, think: bool | None = None) -> str:
+        """Return the text that the chat template renders, up to where the next answer begins if `answer_next`.
+
+        think: whether the model is to think before it answers; None for the template's own default.
+        """
         assert self._templates is not None, "messages need a model with a chat template"
+        switches = {} if think is None else {THINKING: think}
         try:
-            return self._templates.render(messages, answer_next)
+            return self._templates.render(messages, answer_next, switches)
         except PromptError:
             if [message["role"] for message in messages[:2]] != ["system", "user"]:
                 raise
             # Gemma 1 and 2 have no system role: its text goes before the first user message
             first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return self._templates.render([first, *messages[2:]], answer_next)
+            return self._templates.render([first, *messages[2:]], answer_next, switches)
 
 
 @contextmanager

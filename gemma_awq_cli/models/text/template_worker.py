@@ -57,15 +57,19 @@ class TemplateWorker:
         if self._process is None:
             self._process = _Process(self._template, self._tokens)
 
-    def render(self, messages: Sequence[Mapping[str, str]], answer_next: bool) -> str:
-        """Return the messages as text.
+    def render(
+        self, messages: Sequence[Mapping[str, str]], answer_next: bool, switches: Mapping[str, bool] | None = None
+    ) -> str:
+        """Return the messages as text. switches: further variables of the template.
 
         Raises PromptError if the messages are the cause, and GemmaAwqError if the template cannot be used at all.
         """
         self.start()
         assert self._process is not None
         try:
-            answer = self._process.ask({"messages": list(messages), "answer_next": answer_next})
+            answer = self._process.ask(
+                {"messages": list(messages), "answer_next": answer_next, "switches": dict(switches or {})}
+            )
         except BaseException:  # the process may be half-way through an answer
             self._process.end()
             self._process = None

@@ -15,12 +15,14 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import layerwise
 from gemma_awq_cli.models.forward.layerwise import (
+    KeysAndValues,
     TextStack,
     meta_model,
     real_module,
     record_calls,
     require_known_matrices,
 )
+from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerInputs
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights
 
@@ -37,11 +39,28 @@ def test_logits_equal_transformers(kind: str, checkpoints: Callable[[str], Path]
 
     stack = TextStack(Checkpoint(folder), torch.device("cpu"))
     hidden = stack.embedder(ids)(ids)
+    shared: KeysAndValues = {}
     for index in range(stack.checkpoint.layers):
-        hidden = stack.run_layer(index, stack.layer(index, stack.read_layer(index)), hidden)
+        hidden = stack.run_layer(index, stack.layer(index, stack.read_layer(index)), hidden, ids, shared)
     norm, head = stack.head()
     logits = torch.cat(list(stack.logit_chunks(head, norm(hidden).flatten(0, 1), chunk=100)), -1)
     torch.testing.assert_close(logits.view_as(expected), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+@torch.inference_mode()
+def test_per_layer_inputs_equal_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint(checkpoints(kind))
+    per_layer = checkpoint.shape.per_layer
+    assert per_layer is not None
+    ids = torch.arange(2 * 132).view(2, 132) % checkpoint.vocabulary
+    assert (int(ids.max()) >= per_layer.vocabulary) == (kind == "gemma3n_text")  # some are not in the table
+    model = AutoModelForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).model
+    embedded = model.embed_tokens(ids)
+    expected = model.project_per_layer_inputs(embedded, model.get_per_layer_inputs(ids))
+    ours = PerLayerInputs(checkpoint)
+    for index in range(checkpoint.layers):
+        torch.testing.assert_close(ours.of_layer(index, ids, CPU), expected[:, :, index], rtol=1e-5, atol=1e-5)
 
 
 class Layer(nn.Module):

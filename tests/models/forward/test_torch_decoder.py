@@ -1,5 +1,6 @@
 """The decode paths of our own against transformers: every family, past the window, turn by turn, rows of any length."""
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import native_weights, prefill, torch_decoder, transformers_session
 from gemma_awq_cli.models.forward.kv_cache import make_cache, slot_positions
 from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.session import Session
@@ -26,6 +29,7 @@ from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from tests.conftest import FAMILIES
 from tests.kernels.test_native import in_int8
+from tests.tiny import edit_weights
 
 CPU = torch.device("cpu")
 CAPACITY = 80
@@ -180,6 +184,90 @@ def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str
     cache = make_cache(arch.layouts, 2, 100, CPU, torch.bfloat16)
     assert [layer.shape[2] for layer in cache.keys] == [16, 100, 16]
     assert slot_positions(torch.tensor([3, 21]), 4).tolist() == [[0, 1, 2, -1], [20, 17, 18, 19]]
+
+
+def test_layers_that_read_another_layers_keys_have_no_cache_of_their_own(
+    checkpoints: Callable[[str], Path],
+) -> None:
+    checkpoint = Checkpoint(checkpoints("gemma4_text"))
+    arch = architecture_of(checkpoint.facts, checkpoint.family)
+    cache = make_cache(arch.layouts, 1, 100, CPU, torch.bfloat16)
+    for held in (cache, cache.repeated(3)):
+        assert [[id(layer) for layer in held.keys].index(id(layer)) for layer in held.keys] == [0, 1, 2, 3, 2, 2, 3]
+        own = {id(layer): layer for layer in (*held.keys, *held.values)}.values()
+        assert held.nbytes == sum(layer.numel() * 2 for layer in own)
+        assert len({layer.data_ptr() for layer in own}) == 8
+    sliding, full = 2 * 16 * 32, 2 * 100 * 64  # numbers: kv heads x slots x head size
+    assert cache.nbytes == 2 * 2 * (2 * sliding + 2 * full)
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
+def test_layers_that_read_another_layers_keys_see_only_the_wanted_tokens(
+    kind: str, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "CHUNK", 13)
+    checkpoint = Checkpoint(checkpoints(kind))
+    arch = architecture_of(checkpoint.facts, checkpoint.family)
+    text = read_torch_text(checkpoint, arch, None, CPU, torch.float32)
+    seen: list[list[int]] = [[] for _ in text.layers]
+
+    class Counted(nn.Module):
+        def __init__(self, index: int, inner: nn.Module) -> None:
+            super().__init__()
+            self.index, self.inner = index, inner
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen[self.index].append(len(x))
+            result: Tensor = self.inner(x)
+            return result
+
+    layers = [replace(layer, qkv=Counted(index, layer.qkv)) for index, layer in enumerate(text.layers)]
+    session = DecoderSession(replace(text, layers=tuple(layers)), 2, CAPACITY)
+    session.next_logits(random_turns()[0][:2])  # 41 and 3 tokens
+    session.last_logits([[7, 8, 9], [7, 8, 9]], [3, 1])
+    assert arch.first_kv_reader == 4
+    assert [sum(counts) for counts in seen] == [50] * 4 + [6] * 3
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_a_row_that_is_reset_reads_as_a_new_one(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint(checkpoints(kind))
+    text = read_torch_text(checkpoint, architecture_of(checkpoint.facts, checkpoint.family), None, CPU, torch.float64)
+    session = DecoderSession(text, 2, CAPACITY)
+    first, second = random_turns()[0][0], list(range(40, 61))
+    session.next_logits([first, second])
+    session.reset_row(0)
+    given = torch.cat([session.next_logits([second, [5]])[:1], session.next_logits([[6], []])])
+    fresh = DecoderSession(text, 1, CAPACITY)
+    expected = torch.cat([fresh.next_logits([second]), fresh.next_logits([[6]])])
+    assert apart(given, expected).max() < 1e-3
+
+
+def test_rows_of_the_per_layer_table_are_read_when_their_tokens_come(
+    checkpoints: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """As little as possible of the largest tensor of all is touched: what it holds elsewhere is not noticed."""
+    folder = tmp_path / "model"
+    shutil.copytree(checkpoints("gemma4_text"), folder)
+    name = "model.embed_tokens_per_layer.weight"
+    edit_weights(folder, lambda tensors: tensors[name].__setitem__((77, 5), float("nan")))
+    opened = open_model(folder, CPU, Precision(dtype=torch.float32))
+    expected = open_model(checkpoints("gemma4_text"), CPU, Precision(dtype=torch.float32))
+    given = opened.session(1, 9)
+    assert torch.equal(given.next_logits([[76, 78]]), expected.session(1, 9).next_logits([[76, 78]]))
+    with pytest.raises(GemmaAwqError, match=r"embed_tokens_per_layer\.weight holds NaN"):
+        given.next_logits([[77]])
+
+
+def test_tokens_outside_the_per_layer_table(checkpoints: Callable[[str], Path]) -> None:
+    checkpoint = Checkpoint(checkpoints("gemma3n_text"))
+    arch = architecture_of(checkpoint.facts, checkpoint.family)
+    assert arch.per_layer is not None
+    assert arch.per_layer.vocabulary == arch.vocabulary - 4
+    turns = [[[2, 263, 259, 260]], [[262]], [[17]]]
+    session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 1, CAPACITY)
+    expected = read_whole(build_model(checkpoint, CPU, torch.float32), turns)
+    assert apart(read_by(session, turns), expected).max() < 1e-3
 
 
 @pytest.mark.parametrize("tokens", [[[5] * 11], [[5], [6]], [[]], [[264]], [[-1]]])

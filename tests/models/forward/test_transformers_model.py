@@ -26,10 +26,17 @@ def test_the_layouts_name_every_linear_of_the_layers(kind: str, checkpoints: Cal
     linears = {
         name: (module.out_features, module.in_features)
         for name, module in meta_model(checkpoint.text_config).named_modules()
-        if isinstance(module, nn.Linear) and name != "lm_head"
+        if isinstance(module, nn.Linear) and name.startswith("model.layers.")
     }
-    named = layer_linears(checkpoint)
-    assert {name: (linear.outputs, linear.inputs) for name, linear in named.items()} == linears
+    kept = {
+        f"model.layers.{index}.{name.removesuffix('.weight')}": shape
+        for index, layout in enumerate(checkpoint.shape.layouts)
+        for name, shape in layout.kept.items()
+        if len(shape) == 2
+    }
+    packed = {name: (linear.outputs, linear.inputs) for name, linear in layer_linears(checkpoint).items()}
+    assert packed | kept == linears
+    assert not packed.keys() & kept.keys()
 
 
 def with_buffer(monkeypatch: pytest.MonkeyPatch, stored: bool) -> None:

@@ -207,7 +207,8 @@ def test_packed_layers_of_different_sizes_are_computed_alike(
     model: Model, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     packed = {name: in_4_bits(weight) for name, weight in model.weights.items() if "_proj" in name}
-    monkeypatch.setattr(decoder_weights, "read_packed", lambda _, name, *sizes: packed[f"{name}.weight"][0])
+    read = lambda _, linears, group: {name: packed[f"{name}.weight"][0] for name in linears}  # noqa: E731
+    monkeypatch.setattr(decoder_weights, "read_packed_linears", read)
     product = lambda x, name: in_int8(x.float(), GROUP).double() @ packed[f"{name}.weight"][1].double().t()  # noqa: E731
     text = read_native_text(library, model, model.arch, GROUP, "16bit")  # type: ignore[arg-type]
     # activations that round to another integer of eight bits move the logits by a few 1e-3 each

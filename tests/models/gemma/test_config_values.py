@@ -334,3 +334,15 @@ def test_deep_and_huge_json_is_refused_at_once(value: str, tmp_path: Path) -> No
         with pytest.raises(GemmaAwqError, match=r"config\.json"):
             Checkpoint(folder)
         assert time.perf_counter() - started < 2
+
+
+def test_indices_of_layers_may_be_padded(tmp_path: Path, checkpoints: Callable[[str], Path]) -> None:
+    """As transformers writes them for a model of more than ten layers."""
+    folder = shutil.copytree(checkpoints("gemma4-dense"), tmp_path / "tiny")
+    config = json.loads((folder / "config.json").read_text())
+    ((index, own),) = config["per_layer_config"].items()
+    (folder / "config.json").write_text(json.dumps({**config, "per_layer_config": {f"0{index}": own}}))
+    assert Checkpoint(folder).shape == Checkpoint(checkpoints("gemma4-dense")).shape
+    (folder / "config.json").write_text(json.dumps({**config, "per_layer_config": {f"0{index}": own, index: own}}))
+    with pytest.raises(GemmaAwqError, match="which is no full layer"):
+        Checkpoint(folder)

@@ -16,7 +16,7 @@ from gemma_awq_cli.models.text.chat_template import render
 from gemma_awq_cli.models.text.detokenizer import StreamingDetokenizer
 from gemma_awq_cli.models.text.template_worker import TemplateWorker
 from gemma_awq_cli.models.text.tokenizer import load_tokenizer
-from tests.tiny import CHAT_TEMPLATE, TEXT, make_tokenizer
+from tests.tiny import CHAT_TEMPLATE, GEMMA4_SPECIAL, GEMMA4_TEMPLATE, TEXT, make_tokenizer
 
 TEXTS = (
     TEXT, "", "  a\n\n\tb <bos><start_of_turn>user\nHi<end_of_turn>\n", "<bos> <bos>x <eos> <unk><pad>",
@@ -43,7 +43,8 @@ def require_same(folder: Path) -> None:
         assert whole.startswith(stream.finish()) if "\ufffd" in whole else stream.finish() == whole
     for index in range(0, len(ours), max(1, len(ours) // 300)):
         assert ours.decode([index]) == theirs.decode([index])
-    assert ours.id_of("<end_of_turn>") == theirs.convert_tokens_to_ids("<end_of_turn>")
+    end_of_turn = theirs.convert_ids_to_tokens(5)
+    assert ours.id_of(end_of_turn) == theirs.convert_tokens_to_ids(end_of_turn)
     assert ours.id_of("no such token") is None
 
 
@@ -53,6 +54,16 @@ def test_it_is_transformers(chat: bool, tmp_path: Path) -> None:
     require_same(tmp_path)
     template = load_tokenizer(tmp_path).chat_template
     assert (template and template.text) == (CHAT_TEMPLATE if chat else None)
+
+
+def test_gemma_4s_is_transformers(tmp_path: Path) -> None:
+    make_tokenizer(tmp_path, chat=True, special=GEMMA4_SPECIAL)
+    require_same(tmp_path)
+    ours = load_tokenizer(tmp_path)
+    turn = "<bos><|turn>model\n<|channel>thought\nHm.<channel|>Größe, 東京<turn|>"
+    assert ours.encode(turn) == AutoTokenizer.from_pretrained(tmp_path)(turn, add_special_tokens=False).input_ids
+    assert ours.chat_template is not None
+    assert ours.chat_template.text == GEMMA4_TEMPLATE
 
 
 def test_special_tokens_that_the_file_does_not_mark_and_limits_that_it_sets(tmp_path: Path) -> None:
@@ -93,57 +104,6 @@ GEMMA3_TEMPLATE = """{{ bos_token }}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{'<start_of_turn>model\n'}}{%- endif -%}
 """
-# Later Gemmas' turns, system role and thinking, with macros as their templates have them.
-GEMMA4_TEMPLATE = """
-{%- macro plain(text) -%}
-    {%- set ns = namespace(result='') -%}
-    {%- for part in text.split('<channel|>') -%}
-        {%- if '<|channel>' in part -%}
-            {%- set ns.result = ns.result + part.split('<|channel>')[0] -%}
-        {%- else -%}
-            {%- set ns.result = ns.result + part -%}
-        {%- endif -%}
-    {%- endfor -%}
-    {{- ns.result | trim -}}
-{%- endmacro -%}
-{%- macro described(value, depth=0) -%}
-    {%- if value is mapping -%}{
-        {%- for key, item in value | dictsort -%}
-            {{ key }}:{{ described(item, depth + 1) }}{{ ',' if not loop.last }}
-        {%- endfor -%} }
-    {%- elif value is string -%}<|"|>{{ value }}<|"|>
-    {%- elif value is boolean -%}{{ 'true' if value else 'false' }}
-    {%- else -%}{{ value }}{%- endif -%}
-{%- endmacro -%}
-{%- set ns = namespace(prev_message_type=None, turns=0) -%}
-{%- set loop_messages = messages -%}
-{{- bos_token -}}
-{%- if (enable_thinking is defined and enable_thinking) or tools or messages[0]['role'] in ['system', 'developer'] -%}
-    {{- '<|turn>system\n' -}}
-    {%- if enable_thinking is defined and enable_thinking -%}{{- '<|think|>\n' -}}{%- endif -%}
-    {%- if messages[0]['role'] in ['system', 'developer'] -%}
-        {{- messages[0]['content'] | trim -}}
-        {%- set loop_messages = messages[1:] -%}
-    {%- endif -%}
-    {%- if tools -%}{%- for tool in tools -%}{{ described(tool) }}{%- endfor -%}{%- endif -%}
-    {{- '<turn|>\n' -}}
-{%- endif -%}
-{%- for message in loop_messages -%}
-    {%- set role = 'model' if message['role'] == 'assistant' else message['role'] -%}
-    {%- set ns.turns = ns.turns + 1 -%}
-    {{- '<|turn>' + role + '\n' -}}
-    {%- if message.get('tool_calls') -%}{{ described(message['tool_calls']) }}{%- endif -%}
-    {%- if message['content'] is string -%}
-        {{- plain(message['content']) if role == 'model' else message['content'] | trim -}}
-    {%- elif message['content'] is sequence -%}
-        {%- for item in message['content'] -%}{{ item['text'] | trim if item['type'] == 'text' }}{%- endfor -%}
-    {%- endif -%}
-    {{- '<turn|>\n' -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- '<|turn>model\n' -}}{%- endif -%}
-{#- the state that this one keeps -#}
-{{- described({'turns': ns.turns, 'b': {'flag': true, 'text': 'x'}}) if false -}}
-"""
 TEMPLATES = {
     "tiny": CHAT_TEMPLATE,
     "gemma3": GEMMA3_TEMPLATE,
@@ -176,19 +136,22 @@ def test_chat_templates_are_rendered_as_transformers_renders_them(template: str,
     assert ours.chat_template is not None
     worker = TemplateWorker(ours.chat_template, ours.special)
     refused = 0
-    for messages, answer_next in itertools.product(CONVERSATIONS, (False, True)):
+    for messages, answer_next, think in itertools.product(CONVERSATIONS, (False, True), (None, False, True)):
+        switches = {} if think is None else {"enable_thinking": think}
         try:
-            expected = theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=answer_next)
+            expected = theirs.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=answer_next, **switches
+            )
         except jinja2.exceptions.TemplateError as error:
             refused += 1
             with pytest.raises(type(error), match=re.escape(str(error))):
-                render(TEMPLATES[template], messages, answer_next, ours.special)
+                render(TEMPLATES[template], messages, answer_next, ours.special, switches=switches)
             with pytest.raises(GemmaAwqError, match=re.escape(str(error).rstrip("."))):
-                worker.render(messages, answer_next)
+                worker.render(messages, answer_next, switches)
         else:
-            assert render(TEMPLATES[template], messages, answer_next, ours.special) == expected
-            assert worker.render(messages, answer_next) == expected
-    assert refused == {"tiny": 2, "gemma3": 2, "gemma4": 0, "features": 0}[template]
+            assert render(TEMPLATES[template], messages, answer_next, ours.special, switches=switches) == expected
+            assert worker.render(messages, answer_next, switches) == expected
+    assert refused == {"tiny": 6, "gemma3": 6, "gemma4": 0, "features": 0}[template]
 
 
 @pytest.mark.parametrize(
