@@ -24,7 +24,7 @@ FLAGS = (
 TESTS = (
     "tests/kernels/test_native.py",
     "tests/models/forward/test_torch_decoder.py",
-    "tests/models/forward/test_native_decoder.py",
+    "tests/models/forward/test_compiled_decoder.py",
     "tests/models/forward/test_unlike_layers.py",
     "tests/models/forward/test_last_logits.py",
 )

@@ -55,15 +55,15 @@ INLINE void quantize_group(const float* x, int64_t group, int8_t* q, float* scal
     const float amax = largest(top);
     const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
     const Floats shift = splat(12582912.0f);
-    Ints sums = splat(0);
+    Words sums{};  // unsigned: what NaN becomes may overflow
     for (int64_t k = 0; k < group; k += LANES) {
         const Floats rounded = fma(load(x + k), splat(inverse), shift);
-        const Ints v = (Ints)rounded - (Ints)shift;
+        const Words v = (Words)rounded - (Words)shift;
         sums += v;
-        store_bytes(q + k, v);
+        store_bytes(q + k, (Ints)v);
     }
     *scale = amax / 127.0f + sum(poison);
-    *total = sum(to_float(sums));
+    *total = sum(to_float((Ints)sums));
 }
 
 INLINE void quantize_row(const Activations& a, int64_t row, int64_t group) {
