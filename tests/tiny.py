@@ -6,7 +6,8 @@ are longer than the sliding window. Nothing passes here by luck. Every family ha
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ from transformers import (
 from transformers.models.auto.modeling_auto import AutoModel, AutoModelForCausalLM
 from transformers.models.gemma3n import modeling_gemma3n
 
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.models.gemma.family import FULL, SLIDING
 
@@ -253,9 +255,7 @@ def make_checkpoint(folder: Path, kind: str, seed: int = 0, sharded: bool = Fals
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
         for name, buffer in model.named_buffers():
-            if name.endswith("layer_scalar"):
-                buffer.uniform_(0.5, 1.5)
-            elif name.endswith(("ffw_layer_1.input_max", "std_scale")):  # other bounds stay infinite
+            if name.endswith(("ffw_layer_1.input_max", "std_scale")):  # other bounds stay infinite
                 buffer.fill_(3.0)
         # a few inputs of down_proj and o_proj are far larger than the rest
         for name, parameter in model.named_parameters():
@@ -278,26 +278,49 @@ def _model(config: PreTrainedConfig) -> PreTrainedModel:
 
 
 def _gemma3n_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A multimodal Gemma 3n whose vision tower, which the library timm would make, is one convolution."""
-    vision = torch.nn.Module()
-    vision.timm_model = torch.nn.ModuleDict({"conv_stem": torch.nn.Conv2d(3, config.vision_config.hidden_size, 3)})
+    with without_timm():
+        return _model(config)
+
+
+@contextmanager
+def without_timm() -> Iterator[None]:
+    """The vision tower of a multimodal Gemma 3n, which the library timm would make, is one convolution."""
     from_config = AutoModel.from_config
 
     def made(part: PreTrainedConfig) -> torch.nn.Module:
-        return vision if part.model_type == "gemma3n_vision" else from_config(part)
+        if part.model_type != "gemma3n_vision":
+            return from_config(part)
+        vision = torch.nn.Module()
+        vision.timm_model = torch.nn.ModuleDict({"conv_stem": torch.nn.Conv2d(3, part.hidden_size, 3)})
+        return vision
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modeling_gemma3n.AutoModel, "from_config", made)
-        return _model(config)
+        yield
+
+
+def original_model(folder: Path, **options: object) -> PreTrainedModel:
+    """transformers' model of a tiny checkpoint. Its experts are added up as its plainest code does it."""
+    family = Checkpoint(folder).family
+    loader = AutoModelForCausalLM if family.text_section is None else getattr(transformers, family.model_class)
+    with without_timm():
+        model = loader.from_pretrained(folder, **options)
+    model.set_experts_implementation("eager") if family.text_type == "gemma4_text" else None
+    return model
 
 
 def snap_to_grid(folder: Path) -> None:
     """Make a checkpoint one of quantization-aware training: every linear of its layers on Q4_0's grid, in bfloat16."""
 
+    checkpoint = Checkpoint(folder)
+    layers = enumerate(checkpoint.shape.layouts)
+    linears = {checkpoint.key(f"model.layers.{i}.{name}") for i, layout in layers for name in layout.unpacked()}
+
     def snap(tensors: dict[str, torch.Tensor]) -> None:
         for seed, name in enumerate(sorted(tensors)):
-            if ".layers." in name and name.endswith("proj.weight") and "vision" not in name:
-                tensors[name] = on_grid(tensors[name], seed)
+            if name in linears:
+                stacked = tensors[name]  # experts are [E, N, K]
+                tensors[name] = on_grid(stacked.flatten(0, -2), seed).view_as(stacked)
 
     for path in folder.glob("*.safetensors"):
         edit_weights(path, snap)

@@ -91,6 +91,7 @@ SAID: dict[str, Callable[[Output, str], object]] = {
     "table": lambda out, text: out.table(text, ((text, text),), (text, text)),
     "progress": lambda out, text: out.progress(text, 1).__enter__().step(),
     "piece": lambda out, text: out.piece(text),
+    "thought": lambda out, text: out.thought(text),
     "result": lambda out, text: out.result(text),
     "document": lambda out, text: out.document({text: text}),
     "result_table": lambda out, text: out.result_table(text, ((text, text),), (text, text)),

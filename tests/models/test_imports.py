@@ -17,9 +17,9 @@ WITH_TORCH = {
     "models.text": set(),
     "models.forward": {
         "altup", "cached_attention", "cached_session", "decoder_weights", "experts", "forward_choice", "hidden_states",
-        "kv_cache", "layerwise", "loading", "loading_dense", "memory", "native_session", "native_weights",
-        "per_layer_embedding", "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights", "transformers_model",
-        "transformers_session", "verification",
+        "kv_cache", "layerwise", "loading", "loading_dense", "memory", "native_layers", "native_session",
+        "native_weights", "per_layer_embedding", "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights",
+        "transformers_model", "transformers_session", "verification",
     },
     "kernels.native": {"linear"},
 }  # fmt: skip

@@ -73,10 +73,16 @@ def test_every_weight_comes_back_bit_for_bit(
     report = quantize(source, folder, text_file)
     assert "QAT checkpoint: 100 % of the weights lie on a 4-bit grid in groups of 32." in capsys.readouterr().err
     originals = {name: t for file in source.glob("*.safetensors") for name, t in load_file(file).items()}
-    stored = packed_weights(folder)
-    assert len(stored) == 21
+    stored, checkpoint = packed_weights(folder), Checkpoint(source)
+    places = {
+        checkpoint.key(f"model.layers.{i}.{name}.weight"): (checkpoint.key(f"model.layers.{i}.{place.tensor}"), place)
+        for i, layout in enumerate(checkpoint.shape.layouts)
+        for name, place in layout.places().items()
+    }
+    assert stored.keys() == places.keys()
     for name, weight in stored.items():
-        assert torch.equal(weight.to(torch.bfloat16), originals[name])
+        tensor, place = places[name]
+        assert torch.equal(weight.to(torch.bfloat16), originals[tensor][place.part])
     others = {name: t for file in folder.glob("*.safetensors") for name, t in load_file(file).items()}
     for name, tensor in others.items():
         if name.endswith("norm.weight"):  # nothing is folded

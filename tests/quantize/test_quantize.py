@@ -20,7 +20,6 @@ from tests.conftest import FAMILIES, quantize_arguments, tiny_rows
 from tests.tiny import make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
-LINEARS = tuple(f".{name}_proj.weight" for name in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
 def report_of(folder: Path) -> dict:  # type: ignore[type-arg]
@@ -32,8 +31,11 @@ def test_no_group_is_worse_than_round_to_nearest_and_outliers_gain(kind: str, ar
     layers = report_of(artifacts(kind))["layers"]
     layouts = Checkpoint(artifacts(kind)).shape.layouts
     for layer, layout in zip(layers, layouts, strict=True):
-        for group, known in zip(layer, layout.groups, strict=True):
-            assert (group["name"], group["linears"]) == (known.name, list(known.linears))
+        experts = [layout.experts.gate_up, layout.experts.down] if layout.experts else []
+        known_groups = [(one, list(one.linears)) for one in layout.groups]
+        known_groups += [(one, [f"experts.*.{name}" for name in one.linears]) for one in experts]
+        for group, (known, linears) in zip(layer, known_groups, strict=True):
+            assert (group["name"], group["linears"]) == (known.name, linears)
             assert group["error"] <= group["rtn_error"]
             # every group's input has planted outlier channels (large gains, large rows of v and up)
             assert group["error"] < 0.9 * group["rtn_error"]
@@ -85,12 +87,15 @@ def test_the_artifacts_files(kind: str, artifacts: Callable[[str], Path], checkp
     assert quantization["zero_point"] is True
     assert (quantization["bits"], quantization["group_size"]) == (4, 32)
     source, artifact = Checkpoint(checkpoints(kind)), Checkpoint(folder)
-    linears = {key for key in source.tensors if key.endswith(LINEARS) and "vision" not in key}
-    assert len(linears) == sum(len(layout.linears) for layout in source.shape.layouts)
-    for key in linears:
-        base = key.removesuffix(".weight")
-        assert key not in artifact.tensors
-        out_features, in_features = source.tensors[key].shape
+    layouts = source.shape.layouts
+    linears = {source.key(f"model.layers.{i}.{name}") for i, layout in enumerate(layouts) for name in layout.unpacked()}
+    assert not linears & set(artifact.tensors)
+    packed = {
+        f"model.layers.{i}.{name}": one for i, layout in enumerate(layouts) for name, one in layout.packed().items()
+    }
+    for name, linear in packed.items():
+        base = source.key(f"{name}.weight").removesuffix(".weight")
+        out_features, in_features = linear.outputs, linear.inputs
         assert artifact.tensors[f"{base}.qweight"].shape == (in_features, out_features // 8)
         assert artifact.tensors[f"{base}.qzeros"].shape == (in_features // 32, out_features // 8)
         assert artifact.tensors[f"{base}.scales"].shape == (in_features // 32, out_features)

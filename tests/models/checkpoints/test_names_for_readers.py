@@ -150,4 +150,4 @@ def test_artifacts_begin_with_the_prefix_that_readers_know(model_type: str) -> N
 def test_companions_are_what_readers_load_beside_the_language_model(model_type: str) -> None:
     family = FAMILIES[model_type]
     towers = "vision_tower|audio_tower|embed_vision|embed_audio|vision_embedder|multi_modal_projector"
-    assert all(re.fullmatch(rf"(model\.)?({towers})\.", companion) for companion in family.companions)
+    assert all(re.fullmatch(rf"(model\.)?({towers})\.", companion) for companion in family.companion_prefixes)

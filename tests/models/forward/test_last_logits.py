@@ -48,22 +48,24 @@ def one_by_one(open_session: Callable[[], Session]) -> list[Tensor]:
     return result
 
 
-def widened(opened: OpenModel) -> OpenModel:
+def widened(opened: OpenModel, dtype: torch.dtype = torch.float32) -> OpenModel:
     with torch.inference_mode():
-        opened.model.float()
+        opened.model.to(dtype)
     return opened
 
 
 @pytest.mark.parametrize("chunk", [512, 13])
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_both_forwards_in_float32(
+def test_both_forwards_with_little_noise(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In float64, because hard models amplify even the noise of float32; transformers' experts have no float64."""
     monkeypatch.setattr(prefill, "CHUNK", chunk)
-    opened = open_model(checkpoints(kind), CPU, Precision(dtype=torch.float32))
+    dtype = torch.float32 if kind == "gemma4-experts" else torch.float64
+    opened = open_model(checkpoints(kind), CPU, Precision(dtype=dtype))
     assert isinstance(opened.session(1, 1), DecoderSession)
     expected = one_by_one(lambda: opened.session(1, 64))
-    theirs = widened(open_model(checkpoints(kind), CPU))
+    theirs = widened(open_model(checkpoints(kind), CPU), dtype)
     for session in (opened.session(1, 64), TransformersSession(theirs.model, 1, 64, CPU)):
         for given, wanted in zip(at_once(session), expected, strict=True):
             assert given.shape == wanted.shape

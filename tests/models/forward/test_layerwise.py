@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, Gemma3ForConditionalGeneration
+from transformers import AutoModelForCausalLM
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -24,7 +24,7 @@ from gemma_awq_cli.models.forward.layerwise import (
 )
 from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerInputs
 from tests.conftest import FAMILIES
-from tests.tiny import edit_weights
+from tests.tiny import edit_weights, original_model
 
 CPU = torch.device("cpu")
 
@@ -34,8 +34,7 @@ CPU = torch.device("cpu")
 def test_logits_equal_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
     folder = checkpoints(kind)
     ids = torch.randint(6, 260, (2, 48), generator=torch.Generator().manual_seed(0))
-    auto = Gemma3ForConditionalGeneration if kind == "gemma3" else AutoModelForCausalLM
-    expected = auto.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+    expected = original_model(folder, dtype=torch.float32)(input_ids=ids).logits
 
     stack = TextStack(Checkpoint(folder), torch.device("cpu"))
     hidden = stack.embedder(ids)(ids)
