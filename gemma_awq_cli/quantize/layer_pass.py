@@ -10,7 +10,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.models.forward.memory import is_refusal, return_freed_memory
 from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
@@ -78,6 +78,7 @@ def process_layer(
             plan.effort,
         )
         del experts
+        return_freed_memory()
     module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, sample), sample))
