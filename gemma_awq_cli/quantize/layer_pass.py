@@ -11,7 +11,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.memory import is_refusal
+from gemma_awq_cli.models.forward.memory import is_refusal, return_freed_memory
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
@@ -61,6 +61,7 @@ def process_layer(
         if experts is not None:
             quantize_experts(layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort)
             del experts
+            return_freed_memory()
     module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, *sample), carried))

@@ -1,5 +1,6 @@
 """How much memory there is, and errors that tell the user what to do when there is too little."""
 
+import ctypes
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -47,6 +48,16 @@ def memory_errors(what: str, hint: str) -> Iterator[None]:
         if not is_refusal(error):
             raise
         raise GemmaAwqError(f"Out of memory while {what}.", hint) from None
+
+
+def return_freed_memory() -> None:
+    """Hand memory that is free again back to the system, where the C library keeps it (glibc).
+
+    Results of an expert that stay lie between larger blocks that were freed: 13 MB per expert of Gemma 4 26B-A4B.
+    """
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def peak_memory() -> int | None:
