@@ -24,8 +24,16 @@ def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> dict[
     for file, wanted in by_file.items():
         with opened(file, "pt") as handle:
             for name in wanted:
-                tensors[name] = handle.get_tensor(name)
+                tensors[name] = _aligned(handle.get_tensor(name))
     return tensors
+
+
+def _aligned(tensor: Tensor) -> Tensor:
+    """The tensor, copied if it does not begin at a multiple of its elements' size, as compiled code needs it.
+
+    A file that holds a tensor of an odd size, such as one scalar in bfloat16, may begin others anywhere.
+    """
+    return tensor if tensor.data_ptr() % tensor.element_size() == 0 else tensor.clone()
 
 
 def read_pieces(name: str, info: TensorInfo) -> Iterator[Tensor]:

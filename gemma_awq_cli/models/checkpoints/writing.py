@@ -20,6 +20,7 @@ from gemma_awq_cli.models.checkpoints.headers import DTYPES
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes
 
 SHARD_BYTES = 4 * 10**9
+ALIGNMENT = 8  # bytes, of the beginnings of tensors
 FORMAT_NAMES = {getattr(torch, dtype): name for name, (dtype, _) in DTYPES.items()}
 
 
@@ -66,6 +67,8 @@ class TensorWriter:
     def _start(self, path: Path, shard: Sequence[PlannedTensor]) -> None:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
+        # tensors of odd sizes last: each then begins at a multiple of its elements' size, as readers that map it need
+        shard = sorted(shard, key=lambda tensor: -min(ALIGNMENT, tensor.nbytes & -tensor.nbytes))
         for tensor in shard:
             end = offset + tensor.nbytes
             header[tensor.name] = {
@@ -73,7 +76,7 @@ class TensorWriter:
             }  # fmt: skip
             offset = end
         encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
+        encoded += b" " * (-len(encoded) % ALIGNMENT)
         head = len(encoded).to_bytes(8, "little") + encoded
         if self._begun:
             _require_begun(path, head, len(head) + offset)

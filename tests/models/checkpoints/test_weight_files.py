@@ -305,3 +305,20 @@ def test_a_tensor_without_elements_among_the_others(whole: Path) -> None:
     edit_weights(whole, lambda t: t.update({"model.extra": torch.zeros(0, 4), "model.flag": torch.tensor(True)}))
     checkpoint = Checkpoint(whole)
     assert len(checkpoint.identity()) == 64
+
+
+def test_tensors_of_a_file_without_alignment_are_copied(tmp_path: Path) -> None:
+    """Other writers put a scalar of two bytes in front of integers of four."""
+    numbers = torch.arange(6, dtype=torch.int32)
+    header = json.dumps(
+        {
+            "scalar": {"dtype": "BF16", "shape": [1], "data_offsets": [0, 2]},
+            "numbers": {"dtype": "I32", "shape": [6], "data_offsets": [2, 26]},
+        }
+    ).encode()
+    header += b" " * (-len(header) % 8)
+    content = len(header).to_bytes(8, "little") + header + bytes(2) + numbers.numpy().tobytes()
+    (tmp_path / SINGLE).write_bytes(content)
+    read = read_tensors(read_headers(find_weights(tmp_path)), ["numbers"])["numbers"]
+    assert torch.equal(read, numbers)
+    assert read.data_ptr() % 4 == 0

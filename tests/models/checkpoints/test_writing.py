@@ -1,6 +1,7 @@
 """Nothing half-written looks whole, and nothing a user had is lost."""
 
 import errno
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,18 @@ TENSORS = {
     "one": torch.tensor(2.5),
 }
 PLAN = [PlannedTensor(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in TENSORS.items()]
+
+
+@pytest.mark.parametrize("shard_bytes", [10**9, 60])
+def test_every_tensor_begins_at_a_multiple_of_its_elements_size(tmp_path: Path, shard_bytes: int) -> None:
+    TensorWriter(tmp_path, PLAN, shard_bytes)
+    for path in tmp_path.glob("*.safetensors"):
+        content = path.read_bytes()
+        size = int.from_bytes(content[:8], "little")
+        header = json.loads(content[8 : 8 + size])
+        for name, tensor in TENSORS.items():
+            if name in header:
+                assert (8 + size + header[name]["data_offsets"][0]) % tensor.element_size() == 0, name
 
 
 @pytest.mark.parametrize("shard_bytes", [10**9, 60])
