@@ -30,7 +30,7 @@ Run = Callable[[Tensor, Tensor, KeysAndValues], Tensor]
 
 
 def state_bytes(shape: TextShape, tokens: int) -> int:
-    """Return how many bytes the files of `HiddenStates` take for so many tokens of all sets together."""
+    """Return how many bytes the files of `HiddenStates` take for a number of tokens in all sets together."""
     streams = 1 if shape.altup is None else shape.altup.streams
     keys_and_values = sum(2 * shape.layouts[index].kv_size for index in shape.kv_sources)
     return tokens * FLOAT32 * (2 * streams * shape.hidden + keys_and_values)
@@ -63,7 +63,7 @@ class _RowFile:
             file.write(raw_bytes(rows.to(torch.float32)))
 
     def require(self, rows: int) -> None:
-        """Raise unless an interrupted run left at least so many rows."""
+        """Raise unless an interrupted run left at least this number of rows."""
         require_regular(self.path, ANEW)
         if self.path.stat().st_size < rows * self.row_bytes:
             raise GemmaAwqError(f"{self.path} is too short: something changed it since.", ANEW)
