@@ -314,9 +314,7 @@ def test_another_number_of_experts_is_an_error(
     folder = shutil.copytree(artifact("balanced") if packed else checkpoint, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "num_experts": count}))
-    with pytest.raises(
-        GemmaAwqError, match=r"num_experts is 1024|asks for \[\d|asks for 3072 experts|lacks .*experts\.6\.gate_proj"
-    ):
+    with pytest.raises(GemmaAwqError, match=r"num_experts is 1024|asks for \[\d|lacks .*experts\.6\.gate_proj"):
         Checkpoint(folder)
 
 

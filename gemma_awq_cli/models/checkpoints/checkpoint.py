@@ -106,12 +106,6 @@ class Checkpoint:
                 f"{where} has no num_hidden_layers, which means {self.layers}, but the files hold {layers} layers.",
                 f"Set num_hidden_layers to {layers}, or use the {CONFIG} that belongs to the weights.",
             )
-        experts = sum(layout.experts.count for layout in self.shape.layouts if layout.experts)
-        if self.quantization is not None and experts > len(self.tensors):  # before all their names are made
-            raise GemmaAwqError(
-                f"{where} asks for {experts} experts, but the files hold {len(self.tensors)} tensors.",
-                f"Use the {CONFIG} that belongs to the weights.",
-            )
         if self.quantization is None or is_awq(self.quantization):
             require_tensors(self.tensors, self.text_tensors(), self.folder)
             require_rope(self.facts, self.family, self.shape.layouts, where)
@@ -153,17 +147,10 @@ class Checkpoint:
         if self.quantization is not None and not is_awq(self.quantization):
             return []
         known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
-        known |= {self.key(name) for name in self.shape.unused()}
-        names = sorted(name for name in self.tensors.keys() - known if not BUFFERS.search(name))
-        names = [name for name in names if not name.startswith(self._unused())]
+        unused = tuple(f"{self.key(module)}." for module in self.shape.unused())
+        others = (name for name in self.tensors.keys() - known if not name.startswith(unused))
+        names = sorted(name for name in others if not BUFFERS.search(name))
         return [f"Ignored tensors, which do not belong to this model: {few(names)}."] if names else []
-
-    def _unused(self) -> tuple[str, ...]:
-        """Prefixes of tensors that some files hold and nobody reads: keys and values of layers that read another's."""
-        readers = (i for i, layout in enumerate(self.shape.layouts) if layout.kv_source is not None)
-        return tuple(
-            self.key(f"model.layers.{i}.self_attn.{name}.") for i in readers for name in ("k_proj", "v_proj", "k_norm")
-        )
 
     @property
     def layers(self) -> int:

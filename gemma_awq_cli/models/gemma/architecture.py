@@ -59,9 +59,9 @@ class TextShape:
         return next((i for i, layout in enumerate(self.layouts) if layout.kv_source is not None), self.layers)
 
     def unused(self) -> list[str]:
-        """Tensors that a file may hold and that no forward reads: keys and values of layers that read another's."""
+        """Modules that a file may hold and that no forward has: keys and values of layers that read another's."""
         return [
-            f"model.layers.{index}.self_attn.{name}.weight"
+            f"model.layers.{index}.self_attn.{name}"
             for index, layout in enumerate(self.layouts)
             if layout.kv_source is not None
             for name in ("k_proj", "v_proj", "k_norm", "v_norm")

@@ -120,18 +120,9 @@ class LayerLayout:
     experts: Experts | None
 
     @property
-    def query_size(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
     def kv_size(self) -> int:
         """Outputs of k_proj, and of v_proj where there is one. 0 in a layer that reads another's keys and values."""
         return self.kv_heads * self.head_dim if self.kv_source is None else 0
-
-    @property
-    def value_size(self) -> int:
-        """Outputs of v_proj; 0 in a layer without one."""
-        return 0 if self.keys_are_values else self.kv_size
 
     def joined(self, linears: tuple[str, ...]) -> Linear:
         """Linears with the same input, as one: their outputs side by side."""
