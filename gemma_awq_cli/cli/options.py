@@ -64,6 +64,16 @@ class Head(StrEnum):
     int4 = "int4"
 
 
+class ExportFormat(StrEnum):
+    gguf = "gguf"
+
+
+class GgufHead(StrEnum):
+    q8_0 = "q8_0"
+    q6_k = "q6_k"
+    bf16 = "bf16"
+
+
 GroupSize = StrEnum("GroupSize", {f"g{size}": str(size) for size in GROUP_SIZES})  # type: ignore[misc]
 
 # Headings of the help that hold shared options. A command that has more options of the kind uses the same heading.

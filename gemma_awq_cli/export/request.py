@@ -1,0 +1,57 @@
+"""The request: everything that a user can choose about one export, checked when it is made."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.models.checkpoints.source import DEMO
+
+GGUF = "gguf"
+FORMAT_NAMES = (GGUF,)
+HEADS = ("q8_0", "q6_k", "bf16")
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """One export, as it is asked for. An invalid value raises UsageError.
+
+    model: the folder or hub id of a 4-bit checkpoint; format: one of `FORMAT_NAMES`; output: the folder to write, by
+    default `NAME-FORMAT` in the current one; revision: branch, tag or commit of a hub id.
+    compact: of `gguf`, linears in 5.0 bits per weight in place of 5.5; head: of `gguf`, the type of the embedding and
+    the head, one of `HEADS`, by default q8_0.
+    resume: continue an interrupted export of the same request; force: replace an export that is already in `output`.
+    """
+
+    model: str
+    format: str
+    output: Path | None = None
+    revision: str | None = None
+    compact: bool = False
+    head: str | None = None
+    resume: bool = False
+    force: bool = False
+
+    def __post_init__(self) -> None:
+        _require_one_of("format", self.format, FORMAT_NAMES)
+        _require_one_of("head", self.head, (None, *HEADS))
+        if self.format != GGUF and (self.compact or self.head is not None):
+            option = "--compact" if self.compact else "--head"
+            raise UsageError(f"{option} only applies to --to {GGUF}.", "Leave it out.")
+        if self.model == DEMO:
+            raise UsageError(
+                "`demo` is a 16-bit model, and export takes a 4-bit one.",
+                "Quantize it first: `gemma-awq quantize demo`, then export the artifact.",
+            )
+
+    def options(self) -> dict[str, Any]:
+        """Return the options that the files' bytes depend on, by their names."""
+        return {"format": self.format} | (
+            {"compact": self.compact, "head": self.head or HEADS[0]} if self.format == GGUF else {}
+        )
+
+
+def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
+    if value not in allowed:
+        listed = ", ".join(str(one) for one in allowed if one is not None)
+        raise UsageError(f"Invalid {name}: {value!r}.", f"Choose one of {listed}.")
