@@ -8,8 +8,10 @@ from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.models.checkpoints.source import DEMO
 
 GGUF = "gguf"
-FORMAT_NAMES = (GGUF,)
+MLX = "mlx"
+FORMAT_NAMES = (GGUF, "compressed-tensors", MLX, "awq", "bf16", "fp16")
 HEADS = ("q8_0", "q6_k", "bf16")
+SCALES = ("float32", "float16", "bfloat16")  # the first is exact
 
 
 @dataclass(frozen=True)
@@ -20,6 +22,7 @@ class ExportRequest:
     default `NAME-FORMAT` in the current one; revision: branch, tag or commit of a hub id.
     compact: of `gguf`, linears in 5.0 bits per weight in place of 5.5; head: of `gguf`, the type of the embedding and
     the head, one of `HEADS`, by default q8_0.
+    scales: of `mlx`, the dtype of scales and biases, one of `SCALES`, by default float32, which is exact.
     resume: continue an interrupted export of the same request; force: replace an export that is already in `output`.
     """
 
@@ -29,15 +32,19 @@ class ExportRequest:
     revision: str | None = None
     compact: bool = False
     head: str | None = None
+    scales: str | None = None
     resume: bool = False
     force: bool = False
 
     def __post_init__(self) -> None:
         _require_one_of("format", self.format, FORMAT_NAMES)
         _require_one_of("head", self.head, (None, *HEADS))
+        _require_one_of("scales", self.scales, (None, *SCALES))
         if self.format != GGUF and (self.compact or self.head is not None):
             option = "--compact" if self.compact else "--head"
             raise UsageError(f"{option} only applies to --to {GGUF}.", "Leave it out.")
+        if self.format != MLX and self.scales is not None:
+            raise UsageError(f"--scales only applies to --to {MLX}.", "Leave it out.")
         if self.model == DEMO:
             raise UsageError(
                 "`demo` is a 16-bit model, and export takes a 4-bit one.",
@@ -46,9 +53,11 @@ class ExportRequest:
 
     def options(self) -> dict[str, Any]:
         """Return the options that the files' bytes depend on, by their names."""
-        return {"format": self.format} | (
-            {"compact": self.compact, "head": self.head or HEADS[0]} if self.format == GGUF else {}
-        )
+        own: dict[str, dict[str, Any]] = {
+            GGUF: {"compact": self.compact, "head": self.head or HEADS[0]},
+            MLX: {"scales": self.scales or SCALES[0]},
+        }
+        return {"format": self.format, **own.get(self.format, {})}
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:

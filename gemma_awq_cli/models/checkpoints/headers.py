@@ -25,7 +25,8 @@ if TYPE_CHECKING:
 # The dtypes that are read: safetensors' name -> torch's name, and bytes per element.
 DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
-    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
+    "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1),
+    "U32": ("uint32", 4), "U8": ("uint8", 1),
     "BOOL": ("bool", 1),
 }  # fmt: skip
 NAMED = 3  # how many of many names are shown
