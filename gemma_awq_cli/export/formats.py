@@ -4,4 +4,4 @@ from collections.abc import Mapping
 
 from gemma_awq_cli.export.conversion import Format
 
-FORMATS: Mapping[str, Format] = {one.name: one for one in ()}
+FORMATS: Mapping[str, Format] = {}

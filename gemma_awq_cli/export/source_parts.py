@@ -29,11 +29,13 @@ def source_parts(checkpoint: Checkpoint) -> tuple[SourcePart, ...]:
     parts = [SourcePart("embedding", None, {}, {EMBEDDING: table})]
     for index, layout in enumerate(shape.layouts):
         prefix = f"model.layers.{index}."
-        kept = {f"{prefix}{norm.name}.weight": (norm.size,) for norm in layout.norms.values()}
+        kept: dict[str, tuple[int, ...]] = {
+            f"{prefix}{norm.name}.weight": (norm.size,) for norm in layout.norms.values()
+        }
         kept |= {f"{prefix}{name}": size for name, size in layout.kept.items()}
         packed = {f"{prefix}{name}": linear for name, linear in layout.packed().items()}
         parts.append(SourcePart(f"layer {index}", index, packed, kept))
-    rest = {FINAL_NORM: (shape.hidden,), **shape.outer()}
+    rest: dict[str, tuple[int, ...]] = {FINAL_NORM: (shape.hidden,), **shape.outer()}
     if not checkpoint.tied_head:
         rest[HEAD] = table
     return (*parts, SourcePart("outside the layers", None, {}, rest))
