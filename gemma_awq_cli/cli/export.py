@@ -135,9 +135,7 @@ def _report(out: Output, result: "Exported", as_json: bool) -> None:
     if result.found:
         out.note(f"{result.folder} was complete already.")
     worst = document["verified"]["largest_difference_in_scales"]
-    same = (
-        "every weight equals the source's" if not worst else f"no weight is off by more than {worst:.2g} of its scale"
-    )
+    same = f"no weight is off by more than {worst:.2g} of its scale" if worst else "every weight equals the source's"
     out.note(f"{document['form']}: read back, {same}.")
     if as_json:
         out.document({"export": str(result.folder), **document})

@@ -1,7 +1,6 @@
 """`--to awq`: AutoAWQ's GEMM layout from any checkpoint that can be read, as `quantize` writes it."""
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.checkpoints.stated_config import awq_section, stated_config
 
 
-def convert(checkpoint: Checkpoint, _: Mapping[str, Any]) -> Conversion:
+def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
     """Start a conversion. Other weights stay as they are, and a head that is the embedding is not repeated."""
     section = awq_section(require_awq(checkpoint), [*checkpoint.family.not_converted, *not_packed(checkpoint)])
     layout = TensorLayout(

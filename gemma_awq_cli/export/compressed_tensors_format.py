@@ -24,7 +24,7 @@ FORMAT = "pack-quantized"
 VERSION = "0.20.0"  # of the library whose config this is
 
 
-def convert(checkpoint: Checkpoint, _: Mapping[str, Any]) -> Conversion:
+def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
     """Start a conversion. Weights that are not packed stay as they are."""
     kept = ignored([*checkpoint.family.not_converted, *not_packed(checkpoint)])
     layout = TensorLayout(

@@ -45,11 +45,12 @@ class Format:
     """One target of an export.
 
     refusal: why a checkpoint cannot become this format, as a clause, or None; asked before anything is written.
-    convert: starts a conversion of a checkpoint that is not refused, with the request's options.
+    convert: starts a conversion of a checkpoint that is not refused: its short name, for names of files, and the
+    request's options.
     versions: of what else than this tool decides the bytes, by name.
     """
 
     name: str
     refusal: Callable[[Checkpoint, Mapping[str, Any]], str | None]
-    convert: Callable[[Checkpoint, Mapping[str, Any]], Conversion]
+    convert: Callable[[Checkpoint, str, Mapping[str, Any]], Conversion]
     versions: Callable[[], dict[str, str]] = dict

@@ -20,8 +20,10 @@ _BFLOAT16 = 15 * 2.0**-8
 _FLOAT16 = 15 * 2.0**-11 + 2.0**-8
 
 
-def _converter(dtype: torch.dtype, bound: float, form: str) -> Callable[[Checkpoint, Mapping[str, Any]], Conversion]:
-    def convert(checkpoint: Checkpoint, _: Mapping[str, Any]) -> Conversion:
+def _converter(
+    dtype: torch.dtype, bound: float, form: str
+) -> Callable[[Checkpoint, str, Mapping[str, Any]], Conversion]:
+    def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
         name = str(dtype).removeprefix("torch.")
         layout = TensorLayout(
             form=form,

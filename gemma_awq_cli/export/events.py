@@ -19,7 +19,7 @@ class ExportPlanned:
 
 @dataclass(frozen=True)
 class PartsStarted:
-    """The first of `parts` parts begins. verifying: parts are read back, not written. A `PartDone` follows per part."""
+    """The first of `parts` parts begins. verifying: parts are read back, not written. One `PartDone` follows each."""
 
     parts: int
     verifying: bool

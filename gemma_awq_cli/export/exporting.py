@@ -58,7 +58,7 @@ def run_export(request: ExportRequest, on_event: OnEvent = ignore) -> Exported:
         on_event(Warned(line))
     chosen = FORMATS[request.format]
     _require_convertible(checkpoint, chosen, request)
-    conversion = chosen.convert(checkpoint, request.options())
+    conversion = chosen.convert(checkpoint, source.name, request.options())
     fingerprint = _fingerprint(checkpoint, chosen, request)
     for line in conversion.notes:
         on_event(Note(line))

@@ -35,7 +35,7 @@ _PREFIXES = {
 }
 
 
-def convert(checkpoint: Checkpoint, options: Mapping[str, Any]) -> Conversion:
+def convert(checkpoint: Checkpoint, _: str, options: Mapping[str, Any]) -> Conversion:
     """Start a conversion of the language model. Embedding and head keep their dtype; towers are left out."""
     scales, key = str(options["scales"]), _key(checkpoint)
     rounded = "" if scales == EXACT else f" Scales and biases are rounded to {scales}."

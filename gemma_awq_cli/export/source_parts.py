@@ -36,7 +36,7 @@ def source_parts(checkpoint: Checkpoint) -> tuple[SourcePart, ...]:
         kept |= {f"{prefix}{name}": size for name, size in layout.kept.items()}
         packed = {f"{prefix}{name}": linear for name, linear in layout.packed().items()}
         parts.append(SourcePart(f"layer {index}", index, packed, kept))
-    rest = {FINAL_NORM: (shape.hidden,), **shape.outer()}
+    rest: dict[str, tuple[int, ...]] = {FINAL_NORM: (shape.hidden,), **shape.outer()}
     if not checkpoint.tied_head:
         rest[HEAD] = table
     return (*parts, SourcePart("outside the layers", None, {}, rest))
