@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from gemma_awq_cli.cli.console import Output, Progress
-from gemma_awq_cli.cli.options import OUTPUT, ExportFormat, GgufHead, JsonOption, MlxScales, QuietOption, RevisionOption
+from gemma_awq_cli.cli.options import OUTPUT, ExportFormat, GgufHead, JsonOption, QuietOption, RevisionOption, ScaleType
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import format_bytes
 
@@ -20,7 +20,7 @@ gemma-awq export ./gemma-3-270m-AWQ --to gguf
 gemma-awq export ./gemma-3-270m-AWQ --to gguf --compact --head q6_k -o ./small-gguf
 """
 
-_GGUF, _MLX = "GGUF", "MLX"
+_GGUF, _SCALES = "GGUF", "MLX and compressed-tensors"
 
 
 def command(
@@ -54,9 +54,10 @@ def command(
         typer.Option(help="Type of the embedding and the head.  [default: q8_0]", rich_help_panel=_GGUF),
     ] = None,
     scales: Annotated[
-        MlxScales | None,
+        ScaleType | None,
         typer.Option(
-            help="Data type of scales and biases. Only float32 is exact.  [default: float32]", rich_help_panel=_MLX
+            help="Data type of the scales.  [default: float32 for mlx, float16 for compressed-tensors]",
+            rich_help_panel=_SCALES,
         ),
     ] = None,
     resume: Annotated[

@@ -79,7 +79,7 @@ class GgufHead(StrEnum):
     bf16 = "bf16"
 
 
-class MlxScales(StrEnum):
+class ScaleType(StrEnum):
     float32 = "float32"
     float16 = "float16"
     bfloat16 = "bfloat16"

@@ -15,7 +15,7 @@ from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.awq.repacking import pack_in_order, repack_rows, unpack_in_order
 from gemma_awq_cli.export.conversion import Conversion, Format
 from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, TensorLayout, each_alone
-from gemma_awq_cli.export.source_facts import not_packed, stored_dtype
+from gemma_awq_cli.export.source_facts import not_packed, scale_dtype, stored_dtype
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.checkpoints.stated_config import BITS, stated_config
@@ -24,14 +24,19 @@ FORMAT = "pack-quantized"
 VERSION = "0.20.0"  # of the library whose config this is
 
 
-def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
-    """Start a conversion. Weights that are not packed stay as they are."""
+def convert(checkpoint: Checkpoint, _: str, options: Mapping[str, Any]) -> Conversion:
+    """Start a conversion. Weights that are not packed stay as they are.
+
+    The library multiplies in the dtype of the scales, so float32 ones give it the exact weight, and float16 ones the
+    weight rounded to float16. vLLM converts scales to the model's dtype.
+    """
+    scales = max(scale_dtype(checkpoint), getattr(torch, options["scales"]), key=lambda dtype: dtype.itemsize)
     kept = ignored([*checkpoint.family.not_converted, *not_packed(checkpoint)])
     layout = TensorLayout(
         form="compressed-tensors, pack-quantized int4 with zero points",
         key=checkpoint.artifact_key,
         stacks=each_alone,
-        pack=pack,
+        pack=lambda packed: pack(packed._replace(scales=packed.scales.to(scales))),
         weight=_weight,
         bound=0.0,
         tolerance="None: integers, zero points and scales are the same.",
@@ -97,6 +102,9 @@ def quantization_section(group_size: int, kept: list[str]) -> dict[str, Any]:
         "config_groups": {"group_0": group},
         "ignore": kept,
         "kv_cache_scheme": None,
+        # transformers unpacks the weights when it loads them: its other way, in the first forward, does not expect that
+        # zero points are packed (compressed-tensors 0.20 with transformers 5.23)
+        "dequantize": True,
         "version": VERSION,
     }
 

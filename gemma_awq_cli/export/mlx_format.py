@@ -22,10 +22,9 @@ from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
 from gemma_awq_cli.models.gemma.layers import Linear
 
-EXACT = "float32"
 # What rounding scale and bias costs, in units of the scale: half a unit in the last place of each, and q and the zero
 # point are at most 15.
-_BOUNDS = {EXACT: 0.0, "float16": 2 * 15 * 2.0**-11, "bfloat16": 2 * 15 * 2.0**-8}
+_BOUNDS = {"float32": 0.0, "float16": 2 * 15 * 2.0**-11, "bfloat16": 2 * 15 * 2.0**-8}
 # What mlx-lm's modules begin with, where its names differ from transformers' causal model.
 _PREFIXES = {
     "gemma3": ("language_model.model.", "language_model.lm_head.weight"),
@@ -38,7 +37,7 @@ _PREFIXES = {
 def convert(checkpoint: Checkpoint, _: str, options: Mapping[str, Any]) -> Conversion:
     """Start a conversion of the language model. Embedding and head keep their dtype; towers are left out."""
     scales, key = str(options["scales"]), _key(checkpoint)
-    rounded = "" if scales == EXACT else f" Scales and biases are rounded to {scales}."
+    rounded = "" if scales == "float32" else f" Scales and biases are rounded to {scales}."
     layout = TensorLayout(
         form=f"MLX, affine 4-bit with {scales} scales",
         key=key,

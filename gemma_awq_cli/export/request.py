@@ -9,9 +9,11 @@ from gemma_awq_cli.models.checkpoints.source import DEMO
 
 GGUF = "gguf"
 MLX = "mlx"
-FORMAT_NAMES = (GGUF, "compressed-tensors", MLX, "awq", "bf16", "fp16")
+COMPRESSED_TENSORS = "compressed-tensors"
+FORMAT_NAMES = (GGUF, COMPRESSED_TENSORS, MLX, "awq", "bf16", "fp16")
 HEADS = ("q8_0", "q6_k", "bf16")
-SCALES = ("float32", "float16", "bfloat16")  # the first is exact
+# Data types of scales, the default first.
+SCALES = {MLX: ("float32", "float16", "bfloat16"), COMPRESSED_TENSORS: ("float16", "float32")}
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,8 @@ class ExportRequest:
     default `NAME-FORMAT` in the current one; revision: branch, tag or commit of a hub id.
     compact: of `gguf`, linears in 5.0 bits per weight in place of 5.5; head: of `gguf`, the type of the embedding and
     the head, one of `HEADS`, by default q8_0.
-    scales: of `mlx`, the dtype of scales and biases, one of `SCALES`, by default float32, which is exact.
+    scales: of `mlx` and `compressed-tensors`, the dtype of scales, one of `SCALES`. `mlx` has float32 by default, and
+    only float32 is exact there; `compressed-tensors` has float16, or float32 where float16 does not hold them.
     resume: continue an interrupted export of the same request; force: replace an export that is already in `output`.
     """
 
@@ -39,12 +42,13 @@ class ExportRequest:
     def __post_init__(self) -> None:
         _require_one_of("format", self.format, FORMAT_NAMES)
         _require_one_of("head", self.head, (None, *HEADS))
-        _require_one_of("scales", self.scales, (None, *SCALES))
         if self.format != GGUF and (self.compact or self.head is not None):
             option = "--compact" if self.compact else "--head"
             raise UsageError(f"{option} only applies to --to {GGUF}.", "Leave it out.")
-        if self.format != MLX and self.scales is not None:
-            raise UsageError(f"--scales only applies to --to {MLX}.", "Leave it out.")
+        if self.format in SCALES:
+            _require_one_of("scales", self.scales, (None, *SCALES[self.format]))
+        elif self.scales is not None:
+            raise UsageError(f"--scales only applies to --to {' and '.join(SCALES)}.", "Leave it out.")
         if self.model == DEMO:
             raise UsageError(
                 "`demo` is a 16-bit model, and export takes a 4-bit one.",
@@ -53,11 +57,12 @@ class ExportRequest:
 
     def options(self) -> dict[str, Any]:
         """Return the options that the files' bytes depend on, by their names."""
-        own: dict[str, dict[str, Any]] = {
-            GGUF: {"compact": self.compact, "head": self.head or HEADS[0]},
-            MLX: {"scales": self.scales or SCALES[0]},
-        }
-        return {"format": self.format, **own.get(self.format, {})}
+        own: dict[str, Any] = {}
+        if self.format == GGUF:
+            own = {"compact": self.compact, "head": self.head or HEADS[0]}
+        elif self.format in SCALES:
+            own = {"scales": self.scales or SCALES[self.format][0]}
+        return {"format": self.format, **own}
 
 
 def _require_one_of(name: str, value: object, allowed: tuple[object, ...]) -> None:
