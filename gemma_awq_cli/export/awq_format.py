@@ -9,19 +9,18 @@ from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.export.conversion import Conversion, Format
-from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, TensorLayout, each_alone
-from gemma_awq_cli.export.source_facts import not_packed, stored_dtype
+from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, TensorLayout, artifact_names, each_alone
+from gemma_awq_cli.export.source_facts import group_size_of, not_converted, stored_dtype
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.checkpoints.stated_config import awq_section, stated_config
 
 
 def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
     """Start a conversion. Other weights stay as they are, and a head that is the embedding is not repeated."""
-    section = awq_section(require_awq(checkpoint), [*checkpoint.family.not_converted, *not_packed(checkpoint)])
+    section = awq_section(group_size_of(checkpoint), not_converted(checkpoint))
     layout = TensorLayout(
         form="AWQ, AutoAWQ's GEMM layout",
-        key=checkpoint.artifact_key,
+        key=artifact_names(checkpoint),
         stacks=each_alone,
         pack=_pack,
         weight=_weight,

@@ -14,10 +14,9 @@ from gemma_awq_cli.awq.grid import Grid, dequantize
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.awq.repacking import pack_in_order, repack_rows, unpack_in_order
 from gemma_awq_cli.export.conversion import Conversion, Format
-from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, TensorLayout, each_alone
-from gemma_awq_cli.export.source_facts import not_packed, scale_dtype, stored_dtype
+from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, TensorLayout, artifact_names, each_alone
+from gemma_awq_cli.export.source_facts import group_size_of, not_converted, scale_dtype, stored_dtype
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.checkpoints.stated_config import BITS, stated_config
 
 FORMAT = "pack-quantized"
@@ -31,16 +30,18 @@ def convert(checkpoint: Checkpoint, _: str, options: Mapping[str, Any]) -> Conve
     weight rounded to float16. vLLM converts scales to the model's dtype.
     """
     scales = max(scale_dtype(checkpoint), getattr(torch, options["scales"]), key=lambda dtype: dtype.itemsize)
-    kept = ignored([*checkpoint.family.not_converted, *not_packed(checkpoint)])
+    kept = ignored(not_converted(checkpoint))
     layout = TensorLayout(
         form="compressed-tensors, pack-quantized int4 with zero points",
-        key=checkpoint.artifact_key,
+        key=artifact_names(checkpoint),
         stacks=each_alone,
         pack=lambda packed: pack(packed._replace(scales=packed.scales.to(scales))),
         weight=_weight,
         bound=0.0,
         tolerance="None: integers, zero points and scales are the same.",
-        config=stated_config(checkpoint, stored_dtype(checkpoint), quantization_section(require_awq(checkpoint), kept)),
+        config=stated_config(
+            checkpoint, stored_dtype(checkpoint), quantization_section(group_size_of(checkpoint), kept)
+        ),
     )
     return SafetensorsConversion(checkpoint, layout)
 

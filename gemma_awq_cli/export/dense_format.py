@@ -8,7 +8,13 @@ import torch
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.export.conversion import Conversion, Format
-from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, Stack, TensorLayout, experts_stacked
+from gemma_awq_cli.export.safetensors_conversion import (
+    SafetensorsConversion,
+    Stack,
+    TensorLayout,
+    artifact_names,
+    experts_stacked,
+)
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.stated_config import stated_config
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
@@ -27,7 +33,7 @@ def _converter(
         name = str(dtype).removeprefix("torch.")
         layout = TensorLayout(
             form=form,
-            key=checkpoint.artifact_key,
+            key=artifact_names(checkpoint),
             stacks=_stacks,
             pack=lambda packed: {"weight": dequantize(*unpack_weight(packed)).to(dtype)},
             weight=lambda stored: stored["weight"].float(),

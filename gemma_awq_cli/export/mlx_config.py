@@ -7,11 +7,11 @@ that it looks up is stated here, under its names. Source: mlx-lm 0.32, the `Mode
 from collections.abc import Mapping
 from typing import Any
 
+from gemma_awq_cli.export.source_facts import group_size_of
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
-from gemma_awq_cli.models.checkpoints.quantization_config import SECTION
 from gemma_awq_cli.models.checkpoints.stated_config import BITS, stated_config
 from gemma_awq_cli.models.gemma.family import FULL, SLIDING
+from gemma_awq_cli.models.packed_formats.choosing import SECTION
 
 GROUP_SIZES = (32, 64, 128)  # of MLX's kernels
 _SIZES = ("hidden_size", "num_hidden_layers", "intermediate_size", "num_attention_heads", "rms_norm_eps", "vocab_size")
@@ -50,7 +50,7 @@ def mlx_refusal(checkpoint: Checkpoint, _: Mapping[str, Any]) -> str | None:
         return f"mlx-lm has no {family.title}"
     if family.model_type == "gemma3n_text":
         return "mlx-lm reads Gemma 3n in its multimodal form only"
-    if (group_size := require_awq(checkpoint)) not in GROUP_SIZES:
+    if (group_size := group_size_of(checkpoint)) not in GROUP_SIZES:
         return f"MLX has groups of 32, 64 and 128, and not of {group_size}"
     if not checkpoint.tied_head and family.text_type in _ALWAYS_TIED:
         return f"mlx-lm's {family.title} has no head besides the embedding"

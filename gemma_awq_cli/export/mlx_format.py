@@ -15,10 +15,15 @@ from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.awq.repacking import repack_rows, unpack_in_order
 from gemma_awq_cli.export.conversion import Conversion, Format
 from gemma_awq_cli.export.mlx_config import mlx_config, mlx_refusal
-from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, Stack, TensorLayout, experts_stacked
-from gemma_awq_cli.export.source_facts import stored_dtype
+from gemma_awq_cli.export.safetensors_conversion import (
+    SafetensorsConversion,
+    Stack,
+    TensorLayout,
+    experts_stacked,
+    renamed,
+)
+from gemma_awq_cli.export.source_facts import group_size_of, stored_dtype
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
 from gemma_awq_cli.models.gemma.layers import Linear
 
@@ -27,10 +32,10 @@ from gemma_awq_cli.models.gemma.layers import Linear
 _BOUNDS = {"float32": 0.0, "float16": 2 * 15 * 2.0**-11, "bfloat16": 2 * 15 * 2.0**-8}
 # What mlx-lm's modules begin with, where its names differ from transformers' causal model.
 _PREFIXES = {
-    "gemma3": ("language_model.model.", "language_model.lm_head.weight"),
-    "gemma3n": ("model.language_model.", "lm_head.weight"),
-    "gemma4": ("language_model.model.", "language_model.lm_head.weight"),
-    "gemma4_unified": ("language_model.model.", "language_model.lm_head.weight"),
+    "gemma3": ("language_model.model.", "language_model.lm_head"),
+    "gemma3n": ("model.language_model.", "lm_head"),
+    "gemma4": ("language_model.model.", "language_model.lm_head"),
+    "gemma4_unified": ("language_model.model.", "language_model.lm_head"),
 }
 
 
@@ -46,7 +51,7 @@ def convert(checkpoint: Checkpoint, _: str, options: Mapping[str, Any]) -> Conve
         weight=_weight,
         bound=_BOUNDS[scales],
         tolerance=rounded.strip() or "None: scales and biases are exact in float32.",
-        config=mlx_config(checkpoint, stored_dtype(checkpoint), require_awq(checkpoint)),
+        config=mlx_config(checkpoint, stored_dtype(checkpoint), group_size_of(checkpoint)),
         companions=False,
         zeros=_unused(checkpoint, key, getattr(torch, scales)),
         notes=["mlx-lm runs the language model alone: towers and embedders are left out."]
@@ -57,8 +62,8 @@ def convert(checkpoint: Checkpoint, _: str, options: Mapping[str, Any]) -> Conve
 
 
 def _key(checkpoint: Checkpoint) -> Callable[[str], str]:
-    prefix, head = _PREFIXES.get(checkpoint.family.model_type, ("model.", "lm_head.weight"))
-    return lambda name: prefix + name.removeprefix("model.") if name.startswith("model.") else head
+    prefix, head = _PREFIXES.get(checkpoint.family.model_type, ("model.", "lm_head"))
+    return lambda name: renamed(name, prefix, head)
 
 
 def _stacks(linears: Sequence[str]) -> list[Stack]:
@@ -90,7 +95,7 @@ def _unused(checkpoint: Checkpoint, key: Callable[[str], str], dtype: torch.dtyp
     if checkpoint.family.text_type != "gemma3n_text":
         return []
     planned: list[PlannedTensor] = []
-    group_size = require_awq(checkpoint)
+    group_size = group_size_of(checkpoint)
     for index, layout in enumerate(checkpoint.shape.layouts):
         if layout.kv_source is None:
             continue

@@ -15,12 +15,12 @@ from torch import Tensor
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PACK, PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.export.source_facts import scale_dtype
-from gemma_awq_cli.export.source_parts import SourcePart, source_parts
+from gemma_awq_cli.export.source_facts import group_size_of, scale_dtype
+from gemma_awq_cli.export.source_parts import HEAD_MODULE, SourcePart, source_parts
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import HEAD
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo, find_weights, read_headers
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, side_files
 from gemma_awq_cli.models.checkpoints.weight_files import read_pieces, read_tensors, require_finite
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter, write_json
@@ -72,6 +72,19 @@ class TensorLayout:
     notes: Sequence[str] = ()
 
 
+def renamed(name: str, prefix: str, head: str) -> str:
+    """Return a name of the causal model with another beginning. head: of the module `lm_head`."""
+    if name.startswith("model."):
+        return prefix + name.removeprefix("model.")
+    return head + name.removeprefix(HEAD_MODULE)
+
+
+def artifact_names(checkpoint: Checkpoint) -> Callable[[str], str]:
+    """Return the names that artifacts of this tool have, and that transformers and vLLM know."""
+    prefix, head = (checkpoint.artifact_key(name) for name in ("model.", HEAD))
+    return lambda name: renamed(name, prefix, head.removesuffix(".weight"))
+
+
 def each_alone(linears: Sequence[str]) -> list[Stack]:
     """Every linear, an expert's too, in tensors of its own."""
     return [Stack(f"{name}.{{kind}}", (name,)) for name in linears]
@@ -105,7 +118,7 @@ class SafetensorsConversion:
     def __init__(self, checkpoint: Checkpoint, layout: TensorLayout) -> None:
         self.form, self.tolerance, self.notes = layout.form, layout.tolerance, layout.notes
         self._checkpoint, self._layout = checkpoint, layout
-        self._group_size = require_awq(checkpoint)
+        self._group_size = group_size_of(checkpoint)
         self._scale_dtype = scale_dtype(checkpoint)
         self._side_files = side_files(checkpoint.folder)
         self._parts = {part.name: part for part in source_parts(checkpoint)}
@@ -208,7 +221,7 @@ class SafetensorsConversion:
         return self._layout.key(stack.name.format(kind=kind))
 
     def _read_packed(self, source: SourcePart) -> dict[str, PackedWeight]:
-        found = read_packed_linears(self._checkpoint, source.packed, self._group_size) if source.packed else {}
+        found = self._checkpoint.read_packed(source.packed) if source.packed else {}
         return {name: one._replace(scales=one.scales.to(self._scale_dtype)) for name, one in found.items()}
 
     def _kept(self, name: str) -> Iterable[Tensor]:

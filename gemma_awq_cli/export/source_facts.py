@@ -2,21 +2,27 @@
 
 import torch
 
-from gemma_awq_cli.export.source_parts import source_parts
+from gemma_awq_cli.export.source_parts import HEAD_MODULE, source_parts
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING
 
-_SCALES = (".scales", ".weight_scale")
+
+def group_size_of(checkpoint: Checkpoint) -> int:
+    """Return the group size of a packed checkpoint."""
+    assert checkpoint.group_size is not None
+    return checkpoint.group_size
 
 
-def not_packed(checkpoint: Checkpoint) -> list[str]:
-    """Return the linears that an artifact of this tool packs and this checkpoint does not: `layers.3.mlp.up_proj`."""
-    found = []
-    for part in source_parts(checkpoint):
+def not_converted(checkpoint: Checkpoint) -> list[str]:
+    """Return `modules_to_not_convert`: the family's, and linears that artifacts pack and this checkpoint does not."""
+    parts = source_parts(checkpoint)
+    packed_head = any(HEAD_MODULE in part.packed for part in parts)
+    names = [name for name in checkpoint.family.not_converted if not (packed_head and name == HEAD_MODULE)]
+    for part in parts:
         if part.layer is not None:
-            names = (f"layers.{part.layer}.{name}" for name in checkpoint.shape.layouts[part.layer].packed())
-            found += [name for name in names if f"model.{name}" not in part.packed]
-    return found
+            others = (f"layers.{part.layer}.{name}" for name in checkpoint.shape.layouts[part.layer].packed())
+            names += [name for name in others if f"model.{name}" not in part.packed]
+    return names
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:
@@ -29,5 +35,7 @@ def stored_dtype(checkpoint: Checkpoint) -> str:
 
 def scale_dtype(checkpoint: Checkpoint) -> torch.dtype:
     """Return the dtype that holds all scales exactly: float16 if they are stored as such, else float32."""
-    stored = (info.dtype for name, info in checkpoint.tensors.items() if name.endswith(_SCALES))
-    return torch.float16 if all(dtype == torch.float16 for dtype in stored) else torch.float32
+    found = checkpoint.packed_linears
+    names = () if found is None else (name for name in found.expected if "scale" in name.rpartition(".")[2])
+    same = all(checkpoint.tensors[name].dtype == torch.float16 for name in names)
+    return torch.float16 if same else torch.float32

@@ -27,7 +27,6 @@ from gemma_awq_cli.export.compressed_tensors_format import ignored
 from gemma_awq_cli.export.exporting import run_export
 from gemma_awq_cli.export.request import ExportRequest
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from tests.conftest import FAMILIES as KINDS
@@ -77,7 +76,7 @@ def weights_of(artifact: Path) -> dict[str, Tensor]:
     found = {}
     for index, layout in enumerate(checkpoint.shape.layouts):
         named = {f"model.layers.{index}.{name}": linear for name, linear in layout.packed().items()}
-        packed = read_packed_linears(checkpoint, named, 32)
+        packed = checkpoint.read_packed(named)
         found |= {name: dequantize(*unpack_weight(one)) for name, one in packed.items()}
     return found
 

@@ -5,8 +5,8 @@ from typing import Any
 
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
-from gemma_awq_cli.models.checkpoints.quantization_config import SECTION
 from gemma_awq_cli.models.checkpoints.tying import with_tie
+from gemma_awq_cli.models.packed_formats.choosing import SECTION
 
 BITS = 4
 
