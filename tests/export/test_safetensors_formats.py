@@ -23,7 +23,7 @@ from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.export import safetensors_conversion
-from gemma_awq_cli.export.compressed_tensors_format import ignored
+from gemma_awq_cli.export.compressed_tensors_format import ignored, quantization_section
 from gemma_awq_cli.export.exporting import run_export
 from gemma_awq_cli.export.request import ExportRequest
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -31,10 +31,12 @@ from gemma_awq_cli.models.checkpoints.writing import TensorWriter
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from tests.conftest import FAMILIES as KINDS
 from tests.models.gemma.test_not_converted import MODELS, quantized_names, tiny_model
+from tests.models.packed_formats import foreign
 from tests.rounded import make_rounded
 from tests.tiny import edit_weights, make_checkpoint, original_model
 
 IDS = torch.cat([torch.tensor([2]), torch.randint(6, 250, (39,), generator=torch.Generator().manual_seed(0))])[None]
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}
 NOT_IN_MLX = ("vaultgemma", "gemma3n_text")
 IN_MLX = [kind for kind in KINDS if kind not in NOT_IN_MLX]
 
@@ -297,6 +299,88 @@ def logits_of_twin(source: Path, artifact: Path, dtype: torch.dtype, tokens: Ten
         tensor.data = tensor.data.to(dtype).float()
     with torch.no_grad():
         return model(tokens).logits
+
+
+@pytest.mark.parametrize(
+    ("pack", "section"),
+    [
+        pytest.param(foreign.gptq(1), GPTQ, id="gptq"),
+        pytest.param(foreign.compressed_tensors(False), quantization_section(32, ["lm_head"]), id="compressed-tensors"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("form", ["awq", "compressed-tensors", "mlx"])
+def test_what_others_quantized(
+    form: str,
+    pack: foreign.Packer,
+    section: dict[str, Any],
+    rounded: Callable[[str], Path],
+    exports: Callable[..., tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+) -> None:
+    """The same tensors as from our own artifact; scales that are stored in bfloat16 come as float32."""
+    source = foreign.rewrite(rounded("gemma4_text"), tmp_path / "source", pack, section)
+    run_export(ExportRequest(str(source), form, tmp_path / "export"))
+    own = load_file(exports("gemma4_text", form)[0] / "model.safetensors")
+    theirs = load_file(tmp_path / "export" / "model.safetensors")
+    assert own.keys() == theirs.keys()
+    for name, tensor in own.items():
+        assert theirs[name].dtype in (tensor.dtype, torch.float32)
+        same = tensor if tensor.dtype == theirs[name].dtype else tensor.float()
+        assert torch.equal(theirs[name].reshape(-1).view(torch.uint8), same.reshape(-1).view(torch.uint8)), name
+
+
+@pytest.mark.parametrize("form", ["awq", "compressed-tensors", "mlx", "bf16"])
+def test_linears_in_16_bits_and_a_packed_head(form: str, rounded: Callable[[str], Path], tmp_path: Path) -> None:
+    gptq = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "lm_head": True}
+    kept = "layers.1.mlp.down_proj"
+    source = foreign.rewrite(
+        rounded("gemma3_text"), tmp_path / "source", foreign.gptq(1), gptq, lambda name: kept in name
+    )
+    draw = torch.Generator().manual_seed(2)
+    q, zero = torch.randint(0, 16, (264, 64), generator=draw), torch.randint(0, 16, (264, 2), generator=draw)
+    scale = torch.full((264, 2), 0.01, dtype=torch.float16)
+    head = {f"lm_head{kind}": tensor.contiguous() for kind, tensor in foreign.gptq(1)(q, zero, scale).items()}
+    edit_weights(source, lambda tensors: tensors.update(head))
+    config = {**json.loads((source / "config.json").read_text(encoding="utf-8")), "tie_word_embeddings": False}
+    (source / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    folder = tmp_path / "export"
+    run_export(ExportRequest(str(source), form, folder))
+    stored = load_file(folder / "model.safetensors")
+    assert stored[f"model.{kept}.weight"].dtype == (torch.bfloat16 if form == "bf16" else torch.float32)
+    exact = (q.float() - zero.repeat_interleave(32, 1)) * scale.float().repeat_interleave(32, 1)
+    if form == "bf16":
+        assert torch.equal(stored["lm_head.weight"], exact.to(torch.bfloat16))
+        return
+    ends = {"awq": "qweight", "compressed-tensors": "weight_packed", "mlx": "biases"}
+    assert f"lm_head.{ends[form]}" in stored
+    section = json.loads((folder / "config.json").read_text(encoding="utf-8"))["quantization_config"]
+    if form == "awq":
+        assert section["modules_to_not_convert"] == [kept]
+    if form == "compressed-tensors":
+        assert section["ignore"] == ["re:.*layers[.]1[.]mlp[.]down_proj$"]
+    if form != "mlx":  # the reader of this tool as the judge
+        again = Checkpoint(folder)
+        assert torch.equal(again.read(["lm_head.weight"])["lm_head.weight"], exact)
+        assert "mlp.down_proj" not in again.packed(1)
+
+
+def test_scales_that_float16_does_not_hold(rounded: Callable[[str], Path], tmp_path: Path) -> None:
+    section = quantization_section(32, ["lm_head"])
+    pack = foreign.compressed_tensors(False, torch.float32)
+    source = foreign.rewrite(rounded("gemma"), tmp_path / "source", pack, section)
+
+    def odd(tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            if name.endswith("weight_scale"):
+                tensor.mul_(1 + 2**-20)
+
+    edit_weights(source, odd)
+    with pytest.raises(GemmaAwqError, match="no exact value in float16"):
+        run_export(ExportRequest(str(source), "awq", tmp_path / "awq"))
+    assert not (tmp_path / "awq").exists()
+    run_export(ExportRequest(str(source), "compressed-tensors", tmp_path / "export"))
+    before, after = load_file(source / "model.safetensors"), load_file(tmp_path / "export" / "model.safetensors")
+    assert all(torch.equal(before[name], after[name]) for name in after)
 
 
 def test_an_interrupted_export_continues_to_the_same_bytes(
