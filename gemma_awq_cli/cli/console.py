@@ -105,6 +105,21 @@ class Output:
         _print_table(_console(sys.stdout), title, rows, header)
         sys.stdout.flush()
 
+    def result_facts(self, sections: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> None:
+        """Write sections of labels and values that are the result to stdout: wrapped for a terminal, else on one line.
+
+        A value is as long as a message may be, whatever it quotes.
+        """
+        console = _console(sys.stdout)
+        seen = sys.stdout.isatty()
+        for index, (title, rows) in enumerate(sections):
+            if index:
+                console.print()
+            if title:
+                console.print(_text(title, "bold"), soft_wrap=True)
+            _print_facts(console, rows, wrap=seen)
+        sys.stdout.flush()
+
     def violation(self, text: str) -> None:
         """Write a line about a limit that was not met to stderr."""
         self._say(f"not met: {_quoted(text)}", "bold red")
@@ -160,6 +175,29 @@ def _console(stream: Any) -> Any:
 def _quoted(text: str) -> str:
     """Return text to follow a label: of bounded length, with further lines indented so that none looks like a label."""
     return terminal.shortened(terminal.message(text)).rstrip("\n").replace("\n", "\n  ")
+
+
+def _text(text: str, style: str = "") -> Any:
+    from rich.text import Text
+
+    return Text(terminal.shortened(terminal.line(text)), style)
+
+
+def _print_facts(console: Any, rows: Sequence[tuple[str, str]], wrap: bool) -> None:
+    """Print labels and values in two columns; further lines of a value begin below it."""
+    from rich.table import Table
+
+    width = max(len(label) for label, _ in rows)
+    if not wrap:
+        for label, value in rows:
+            console.print(_text(f"{label:<{width}}  {value}"), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, min_width=min(width, console.width // 2), style="cyan")
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(_text(label), _text(value))
+    console.print(table)
 
 
 def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:

@@ -14,9 +14,7 @@ class Terms:
     title: str
     subject: str  # what Google calls the models that are under it
     url: str
-    text: (
-        str | None
-    )  # the file in publish/licences with its full text; None: whoever publishes gives it
+    text: str | None  # the file in publish/licences with its full text; None: whoever publishes gives it
     copy_name: str  # name of that file in a repository
     known_as: tuple[str, ...]  # glob patterns of files that may already be a copy of it
     opening: str  # words that identify its text
