@@ -247,6 +247,11 @@ class Progress:
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
 
+    def set(self, done: int, total: int) -> None:
+        """Set both the number of steps that are done and how many there are."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
+
     def begin_at(self, done: int, total: int) -> None:
         """Start at `done` of `total` steps. Steps done before do not count in the estimate of the time that is left."""
         if self._bar is not None:

@@ -1,12 +1,19 @@
 """`gemma-awq inspect`: say what a model is, from the headers of its files."""
 
-from typing import Annotated
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
 from gemma_awq_cli.cli.options import JsonOption, QuietOption, RevisionOption
+from gemma_awq_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.inspection.compare import Comparison
+    from gemma_awq_cli.inspection.contents import Contents
+    from gemma_awq_cli.inspection.facts import ModelFacts
 
 EXAMPLES = """
 gemma-awq inspect ./my-awq
@@ -37,15 +44,42 @@ def command(
     formats: problems are listed with a hint, and the exit code is 0 unless nothing can be read.
     """
     out = Output(quiet)
+    if qat_grid and compare is not None:
+        raise UsageError("--qat-grid and --compare cannot be combined.", "Leave out one of them.")
     asked = model or default_model(out)
-    from gemma_awq_cli.inspection.model import find_contents, inspect_contents
-    from gemma_awq_cli.inspection.table import sections
+    from gemma_awq_cli.inspection.model import find_contents, inspect_contents, with_qat_grid
+    from gemma_awq_cli.inspection.table import comparison_sections, sections
 
     contents = find_contents(asked, revision, out.note)
-    if compare is not None:
-        return
+    for note in contents.notes:
+        out.note(note)
     facts = inspect_contents(contents)
+    if compare is not None:
+        other = find_contents(compare, None, out.note)
+        found = _compared(out, (contents, other), (facts, inspect_contents(other)))
+        _show(out, as_json, found.document, lambda: comparison_sections(found))
+        return
+    if qat_grid:
+        facts = with_qat_grid(facts, contents)
+    _show(out, as_json, facts.document, lambda: sections(facts))
+
+
+def _compared(
+    out: Output, contents: "tuple[Contents, Contents]", facts: "tuple[ModelFacts, ModelFacts]"
+) -> "Comparison":
+    from gemma_awq_cli.inspection.compare import compare
+    from gemma_awq_cli.inspection.table import comparable
+
+    with out.progress("MB compared", 1) as bar:
+
+        def advance(done: int, total: int) -> None:
+            bar.set(done // 10**6, max(1, total // 10**6))
+
+        return compare(*contents, facts, comparable, advance)
+
+
+def _show(out: Output, as_json: bool, document: Callable[[], dict[str, Any]], rows: Callable[[], Any]) -> None:
     if as_json:
-        out.document(facts.document())
+        out.document(document())
     else:
-        out.result_facts(sections(facts))
+        out.result_facts(rows())

@@ -36,7 +36,8 @@ class Contents:
 
     asked: the user's name for it; where: its folder, or the hub id; folder: where its small files can be read; sizes:
     every file by its name; read: (name, first byte, count) -> at most that many bytes; hashes: names and hashes of
-    contents, as far as they are known without reading; local: the folder itself holds the weights.
+    contents, as far as they are known without reading; local: the folder itself holds the weights; notes: lines on how it
+    was found that the user should see.
     """
 
     asked: str
@@ -47,12 +48,13 @@ class Contents:
     hashes: Mapping[str, str]
     local: bool
     revision: str | None = None
+    notes: tuple[str, ...] = ()
 
     def has(self, name: str) -> bool:
         return name in self.sizes
 
 
-def local_contents(folder: Path, asked: str, revision: str | None = None) -> Contents:
+def local_contents(folder: Path, asked: str, revision: str | None = None, notes: tuple[str, ...] = ()) -> Contents:
     """Return the contents of a local folder."""
     sizes = {}
     with system_errors(folder, "Check its permissions."):
@@ -71,17 +73,38 @@ def local_contents(folder: Path, asked: str, revision: str | None = None) -> Con
             file.seek(start)
             return file.read(count)
 
-    return Contents(asked, str(folder), folder, sizes, read, {}, local=True, revision=revision)
+    return Contents(asked, str(folder), folder, sizes, read, {}, local=True, revision=revision, notes=notes)
 
 
 def hub_contents(repo: str, revision: str | None) -> Contents:
-    """Return the contents of a hub repository, with its small files fetched into the hub's cache."""
-    from huggingface_hub import HfApi, constants, snapshot_download
+    """Return the contents of a hub repository, or of its copy in the hub's cache if the hub does not answer."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return _cached(repo, revision)
+    try:
+        return _remote(repo, revision)
+    except GemmaAwqError as error:
+        try:
+            found = _cached(repo, revision, (f"{error.message} Its copy in the local cache is shown.",))
+        except GemmaAwqError:
+            raise error from None
+        return found
+
+
+def _cached(repo: str, revision: str | None, notes: tuple[str, ...] = ()) -> Contents:
+    from huggingface_hub import snapshot_download
 
     with fetch_errors(repo, revision):
-        if constants.HF_HUB_OFFLINE:
-            folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
-            return local_contents(folder, repo, folder.name)
+        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    return local_contents(folder, repo, folder.name, notes)
+
+
+def _remote(repo: str, revision: str | None) -> Contents:
+    """The contents of a repository on the hub, with its small files fetched into the cache."""
+    from huggingface_hub import HfApi, snapshot_download
+
+    with fetch_errors(repo, revision):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
         commit = info.sha or revision or "main"
         sizes, hashes = {}, {}

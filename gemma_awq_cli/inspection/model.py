@@ -3,9 +3,10 @@
 import re
 import stat
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.inspection.contents import Contents, hub_contents, local_contents
 from gemma_awq_cli.inspection.facts import (
     FamilyFacts,
@@ -14,6 +15,7 @@ from gemma_awq_cli.inspection.facts import (
     ModelFacts,
     Names,
     Problem,
+    QatGrid,
     ReaderVerdict,
     Storage,
     Text,
@@ -94,6 +96,26 @@ def inspect_contents(contents: Contents) -> ModelFacts:
     raise GemmaAwqError(f"{contents.where} holds no model: no {CONFIG}, and no weights.", A_CHECKPOINT)
 
 
+def with_qat_grid(facts: ModelFacts, contents: Contents) -> ModelFacts:
+    """Return the facts with the share of weights that lie on a 4-bit grid. Reads weights and imports torch."""
+    if facts.kind != "checkpoint" or facts.identity is None or facts.identity.quantized:
+        raise UsageError("--qat-grid needs a 16-bit checkpoint.", "Leave out --qat-grid.")
+    if not contents.local:
+        raise UsageError(
+            "--qat-grid reads weights, which are not fetched from the hub.",
+            f"Download them (`hf download {contents.where}`), and give the folder.",
+        )
+    import torch
+
+    from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+    from gemma_awq_cli.models.checkpoints.qat_grid import sample_grids
+
+    problems = Problems()
+    sample = problems.attempt(lambda: sample_grids(Checkpoint(contents.folder), torch.bfloat16))
+    grid = None if sample is None else QatGrid(sample.groups, sample.on_grid)
+    return replace(facts, qat_grid=grid, problems=tuple(dict.fromkeys((*facts.problems, *problems.found))))
+
+
 def _inspect_checkpoint(contents: Contents, pickled: list[str]) -> ModelFacts:
     problems = Problems()
     config = problems.attempt(lambda: _config(contents), {})
@@ -136,6 +158,7 @@ def _inspect_checkpoint(contents: Contents, pickled: list[str]) -> ModelFacts:
         licence=_licence(contents, family, report, problems),
         fidelity=_fidelity(report),
         readers=readers,
+        notes=contents.notes,
         problems=tuple(dict.fromkeys(problems.found)),
     )
 

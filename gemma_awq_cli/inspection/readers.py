@@ -138,6 +138,7 @@ RULES = (
         (VLLM, SGLANG), lambda m: m.overflows and m.declared == "float16", "with limits",
         f"Give it --dtype bfloat16: config.json declares float16, and {FLOAT16_REASON}.",
     ),
+    Rule((SGLANG, MLX_LM), lambda m: True, "yes", "By its source; not run here."),
     Rule((SGLANG,), lambda m: m.text_type == "vaultgemma", "unknown", "It has no class of its own for VaultGemma."),
     # mlx-lm
     Rule((MLX_LM,), lambda m: m.packed_experts, "no", "It has no names for single experts."),

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterable
 
-from gemma_awq_cli.inspection.facts import GgufFile, Identity, ModelFacts, Names, Part, Sizes
+from gemma_awq_cli.inspection.compare import Comparison, Difference
+from gemma_awq_cli.inspection.facts import LISTED, GgufFile, Identity, ModelFacts, Names, Part, Sizes
 from gemma_awq_cli.system.sizes import format_bytes
 
 Row = tuple[str, str]
@@ -151,6 +152,12 @@ def _names(names: Names, shown: int = 4) -> str:
     return ", ".join(names.first[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
+def _groups(names: Names) -> str:
+    """Tensors of all layers as one name each, and how many tensors these are."""
+    plural = "s" if names.count > 1 else ""
+    return f"{names.count} tensor{plural}: {', '.join(names.first)}" + (", ..." if len(names.first) == LISTED else "")
+
+
 def _head(facts: ModelFacts) -> str:
     head = facts.head
     assert head is not None
@@ -199,3 +206,45 @@ def _problems(facts: ModelFacts) -> list[Row]:
         if problem.hint:
             rows.append(("", f"hint: {problem.hint}"))
     return rows
+
+
+def comparable(facts: ModelFacts) -> list[Row]:
+    """Return the rows whose difference between two models means something, beside config and tensors."""
+    wanted = ("family", "sizes", "format", "made by", "size", "head", "chat template", "licence", "adapter", "rank")
+    rows = [*_model(facts), *_weights(facts)]
+    return [(label, text) for label, text in rows if label in wanted]
+
+
+def comparison_sections(found: Comparison) -> list[Section]:
+    """Return what differs between two models, section by section; a single line if nothing does."""
+    tensors = found.tensors
+    counts = [
+        (label, _groups(names))
+        for label, names in (
+            ("only in the first", tensors.only_one),
+            ("only in the second", tensors.only_other),
+            ("other contents", tensors.other_bytes),
+        )
+        if names.count
+    ]
+    if tensors.equal:
+        counts.append(("equal", f"{tensors.equal} tensors, bit for bit"))
+    if tensors.not_compared:
+        counts.append(("not compared", f"the contents of {tensors.not_compared} tensors, which are on the hub"))
+    found_sections = [
+        ("", [("first", found.models[0]), ("second", found.models[1])]),
+        ("Facts", _pairs(found.facts)),
+        ("config.json", _pairs(found.config)),
+        ("Tensors", [*_pairs(tensors.different), *counts]),
+        ("Files", _pairs(found.files)),
+        ("", [("", "No difference was found.")] if found.alike else []),
+    ]
+    return [(title, rows) for title, rows in found_sections if rows]
+
+
+def _pairs(differences: Iterable[Difference]) -> list[Row]:
+    return [(one.name, f"{_or_absent(one.one)} -> {_or_absent(one.other)}") for one in differences]
+
+
+def _or_absent(text: str | None) -> str:
+    return "(absent)" if text is None else text

@@ -12,7 +12,7 @@ PACKAGE = Path(gemma_awq_cli.__file__).parent
 WITH_TORCH = {
     "models.gemma": {"rotary"},
     "models.checkpoints": {
-        "checkpoint", "companions", "demo", "expected_tensors", "packed_linears", "weight_files", "writing",
+        "checkpoint", "companions", "demo", "expected_tensors", "packed_linears", "qat_grid", "weight_files", "writing",
     },
     "models.text": set(),
     "models.forward": {
