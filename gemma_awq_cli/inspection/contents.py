@@ -36,8 +36,8 @@ class Contents:
 
     asked: the user's name for it; where: its folder, or the hub id; folder: where its small files can be read; sizes:
     every file by its name; read: (name, first byte, count) -> at most that many bytes; hashes: names and hashes of
-    contents, as far as they are known without reading; local: the folder itself holds the weights; notes: lines on how it
-    was found that the user should see.
+    contents, as far as they are known without reading; local: the folder itself holds the weights; notes: lines on how
+    it was found that the user should see.
     """
 
     asked: str
@@ -106,7 +106,6 @@ def _remote(repo: str, revision: str | None) -> Contents:
 
     with fetch_errors(repo, revision):
         info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        commit = info.sha or revision or "main"
         sizes, hashes = {}, {}
         for sibling in info.siblings or []:
             name, size, blob = sibling.rfilename, sibling.size, sibling.blob_id
@@ -116,7 +115,8 @@ def _remote(repo: str, revision: str | None) -> Contents:
                 hashes[name] = f"sha256:{lfs}" if lfs else f"git:{blob}"
         wanted = [name for name in SMALL_FILES if name in sizes and sizes[name] <= SMALL_BYTES]
         # without names to fetch it would take everything
-        folder = Path(snapshot_download(repo, revision=commit, allow_patterns=wanted or [CONFIG]))
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=wanted or [CONFIG]))
+        commit = folder.name
 
     def read(name: str, start: int, count: int) -> bytes:
         with fetch_errors(repo, revision):

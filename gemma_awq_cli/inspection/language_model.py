@@ -24,6 +24,7 @@ from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout
 
 TABLE = "per-layer table"
 TIE = "tie_word_embeddings"
+WORD = 8  # 4-bit integers in an int32
 MOST_LINEARS = 200_000  # that a config may ask for before its tensors are listed one by one
 
 
@@ -45,15 +46,23 @@ class LanguageModel:
     others: dict[str, bool] = field(default_factory=dict)
     head: Head | None = None
     missing: list[str] = field(default_factory=list)
+    misshapen: list[str] = field(default_factory=list)
     unread: list[str] = field(default_factory=list)
     parts: tuple[Part, ...] = ()
     problems: list[Problem] = field(default_factory=list)
 
 
 def look_at_language_model(
-    family: Family, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor], folder: Path
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, StoredTensor],
+    folder: Path,
+    gemm_group: int | None = None,
 ) -> LanguageModel:
-    """Compare tensors and config. folder: where config.json is, for messages."""
+    """Compare tensors and config.
+
+    folder: where config.json is, for messages; gemm_group: the group size of weights in AutoAWQ's layout, else None.
+    """
     found = LanguageModel(family)
     try:
         found.layout = find_key_layout(family, tensors, folder)
@@ -68,7 +77,7 @@ def look_at_language_model(
     if found.layout is not None:
         found.head = _head(found, config, tensors)
     if found.layout is not None and found.shape is not None:
-        _Comparison(found, found.layout, found.shape, tensors).run()
+        _Comparison(found, found.layout, found.shape, tensors, gemm_group).run()
     return found
 
 
@@ -149,9 +158,15 @@ class _Comparison:
     """The tensors of the language model, one by one."""
 
     def __init__(
-        self, found: LanguageModel, layout: KeyLayout, shape: TextShape, tensors: Mapping[str, StoredTensor]
+        self,
+        found: LanguageModel,
+        layout: KeyLayout,
+        shape: TextShape,
+        tensors: Mapping[str, StoredTensor],
+        gemm_group: int | None,
     ) -> None:
         self.found, self.layout, self.shape, self.tensors = found, layout, shape, tensors
+        self.gemm_group = gemm_group
         self.parts: dict[str, list[str]] = {}
         self.claimed: set[str] = set()
         self.of_module: dict[str, list[str]] = {}
@@ -159,7 +174,6 @@ class _Comparison:
             if ending := _OF_LINEAR.search(name):
                 self.of_module.setdefault(name[: ending.start()], []).append(name)
         self.parameters = 0
-        self.misshapen: list[str] = []
         self.forms: dict[str, tuple[str, ...]] = {}  # of packed linears: the endings of their tensors
 
     def run(self) -> None:
@@ -179,11 +193,11 @@ class _Comparison:
         found.parts = tuple(self._part(name, names) for name, names in self.parts.items() if names)
         bits16 = [name for name, packed in found.stored_as.items() if not packed]
         found.linears = Linears(sum(found.stored_as.values()), Names.of(_grouped(bits16, self.layout)))
-        if self.misshapen:
+        if found.misshapen:
             found.problems.append(
                 Problem(
-                    f"{len(self.misshapen)} tensors have other shapes than {CONFIG} asks for: "
-                    f"{some(self.misshapen, 3)}.",
+                    f"{len(found.misshapen)} tensors do not have the shapes that {CONFIG} asks for: "
+                    f"{some(found.misshapen, 3)}.",
                     f"Take {CONFIG} and the weights from the same checkpoint.",
                 )
             )
@@ -255,9 +269,25 @@ class _Comparison:
         if packed:
             endings = sorted(name.removeprefix(base) for name in weights)
             self.forms[base] = tuple(ending for ending in endings if ending not in _OPTIONAL)
-        elif weight is not None and weight.shape != size:
-            self.misshapen.append(f"{base}.weight {list(weight.shape)}, not {list(size)}")
+            self._require_gemm(base, *size)
+        else:
+            self._require_shape(f"{base}.weight", size)
         return True
+
+    def _require_gemm(self, base: str, outputs: int, inputs: int) -> None:
+        """Note shapes of a linear in AutoAWQ's layout that do not fit its size and the group size."""
+        group = self.gemm_group
+        if group is None or f"{base}.qweight" not in self.tensors:
+            return
+        groups, words = inputs // max(1, group), outputs // WORD
+        self._require_shape(f"{base}.qweight", (inputs, words))
+        self._require_shape(f"{base}.qzeros", (groups, words))
+        self._require_shape(f"{base}.scales", (groups, outputs))
+
+    def _require_shape(self, name: str, size: tuple[int, ...]) -> None:
+        info = self.tensors.get(name)
+        if info is not None and info.shape != size:
+            self.found.misshapen.append(f"{name} {list(info.shape)}, not {list(size)}")
 
     def _kept(self, name: str, size: tuple[int, ...], part: str) -> None:
         """Claim a tensor that an artifact keeps in 16 bits, and that other programs may pack if it is a matrix."""
@@ -277,8 +307,7 @@ class _Comparison:
             return
         self.claimed.add(name)
         self.parts.setdefault(part, []).append(name)
-        if info.shape != size:
-            self.misshapen.append(f"{name} {list(info.shape)}, not {list(size)}")
+        self._require_shape(name, size)
 
     def _lacks(self, name: str) -> None:
         self.found.missing.append(name)

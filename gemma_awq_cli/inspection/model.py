@@ -20,7 +20,7 @@ from gemma_awq_cli.inspection.facts import (
     Storage,
     Text,
 )
-from gemma_awq_cli.inspection.identify import identify
+from gemma_awq_cli.inspection.identify import AWQ, GEMM, UNDECLARED, identify
 from gemma_awq_cli.inspection.language_model import LanguageModel, look_at_language_model
 from gemma_awq_cli.inspection.other_kinds import inspect_adapter, inspect_gguf, inspect_pickles
 from gemma_awq_cli.inspection.readers import Case, judge, transformers_name
@@ -28,7 +28,7 @@ from gemma_awq_cli.inspection.stored import FLOATS, Stored, read_stored
 from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT, ADAPTER_CONFIG, explain_file
 from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
-from gemma_awq_cli.models.checkpoints.quantization_config import quantization_of
+from gemma_awq_cli.models.checkpoints.quantization_config import SECTION, is_packed, names_awq, quantization_of
 from gemma_awq_cli.models.checkpoints.side_files import TOKENIZER_FILES, VOCABULARIES
 from gemma_awq_cli.models.checkpoints.source import DEMO, as_hub_id, find_source, locate
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
@@ -131,9 +131,11 @@ def _inspect_checkpoint(contents: Contents, pickled: list[str]) -> ModelFacts:
     identity = identify(section, config, stored.tensors, stored.metadata, contents.sizes, report)
     language = None
     if family is not None and stored.tensors:
-        language = look_at_language_model(family, config, stored.tensors, contents.folder)
+        gemm_group = identity.group_size if (identity.format, identity.variant) == (AWQ, GEMM) else None
+        language = look_at_language_model(family, config, stored.tensors, contents.folder, gemm_group)
         problems.found += language.problems
         _look_at_double(contents, stored, language, problems)
+    _look_at_section(section, identity, stored, problems)
     _look_at_dtypes(config, stored, identity, problems)
     readers: tuple[ReaderVerdict, ...] = ()
     if stored.tensors:
@@ -226,6 +228,20 @@ def _look_at_double(contents: Contents, stored: Stored, language: LanguageModel,
     )
 
 
+def _look_at_section(section: Mapping[str, Any] | None, identity: Identity, stored: Stored, problems: Problems) -> None:
+    """A section that says what the tensors are not, or none where they are packed."""
+    if identity.variant == UNDECLARED:
+        problems.add(
+            f"The weights are packed ({identity.format}), but {CONFIG} has no {SECTION}.",
+            f"Copy {CONFIG} from the place that the weights come from.",
+        )
+    if section is not None and names_awq(section) and stored.tensors and not any(map(is_packed, stored.tensors)):
+        problems.add(
+            f"{CONFIG} has a {SECTION}, but the weights are not packed.",
+            f"If they are the 16-bit weights, remove {SECTION} from {CONFIG}.",
+        )
+
+
 _DTYPES = {"float64": "F64", "float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
 
@@ -272,7 +288,7 @@ def _case(
             if family.companions and name.startswith(family.companion_prefixes) and _LINEAR.search(name):
                 named[name.removesuffix(".weight")] = False
         linears = {transformers_name(name, family, prefix): packed for name, packed in named.items()}
-    whole = language is not None and not language.missing and language.shape is not None
+    whole = language is not None and language.shape is not None and not (language.missing or language.misshapen)
     return Case(family, identity, section, language, linears, whole, declared)
 
 

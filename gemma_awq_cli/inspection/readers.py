@@ -13,6 +13,7 @@ from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
 from gemma_awq_cli.inspection.facts import Identity, Problem, ReaderVerdict, Reads
 from gemma_awq_cli.inspection.identify import AWQ, BITS16, BITS32, BITS64, BNB, COMPRESSED, GEMM, GPTQ, MARLIN, MLX
 from gemma_awq_cli.inspection.language_model import LanguageModel
+from gemma_awq_cli.models.checkpoints.quantization_config import ORIGINAL
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.family import Family
 
@@ -32,7 +33,7 @@ class Case:
     section: Mapping[str, Any]
     language: LanguageModel | None
     linears: Mapping[str, bool]  # every linear's name in transformers -> whether it is packed
-    whole: bool  # whether no tensor is missing
+    whole: bool  # whether every tensor is there, with its shape
     declared: str | None  # the dtype in config.json
 
     @property
@@ -96,7 +97,7 @@ _FORMATS: Mapping[str, tuple[str, ...]] = {
     LLAMA_CPP: (),
     MLX_LM: (BITS16, BITS32, AWQ, MLX),
 }
-_NO_CODE = {LLAMA_CPP: "It reads GGUF files only."}
+_NO_CODE = {LLAMA_CPP: "It reads GGUF files only.", THIS: f"It does not read this format. {ORIGINAL}"}
 
 RULES = (
     # transformers
@@ -169,7 +170,7 @@ def judge(case: Case) -> tuple[list[ReaderVerdict], list[Problem]]:
         else:
             applying = [rule for rule in RULES if reader in rule.readers and rule.applies(case)]
             if not case.whole:
-                applying.append(Rule((reader,), lambda m: True, "no", "Tensors are missing."))
+                applying.append(Rule((reader,), lambda m: True, "no", "Tensors are missing or of other shapes."))
             if reader in names:
                 applying.append(Rule((reader,), lambda m: True, "no", names[reader]))
             reads = max((rule.reads for rule in applying), key=_ORDER.index, default="yes")
