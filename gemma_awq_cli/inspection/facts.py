@@ -6,7 +6,7 @@ from typing import Any, Literal
 SCHEMA = 1
 LISTED = 20  # names of tensors in a list; the count says how many there are
 
-Kind = Literal["checkpoint", "adapter", "gguf", "pickle", "other"]
+Kind = Literal["checkpoint", "adapter", "gguf", "pickle"]
 
 
 @dataclass(frozen=True)

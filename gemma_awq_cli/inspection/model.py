@@ -68,6 +68,8 @@ def find_contents(asked: str, revision: str | None, note: Callable[[str], None])
     if asked == DEMO:
         return local_contents(find_source(asked, revision, note).folder, asked)
     path, mode = locate(asked)
+    if mode and revision:
+        raise UsageError(f"--revision only applies to a hub id; {asked} is on this machine.")
     if stat.S_ISDIR(mode):
         return local_contents(path, asked)
     if mode and path.suffix.lower() == GGUF:

@@ -108,6 +108,7 @@ def test_the_cache_serves_when_the_hub_does_not(run: Run) -> None:
     assert run("org/big").returncode == 0
     for variables in ({"HF_HUB_OFFLINE": "1"}, {"HF_ENDPOINT": "http://127.0.0.1:9"}):
         done = run("org/big", "--json", **variables)
+        assert done.returncode == 0, done.stderr
         facts = json.loads(done.stdout)
         assert facts["family"]["model_type"] == "gemma"
         assert "no weights in the local cache of the hub" in facts["problems"][0]["message"]
