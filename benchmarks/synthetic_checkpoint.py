@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from released_configs import RELEASED, first_layers
+from released_configs import RELEASED, artifact_tensors, first_layers
 from transformers import AutoTokenizer
 
 from gemma_awq_cli.models.checkpoints.demo import demo_checkpoint
-from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
 from gemma_awq_cli.models.gemma.architecture import shape_of
 from gemma_awq_cli.models.gemma.config_values import text_values
@@ -57,7 +56,7 @@ def write_tensors(folder: Path, config: dict[str, Any], group_size: int | None) 
     family = family_of(config["model_type"])
     facts = plain_text_config(text_values(config, family, folder / "config.json", config["num_hidden_layers"]))
     assert facts is not None
-    shapes = {name: one.shape for name, one in text_tensors(shape_of(facts, family), True, group_size).items()}
+    shapes = {name: one.shape for name, one in artifact_tensors(shape_of(facts, family), group_size).items()}
     dtypes = {".qweight": torch.int32, ".qzeros": torch.int32, ".scales": torch.float16}
     writer = TensorWriter(
         folder,

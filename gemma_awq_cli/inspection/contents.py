@@ -14,7 +14,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, REDOWNLOAD, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG
 from gemma_awq_cli.models.checkpoints.hub import fetch_errors
-from gemma_awq_cli.models.checkpoints.quantization_config import QUANT_CONFIG
+from gemma_awq_cli.models.checkpoints.quantization_config import BESIDE
 from gemma_awq_cli.models.checkpoints.source_metadata import README
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.text.template_files import JINJA, PROCESSOR_FILES
@@ -24,7 +24,7 @@ from gemma_awq_cli.system.reading import open_regular
 SMALL_BYTES = 32 * 1024 * 1024  # of a file that is fetched from the hub; the index of the largest Gemma has 3 MB
 # Beside the weights, what is looked into. Whether others are there, the listing says.
 SMALL_FILES = (
-    CONFIG, INDEX, QUANT_CONFIG, REPORT, README, ADAPTER_CONFIG, "quantize_config.json", "hf_quant_config.json",
+    CONFIG, INDEX, *BESIDE, REPORT, README, ADAPTER_CONFIG, "hf_quant_config.json",
     "recipe.yaml", "generation_config.json", "tokenizer_config.json", "special_tokens_map.json", JINJA,
     *PROCESSOR_FILES,
 )  # fmt: skip
@@ -96,7 +96,9 @@ def _cached(repo: str, revision: str | None, notes: tuple[str, ...] = ()) -> Con
     from huggingface_hub import snapshot_download
 
     with fetch_errors(repo, revision):
-        folder = Path(snapshot_download(repo, revision=revision, local_files_only=True))
+        # what is asked for has to be there: the weights need not
+        asked = [CONFIG, ADAPTER_CONFIG]
+        folder = Path(snapshot_download(repo, revision=revision, allow_patterns=asked, local_files_only=True))
     return local_contents(folder, repo, folder.name, notes)
 
 

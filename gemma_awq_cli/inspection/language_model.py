@@ -20,11 +20,11 @@ from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE, TextShape, 
 from gemma_awq_cli.models.gemma.config_defaults import with_defaults
 from gemma_awq_cli.models.gemma.config_values import HINT, MAX_LAYERS, require_sound, text_values
 from gemma_awq_cli.models.gemma.family import Family, KeyLayout
-from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout
+from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout, Linear
+from gemma_awq_cli.models.packed_formats.packed_format import PackedFormat
 
 TABLE = "per-layer table"
 TIE = "tie_word_embeddings"
-WORD = 8  # 4-bit integers in an int32
 MOST_LINEARS = 200_000  # that a config may ask for before its tensors are listed one by one
 
 
@@ -57,11 +57,11 @@ def look_at_language_model(
     config: Mapping[str, Any],
     tensors: Mapping[str, StoredTensor],
     folder: Path,
-    gemm_group: int | None = None,
+    packed_as: PackedFormat | None = None,
 ) -> LanguageModel:
     """Compare tensors and config.
 
-    folder: where config.json is, for messages; gemm_group: the group size of weights in AutoAWQ's layout, else None.
+    folder: where config.json is, for messages; packed_as: the layout of packed linears, None if it is not known.
     """
     found = LanguageModel(family)
     try:
@@ -77,7 +77,7 @@ def look_at_language_model(
     if found.layout is not None:
         found.head = _head(found, config, tensors)
     if found.layout is not None and found.shape is not None:
-        _Comparison(found, found.layout, found.shape, tensors, gemm_group).run()
+        _Comparison(found, found.layout, found.shape, tensors, packed_as).run()
     return found
 
 
@@ -163,10 +163,10 @@ class _Comparison:
         layout: KeyLayout,
         shape: TextShape,
         tensors: Mapping[str, StoredTensor],
-        gemm_group: int | None,
+        packed_as: PackedFormat | None,
     ) -> None:
         self.found, self.layout, self.shape, self.tensors = found, layout, shape, tensors
-        self.gemm_group = gemm_group
+        self.packed_as = packed_as
         self.parts: dict[str, list[str]] = {}
         self.claimed: set[str] = set()
         self.of_module: dict[str, list[str]] = {}
@@ -269,20 +269,25 @@ class _Comparison:
         if packed:
             endings = sorted(name.removeprefix(base) for name in weights)
             self.forms[base] = tuple(ending for ending in endings if ending not in _OPTIONAL)
-            self._require_gemm(base, *size)
+            if self.packed_as is not None and f"{base}{self.packed_as.marker}" in self.tensors:
+                self._require_layout(self.packed_as, base, Linear(size[0], size[1]))
         else:
             self._require_shape(f"{base}.weight", size)
         return True
 
-    def _require_gemm(self, base: str, outputs: int, inputs: int) -> None:
-        """Note shapes of a linear in AutoAWQ's layout that do not fit its size and the group size."""
-        group = self.gemm_group
-        if group is None or f"{base}.qweight" not in self.tensors:
+    def _require_layout(self, layout: PackedFormat, base: str, linear: Linear) -> None:
+        """Note what a packed linear lacks, and shapes that do not fit its size and the group size."""
+        names = {kind: f"{base}{kind}" for kind in layout.kinds}
+        there = {kind: self.tensors[name].shape for kind, name in names.items() if name in self.tensors}
+        group_size = layout.groups(linear, there)
+        if group_size <= 0 or linear.inputs % group_size:
+            self.found.misshapen.append(f"{base}, whose {linear.inputs} inputs are no groups of {group_size}")
             return
-        groups, words = inputs // max(1, group), outputs // WORD
-        self._require_shape(f"{base}.qweight", (inputs, words))
-        self._require_shape(f"{base}.qzeros", (groups, words))
-        self._require_shape(f"{base}.scales", (groups, outputs))
+        for kind, one in layout.expected(linear, group_size, there).items():
+            if kind in there:
+                self._require_shape(names[kind], one.shape)
+            else:
+                self._lacks(names[kind])
 
     def _require_shape(self, name: str, size: tuple[int, ...]) -> None:
         info = self.tensors.get(name)
@@ -313,8 +318,8 @@ class _Comparison:
         self.found.missing.append(name)
 
     def _packed_alike(self) -> None:
-        """List what a packed linear lacks that most of the others have."""
-        if not self.forms:
+        """List what a packed linear lacks that most of the others have, in a layout that is not known."""
+        if not self.forms or self.packed_as is not None:
             return
         usual = Counter(self.forms.values()).most_common(1)[0][0]
         for base, endings in self.forms.items():

@@ -20,7 +20,7 @@ from gemma_awq_cli.inspection.facts import (
     Storage,
     Text,
 )
-from gemma_awq_cli.inspection.identify import AWQ, GEMM, UNDECLARED, identify
+from gemma_awq_cli.inspection.identify import UNDECLARED, identify
 from gemma_awq_cli.inspection.language_model import LanguageModel, look_at_language_model
 from gemma_awq_cli.inspection.other_kinds import inspect_adapter, inspect_gguf, inspect_pickles
 from gemma_awq_cli.inspection.readers import Case, judge, transformers_name
@@ -28,7 +28,7 @@ from gemma_awq_cli.inspection.stored import FLOATS, Stored, read_stored
 from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT, ADAPTER_CONFIG, explain_file
 from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
-from gemma_awq_cli.models.checkpoints.quantization_config import SECTION, is_packed, names_awq, quantization_of
+from gemma_awq_cli.models.checkpoints.quantization_config import is_packed, names_no_method, quantization_of
 from gemma_awq_cli.models.checkpoints.side_files import TOKENIZER_FILES, VOCABULARIES
 from gemma_awq_cli.models.checkpoints.source import DEMO, as_hub_id, find_source, locate
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
@@ -36,6 +36,8 @@ from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.gemma.families import family_of
 from gemma_awq_cli.models.gemma.family import Family
 from gemma_awq_cli.models.gemma.terms import LICENCES
+from gemma_awq_cli.models.packed_formats.choosing import SECTION, choose_format
+from gemma_awq_cli.models.packed_formats.packed_format import PackedFormat
 from gemma_awq_cli.models.text.template_files import find_template
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
@@ -131,17 +133,17 @@ def _inspect_checkpoint(contents: Contents, pickled: list[str]) -> ModelFacts:
         report = problems.attempt(lambda: read_quantization_report(contents.folder))
     section = problems.attempt(lambda: quantization_of(contents.folder, config))
     identity = identify(section, config, stored.tensors, stored.metadata, contents.sizes, report)
+    layout, unread = _layout(section)
     language = None
     if family is not None and stored.tensors:
-        gemm_group = identity.group_size if (identity.format, identity.variant) == (AWQ, GEMM) else None
-        language = look_at_language_model(family, config, stored.tensors, contents.folder, gemm_group)
+        language = look_at_language_model(family, config, stored.tensors, contents.folder, layout)
         problems.found += language.problems
         _look_at_double(contents, stored, language, problems)
-    _look_at_section(section, identity, stored, problems)
+    _look_at_section(layout, identity, stored, problems)
     _look_at_dtypes(config, stored, identity, problems)
     readers: tuple[ReaderVerdict, ...] = ()
     if stored.tensors:
-        case = _case(family, identity, section or {}, language, stored, _declared_dtype(config))
+        case = _case(family, identity, section or {}, language, stored, _declared_dtype(config), unread)
         verdicts, wrong = judge(case)
         problems.found += wrong
         readers = tuple(verdicts)
@@ -230,14 +232,24 @@ def _look_at_double(contents: Contents, stored: Stored, language: LanguageModel,
     )
 
 
-def _look_at_section(section: Mapping[str, Any] | None, identity: Identity, stored: Stored, problems: Problems) -> None:
+def _layout(section: Mapping[str, Any] | None) -> tuple[PackedFormat | None, str]:
+    """The layout of packed linears that a section names, or why this tool does not read it."""
+    if section is None or names_no_method(section):
+        return None, ""
+    try:
+        return choose_format(section, "It"), ""
+    except GemmaAwqError as error:
+        return None, f"{error.message} {error.hint}"
+
+
+def _look_at_section(layout: PackedFormat | None, identity: Identity, stored: Stored, problems: Problems) -> None:
     """A section that says what the tensors are not, or none where they are packed."""
     if identity.variant == UNDECLARED:
         problems.add(
             f"The weights are packed ({identity.format}), but {CONFIG} has no {SECTION}.",
             f"Copy {CONFIG} from the place that the weights come from.",
         )
-    if section is not None and names_awq(section) and stored.tensors and not any(map(is_packed, stored.tensors)):
+    if layout is not None and stored.tensors and not any(map(is_packed, stored.tensors)):
         problems.add(
             f"{CONFIG} has a {SECTION}, but the weights are not packed.",
             f"If they are the 16-bit weights, remove {SECTION} from {CONFIG}.",
@@ -281,6 +293,7 @@ def _case(
     language: LanguageModel | None,
     stored: Stored,
     declared: str | None,
+    unread: str,
 ) -> Case:
     linears: dict[str, bool] = {}
     if family is not None and language is not None and language.layout is not None:
@@ -291,7 +304,7 @@ def _case(
                 named[name.removesuffix(".weight")] = False
         linears = {transformers_name(name, family, prefix): packed for name, packed in named.items()}
     whole = language is not None and language.shape is not None and not (language.missing or language.misshapen)
-    return Case(family, identity, section, language, linears, whole, declared)
+    return Case(family, identity, section, language, linears, whole, declared, unread)
 
 
 def _storage(config: Mapping[str, Any], stored: Stored, language: LanguageModel | None) -> Storage:

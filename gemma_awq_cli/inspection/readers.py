@@ -13,9 +13,9 @@ from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
 from gemma_awq_cli.inspection.facts import Identity, Problem, ReaderVerdict, Reads
 from gemma_awq_cli.inspection.identify import AWQ, BITS16, BITS32, BITS64, BNB, COMPRESSED, GEMM, GPTQ, MARLIN, MLX
 from gemma_awq_cli.inspection.language_model import LanguageModel
-from gemma_awq_cli.models.checkpoints.quantization_config import ORIGINAL
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.family import Family
+from gemma_awq_cli.models.packed_formats.choosing import ORIGINAL
 
 THIS, TRANSFORMERS, VLLM, SGLANG, LLAMA_CPP, MLX_LM = (
     "gemma-awq", "transformers", "vLLM", "SGLang", "llama.cpp", "mlx-lm"
@@ -35,6 +35,7 @@ class Case:
     linears: Mapping[str, bool]  # every linear's name in transformers -> whether it is packed
     whole: bool  # whether every tensor is there, with its shape
     declared: str | None  # the dtype in config.json
+    unread: str  # why this tool does not read the format; empty: it does, or there is none
 
     @property
     def format(self) -> str:
@@ -90,7 +91,7 @@ class Rule:
 
 # The formats that a reader has code for.
 _FORMATS: Mapping[str, tuple[str, ...]] = {
-    THIS: (BITS16, BITS32, AWQ),
+    THIS: (BITS16, BITS32, BITS64, AWQ, GPTQ, COMPRESSED),
     TRANSFORMERS: (BITS16, BITS32, BITS64, AWQ, GPTQ, COMPRESSED, BNB),
     VLLM: (BITS16, BITS32, AWQ, GPTQ, COMPRESSED, BNB),
     SGLANG: (BITS16, BITS32, AWQ, GPTQ, COMPRESSED),
@@ -147,11 +148,6 @@ RULES = (
         (MLX_LM,), lambda m: m.format == AWQ and m.overflows, "with limits",
         "It imports AWQ with float16 scales.",
     ),
-    # this tool
-    Rule((THIS,), lambda m: m.format == AWQ and m.identity.bits not in (4, None), "no", "It reads 4-bit AWQ."),
-    Rule(
-        (THIS,), lambda m: m.format == AWQ and m.variant != GEMM, "no", "It reads AWQ in the layout `gemm`.",
-    ),
 )  # fmt: skip
 _ORDER: tuple[Reads, ...] = ("yes", "unknown", "with limits", "no")
 
@@ -165,6 +161,8 @@ def judge(case: Case) -> tuple[list[ReaderVerdict], list[Problem]]:
         reasons = []
         if case.family is None:
             reads, reasons = "unknown", ["The model's family is not known."]
+        elif reader == THIS and case.unread:
+            reads, reasons = "no", [case.unread]
         elif case.format not in _FORMATS[reader]:
             reads, reasons = "no", [_NO_CODE.get(reader, f"It has no code for {case.format}.")]
         else:
