@@ -193,7 +193,7 @@ def _print_facts(console: Any, rows: Sequence[tuple[str, str]], wrap: bool) -> N
             console.print(_text(f"{label:<{width}}  {value}"), soft_wrap=True)
         return
     table = Table.grid(padding=(0, 2))
-    table.add_column(no_wrap=True, min_width=min(width, console.width // 2), style="cyan")
+    table.add_column(min_width=min(width, console.width // 2), overflow="fold", style="cyan")
     table.add_column(overflow="fold")
     for label, value in rows:
         table.add_row(_text(label), _text(value))

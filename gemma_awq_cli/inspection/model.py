@@ -221,7 +221,8 @@ def _look_at_double(contents: Contents, stored: Stored, language: LanguageModel,
             return
         if equal:
             problems.add(
-                f"The head is the embedding and is stored a second time ({size}); vLLM rejects such files.",
+                f"The head is the embedding and is stored a second time ({size}). Older versions of vLLM reject such "
+                "files.",
                 f"Remove {layout.head} from the files.",
             )
             return

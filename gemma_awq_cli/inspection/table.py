@@ -152,12 +152,6 @@ def _names(names: Names, shown: int = 4) -> str:
     return ", ".join(names.first[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
-def _groups(names: Names) -> str:
-    """Tensors of all layers as one name each, and how many tensors these are."""
-    plural = "s" if names.count > 1 else ""
-    return f"{names.count} tensor{plural}: {', '.join(names.first)}" + (", ..." if len(names.first) == LISTED else "")
-
-
 def _head(facts: ModelFacts) -> str:
     head = facts.head
     assert head is not None
@@ -218,15 +212,16 @@ def comparable(facts: ModelFacts) -> list[Row]:
 def comparison_sections(found: Comparison) -> list[Section]:
     """Return what differs between two models, section by section; a single line if nothing does."""
     tensors = found.tensors
-    counts = [
-        (label, _groups(names))
-        for label, names in (
-            ("only in the first", tensors.only_one),
-            ("only in the second", tensors.only_other),
-            ("other contents", tensors.other_bytes),
-        )
-        if names.count
-    ]
+    counts: list[Row] = []
+    for label, names in (
+        ("only in the first", tensors.only_one),
+        ("only in the second", tensors.only_other),
+        ("other contents", tensors.other_bytes),
+    ):
+        if names.count:
+            more = ["..."] if len(names.first) == LISTED else []
+            counts.append((label, f"{names.count} tensor{'s'[: names.count != 1]}"))
+            counts += [("", name) for name in (*names.first, *more)]
     if tensors.equal:
         counts.append(("equal", f"{tensors.equal} tensors, bit for bit"))
     if tensors.not_compared:
