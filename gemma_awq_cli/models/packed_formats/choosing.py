@@ -134,7 +134,8 @@ def describe(section: Mapping[str, Any]) -> str:
     if method is None:
         return "an unnamed method"
     is_awq = str(method).lower() == "awq"
-    details = [section.get("version") if is_awq else section.get("packing_format") or section.get("format")]
+    keys = ("version",) if is_awq else ("packing_format", "checkpoint_format", "format")
+    details = [next((section[key] for key in keys if section.get(key)), None)]
     bits = section.get("bits")
     words = [str(method), *(str(word) for word in details if isinstance(word, str))]
     return " ".join(word[:40] for word in words) + (f" {bits}-bit" if isinstance(bits, int) else "")
