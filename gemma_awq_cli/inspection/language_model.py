@@ -76,6 +76,7 @@ def look_at_language_model(
         _count_layers(found, counted, folder)
     if found.layout is not None:
         found.head = _head(found, config, tensors)
+        _require_companions(found, config, tensors)
     if found.layout is not None and found.shape is not None:
         _Comparison(found, found.layout, found.shape, tensors, packed_as).run()
     return found
@@ -100,6 +101,19 @@ def _count_layers(found: LanguageModel, counted: int, folder: Path) -> None:
     layers = found.shape.layers if found.shape is not None else 0
     if counted > layers:
         found.problems.append(Problem(f"{CONFIG} has {layers} layers, but the files hold {counted}.", HINT))
+
+
+def _require_companions(found: LanguageModel, config: Mapping[str, Any], tensors: Mapping[str, StoredTensor]) -> None:
+    """List towers and embedders that the config describes and the files lack as a whole."""
+    for part in found.family.companions:
+        held = any(name.startswith((f"{part.name}.", f"model.{part.name}.")) for name in tensors)
+        if isinstance(config.get(part.section), dict) and not held:
+            found.problems.append(
+                Problem(
+                    f"{CONFIG} describes a {part.section}, but the files hold no {part.name}.",
+                    f"{REDOWNLOAD} Without any of its towers, the model can still be read as a text model here.",
+                )
+            )
 
 
 def _sizes(facts: Any, shape: TextShape) -> Sizes:

@@ -21,7 +21,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from tests.conftest import FAMILIES as KINDS
 from tests.inspection import folders
-from tests.tiny import make_checkpoint, make_tokenizer, original_model, snap_to_grid
+from tests.tiny import edit_weights, make_checkpoint, make_tokenizer, original_model, snap_to_grid
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 # of every kind of layer; others would only take time
@@ -107,6 +107,18 @@ NAMES = [
 def test_the_rule_for_names_is_that_of_transformers(kept: tuple[str, ...]) -> None:
     for name in NAMES:
         assert readers._by_regex(name, kept) == should_convert_module(name, list(kept)), name
+
+
+def test_towers_that_are_missing(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "gemma3", "gemma3")
+
+    def cut(tensors: dict[str, object]) -> None:
+        for name in [name for name in tensors if "vision_tower" in name]:
+            del tensors[name]
+
+    edit_weights(folder, cut)
+    (problem,) = inspect(folder).problems
+    assert problem.message == "config.json describes a vision_config, but the files hold no vision_tower."
 
 
 def test_a_qat_grid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
