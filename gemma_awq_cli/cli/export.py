@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 gemma-awq export ./gemma-3-270m-AWQ --to gguf
 gemma-awq export ./gemma-3-270m-AWQ --to gguf --compact --head q6_k -o ./small-gguf
+gemma-awq export ./gemma-3-270m-AWQ --to compressed-tensors
+gemma-awq export ./gemma-3-270m-AWQ --to mlx --scales bfloat16
 """
 
 _GGUF, _SCALES = "GGUF", "MLX and compressed-tensors"
