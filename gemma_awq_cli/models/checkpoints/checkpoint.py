@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.adapter import Adapter, Weights, find_updates, plain_name
+from gemma_awq_cli.models.checkpoints.adapter_update import Update
 from gemma_awq_cli.models.checkpoints.expected_tensors import (
     OTHER_SOURCE,
     PACKED_PER_EXPERT,
@@ -58,10 +60,14 @@ class Checkpoint:
     embedding; notes: lines on how it was read that the user should see.
 
     A 16-bit multimodal checkpoint without its vision tower is read as a text model.
+
+    adapter: a LoRA that is merged into every weight when it is read; the files stay as they are. `tensors` describes
+    the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Adapter | None = None) -> None:
         self.folder = folder
+        self.adapter = adapter
         require_inside(folder, folder / CONFIG)
         self.raw_config = read_json(folder / CONFIG)
         model_type = self.raw_config.get("model_type")
@@ -91,7 +97,12 @@ class Checkpoint:
         require_sound(self.facts, self.family, folder / CONFIG)
         self.shape: TextShape = shape_of(self.facts, self.family)
         self._require_text(layers)
-        self.notes = (*notes, *self._unread())
+        updates: Mapping[str, Update] = {}
+        merging: tuple[str, ...] = ()
+        if adapter is not None and self.quantization is None:
+            updates, merging = self._updates_of(adapter)
+        self._updates = updates
+        self.notes = (*notes, *self._unread(), *merging)
 
     @cached_property
     def text_config(self) -> Any:
@@ -180,7 +191,7 @@ class Checkpoint:
         return _key(module_name, self.key_layout if known else self.family.key_layouts[0])
 
     def identity(self) -> str:
-        """A hash of the config and of every tensor's name, dtype, shape and middle row, to tell models apart.
+        """A hash of the config, of every tensor's name, dtype, shape and middle row, and of an adapter.
 
         Not a hash of all weights: that would read a whole 27B checkpoint, and the answer is the same in practice.
         """
@@ -188,6 +199,8 @@ class Checkpoint:
         for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() and tensor.shape[0] else tensor))
+        if self.adapter is not None:
+            digest.update(self.adapter.sha256.encode())
         return digest.hexdigest()
 
     def companions(self) -> list[str]:
@@ -200,7 +213,7 @@ class Checkpoint:
         stored = read_tensors(self.tensors, keys.values())
         for key, tensor in stored.items():
             require_finite(key, tensor)
-        return {name: stored[key] for name, key in keys.items()}
+        return {name: self._merged(key, stored[key]) for name, key in keys.items()}
 
     def mapped(self, module_name: str) -> Tensor:
         """A tensor of which only few rows are read, by its name inside transformers' causal model.
@@ -208,12 +221,32 @@ class Checkpoint:
         Nothing of it is read here, so it is not checked to be finite.
         """
         key = self.key(module_name)
-        return read_tensors(self.tensors, [key])[key]
+        return self._merged(key, read_tensors(self.tensors, [key])[key])
 
     def pieces(self, module_name: str) -> Iterator[Tensor]:
         """A tensor's rows in order, some at a time: see `weight_files.read_pieces`."""
-        key = self.key(module_name)
+        return self.stored_pieces(self.key(module_name))
+
+    def stored_pieces(self, key: str) -> Iterator[Tensor]:
+        """The same of any tensor, by its name in the files."""
+        if (update := self._updates.get(key)) is not None:
+            return update.merged_pieces(key, self.tensors[key])
         return read_pieces(key, self.tensors[key])
+
+    def _merged(self, key: str, stored: Tensor) -> Tensor:
+        """A tensor of the files with the adapter's update of it."""
+        update = self._updates.get(key)
+        return stored if update is None else update.merged(key, stored)
+
+    def _updates_of(self, adapter: Adapter) -> tuple[dict[str, Update], tuple[str, ...]]:
+        """What an adapter does to which tensor of the files, and notes on what it does not do."""
+        weight = ".weight"
+        names = text_tensors(self.shape, self.tied_head, None)
+        keys = {name.removesuffix(weight): self.key(name) for name in names if name.endswith(weight)}
+        companions = {plain_name(key.removesuffix(weight)): key for key in self.companions() if key.endswith(weight)}
+        return find_updates(
+            adapter, Weights(self.folder, self.tensors, keys, frozenset(self.shape.unused()), companions)
+        )
 
 
 def _key(module_name: str, layout: KeyLayout) -> str:

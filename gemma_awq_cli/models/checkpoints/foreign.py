@@ -5,6 +5,7 @@ Decided from names and an adapter's config; nothing here opens weights.
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
@@ -70,6 +71,20 @@ def explain_no_config(folder: Path) -> GemmaAwqError:
     return _other_format(folder, names, missing, A_CHECKPOINT)
 
 
+def explain_no_adapter(folder: Path) -> GemmaAwqError:
+    """The error for a folder that --adapter names and that has no adapter_config.json: it says what is there."""
+    missing = f"{folder} has no {ADAPTER_CONFIG}"
+    if (folder / CONFIG).is_file():
+        return GemmaAwqError(
+            f"{missing}; it holds a whole model.",
+            f"If it is merged already: gemma-awq quantize {shlex.quote(str(folder))}",
+        )
+    inner = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inner:
+        return GemmaAwqError(f"{missing}; {inner[0]} has one.", f"Give that folder: {inner[0]}")
+    return GemmaAwqError(f"{missing}.", "Give --adapter the folder of an adapter that PEFT saved.")
+
+
 def explain_file(path: Path, asked: str) -> GemmaAwqError:
     """The error for a path that is a file: it says what to give instead."""
     message = f"{asked} is a file."
@@ -85,8 +100,13 @@ def _adapter(folder: Path) -> GemmaAwqError:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     except GemmaAwqError:  # it is an adapter all the same
         base = None
-    of = f" of {base:.200}" if isinstance(base, str) and base else ""
-    return GemmaAwqError(f"{folder} holds a LoRA adapter{of}, not a whole model.", MERGE)
+    named = isinstance(base, str) and bool(base)
+    of = f" of {base:.200}" if named else ""
+    given = shlex.quote(str(base)) if named and len(str(base)) <= 200 and str(base).isprintable() else "BASE"
+    return GemmaAwqError(
+        f"{folder} holds a LoRA adapter{of}, not a whole model.",
+        f"Quantize it with its base model: gemma-awq quantize {given} --adapter {shlex.quote(str(folder))}",
+    )
 
 
 def _other_format(folder: Path, names: list[str], missing: str, hint: str) -> GemmaAwqError:
