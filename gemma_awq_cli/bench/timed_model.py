@@ -48,14 +48,17 @@ class TimedModel:
         return self.time(prompts, new_tokens)
 
 
-def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) -> TimedModel:
-    """Load a model to be timed with at most `rows` prompts at once of at most `tokens` tokens, answers included."""
+def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int, adapter: str | None = None) -> TimedModel:
+    """Load a model to be timed with at most `rows` prompts at once of at most `tokens` tokens, answers included.
+
+    adapter: the folder of one that is merged into it.
+    """
     if kind == GGUF:
         return _load_gguf(path, tokens)
     if kind == VLLM:
         return _load_vllm(path, rows, tokens)
     started = time.perf_counter()
-    opened = open_kind(kind, path, device)
+    opened = open_kind(kind, path, device, adapter=adapter)
     config = opened.checkpoint.facts
     bos = opened.prompter.bos if config.bos_token_id is None else int(config.bos_token_id)
     opened.session(1, 1).next_logits([[bos]])  # what is read lazily is read now

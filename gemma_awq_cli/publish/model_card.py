@@ -23,7 +23,7 @@ from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.licensing import Licence
-from gemma_awq_cli.publish.public_documents import source_name
+from gemma_awq_cli.publish.public_documents import adapter_name, source_name
 from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
 
 HUB = Markdown("https://huggingface.co")
@@ -105,6 +105,12 @@ def modification_notice(report: Mapping[str, Any], base_model: str, weights: lis
     """Return the statement that files were modified: which ones, and how."""
     files = f"{', '.join(weights)} and config.json"
     version = report["versions"]["gemma_awq"]
+    if name := adapter_name(report):
+        base_model = f"{base_model}: the LoRA adapter {one_line(name)} was merged into its weights"
+        return (
+            f"{files} were modified from {base_model}, the weights of the linear layers were quantized to 4 bits with "
+            f"gemma-awq {version}, and the norms that scales were folded into were changed with them."
+        )
     if "qat" in report:
         return (
             f"{files} were modified from {base_model}: the weights of the linear layers were stored in 4 bits with "
@@ -122,6 +128,10 @@ def quantize_command(report: Mapping[str, Any]) -> str:
     words = ["gemma-awq", "quantize", f"./{model}" if model.startswith("-") else model]
     if report["source"]["revision"]:
         words += ["--revision", report["source"]["revision"]]
+    if name := adapter_name(report):
+        words += ["--adapter", f"./{name}" if name.startswith("-") else name]
+        if revision := report["source"]["adapter"]["revision"]:
+            words += ["--adapter-revision", revision]
     for name, value in report["arguments"].items():
         if value is not None:
             shown = public_name(value) if name == "calibration" else str(value)
@@ -160,7 +170,7 @@ def _metadata(facts: CardFacts) -> str:
     ]
     multimodal = bool(FAMILIES[report["source"]["model_type"]].companions)
     data = ModelCardData(
-        base_model=facts.base_model,
+        base_model=_base_models(facts),
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
@@ -171,6 +181,12 @@ def _metadata(facts: CardFacts) -> str:
         **facts.licence.metadata,
     )
     return str(data.to_yaml()).strip()
+
+
+def _base_models(facts: CardFacts) -> str | list[str]:
+    """Return what the model was made of, by hub ids: the base model, and the adapter that was merged into it."""
+    adapter = adapter_name(facts.report)
+    return [facts.base_model, adapter] if REPO_ID.fullmatch(adapter) else facts.base_model
 
 
 def _dataset(report: Mapping[str, Any]) -> str | None:
@@ -217,7 +233,8 @@ def _body(facts: CardFacts) -> str:
             library=next((part.library for part in family.companions if part.library), ""),
             float16=family.float16,
             command=Markdown(quantize_command(report)),
-            source=_source(report),
+            source=_source(report["source"], source_name(report), "config", report["source"]["config_sha256"]),
+            adapter=_adapter(report),
             group_size=artifact["group_size"],
             linears=artifact["quantized_linears"],
             left=_left(facts.tied, facts.contents),
@@ -321,12 +338,21 @@ def _calibration(report: Mapping[str, Any]) -> str:
     return str(text).replace("embedded", "the embedded text of gemma-awq")
 
 
-def _source(report: Mapping[str, Any]) -> Markdown:
-    source = report["source"]
-    model, revision = escape(source["model"]), source["revision"]
-    if revision and REPO_ID.fullmatch(source["model"]):
+def _source(named: Mapping[str, Any], name: str, of: str, sha256: str) -> Markdown:
+    """Return where a model or an adapter came from. name: its public name; sha256: of what `of` says."""
+    model, revision = escape(named["model"]), named["revision"]
+    if revision and REPO_ID.fullmatch(named["model"]):
         return Markdown(f"[{model}]({HUB}/{model}/tree/{revision}) at commit {code(revision)}")
-    return Markdown(f"{escape(source_name(report))} (config SHA-256 {code(source['config_sha256'])})")
+    return Markdown(f"{escape(name)} ({of} SHA-256 {code(sha256)})")
+
+
+def _adapter(report: Mapping[str, Any]) -> Markdown | None:
+    """Return which adapter was merged into the source, and the base model that it names; None if none was."""
+    adapter = report["source"].get("adapter")
+    if adapter is None:
+        return None
+    base = f", trained on {escape(adapter['base_model'])}" if adapter["base_model"] else ""
+    return Markdown(f"{_source(adapter, adapter_name(report), 'adapter', adapter['sha256'])}{base}")
 
 
 def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:

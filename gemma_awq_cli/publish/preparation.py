@@ -24,7 +24,7 @@ from gemma_awq_cli.publish.artifact_folder import (
 from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence, terms_of
 from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited, modification_notice, render_card
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
-from gemma_awq_cli.publish.public_documents import public_bench, public_report
+from gemma_awq_cli.publish.public_documents import adapter_name, public_bench, public_report
 from gemma_awq_cli.publish.upload_file import UploadFile
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from gemma_awq_cli.system.reading import read_bytes
@@ -69,7 +69,10 @@ def prepare(
     base, declared, provenance = _origin(source, base_model)
     weights = [path.name for path in files if path.suffix == ".safetensors"]
     notice = modification_notice(report, base, weights)
-    decided = decide_licence(terms_of(source["model_type"]), declared, licence_files(files), notice, licence, derived)
+    adapter = source.get("adapter")
+    merged = {} if adapter is None else {adapter_name(report): adapter.get("card")}
+    terms = terms_of(source["model_type"])
+    decided = decide_licence(terms, declared, licence_files(files), notice, licence, derived, merged)
     bench = read_bench(folder, checkpoint)
     shown, measured = public_report(report), public_bench(bench) if bench is not None else None
     card = render_card(

@@ -157,15 +157,15 @@ def find_updates(adapter: Adapter, weights: Weights) -> tuple[dict[str, Update],
     ignored = [path for path, name in names.items() if name in weights.unused]
     for path in ignored:
         del parts.held[path]
+    keys = {path: _key_of(path, names[path], weights) for path in parts.held}
+    if unknown := next((path for path, key in keys.items() if key is None), None):
+        raise _unknown(adapter, weights, unknown)
     _require_named(adapter, parts, names, weights)
     scales = adapter.config.ranks_and_scales(parts.factors())
     updates: dict[str, Update] = {}
     shared: dict[str, Update] = {}
     for path, part in parts.held.items():
-        name = names[path]
-        key = _key_of(path, name, weights)
-        if key is None:
-            raise _unknown(adapter, weights, path)
+        name, key = names[path], str(keys[path])
         update = _update(adapter, weights, part, key, scales.get(path, (0, 0.0)))
         held, place = (shared, str(name)) if weights.tied and name in (EMBED, HEAD) else (updates, key)
         if place in held:
