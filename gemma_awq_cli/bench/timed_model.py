@@ -87,7 +87,7 @@ def _load_gguf(path: Path, tokens: int) -> TimedModel:
 
 
 def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
-    from gemma_awq_cli.generate.vllm_engine import VllmEngine
+    from gemma_awq_cli.generate.vllm_engine import VllmEngine, default_vllm_dtype
     from gemma_awq_cli.models.text.prompter import Prompter
 
     started = time.perf_counter()
@@ -106,8 +106,7 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
         _, decoding = engine.timed([[bos]] * len(prompts), new_tokens + 1)
         return Sample(first, steps, sum(decoding))
 
-    stores_float16 = checkpoint.family.float16 and checkpoint.declared_dtype == torch.float16
-    dtype = torch.float16 if stores_float16 else torch.bfloat16
+    dtype = torch.float16 if default_vllm_dtype(checkpoint) == "float16" else torch.bfloat16
     return TimedModel(
         timed, int(config.vocab_size), int(config.max_position_embeddings), bos, _name_of(dtype),
         stored_bytes_per_token(checkpoint, dtype, "16bit"), seconds,

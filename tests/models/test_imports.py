@@ -13,7 +13,7 @@ WITH_TORCH = {
     "models.gemma": {"rotary"},
     "models.packed_formats": {"unpacking"},
     "models.checkpoints": {
-        "checkpoint", "companions", "demo", "packed_linears", "weight_files", "writing",
+        "adapter", "adapter_update", "checkpoint", "companions", "demo", "packed_linears", "weight_files", "writing",
     },
     "models.text": set(),
     "models.forward": {

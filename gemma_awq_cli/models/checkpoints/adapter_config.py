@@ -263,14 +263,13 @@ def _matching(patterns: Sequence[str], names: Sequence[str]) -> list[set[str]]:
     can wait.
     """
     try:
-        done = subprocess.run(
+        answer = subprocess.check_output(
             [sys.executable, "-I", "-c", _MATCH],
             input=json.dumps([list(patterns), list(names)]).encode(),
-            capture_output=True,
+            stderr=subprocess.DEVNULL,
             timeout=SECONDS,
-            check=True,
         )
-        found: list[list[bool]] = json.loads(done.stdout)
+        found: list[list[bool]] = json.loads(answer)
     except subprocess.TimeoutExpired:
         raise GemmaAwqError(
             f"A regular expression in {ADAPTER_CONFIG} takes more than {SECONDS} seconds.",

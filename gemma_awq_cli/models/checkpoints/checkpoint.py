@@ -4,8 +4,10 @@ Knows the files and the family's key layouts; knows nothing of modules, devices 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +102,7 @@ class Checkpoint:
         if adapter is not None and self.quantization is None:
             updates, merging = self._updates_of(adapter)
         self._updates = updates
-        self.notes = (*notes, *self._unread(), *merging)
+        self.notes = (*notes, *self._unread(), *self._misdeclared(), *merging)
 
     @cached_property
     def text_config(self) -> Any:
@@ -158,12 +160,15 @@ class Checkpoint:
 
     def text_tensors(self) -> dict[str, Expected]:
         """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
+        return {**self._plain_tensors(), **(self.packed_linears.expected if self.packed_linears else {})}
+
+    def _plain_tensors(self) -> dict[str, Expected]:
+        """Those of `text_tensors` that are not packed."""
         packed = self.packed_linears
         expected = text_tensors(self.shape, self.tied_head, packed.layers if packed else ())
         if packed is not None and packed.head is not None:
             del expected[HEAD]
-        found = {self.key(name): one for name, one in expected.items()}
-        return found | dict(packed.expected) if packed else found
+        return {self.key(name): one for name, one in expected.items()}
 
     def _require_as_many_tensors(self) -> None:
         """An error if the config's experts need more tensors than there are, before they are named one by one."""
@@ -208,11 +213,33 @@ class Checkpoint:
         """The number of tokens that have an embedding."""
         return int(self.facts.vocab_size)
 
-    @property
-    def declared_dtype(self) -> torch.dtype:
-        """The dtype that the config declares at its top level, where transformers reads it, or else the weights'."""
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit dtype that most of the language model's unpacked elements are stored in, whatever the config says.
+
+        For weights of 32 or 64 bits it is what the config declares at its top level, or else their own.
+        """
+        stored, declared = self._stored_dtype(), self._declared_dtype()
+        return declared if declared is not None and stored.itemsize > 2 else stored
+
+    def _stored_dtype(self) -> torch.dtype:
+        elements: Counter[torch.dtype] = Counter()
+        for name in self._plain_tensors() if self.is_read else [self.key(f"model.{EMBEDDING}")]:
+            elements[self.tensors[name].dtype] += prod(self.tensors[name].shape)
+        return max(elements, key=elements.__getitem__)
+
+    def _declared_dtype(self) -> torch.dtype | None:
+        """What the config declares at its top level, where transformers reads it; None if it is no dtype."""
         dtype = getattr(torch, str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")), None)
-        return dtype if isinstance(dtype, torch.dtype) else self.tensors[self.key(f"model.{EMBEDDING}")].dtype
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def _misdeclared(self) -> list[str]:
+        """A note on a config that declares another dtype than the weights have: some readers believe it."""
+        declared = self._declared_dtype()
+        if declared in (None, self.dtype):
+            return []
+        names = [str(dtype).removeprefix("torch.") for dtype in (declared, self.dtype)]
+        return [f"{CONFIG} declares {names[0]}, but most weights are stored in {names[1]}, which counts here."]
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""
