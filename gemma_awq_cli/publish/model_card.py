@@ -86,7 +86,11 @@ class CardFacts:
 
 def render_card(facts: CardFacts) -> str:
     """Return the whole card: metadata, text, and the mark that shows whether it was edited."""
-    card = f"---\n{_metadata(facts)}\n---\n\n{_body(facts)}"
+    return marked(f"---\n{_metadata(facts)}\n---\n\n{_body(facts)}")
+
+
+def marked(card: str) -> str:
+    """Return a card with the mark that shows whether it was edited."""
     return f"{card}\n<!-- gemma-awq card, sha256 of the above: {_digest(card)} -->\n"
 
 
@@ -212,8 +216,8 @@ def _body(facts: CardFacts) -> str:
             base_model=facts.base_model,
             notice=facts.notice,
             provenance=facts.provenance,
-            source_size=_size(report["source"]["bytes"]),
-            artifact_size=_size(artifact["bytes"]),
+            source_size=size_of(report["source"]["bytes"]),
+            artifact_size=size_of(artifact["bytes"]),
             heldout_tokens=fidelity["heldout_tokens"],
             heldout_text=_heldout(report),
             perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
@@ -222,12 +226,12 @@ def _body(facts: CardFacts) -> str:
             top1=f"{100 * fidelity['top1_agreement']:.1f} %",
             reading=_reading(facts),
             qat=_qat(report),
-            speed=_speed(facts.bench),
+            speed=speed_table(facts.bench),
             prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
             chat=facts.chat,
             auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
             dtype=artifact["dtype"],
-            table_size=_size(facts.contents.table_bytes) if facts.contents.table_bytes else "",
+            table_size=size_of(facts.contents.table_bytes) if facts.contents.table_bytes else "",
             smaller=f"{100 * (1 - artifact['bytes'] / max(1, report['source']['bytes'])):.0f} %",
             experts=facts.contents.experts,
             library=next((part.library for part in family.companions if part.library), ""),
@@ -248,7 +252,7 @@ def _body(facts: CardFacts) -> str:
             gain=_median_gain(report["layers"]),
             restrictions=Markdown(licence.terms.restrictions),
             licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
-            licence_text=_licence(licence),
+            licence_text=licence_text(licence),
         )
     )
     return text
@@ -292,7 +296,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{share:.0f} %" if part in (0, whole) else f"{min(max(share, 0.01), 99.99):.2f} %"
 
 
-def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def speed_table(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the measured speed as a table, and the machine; None if no speed was measured."""
     models = [model for model in bench["models"] if model["speed"]] if bench is not None else []
     if bench is None or not models:
@@ -308,7 +312,7 @@ def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
             [f"Decoding {settings['new_tokens']} tokens, tokens/s"]
             + [f"{run['decode_tokens_per_second']['median']:.1f}" for run in runs],
             ["Time to the first token", *(f"{1000 * run['ttft_seconds']['median']:.0f} ms" for run in runs)],
-            ["Peak memory", *(_size(peak) if peak else "-" for peak in peaks)],
+            ["Peak memory", *(size_of(peak) if peak else "-" for peak in peaks)],
         ],
         "machine": f"{environment['gpu'] if first['device'] == 'cuda' else environment['processor']}, "
         f"{first['threads']} threads, batch size {runs[0]['batch']}, medians of {runs[0]['repetitions']} repetitions, "
@@ -360,7 +364,8 @@ def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:
     return f"{100 * median(gains):.0f} %" if gains else "0 %"
 
 
-def _licence(licence: Licence) -> Markdown:
+def licence_text(licence: Licence) -> Markdown:
+    """Return what a card says about its licence."""
     copies = " and ".join(f"[{code(name)}]({escape(name)})" for name in licence.copies)
     terms = f"[{licence.terms.title}]({licence.terms.url})"
     stays = "stay" if licence.terms.restrictions else "stays"
@@ -384,7 +389,7 @@ def _licence(licence: Licence) -> Markdown:
     return Markdown("\n\n".join(parts))
 
 
-def _size(count: float) -> str:
+def size_of(count: float) -> str:
     """1234567 -> `1 MB`."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"

@@ -38,16 +38,18 @@ _NOT_QUANTIZED = "Give the folder that `gemma-awq quantize` wrote."
 class Prepared:
     """Everything that the repository will hold, in bytes; none of it depends on the hub.
 
-    report: the artifact's own, with local paths; base_model: a hub id; notes: files that are changed or left out.
+    report: the artifact's own, with local paths, None for a model that another tool quantized; base_model: a hub id;
+    message: of the commit, if the user gives none; notes: files that are changed or left out.
     """
 
     repo: str
     folder: Path
-    report: Mapping[str, Any]
+    report: Mapping[str, Any] | None
     base_model: str
     licence: Licence
     card: str
     files: tuple[UploadFile, ...]
+    message: str
     notes: tuple[str, ...] = ()
 
 
@@ -59,8 +61,7 @@ def prepare(
     base_model: the source's hub id, needed where the report has none; licence, derived: what the user says of the
     licence. Raises if the artifact is damaged or may not be published.
     """
-    if not REPO_ID.fullmatch(repo):
-        raise GemmaAwqError(f"Invalid repository id: {repo!r}.", "Give OWNER/NAME, such as your-name/gemma-3-270m-AWQ.")
+    require_repo_id(repo)
     report = read_report(folder)
     files = publishable_files(folder)
     require_weights_in_index(folder, files)
@@ -93,11 +94,18 @@ def prepare(
     made = {**decided.files, REPORT: to_json(shown), CARD: card.encode()}
     if measured is not None:
         made[BENCH] = to_json(measured)
-    uploads, notes = _uploads(files, made)
+    uploads, notes = uploads_of(files, made)
     if ignored := system_leftovers(folder):
         notes.append(f"Not sent, because the operating system left it there: {some(ignored)}.")
     require_nothing_private(uploads)
-    return Prepared(repo, folder, report, base, decided, card, uploads, tuple(notes))
+    message = f"gemma-awq {report['versions']['gemma_awq']}: {base} in 4 bits"
+    return Prepared(repo, folder, report, base, decided, card, uploads, message, tuple(notes))
+
+
+def require_repo_id(repo: str) -> None:
+    """Raise for what cannot be the id of a repository."""
+    if not REPO_ID.fullmatch(repo):
+        raise GemmaAwqError(f"Invalid repository id: {repo!r}.", "Give OWNER/NAME, such as your-name/gemma-3-270m-AWQ.")
 
 
 def _require_no_own_card(folder: Path) -> None:
@@ -106,7 +114,7 @@ def _require_no_own_card(folder: Path) -> None:
         raise GemmaAwqError(f"{path} was written by hand, but the card is made from the report.", _OWN_CARD)
 
 
-def _uploads(files: list[Path], made: Mapping[str, bytes]) -> tuple[tuple[UploadFile, ...], list[str]]:
+def uploads_of(files: list[Path], made: Mapping[str, bytes]) -> tuple[tuple[UploadFile, ...], list[str]]:
     """Return what is uploaded, sorted by name, and a note on each file that is changed. `made` replaces files."""
     uploads = {name: UploadFile(name, content) for name, content in made.items()}
     notes = []
@@ -124,7 +132,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise GemmaAwqError(f"{folder} is not a folder.", _NOT_QUANTIZED)
     if not (folder / REPORT).is_file() or not (folder / CONFIG).is_file():
         raise GemmaAwqError(
-            f"{folder} is not an artifact of this tool (it has no {REPORT} or no {CONFIG}).", _NOT_QUANTIZED
+            f"{folder} is not an artifact of this tool (it has no {REPORT} or no {CONFIG}).",
+            f"{_NOT_QUANTIZED} A 4-bit Gemma that another tool made is pushed with --foreign.",
         )
     report = read_quantization_report(folder)
     stored = read_json(folder / CONFIG)

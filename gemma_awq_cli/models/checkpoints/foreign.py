@@ -56,12 +56,12 @@ def explain_no_weights(folder: Path) -> GemmaAwqError:
     )
 
 
-def explain_no_config(folder: Path) -> GemmaAwqError:
-    """The error for a folder without a config.json: it says what is there instead."""
+def explain_no_config(folder: Path, asked: str | None = None) -> GemmaAwqError:
+    """The error for a folder without a config.json: it says what is there instead. asked: its hub id, if it has one."""
     names = _names(folder)
     missing = f"{folder} has no {CONFIG}"
     if ADAPTER_CONFIG in names:
-        return _adapter(folder)
+        return _adapter(folder, asked)
     inner = [path.parent for pattern in ("*", "snapshots/*") for path in sorted(folder.glob(f"{pattern}/{CONFIG}"))]
     if inner:
         more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
@@ -95,7 +95,7 @@ def explain_file(path: Path, asked: str) -> GemmaAwqError:
     return GemmaAwqError(message, "Give the folder that holds the checkpoint, not a file in it.")
 
 
-def _adapter(folder: Path) -> GemmaAwqError:
+def _adapter(folder: Path, asked: str | None = None) -> GemmaAwqError:
     try:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     except GemmaAwqError:  # it is an adapter all the same
@@ -104,8 +104,8 @@ def _adapter(folder: Path) -> GemmaAwqError:
     of = f" of {base:.200}" if named else ""
     given = shlex.quote(str(base)) if named and len(str(base)) <= 200 and str(base).isprintable() else "BASE"
     return GemmaAwqError(
-        f"{folder} holds a LoRA adapter{of}, not a whole model.",
-        f"Quantize it with its base model: gemma-awq quantize {given} --adapter {shlex.quote(str(folder))}",
+        f"{asked or folder} holds a LoRA adapter{of}, not a whole model.",
+        f"Quantize it with its base model: gemma-awq quantize {given} --adapter {shlex.quote(asked or str(folder))}",
     )
 
 

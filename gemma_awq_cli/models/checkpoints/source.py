@@ -82,7 +82,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
         ) from None
     if not (folder / CONFIG).is_file():  # a repository of GGUF files or adapters, say
         if (folder / ADAPTER_CONFIG).is_file():
-            raise explain_no_config(folder)
+            raise explain_no_config(folder, asked)
         raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
     return Source(folder, asked, asked.split("/")[1], folder.name)
 

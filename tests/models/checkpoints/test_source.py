@@ -97,7 +97,12 @@ CASES = [
         for name in LISTED
     ),
     Case("online", "org/gone", r"lists a file of org/gone that it does not have \(HTTP 404\)", "another repository"),
-    Case("online", "org/adapter", "holds a LoRA adapter of google/gemma-3-1b-it", "merge_and_unload"),
+    Case(
+        "online",
+        "org/adapter",
+        "org/adapter holds a LoRA adapter of google/gemma-3-1b-it",
+        "gemma-awq quantize google/gemma-3-1b-it --adapter org/adapter",
+    ),
     Case(
         "online", "here/gemma", r"no folder here/gemma here.* As a hub id: The hub has no", "folder's name", token=TOKEN
     ),
@@ -329,7 +334,12 @@ def test_a_file_or_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("files", "asked", "message", "hint"),
     [
-        (["adapter_config.json", "adapter_model.safetensors"], "", "holds a LoRA adapter, not a whole model", "PEFT"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "",
+            "holds a LoRA adapter, not a whole model",
+            "gemma-awq quantize BASE --adapter {root}",
+        ),
         (["config.json", "adapter_config.json"], "config.json", r"config\.json is a file", "{root}"),
         (["gemma.Q4_K_M.gguf"], "", r"no config\.json; it holds gemma\.Q4_K_M\.gguf", "GGUF is not supported"),
         (["gemma.GGUF"], "gemma.GGUF", "is a file", "GGUF is not supported"),
@@ -354,7 +364,7 @@ def test_what_is_no_checkpoint_is_told_what_it_is(
     [
         (["pytorch_model.bin"], r"it holds pytorch_model\.bin", "save_pretrained"),
         (["gemma.gguf"], r"it holds gemma\.gguf", "GGUF is not supported"),
-        (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "quantize BASE --adapter"),
         ([], "no model.safetensors and no model.safetensors.index.json", "Copy the weights"),
     ],
 )
