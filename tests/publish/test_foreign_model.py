@@ -1,4 +1,4 @@
-"""`push --foreign`: a 4-bit model that another tool made, whose card says so and claims nothing that nobody measured."""
+"""`push --foreign`: a 4-bit model that another tool made. Its card says so, and claims nothing that nobody measured."""
 
 import json
 import shutil
