@@ -109,6 +109,8 @@ CASES = [
     Case("no cache", "org/good", "org/good cannot be fetched: .*not-a-folder", "permissions.*HF_HOME"),
 ]
 
+ADAPTER_FILES = ("adapter_model.safetensors", "README.md", "tokenizer.json", "LICENSE")
+
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
@@ -123,6 +125,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     (root / "gguf" / "model-Q4_K_M.gguf").write_bytes(WEIGHTS)
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-3-1b-it"}')
+    for name in (*ADAPTER_FILES, "model.safetensors", "checkpoint-5/adapter_model.safetensors", "optimizer.pt"):
+        (root / "adapter" / name).parent.mkdir(exist_ok=True)
+        (root / "adapter" / name).write_bytes(WEIGHTS)
     return {folder.name: folder for folder in root.iterdir()}
 
 
@@ -200,6 +205,21 @@ def ask(models: Sequence[Asked], home: Path, variables: Mapping[str, str]) -> li
 def files_of(folder: str) -> dict[str, bytes]:
     root = Path(folder)
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_an_adapter_arrives_without_what_lies_beside_it(
+    hub: HubServer, folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    code = (
+        "import json, sys\nfrom gemma_awq_cli.models.checkpoints.source import find_adapter\n"
+        "found = find_adapter('org/adapter', 'main')\n"
+        "print(json.dumps([str(found.folder), found.revision, found.name]))"
+    )
+    environment = client_environment(tmp_path, {"HF_ENDPOINT": hub.url})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=120)
+    folder, revision, name = json.loads(done.stdout)
+    assert set(files_of(folder)) == {*ADAPTER_FILES, "adapter_config.json"}
+    assert (revision, name) == (hub.repos["org/adapter"].commit("main"), "adapter")
 
 
 @pytest.mark.slow
