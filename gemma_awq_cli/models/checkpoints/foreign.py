@@ -77,7 +77,7 @@ def explain_no_adapter(folder: Path) -> GemmaAwqError:
     if (folder / CONFIG).is_file():
         return GemmaAwqError(
             f"{missing}; it holds a whole model.",
-            f"If it is merged already: gemma-awq quantize {shlex.quote(str(folder))}",
+            f"If it is merged already: `gemma-awq quantize {shlex.quote(str(folder))}`.",
         )
     inner = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
     if inner:
@@ -105,7 +105,7 @@ def _adapter(folder: Path, asked: str | None = None) -> GemmaAwqError:
     given = shlex.quote(str(base)) if named and len(str(base)) <= 200 and str(base).isprintable() else "BASE"
     return GemmaAwqError(
         f"{asked or folder} holds a LoRA adapter{of}, not a whole model.",
-        f"Quantize it with its base model: gemma-awq quantize {given} --adapter {shlex.quote(asked or str(folder))}",
+        f"Quantize it with its base model: `gemma-awq quantize {given} --adapter {shlex.quote(asked or str(folder))}`.",
     )
 
 

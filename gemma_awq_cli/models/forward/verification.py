@@ -120,7 +120,7 @@ def require_readable(folder: Path) -> tuple[Checkpoint, Prompter]:
     checkpoint = Checkpoint(folder)
     packed = checkpoint.packed_linears
     if packed is None:
-        raise GemmaAwqError(f"{folder} holds a 16-bit model.", "Make a 4-bit one of it: gemma-awq quantize")
+        raise GemmaAwqError(f"{folder} holds a 16-bit model.", "`gemma-awq quantize` makes a 4-bit one of it.")
     require_loadable(checkpoint.raw_config, folder / CONFIG)
     for index, linears in enumerate(packed.layers):
         checkpoint.read_packed({f"model.layers.{index}.{name}": linear for name, linear in linears.items()})
