@@ -5,14 +5,14 @@ and saved beside the weights is shown.
 """
 
 import json
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
+from gemma_awq_cli.inspection.facts import Identity
+from gemma_awq_cli.inspection.identify import identify
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
@@ -21,6 +21,7 @@ from gemma_awq_cli.models.checkpoints.quantization_config import BESIDE
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.forward.verification import require_readable
+from gemma_awq_cli.models.gemma.terms import terms_of
 from gemma_awq_cli.publish.artifact_folder import (
     CARD,
     licence_files,
@@ -28,7 +29,7 @@ from gemma_awq_cli.publish.artifact_folder import (
     require_weights_in_index,
     system_leftovers,
 )
-from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence, terms_of
+from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence
 from gemma_awq_cli.publish.model_card import HUB, PROMPTS, licence_text, marked, size_of, speed_table
 from gemma_awq_cli.publish.preparation import Prepared, read_bench, require_repo_id, uploads_of
 from gemma_awq_cli.publish.privacy import require_nothing_private
@@ -37,19 +38,6 @@ from gemma_awq_cli.reports.markup import Markdown, markdown_environment
 
 TEMPLATE = Path(__file__).parent / "templates" / "foreign_card.md"
 OTHERS_FILES = (*BESIDE, "recipe.yaml")  # of llm-compressor
-_WORD = re.compile(r"[\w][\w .:+/\-]{0,79}")
-_METHODS = {"awq": "AWQ", "gptq": "GPTQ", "compressed-tensors": "compressed-tensors", "auto-round": "AutoRound"}
-
-
-@dataclass(frozen=True)
-class Maker:
-    """Who quantized a model, as far as its config says it.
-
-    method: such as AWQ; tool: its name and, if known, its version; "" if the files do not say.
-    """
-
-    method: str
-    tool: str
 
 
 def prepare_foreign(
@@ -68,13 +56,16 @@ def prepare_foreign(
     require_weights_in_index(folder, files)
     checkpoint, prompter = require_readable(folder)
     declared = source_card(folder)
-    base, maker = _base(declared, base_model), maker_of(checkpoint, folder)
-    notice = _notice(checkpoint, base, maker, [path.name for path in files if path.suffix == ".safetensors"])
+    base = _base(declared, base_model)
+    names = [path.name for path in files]
+    # the layout's own tensors were checked, so what their names would tell is known
+    identity = identify(checkpoint.quantization, checkpoint.raw_config, {}, {}, names, None)
+    notice = _notice(base, identity, [path.name for path in files if path.suffix == ".safetensors"])
     terms = terms_of(checkpoint.family.model_type)
     decided = decide_licence(terms, declared, licence_files(files), notice, licence, derived)
     bench = read_bench(folder, checkpoint)
     measured = None if bench is None else public_bench(bench)
-    card = _card(checkpoint, repo, base, maker, decided, notice, prompter.is_chat, measured)
+    card = _card(checkpoint, repo, base, identity, decided, notice, prompter.is_chat, measured)
     made = {**decided.files, CARD: card.encode()}
     if measured is not None:
         made[BENCH] = to_json(measured)
@@ -86,7 +77,7 @@ def prepare_foreign(
     if ignored := system_leftovers(folder):
         notes.append(f"Not sent, because the operating system left it there: {some(ignored)}.")
     require_nothing_private(uploads)
-    message = f"{base} in 4 bits, quantized with {maker.tool or 'another tool'}"
+    message = f"{base} in 4 bits, quantized with {identity.maker or 'another tool'}"
     return Prepared(repo, folder, None, base, decided, card, uploads, message, tuple(notes))
 
 
@@ -106,31 +97,11 @@ def _base(declared: Mapping[str, Any] | None, given: str | None) -> str:
     )
 
 
-def maker_of(checkpoint: Checkpoint, folder: Path) -> Maker:
-    """Who quantized an open model, from the marks that tools leave in its config."""
-    section = checkpoint.quantization or {}
-    method = str(section.get("quant_method")).lower().replace("_", "-").removeprefix("intel/")
-    meta = section.get("meta")
-    quantizer = meta.get("quantizer") if isinstance(meta, dict) else None
-    tool = _word(quantizer[0] if isinstance(quantizer, list) and quantizer else quantizer).replace(":", " ")
-    version = _word(section.get("autoround_version"))
-    if not tool and (version or method == "auto-round"):
-        tool = f"AutoRound {version}".strip()
-    if not tool and method == "compressed-tensors":
-        tool = "llm-compressor" if (folder / "recipe.yaml").is_file() else "compressed-tensors"
-        tool = f"{tool} {_word(section.get('version'))}".strip() if tool == method else tool
-    return Maker(_METHODS.get(method, method), tool)
-
-
-def _word(value: object) -> str:
-    return value if isinstance(value, str) and _WORD.fullmatch(value) else ""
-
-
-def _notice(checkpoint: Checkpoint, base: str, maker: Maker, weights: list[str]) -> str:
+def _notice(base: str, identity: Identity, weights: list[str]) -> str:
+    tool = identity.maker or "a tool that left no name"
     return (
         f"{', '.join(weights)} and {CONFIG} were modified from {base}: the weights of the linear layers were quantized "
-        f"to 4 bits ({maker.method}) with {maker.tool or 'a tool that left no name'}. gemma-awq did not make or change "
-        "them."
+        f"to 4 bits ({identity.format}) with {tool}. gemma-awq did not make or change them."
     )
 
 
@@ -138,7 +109,7 @@ def _card(
     checkpoint: Checkpoint,
     repo: str,
     base: str,
-    maker: Maker,
+    identity: Identity,
     licence: Licence,
     notice: str,
     chat: bool,
@@ -154,7 +125,7 @@ def _card(
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=["gemma", maker.method.lower(), "4-bit", "int4"],
+        tags=["gemma", identity.format.lower(), "4-bit", "int4"],
         model_name=repo.split("/")[1],
         **licence.metadata,
     )
@@ -168,8 +139,8 @@ def _card(
             repo_id=Markdown(repo),
             name=repo.split("/")[1],
             base_model=base,
-            maker=maker.tool or "a tool that left no name in the files",
-            method=maker.method,
+            maker=identity.maker or "a tool that left no name in the files",
+            method=identity.format,
             layout=packed.layout.title,
             group_size=packed.group_size,
             linears=count,
