@@ -36,7 +36,7 @@ def decide_on_grid(request: QuantizeRequest, checkpoint: Checkpoint, dtype: torc
 
     dtype: of the artifact's 16-bit weights.
     """
-    if request.qat == IGNORE:
+    if request.qat == IGNORE or checkpoint.adapter is not None:  # an adapter moves weights off their grid
         return False
     share = sample_grids(checkpoint, dtype).share
     found = f"{percent(share)} of the weights lie on a 4-bit grid in groups of {KNOWN_GROUP}"

@@ -18,6 +18,7 @@ from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, K
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.stated_config import BITS, awq_section, stated_config
 from gemma_awq_cli.models.forward.memory import peak_memory
+from gemma_awq_cli.quantize.merged_adapter import MergedAdapter
 from gemma_awq_cli.quantize.plan import Plan
 
 REPORT_SCHEMA = 2
@@ -33,8 +34,27 @@ def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
+class AdapterSection:
+    """A LoRA adapter that was merged before quantizing.
+
+    base_model: the model that it names as its own base; card: as in `SourceSection`.
+    """
+
+    model: str
+    revision: str | None
+    base_model: str
+    sha256: str
+    card: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, merged: MergedAdapter) -> "AdapterSection":
+        adapter = merged.adapter
+        return cls(merged.source.asked, merged.source.revision, adapter.config.base, adapter.sha256, merged.card)
+
+
+@dataclass(frozen=True)
 class SourceSection:
-    """The 16-bit checkpoint. card: what its own model card declares, or None without one."""
+    """The 16-bit checkpoint. card: what its own model card declares, or None without one; adapter: merged into it."""
 
     model: str
     revision: str | None
@@ -42,11 +62,21 @@ class SourceSection:
     config_sha256: str
     bytes: int
     card: dict[str, Any] | None
+    adapter: AdapterSection | None
 
     @classmethod
-    def of(cls, source: Source, checkpoint: Checkpoint, plan: Plan, card: dict[str, Any] | None) -> "SourceSection":
+    def of(
+        cls,
+        source: Source,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        card: dict[str, Any] | None,
+        merged: MergedAdapter | None,
+    ) -> "SourceSection":
         digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest()
-        return cls(source.asked, source.revision, checkpoint.family.model_type, digest, plan.source_bytes, card)
+        adapter = None if merged is None else AdapterSection.of(merged)
+        model_type, size = checkpoint.family.model_type, plan.source_bytes
+        return cls(source.asked, source.revision, model_type, digest, size, card, adapter)
 
 
 @dataclass(frozen=True)
@@ -172,4 +202,6 @@ class Report:
         value: dict[str, Any] = json.loads(json.dumps({**asdict(self), "layers": layers}))
         if self.qat is None:
             del value["qat"]
+        if self.source.adapter is None:
+            del value["source"]["adapter"]
         return value

@@ -137,7 +137,7 @@ def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
     tensors: dict[str, TensorInfo] = {}
     for file in weights.files:
         require_inside(weights.folder, file)
-        found = _read_header(file)
+        found = read_header(file)
         if twice := sorted(found.keys() & tensors.keys()):
             other = tensors[twice[0]].file.name
             raise GemmaAwqError(f"{few(twice)}: stored both in {other} and in {file.name}.", REDOWNLOAD)
@@ -147,7 +147,8 @@ def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one file by its name."""
     infos = {}
     with opened(file, "numpy") as handle:
         for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
