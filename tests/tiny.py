@@ -230,11 +230,12 @@ def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SP
 def make_gemma_tokenizer(folder: Path, pieces: Sequence[str] = ("a",), chat: bool = False) -> None:
     """A tokenizer of Gemma's own kind: BPE with byte fallback, in which a space is `▁`.
 
-    pieces: in the order of merging. One of several characters is made of its last and of the piece before that.
+    pieces: in the order of merging, each from any two others.
     """
     data = [f"<0x{byte:02X}>" for byte in range(256)]
     vocab = {token: index for index, token in enumerate([*SPECIAL, *data, "▁", *pieces])}
-    merges = [(piece[:-1], piece[-1]) for piece in pieces if len(piece) > 1]
+    splits = [(piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece))]
+    merges = [split for split in splits if vocab.keys() >= {*split}]
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.normalizer = normalizers.Replace(" ", "▁")
     tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])

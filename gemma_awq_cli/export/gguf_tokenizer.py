@@ -23,7 +23,6 @@ class TokenType(IntEnum):
     """Of llama.cpp. A user-defined token is found in a text before the text is cut into pieces."""
 
     NORMAL = 1
-    UNKNOWN = 2
     CONTROL = 3
     USER_DEFINED = 4
     UNUSED = 5
@@ -82,13 +81,10 @@ def gguf_tokenizer(folder: Path, vocabulary: int, with_merges: bool, end_of_turn
             types[index] = TokenType.BYTE if _BYTE.fullmatch(text) else TokenType.NORMAL
             if text in made and not with_merges:
                 scores[index] = -float(made[text])
-    unknown = tokenizer.special_id("unk_token")
     for token in stored["added_tokens"]:
         if (index := token["id"]) < vocabulary:
             tokens[index], types[index] = _added(token["content"], bool(token["special"]), with_merges)
             scores[index] = _NOT_MERGED
-    if unknown is not None and unknown < vocabulary and not with_merges:
-        types[unknown] = TokenType.UNKNOWN
     special = {kind: tokenizer.special_id(f"{kind}_token") for kind in ("bos", "eos", "unk", "pad")}
     special["eot"] = tokenizer.id_of(end_of_turn)
     return GgufTokenizer(
