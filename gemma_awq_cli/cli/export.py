@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Self
 import typer
 
 from gemma_awq_cli.cli.console import Output, Progress
-from gemma_awq_cli.cli.options import OUTPUT, ExportFormat, GgufHead, JsonOption, QuietOption, RevisionOption
+from gemma_awq_cli.cli.options import OUTPUT, ExportFormat, GgufHead, JsonOption, QuietOption, RevisionOption, ScaleType
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import format_bytes
 
@@ -20,7 +20,7 @@ gemma-awq export ./gemma-3-270m-AWQ --to gguf
 gemma-awq export ./gemma-3-270m-AWQ --to gguf --compact --head q6_k -o ./small-gguf
 """
 
-_GGUF = "GGUF"
+_GGUF, _SCALES = "GGUF", "MLX and compressed-tensors"
 
 
 def command(
@@ -53,6 +53,13 @@ def command(
         GgufHead | None,
         typer.Option(help="Type of the embedding and the head.  [default: q8_0]", rich_help_panel=_GGUF),
     ] = None,
+    scales: Annotated[
+        ScaleType | None,
+        typer.Option(
+            help="Data type of the scales.  [default: float32 for mlx, float16 for compressed-tensors]",
+            rich_help_panel=_SCALES,
+        ),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option("--resume", help="Continue an interrupted export of the same command.", rich_help_panel=OUTPUT),
@@ -76,7 +83,9 @@ def command(
     from gemma_awq_cli.export.exporting import run_export
     from gemma_awq_cli.export.request import ExportRequest
 
-    request = ExportRequest(model, to.value, output, revision, compact, head and head.value, resume, force)
+    request = ExportRequest(
+        model, to.value, output, revision, compact, head and head.value, scales and scales.value, resume, force
+    )
     with _Screen(out) as screen:
         result = run_export(request, on_event=screen.show)
     _report(out, result, as_json)

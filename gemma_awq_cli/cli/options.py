@@ -66,12 +66,23 @@ class Head(StrEnum):
 
 class ExportFormat(StrEnum):
     gguf = "gguf"
+    compressed_tensors = "compressed-tensors"
+    mlx = "mlx"
+    awq = "awq"
+    bf16 = "bf16"
+    fp16 = "fp16"
 
 
 class GgufHead(StrEnum):
     q8_0 = "q8_0"
     q6_k = "q6_k"
     bf16 = "bf16"
+
+
+class ScaleType(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
 
 
 GroupSize = StrEnum("GroupSize", {f"g{size}": str(size) for size in GROUP_SIZES})  # type: ignore[misc]

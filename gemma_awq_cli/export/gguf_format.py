@@ -51,7 +51,6 @@ class GgufConversion:
         self.nbytes = sum(_padded(tensor.nbytes) for tensor in self._all())
         towers = "The file holds the language model: llama.cpp reads the towers from a file of their own (mmproj)."
         self.notes: Sequence[str] = (towers,) if checkpoint.companions() else ()
-        self._reader: Any = None
 
     def _all(self) -> list[GgufTensor]:
         return [tensor for tensors in self._tensors.values() for tensor in tensors]
@@ -59,7 +58,7 @@ class GgufConversion:
     def begin(self, folder: Path, begun: bool) -> None:
         """Write the header, and give the file its size."""
         self._path = folder / self.file_name
-        head = self._header(folder / "header.gguf")
+        self._head = head = self._header(folder / "header.gguf")
         self._places, offset = {}, len(head)
         for tensor in self._all():
             self._places[tensor.name] = offset
@@ -102,6 +101,7 @@ class GgufConversion:
 
     def finish(self) -> None:
         """Write the Modelfile and the licence's files."""
+        _require_begun(self._path, self._head, self._path.stat().st_size)
         folder, gathered = self._path.parent, side_files(self._checkpoint.folder)
         copy_side_files({name: one for name, one in gathered.items() if is_licence_file(name)}, folder)
         generation = self._checkpoint.folder / _GENERATION
@@ -115,31 +115,14 @@ class GgufConversion:
 
     def verify(self, part: str) -> float:
         worst = 0.0
-        for tensor in self._tensors[part]:
-            begin = self._place_in_file(tensor)
-            with self._path.open("rb") as file:
-                file.seek(begin)
+        with self._path.open("rb") as file:
+            for tensor in self._tensors[part]:
+                file.seek(self._places[tensor.name])
                 for rows in rows_of(self._checkpoint, tensor):
                     count = _number(rows)
                     stored = np.frombuffer(file.read(count * tensor.row_bytes), np.uint8)
-                    if stored.size != count * tensor.row_bytes:
-                        raise GemmaAwqError(f"{self._path} ends within {tensor.name}.", ANEW)
                     worst = max(worst, compare(rows, stored.reshape(count, -1), tensor))
         return worst
-
-    def _place_in_file(self, tensor: GgufTensor) -> int:
-        """Return where the file itself says that a tensor begins, and make sure of its type and shape."""
-        import gguf
-
-        if self._reader is None:
-            reader = gguf.GGUFReader(self._path)
-            self._reader = {
-                one.name: (one.data_offset, one.tensor_type.name, list(one.shape)) for one in reader.tensors
-            }
-        begin, kind, shape = self._reader[tensor.name]
-        if (kind, [int(size) for size in reversed(shape)]) != (tensor.kind, list(tensor.shape)):
-            raise GemmaAwqError(f"{self._path}: {tensor.name} is {kind} {shape}, not as it was written.", ANEW)
-        return int(begin)
 
 
 def _number(rows: Rows) -> int:

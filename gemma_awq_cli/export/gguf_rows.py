@@ -13,7 +13,6 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.export.ggml_blocks import BLOCK, SUPER_BLOCK, pack_q4_0, pack_q4_1, pack_q5_0, pack_q6_k
 from gemma_awq_cli.export.gguf_tensors import GgufTensor, Given, Packed, Stored
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 
 _RUN = 1 << 20  # weights that are converted at once
 _HALF_STEP = 2.0**-25  # of the smallest float16 numbers
@@ -62,15 +61,14 @@ def rows_of(checkpoint: Checkpoint, tensor: GgufTensor) -> Iterator[Rows]:
 
 
 def _packed_rows(checkpoint: Checkpoint, name: str, linear: Any) -> Iterator[PackedRows]:
-    group_size = require_awq(checkpoint)
-    packed = read_packed_linears(checkpoint, {name: linear}, group_size)[name]
+    packed = checkpoint.read_packed({name: linear})[name]
     step = max(PACK, _RUN // linear.inputs // PACK * PACK)
     for first in range(0, linear.outputs, step):
         words, columns = slice(first // PACK, (first + step) // PACK), slice(first, first + step)
         integers = unpack_columns(packed.qweight[:, words]).t().contiguous().numpy()
         zero = unpack_columns(packed.qzeros[:, words]).t().contiguous().numpy()
         scale = packed.scales[:, columns].to(torch.float16).t().contiguous().numpy()
-        repeats = group_size // BLOCK
+        repeats = linear.inputs // scale.shape[1] // BLOCK
         yield PackedRows(
             integers.reshape(len(integers), -1, BLOCK), zero.repeat(repeats, axis=1), scale.repeat(repeats, axis=1)
         )

@@ -1,6 +1,6 @@
 """The tensors of a GGUF file, planned from a checkpoint: names, shapes, ggml's types, and what their weights are."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -10,12 +10,11 @@ from gemma_awq_cli.awq.packing import PackedWeight, unpack_columns
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.export import llama_cpp_names as names
 from gemma_awq_cli.export.ggml_blocks import BLOCK
-from gemma_awq_cli.export.source_parts import SourcePart, source_parts
+from gemma_awq_cli.export.source_parts import HEAD_MODULE, SourcePart, source_parts
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
-from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear
+from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout, Linear
 
 # ggml's types that are written: weights per block, bytes per block.
 TYPES: Mapping[str, tuple[int, int]] = {
@@ -83,7 +82,6 @@ class _Planner:
         self._checkpoint, self._compact = checkpoint, compact
         self._architecture = architecture
         self._head = head.upper() if head != "bf16" else None
-        self._group_size = require_awq(checkpoint)
         self._gain = float(checkpoint.family.gain_offset)
 
     def tensors(self, part: SourcePart) -> Iterator[GgufTensor]:
@@ -100,26 +98,39 @@ class _Planner:
         for slot, norm in layout.norms.items():
             yield self._norm(f"{block}{names.NORMS[slot]}.weight", f"{prefix}{norm.name}.weight", norm.size)
         for name, linear in layout.linears.items():
-            source = {prefix + name: linear}
-            yield _packed(f"{block}{names.LINEARS[name]}.weight", (linear.outputs, linear.inputs), kinds, source)
-        if layout.experts is not None:
-            experts = range(layout.experts.count)
-            hidden, own = layout.experts.hidden, layout.experts.intermediate
-            all_linears = {f"{prefix}{n}": one for e in experts for n, one in layout.experts.linears(e).items()}
-            down = {name: one for name, one in all_linears.items() if name.endswith("down_proj")}
-            gate_up = {name: one for name, one in all_linears.items() if name not in down}
-            yield _packed(block + names.GATE_UP_EXPERTS, (len(experts), 2 * own, hidden), kinds, gate_up)
-            yield _packed(block + names.DOWN_EXPERTS, (len(experts), hidden, own), kinds, down)
+            own, theirs = prefix + name, f"{block}{names.LINEARS[name]}.weight"
+            shape: tuple[int, ...] = (linear.outputs, linear.inputs)
+            if own in part.packed:
+                yield GgufTensor(theirs, shape, kinds[own], Packed({own: linear}))
+            else:
+                yield self._kept(theirs, (f"{own}.weight",), shape)
+        yield from self._experts(block, prefix, layout, kinds)
         for name, shape in layout.kept.items():
             yield self._kept(block + names.KEPT[name], (prefix + name,), shape)
         if self._architecture == "gemma3n" and layout.kv_source is not None:
             yield from _unread(block, layout, self._checkpoint.shape.layouts[layout.kv_source])
+
+    def _experts(self, block: str, prefix: str, layout: LayerLayout, kinds: Mapping[str, str]) -> Iterator[GgufTensor]:
+        if layout.experts is None:
+            return
+        linears = {prefix + n: one for e in range(layout.experts.count) for n, one in layout.experts.linears(e).items()}
+        down = {name: one for name, one in linears.items() if name.endswith("down_proj")}
+        gate_up = {name: one for name, one in linears.items() if name not in down}
+        shapes = layout.experts.stacked()
+        for theirs, own, of_it in ((names.GATE_UP_EXPERTS, GATE_UP, gate_up), (names.DOWN_EXPERTS, DOWN, down)):
+            if of_it.keys() <= kinds.keys():
+                yield GgufTensor(block + theirs, shapes[own], _common(kinds[name] for name in of_it), Packed(of_it))
+            else:
+                yield self._kept(block + theirs, (prefix + own,), shapes[own])
 
     def _rest(self, part: SourcePart) -> Iterator[GgufTensor]:
         shape = self._checkpoint.shape
         yield self._norm(names.FINAL_NORM, FINAL_NORM, shape.hidden)
         if HEAD in part.kept:
             yield self._table(names.HEAD, HEAD)
+        if (head := part.packed.get(HEAD_MODULE)) is not None:
+            kind = self._kinds(part)[HEAD_MODULE]
+            yield GgufTensor(names.HEAD, (head.outputs, head.inputs), kind, Packed({HEAD_MODULE: head}))
         if shape.per_layer is not None:
             yield self._table(names.PER_LAYER_TABLE, PER_LAYER_TABLE)
             yield self._kept(names.PER_LAYER_PROJECTION, (PER_LAYER_PROJECTION,), part.kept[PER_LAYER_PROJECTION])
@@ -149,7 +160,7 @@ class _Planner:
     def _kinds(self, part: SourcePart) -> dict[str, str]:
         """Return the type of every packed linear. Reads scales and zero points."""
         kinds = {}
-        for name, packed in read_packed_linears(self._checkpoint, part.packed, self._group_size).items():
+        for name, packed in self._checkpoint.read_packed(part.packed).items():
             _require_float16(name, packed)
             zero = unpack_columns(packed.qzeros)
             # Around a zero point of 7 or 8, all integers fit the 16 levels of Q4_0.
@@ -158,10 +169,10 @@ class _Planner:
         return kinds
 
 
-def _packed(name: str, shape: tuple[int, ...], kinds: Mapping[str, str], linears: Mapping[str, Linear]) -> GgufTensor:
-    wanted = {kinds[one] for one in linears}
-    kind = next(iter(wanted)) if len(wanted) == 1 else next(one for one in ("Q5_0", "Q4_1") if one in wanted)
-    return GgufTensor(name, shape, kind, Packed(linears))
+def _common(kinds: Iterable[str]) -> str:
+    """Return the type that one tensor of all these linears can have: every linear of a narrower one fits it."""
+    wanted = {*kinds}
+    return next(kind for kind in ("Q5_0", "Q4_1", "Q4_0") if kind in wanted)
 
 
 def _unread(block: str, layout: LayerLayout, source: LayerLayout) -> Iterator[GgufTensor]:
@@ -197,7 +208,8 @@ def _require_float16(name: str, packed: PackedWeight) -> None:
 
 def size_refusal(checkpoint: Checkpoint, head: str) -> str | None:
     """Why the checkpoint's sizes do not fit ggml's blocks, as a clause, or None."""
-    if (group_size := require_awq(checkpoint)) % BLOCK:
+    group_size = checkpoint.group_size
+    if group_size is None or group_size % BLOCK:
         return f"a block holds {BLOCK} weights with one scale, and its groups have {group_size}"
     for layout in checkpoint.shape.layouts:
         for name, linear in layout.packed().items():

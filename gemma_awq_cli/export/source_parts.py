@@ -4,8 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD
+from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, HEAD, text_tensors
 from gemma_awq_cli.models.gemma.layers import Linear
+
+HEAD_MODULE = HEAD.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
@@ -24,18 +26,16 @@ class SourcePart:
 
 def source_parts(checkpoint: Checkpoint) -> tuple[SourcePart, ...]:
     """Return every tensor of the language model exactly once. A tied head has no tensor."""
-    shape = checkpoint.shape
-    table = (shape.vocabulary, shape.hidden)
-    parts = [SourcePart("embedding", None, {}, {EMBEDDING: table})]
-    for index, layout in enumerate(shape.layouts):
+    found = checkpoint.packed_linears
+    layers = found.layers if found is not None else ()
+    kept = {name: one.shape for name, one in text_tensors(checkpoint.shape, checkpoint.tied_head, layers).items()}
+    parts = [SourcePart("embedding", None, {}, {EMBEDDING: kept.pop(EMBEDDING)})]
+    for index in range(checkpoint.layers):
         prefix = f"model.layers.{index}."
-        kept: dict[str, tuple[int, ...]] = {
-            f"{prefix}{norm.name}.weight": (norm.size,) for norm in layout.norms.values()
-        }
-        kept |= {f"{prefix}{name}": size for name, size in layout.kept.items()}
-        packed = {f"{prefix}{name}": linear for name, linear in layout.packed().items()}
-        parts.append(SourcePart(f"layer {index}", index, packed, kept))
-    rest: dict[str, tuple[int, ...]] = {FINAL_NORM: (shape.hidden,), **shape.outer()}
-    if not checkpoint.tied_head:
-        rest[HEAD] = table
-    return (*parts, SourcePart("outside the layers", None, {}, rest))
+        packed = {f"{prefix}{name}": linear for name, linear in checkpoint.packed(index).items()}
+        own = {name: kept.pop(name) for name in [name for name in kept if name.startswith(prefix)]}
+        parts.append(SourcePart(f"layer {index}", index, packed, own))
+    head = None if found is None else found.head
+    if head is not None:
+        del kept[HEAD]
+    return (*parts, SourcePart("outside the layers", None, {} if head is None else {HEAD_MODULE: head}, kept))
