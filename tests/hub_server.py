@@ -3,7 +3,8 @@
 Covered, for models named org/name:
 - GET /api/models/{repo}/revision/{rev}: the commit and the list of files;
 - GET /api/models/{repo}/tree/{rev}: their sizes and blob ids, on one page;
-- HEAD and GET /{repo}/resolve/{rev}/{file}, with ETag, X-Repo-Commit, Content-Length and `Range: bytes=N-`;
+- HEAD and GET /{repo}/resolve/{rev}/{file}, with ETag, X-Repo-Commit, Content-Length and
+  `Range: bytes=N-` or `bytes=N-M`;
 - refusals with the status, X-Error-Code and X-Error-Message by which the client tells them apart. As on the real hub,
   a repository that is private or does not exist is 401 without a login and 404 with one, and a gated one lists its
   files to everyone but gives them to nobody.
@@ -13,6 +14,7 @@ Not covered: redirects to file storage elsewhere, LFS and Xet, further pages, da
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -58,6 +60,8 @@ class Request:
     start: int
     """The first byte asked for."""
     status: int
+    size: int
+    """Of the answer's body, in bytes."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -84,6 +88,14 @@ def hub_server(repos: Mapping[str, Repo]) -> Iterator[HubServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def client_environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without the user's own hub, login and proxy."""
+    theirs = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
+    own = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
 
 
 class _RefusedError(Exception):
@@ -156,20 +168,25 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.cuts and self.command == "GET" and name.endswith(".safetensors"):
             repo.cuts -= 1
             stop = len(data) // 2
-        if start := self._start():
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(data[start:], 206 if start else 200, headers, None if stop is None else max(stop - start, 0))
+        asked = self._range(len(data))
+        if partial := asked != range(len(data)):
+            headers["Content-Range"] = f"bytes {asked.start}-{asked.stop - 1}/{len(data)}"
+        cut = None if stop is None else max(stop - asked.start, 0)
+        self._send(data[asked.start : asked.stop], 206 if partial else 200, headers, cut)
 
-    def _start(self) -> int:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
-        return int(asked[1]) if asked else 0
+    def _range(self, size: int) -> range:
+        """The bytes that are asked for of a file of `size` bytes."""
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
+        last = int(asked[2]) if asked and asked[2] else size - 1
+        return range(int(asked[1]) if asked else 0, min(last + 1, size))
 
     def _send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, body: bytes, status: int, headers: Mapping[str, str], cut: int | None = None) -> None:
         """The answer; with `cut`, only so many bytes of its body before the connection is dropped."""
-        self.server.requests.append(Request(self.command, urlsplit(self.path).path, self._start(), status))
+        start = self._range(len(body)).start
+        self.server.requests.append(Request(self.command, urlsplit(self.path).path, start, status, len(body)))
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

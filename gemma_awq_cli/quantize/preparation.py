@@ -93,7 +93,8 @@ class Prepared:
 def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) -> Prepared:
     """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
 
-    dry_run: the target may be taken, and rows that the model would sample are left zero, as only their number matters.
+    dry_run: the target may be taken, weights stay on the hub, and rows that the model would sample are left zero, as
+    only their number matters.
     """
     device = pick_device(request.device)
     recipe = find_recipe(
@@ -105,12 +106,12 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     output = None if request.output is None else local_path(request.output, ANOTHER_FOLDER)
     if output is not None and not dry_run:
         WorkFolder(output, request.force, request.resume)  # a taken folder is an error before anything is fetched
-    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)))
+    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)), weights=not dry_run)
     on_event(SourceFound(source))
     target = output or Path(f"{source.name}-AWQ")
     if not dry_run:
         WorkFolder(target, request.force, request.resume)
-    checkpoint = Checkpoint(source.folder)
+    checkpoint = Checkpoint(source.folder, source.on_hub)
     for line in checkpoint.notes:
         on_event(Warned(line))
     require_quantizable(checkpoint)

@@ -10,15 +10,18 @@ from pathlib import Path
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG, FILE_SUFFIXES, explain_file, explain_no_config
+from gemma_awq_cli.models.checkpoints.headers import find_weights
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID, fetch_errors
+from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights, weights_on_hub
 from gemma_awq_cli.system.failures import system_errors
 from gemma_awq_cli.system.reading import home_path
 
 DEMO = "demo"
 _GIVE = "Give a checkpoint folder or a hub id"
 # Other weights than safetensors, and exports for frameworks, stay on the hub.
+_HUB_WEIGHTS = "*.safetensors"
 _HUB_FILES = [
-    "*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*",
+    "*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*", "NOTICE*", "Notice*", "*TERMS*",
 ]  # fmt: skip
 
 
@@ -26,17 +29,22 @@ _HUB_FILES = [
 class Source:
     """A model on this machine: its folder, the user's name for it, and a short name for files made from it.
 
-    revision: the commit of a hub repository, even if the user named a branch or nothing.
+    revision: the commit of a hub repository, even if the user named a branch or nothing; on_hub: its weights, if they
+    have not been fetched.
     """
 
     folder: Path
     asked: str
     name: str
     revision: str | None = None
+    on_hub: HubWeights | None = None
 
 
-def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -> Source:
-    """The local folder of a MODEL argument, fetched or made if necessary. `note` gets a line before long work."""
+def find_source(asked: str, revision: str | None, note: Callable[[str], None], weights: bool = True) -> Source:
+    """The local folder of a MODEL argument, fetched or made if necessary. `note` gets a line before long work.
+
+    weights: whether the weights of a hub repository are fetched; if not, those that are not there stay on the hub.
+    """
     if asked == DEMO:  # a folder of that name is ./demo
         if revision:
             raise UsageError("--revision only applies to a hub id; the demo model has no revisions.")
@@ -59,7 +67,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
         known = f"is neither a folder nor a hub id{_like(path)}"
         raise GemmaAwqError(f"{_short(asked)!r} {known}.", f"{_GIVE}, such as google/gemma-3-1b-it, or demo.")
     try:
-        folder = _fetch(asked, revision)
+        folder = _fetch(asked, revision, weights)
     except GemmaAwqError as error:
         if not path.parent.is_dir():
             raise
@@ -72,7 +80,9 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
         if (folder / ADAPTER_CONFIG).is_file():
             raise explain_no_config(folder)
         raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
-    return Source(folder, asked, asked.split("/")[1], folder.name)
+    commit = folder.name
+    on_hub = None if weights or _has_weights(folder) else weights_on_hub(asked, commit)
+    return Source(folder, asked, asked.split("/")[1], commit, on_hub)
 
 
 def _path_of(asked: str) -> Path:
@@ -108,8 +118,17 @@ def _short(asked: str) -> str:
     return asked if len(asked) <= 100 else f"{asked[:100]}..."
 
 
-def _fetch(repo: str, revision: str | None) -> Path:
+def _fetch(repo: str, revision: str | None, weights: bool) -> Path:
     from huggingface_hub import snapshot_download
 
+    patterns = [_HUB_WEIGHTS, *_HUB_FILES] if weights else _HUB_FILES
     with fetch_errors(repo, revision):
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(repo, revision=revision, allow_patterns=patterns))
+
+
+def _has_weights(folder: Path) -> bool:
+    """Whether a complete set of weights lies in the folder, from an earlier fetch."""
+    try:
+        return bool(find_weights(folder).files)
+    except GemmaAwqError:
+        return False

@@ -18,10 +18,13 @@ TIE = "tie_word_embeddings"
 _ROWS = 8192  # of the vocabulary, compared at a time
 
 
-def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, TensorInfo], where: str) -> bool:
+def is_tied(
+    config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, TensorInfo], where: str, fetched: bool = True
+) -> bool:
     """Whether the head is the embedding. config: config.json as it is; where: the folder, for errors.
 
-    An error if the config says tied and the files hold another head, or untied and they hold none.
+    fetched: whether the weights can be compared; if not, a head beside the embedding counts as equal to it. An error if
+    the config says tied and the files hold another head, or untied and they hold none.
     """
     declared = config.get(TIE, True)  # the default of every Gemma
     if declared is not None and not isinstance(declared, bool):
@@ -37,7 +40,7 @@ def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, 
                 f"If the head is the embedding, set {TIE} to true in {CONFIG}, at its top level.",
             )
         return False
-    if head is None or embedded is None or _equal(tensors, layout.head, embedding):
+    if head is None or embedded is None or not fetched or _equal(tensors, layout.head, embedding):
         return True
     if below is False:  # the older place of the same statement
         return False
