@@ -160,7 +160,9 @@ def test_streams_that_hardly_anything_is_projected_to_are_not_blown_up(
     assert torch.equal(by_native.argmax(-1), by_torch.argmax(-1))
 
     monkeypatch.setattr(altup, "_LEAST_SQUARE", 0.0)
-    assert apart(read_by(DecoderSession(exact, 3, CAPACITY), random_turns()), theirs).median() > 0.05
+    assert (
+        apart(read_by(DecoderSession(exact, 3, CAPACITY), random_turns()), theirs).median() > 2e-3
+    )  # the constant counts
 
 
 @pytest.mark.usefixtures("arithmetic")
