@@ -17,6 +17,7 @@ from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import explain_no_weights
 from gemma_awq_cli.system.failures import first_line, reason_of
+from gemma_awq_cli.system.json_input import parse_json_object
 from gemma_awq_cli.system.reading import require_regular
 
 if TYPE_CHECKING:
@@ -26,8 +27,11 @@ if TYPE_CHECKING:
 DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
-    "BOOL": ("bool", 1),
+    "BOOL": ("bool", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
+    "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
+HEADER_BYTES = 100_000_000  # the limit of the format
+FIRST_BYTES = 128 * 1024  # of a file that is not here, which hold most headers
 NAMED = 3  # how many of many names are shown
 
 
@@ -164,6 +168,26 @@ def _read_header(file: Path) -> dict[str, TensorInfo]:
             view = handle.get_slice(name)
             infos[name] = tensor_info(file, name, view.get_shape(), view.get_dtype())
     return infos
+
+
+def read_header(name: str, size: int, read: Callable[[int, int], bytes], first: int) -> tuple[dict[str, Any], int]:
+    """Return the JSON header of a file that may be elsewhere, and where its data begin.
+
+    size: of the file in bytes; read: (first byte, count) -> at most that many bytes; first: how many are read before
+    the header's length is known.
+    """
+    head = read(0, first)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > min(size - 8, HEADER_BYTES):
+        what = "empty" if not size else f"no safetensors file, or cut off ({size} bytes)"
+        raise GemmaAwqError(f"{name} is {what}.", REDOWNLOAD)
+    text = head[8 : 8 + length]
+    if len(text) < length:
+        text += read(8 + len(text), length - len(text))
+    try:
+        return parse_json_object(text.decode(), f"The header of {name}", REDOWNLOAD), 8 + length
+    except UnicodeDecodeError:
+        raise GemmaAwqError(f"The header of {name} is not UTF-8.", REDOWNLOAD) from None
 
 
 def tensor_info(file: Path, name: str, shape: Iterable[int], stored: str) -> TensorInfo:

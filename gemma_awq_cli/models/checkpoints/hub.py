@@ -30,7 +30,7 @@ def fetch_errors(repo: str, revision: str | None) -> Iterator[None]:
     except (httpx.HTTPError, OSError, json.JSONDecodeError) as error:  # the client's own errors are all among these
         raise _fetch_explained(error, repo, revision) from None
     except UNUSABLE as error:  # file names that lead out of the cache, or a malformed answer
-        raise unusable_answer(error, repo) from None
+        raise _unusable(error, repo) from None
 
 
 @contextmanager
@@ -92,14 +92,13 @@ def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> G
             "Check the network (and HF_ENDPOINT), or give a local folder.",
         )
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return unusable_answer(error, repo)
+        return _unusable(error, repo)
     return GemmaAwqError(
         f"{repo} cannot be fetched: {error}.", "Check the free space and the permissions of the hub's cache (HF_HOME)."
     )
 
 
-def unusable_answer(error: BaseException, repo: str) -> GemmaAwqError:
-    """Return the error for an answer of the hub about `repo` that makes no sense."""
+def _unusable(error: BaseException, repo: str) -> GemmaAwqError:
     reason = first_line(error).rstrip(".")
     return GemmaAwqError(f"The hub's answer about {repo} cannot be used: {reason}.", _ELSEWHERE)
 
