@@ -97,7 +97,8 @@ class Prepared:
 def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) -> Prepared:
     """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
 
-    dry_run: the target may be taken, and rows that the model would sample are left zero, as only their number matters.
+    dry_run: the target may be taken, weights stay on the hub, and rows that the model would sample are left zero, as
+    only their number matters.
     """
     device = pick_device(request.device)
     recipe = find_recipe(
@@ -110,12 +111,12 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     if output is not None and not dry_run:
         WorkFolder(output, request.force, request.resume)  # a taken folder is an error before anything is fetched
     merged = None if request.adapter is None else open_asked_adapter(request.adapter, request.adapter_revision)
-    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)))
+    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)), weights=not dry_run)
     on_event(SourceFound(source))
     target = output or Path(f"{source.name}-AWQ")
     if not dry_run:
         WorkFolder(target, request.force, request.resume)
-    checkpoint = Checkpoint(source.folder, None if merged is None else merged.adapter)
+    checkpoint = Checkpoint(source.folder, None if merged is None else merged.adapter, source.on_hub)
     for line in (*checkpoint.notes, *(() if merged is None else adapter_warnings(merged, source))):
         on_event(Warned(line))
     require_quantizable(checkpoint)

@@ -29,6 +29,7 @@ from gemma_awq_cli.models.checkpoints.expected_tensors import (
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
+from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights
 from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, count_layers, find_key_layout
 from gemma_awq_cli.models.checkpoints.packed_linears import PackedLinears, find_packed_linears
 from gemma_awq_cli.models.checkpoints.quantization_config import is_packed, names_no_method, quantization_of
@@ -57,7 +58,7 @@ class Checkpoint:
     language model's config, with at least the values that `models.gemma` reads; shape: the sizes and layers that follow
     from it; key_layout: how the files name the language model's tensors; tensors: every tensor by its name in the
     files; quantization: the config's section, None for a 16-bit checkpoint; tied_head: whether the head is the
-    embedding; notes: lines on how it was read that the user should see.
+    embedding; fetched: whether the weights can be read; notes: lines on how it was read that the user should see.
 
     A 16-bit multimodal checkpoint without its vision tower is read as a text model.
 
@@ -65,9 +66,13 @@ class Checkpoint:
     the files.
     """
 
-    def __init__(self, folder: Path, adapter: Adapter | None = None) -> None:
+    def __init__(
+        self, folder: Path, adapter: Adapter | None = None, on_hub: HubWeights | None = None
+    ) -> None:
+        """Open a folder. on_hub: weights that have not been fetched, of which only the headers are read."""
         self.folder = folder
         self.adapter = adapter
+        self.fetched = on_hub is None
         require_inside(folder, folder / CONFIG)
         self.raw_config = read_json(folder / CONFIG)
         model_type = self.raw_config.get("model_type")
@@ -75,8 +80,9 @@ class Checkpoint:
             raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", A_CHECKPOINT)
         self.family: Family = family_of(model_type)
         self.quantization = quantization_of(folder, self.raw_config)
-        weights = find_weights(folder)
-        self.tensors, notes = read_headers(weights), weights.notes
+        weights = find_weights(folder) if on_hub is None else on_hub.find(folder)
+        self.tensors = read_headers(weights) if on_hub is None else on_hub.read_headers(weights)
+        notes = weights.notes
         section = self.quantization
         if section is not None and names_no_method(section) and not any(map(is_packed, self.tensors)):
             self.quantization = None
@@ -88,7 +94,7 @@ class Checkpoint:
             notes = (*notes, f"{folder.name} has no vision tower and is read as a text model ({self.family.title}).")
         self.key_layout = find_key_layout(self.family, self.tensors, folder)
         self._require_weights_as_declared()
-        self.tied_head = is_tied(config, self.key_layout, self.tensors, str(folder))
+        self.tied_head = is_tied(config, self.key_layout, self.tensors, str(folder), self.fetched)
         # after the headers: the config is compared with what is there before anything is built from it
         layers = count_layers(self.key_layout, self.tensors)
         values = text_values(self.raw_config, self.family, folder / CONFIG, layers)

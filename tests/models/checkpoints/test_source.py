@@ -20,7 +20,7 @@ import pytest
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import find_source
-from tests.hub_server import TOKEN, HubServer, Repo, hub_server
+from tests.hub_server import TOKEN, HubServer, Repo, client_environment, hub_server
 
 Asked = tuple[str, str | None, str]  # a model, a revision or None, and a token or ""
 
@@ -180,14 +180,6 @@ def told(hub: HubServer, nobody: str, tmp_path_factory: pytest.TempPathFactory) 
         found = ask([(case.asked, case.revision, case.token) for case in cases], root / how, variables)
         answers.update(zip(cases, found, strict=True))
     return answers
-
-
-def client_environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without the user's own hub, login and proxy."""
-    theirs = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
-    own = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
 
 
 def ask(models: Sequence[Asked], home: Path, variables: Mapping[str, str]) -> list[dict[str, Any]]:
