@@ -4,11 +4,13 @@ PYTHONPATH=. python benchmarks/interoperability.py ARTIFACT_DIR [...] --reader g
 PYTHONPATH=. python benchmarks/interoperability.py --tiny gemma3 gemma2 [...] --reader vllm=/path/python
 
 The exact weights are the artifact's, dequantized to float32; transformers computes them in float32. Each row of the
-table is one reader: the KL divergence from the exact weights in nats per token, its mean and maximum over teacher-
-forced tokens of real text; the largest difference of a logit; the size of the logits' difference, relative to the logits; how
-often the most likely token is the same; how many greedy tokens agree before the first that does not; the bytes of the
-weights' files. The rows of transformers on the dequantized weights show what rounding to a dtype costs, whoever
-computes. The script names the tensors that a reader misses or leaves unread, and then ends with status 1.
+table is one reader:
+- the KL divergence from the exact weights in nats per token, mean and maximum over teacher-forced tokens of real text
+- the largest difference of a logit, and the size of all differences relative to the logits
+- how often the most likely token is the same, and how many greedy tokens agree before the first that does not
+- the bytes of the weights' files
+The rows of transformers on the dequantized weights show what rounding to a dtype costs, whoever computes. The script
+names the tensors that a reader misses or leaves unread, and then ends with status 1.
 
 `--tiny` quantizes models of tests/tiny.py on the spot, with gains near 1; name none to take them all. What a reader
 does not load itself is exported first, with `gemma-awq export`.
