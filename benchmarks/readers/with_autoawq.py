@@ -11,30 +11,33 @@ from pathlib import Path
 import torch
 import transformers
 from awq.modules.linear import gemm
-from exchange import read_request, write_answer
+from exchange import Opened, Request, serve
 from safetensors.torch import load_file
-from with_transformers import Reader
+from with_transformers import opened
 
-transformers.utils.logging.set_verbosity_error()
 gemm.TRITON_AVAILABLE = False  # Triton may be installed, but it has no product for CPUs
-request = read_request()
-folder = Path(request["model"])
-config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-section = config.pop("quantization_config")
-tensors = {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
-with tempfile.TemporaryDirectory() as plain:
-    (Path(plain) / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    parsed = transformers.AutoConfig.from_pretrained(plain)
-model_class = getattr(transformers, config["architectures"][0])
-model = model_class._from_config(parsed, dtype=getattr(torch, request["dtype"]), attn_implementation="eager").eval()
-for name, module in [*model.named_modules()]:
-    if f"{name}.qweight" in tensors:
-        made = gemm.WQLinear_GEMM.from_linear(module, section["bits"], section["group_size"], init_only=True)
-        model.get_submodule(name.rpartition(".")[0]).register_module(name.rpartition(".")[2], made)
-missing, unexpected = model.load_state_dict(tensors, strict=False)
-model.tie_weights()
-missing = [name for name in missing if name != "lm_head.weight"]
-found = {"missing": missing, "unexpected": unexpected}
-faults = [f"{kind}: {len(names)}, {names[:2]}" for kind, names in found.items() if names]
-reader = Reader(model)
-write_answer(request, reader.logits, reader.greedy, ("autoawq", "transformers", "torch"), faults)
+
+
+def open_model(request: Request) -> Opened:
+    folder = Path(request["model"])
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    section = config.pop("quantization_config")
+    tensors = {key: tensor for file in sorted(folder.glob("*.safetensors")) for key, tensor in load_file(file).items()}
+    with tempfile.TemporaryDirectory() as plain:
+        (Path(plain) / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        parsed = transformers.AutoConfig.from_pretrained(plain)
+    model_class = getattr(transformers, config["architectures"][0])
+    model = model_class._from_config(parsed, dtype=getattr(torch, request["dtype"]), attn_implementation="eager")
+    for name, module in [*model.named_modules()]:
+        if f"{name}.qweight" in tensors:
+            made = gemm.WQLinear_GEMM.from_linear(module, section["bits"], section["group_size"], init_only=True)
+            model.set_submodule(name, made)
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    model.tie_weights()
+    missing = [name for name in missing if name != "lm_head.weight"]
+    found = {"missing": missing, "unexpected": unexpected}
+    faults = [f"{kind}: {len(names)}, {names[:2]}" for kind, names in found.items() if names]
+    return opened(model.eval(), ("autoawq", "transformers", "torch"), faults)
+
+
+serve(open_model)

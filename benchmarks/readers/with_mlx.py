@@ -1,24 +1,26 @@
-"""mlx-lm on a CPU. `dtype` is not asked: the model computes in the dtype of its stored scales and norms."""
+"""mlx-lm on a CPU. The model computes in the dtype of its stored scales and norms, whatever `dtype` says."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from exchange import extend, read_request, write_answer
+from exchange import Opened, Request, extend, serve
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
-request = read_request()
-model, _ = load_model(Path(request["model"]))
 
 
-def logits(ids: Sequence[int]) -> Iterator[np.ndarray]:
-    yield from np.array(model(mx.array([[*ids]]))[0].astype(mx.float32))
+def open_model(request: Request) -> Opened:
+    model, _ = load_model(Path(request["model"]))
+
+    def logits(ids: Sequence[int]) -> Iterator[np.ndarray]:
+        yield from np.array(model(mx.array([[*ids]]))[0].astype(mx.float32))
+
+    def greedy(prompt: Sequence[int], count: int) -> list[int]:
+        return extend(lambda ids: [*logits(ids)][-1], prompt, count)
+
+    return Opened(logits, greedy, ("mlx-lm", "mlx"))
 
 
-def greedy(prompt: Sequence[int], count: int) -> list[int]:
-    return extend(lambda ids: [*logits(ids)][-1], prompt, count)
-
-
-write_answer(request, logits, greedy, ("mlx-lm", "mlx"))
+serve(open_model)
