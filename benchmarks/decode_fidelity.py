@@ -21,7 +21,6 @@ from gemma_awq_cli.kernels.head import HEADS, soft_cap
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import require_awq
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import read_native_text
 from gemma_awq_cli.models.forward.session import Session
@@ -76,8 +75,7 @@ def main() -> None:
 def ways(artifact: Checkpoint, capacity: int) -> Iterator[tuple[str, Callable[[], Session]]]:
     """Yield every way to run the artifact: its name and a function that opens a session. One is in memory at a time."""
     arch = architecture_of(artifact.text_config, artifact.family)
-    group_size = require_awq(artifact)
-    exact = read_torch_text(artifact, arch, group_size, CPU, torch.float32)
+    exact = read_torch_text(artifact, arch, CPU, torch.float32)
     for layer in exact.layers:
         for kind in ("qkv", "o", "gate_up", "down"):
             packed = PackedWeight(*getattr(layer, kind).buffers())
@@ -88,10 +86,10 @@ def ways(artifact: Checkpoint, capacity: int) -> Iterator[tuple[str, Callable[[]
     if isinstance(library, native_library.Unavailable):
         raise SystemExit(str(library))
     for head in HEADS:
-        native = read_native_text(library, artifact, arch, group_size, head)
+        native = read_native_text(library, artifact, arch, head)
         yield f"compiled, head {head}", lambda text=native: NativeSession(text, 1, capacity)  # type: ignore[misc]
     for head in HEADS:
-        slim = read_torch_text(artifact, arch, group_size, CPU, torch.bfloat16, head)
+        slim = read_torch_text(artifact, arch, CPU, torch.bfloat16, head)
         yield f"torch bfloat16, head {head}", lambda text=slim: DecoderSession(text, 1, capacity)  # type: ignore[misc]
 
 

@@ -2,7 +2,25 @@
 
 from typing import Any
 
+from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
+from gemma_awq_cli.models.gemma.architecture import TextShape
 from gemma_awq_cli.models.gemma.family import FULL, SLIDING
+from gemma_awq_cli.models.packed_formats.autoawq import Gemm
+from gemma_awq_cli.models.packed_formats.packed_format import Expected
+
+
+def artifact_tensors(shape: TextShape, group_size: int | None) -> dict[str, Expected]:
+    """The tensors of an artifact with a tied head, by their names in a text-only file. group_size: None for 16 bits."""
+    if group_size is None:
+        return text_tensors(shape, tied_head=True)
+    packed = [layout.packed() for layout in shape.layouts]
+    layout = Gemm(group_size)
+    return text_tensors(shape, True, packed) | {
+        f"model.layers.{index}.{name}{kind}": one
+        for index, linears in enumerate(packed)
+        for name, linear in linears.items()
+        for kind, one in layout.expected(linear, group_size, {}).items()
+    }
 
 
 def _kinds(layers: int, every: int) -> list[str]:

@@ -12,7 +12,6 @@ from torch import Tensor
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight, unpack_weight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed
 from gemma_awq_cli.models.checkpoints.weight_files import read_tensors
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.layers import DOWN, GATE_UP, LayerLayout
@@ -69,7 +68,7 @@ def dense_twin(source: Path, artifact: Path) -> Any:
         prefix = f"model.layers.{index}."
         own = {name: weights[prefix + name] for name in layout.unpacked()}
         for name, linear in layout.packed().items():
-            packed = read_packed(checkpoint, prefix + name, linear.inputs, linear.outputs, GROUP)
+            (packed,) = checkpoint.read_packed({prefix + name: linear}).values()
             _weight(own, layout, name).copy_(dequantize(*unpack_weight(packed)))
     model.load_state_dict(weights, assign=True)
     return model

@@ -21,6 +21,7 @@ ROOMS = (
     ("errors", "events"),
     ("system",),
     ("awq", "models.gemma"),
+    ("models.packed_formats",),
     ("kernels",),
     ("models.checkpoints",),
     ("models.text",),

@@ -16,7 +16,6 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.metrics import Positions, compare, join
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
@@ -106,20 +105,18 @@ class ComparedStack:
 
     def __init__(self, checkpoint: Checkpoint, stack: TextStack) -> None:
         self.checkpoint = checkpoint
-        self.group_size = require_awq(checkpoint) if checkpoint.quantization is not None else None
         self.stack = stack.reading(checkpoint)  # of the unquantized tensors
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """Return the weights of one layer, by their names relative to the layer."""
-        if self.group_size is None:
+        if not (packed := self.checkpoint.packed(index)):
             return self.stack.read_layer(index)
         prefix, layout = f"model.layers.{index}.", self.checkpoint.shape.layouts[index]
-        dense = {name: torch.empty(shape) for name, shape in layout.unpacked().items()}
-        packed = read_packed_linears(
-            self.checkpoint, {prefix + name: linear for name, linear in layout.packed().items()}, self.group_size
-        )
-        for name, (tensor, part) in layout.places().items():
-            dense[tensor][part] = dequantize(*unpack_weight(packed[prefix + name]))
+        places, shapes = layout.places(), layout.unpacked()
+        dense = {places[name].tensor: torch.empty(shapes[places[name].tensor]) for name in packed}
+        for name, weight in self.checkpoint.read_packed({prefix + name: one for name, one in packed.items()}).items():
+            tensor, part = places[name.removeprefix(prefix)]
+            dense[tensor][part] = dequantize(*unpack_weight(weight))
         rest = [name for name in self.stack.layer_names(index) if name not in dense]
         read = self.checkpoint.read(prefix + name for name in rest)
         return dense | {name: read[prefix + name] for name in rest}

@@ -18,7 +18,6 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.companions import require_companions
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.journal import Fingerprint
-from gemma_awq_cli.models.checkpoints.quantization_config import ORIGINAL, describe
 from gemma_awq_cli.models.checkpoints.side_files import not_copied, side_files
 from gemma_awq_cli.models.checkpoints.source import Source, find_source
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
@@ -27,6 +26,7 @@ from gemma_awq_cli.models.forward.loading import pick_device
 from gemma_awq_cli.models.forward.memory import available_memory
 from gemma_awq_cli.models.gemma.features import features_of
 from gemma_awq_cli.models.gemma.text_config import require_loadable
+from gemma_awq_cli.models.packed_formats.choosing import ORIGINAL, describe
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.events import (
     OnEvent,

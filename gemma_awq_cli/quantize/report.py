@@ -16,10 +16,10 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, KeptGroups, LayerRecord
 from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
-from gemma_awq_cli.models.checkpoints.quantization_config import SECTION
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.tying import with_tie
 from gemma_awq_cli.models.forward.memory import peak_memory
+from gemma_awq_cli.models.packed_formats.choosing import SECTION
 from gemma_awq_cli.quantize.plan import Plan
 
 REPORT_SCHEMA = 2

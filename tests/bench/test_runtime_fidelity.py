@@ -35,7 +35,7 @@ def test_it_is_that_of_the_weights_in_float32(
     artifact, reference = Checkpoint(artifacts(kind)), Checkpoint(checkpoints(kind))
     rows = cut_windows(find_recipe(str(text_file)), Prompter(reference.folder), 256, 48, 3).rows
     arch = architecture_of(artifact.text_config, artifact.family)
-    weights = read_torch_text(artifact, arch, 32, CPU, torch.float32)
+    weights = read_torch_text(artifact, arch, CPU, torch.float32)
     done: list[int] = []
     session = lambda rows, capacity: DecoderSession(weights, rows, capacity)  # noqa: E731
     found = measure_running(session, reference, rows, CPU, lambda: done.append(1))

@@ -15,6 +15,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
 from tests.conftest import FAMILIES
 from tests.models.forward.test_loading import dequantized
+from tests.models.packed_formats.foreign import gptq, rewrite
 from tests.tiny import make_tokenizer, original_model
 
 CPU = torch.device("cpu")
@@ -98,3 +99,17 @@ def test_of_a_long_text_only_the_beginning_is_read_for_a_few_windows(
     ids = prompter.ids
     monkeypatch.setattr(prompter, "ids", lambda text: ids(text[: len(text) // 20_000]))
     assert len(cut_windows(find_recipe(str(tmp_path / "long.txt")), prompter, 256, 41, 3).rows) == 3
+
+
+def test_a_file_of_another_tool_is_measured_alike(
+    artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    section = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+    theirs = rewrite(artifacts("gemma2"), tmp_path / "theirs", gptq(1), section, keep=lambda name: "up_proj" in name)
+    reference = Checkpoint(checkpoints("gemma2"))
+    text = cut_windows(find_recipe(str(text_file)), Prompter(reference.folder), 256, 40, 2)
+    ours, other = (
+        measure(Checkpoint(folder), reference, text.rows, CPU, lambda: None).summary()
+        for folder in (artifacts("gemma2"), theirs)
+    )
+    assert other == ours

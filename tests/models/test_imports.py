@@ -11,8 +11,9 @@ import gemma_awq_cli
 PACKAGE = Path(gemma_awq_cli.__file__).parent
 WITH_TORCH = {
     "models.gemma": {"rotary"},
+    "models.packed_formats": {"unpacking"},
     "models.checkpoints": {
-        "checkpoint", "companions", "demo", "expected_tensors", "packed_linears", "weight_files", "writing",
+        "checkpoint", "companions", "demo", "packed_linears", "weight_files", "writing",
     },
     "models.text": set(),
     "models.forward": {

@@ -12,11 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.expected_tensors import (
+    HEAD,
     OTHER_SOURCE,
     PACKED_PER_EXPERT,
-    Expected,
     require_tensors,
     text_tensors,
 )
@@ -24,24 +26,20 @@ from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, r
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
 from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, count_layers, find_key_layout
-from gemma_awq_cli.models.checkpoints.quantization_config import (
-    SECTION,
-    awq_group_size,
-    is_awq,
-    is_packed,
-    names_awq,
-    names_no_method,
-    quantization_of,
-)
+from gemma_awq_cli.models.checkpoints.packed_linears import PackedLinears, find_packed_linears
+from gemma_awq_cli.models.checkpoints.quantization_config import is_packed, names_no_method, quantization_of
 from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_pieces, read_tensors, require_finite
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import family_of
 from gemma_awq_cli.models.gemma.family import Family, KeyLayout
+from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
 from gemma_awq_cli.models.gemma.rotary import require_rope
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
+from gemma_awq_cli.models.packed_formats.choosing import SECTION, choose_format
+from gemma_awq_cli.models.packed_formats.packed_format import Expected, PackedFormat
 from gemma_awq_cli.system.reading import read_bytes
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -106,17 +104,55 @@ class Checkpoint:
                 f"{where} has no num_hidden_layers, which means {self.layers}, but the files hold {layers} layers.",
                 f"Set num_hidden_layers to {layers}, or use the {CONFIG} that belongs to the weights.",
             )
-        if self.quantization is None or is_awq(self.quantization):
+        if self.is_read:
             require_tensors(self.tensors, self.text_tensors(), self.folder)
             require_rope(self.facts, self.family, self.shape.layouts, where)
 
+    @property
+    def is_read(self) -> bool:
+        """Whether the weights are in a form that is read: 16 bits, or a layout of `models.packed_formats`."""
+        return self.quantization is None or not isinstance(self._layout, GemmaAwqError)
+
+    @cached_property
+    def _layout(self) -> PackedFormat | GemmaAwqError:
+        """The layout of the packed linears, or why it is not read."""
+        try:
+            return choose_format(self.quantization or {}, self.folder)
+        except GemmaAwqError as error:
+            return error
+
+    @cached_property
+    def packed_linears(self) -> PackedLinears | None:
+        """What is packed, None for a 16-bit checkpoint; an error if it is in a form that is not read."""
+        if self.quantization is None:
+            return None
+        if isinstance(self._layout, GemmaAwqError):
+            raise self._layout
+        self._require_as_many_tensors()
+        return find_packed_linears(self._layout, self.tensors, self.key, self.shape, self.tied_head, self.folder)
+
+    @property
+    def group_size(self) -> int | None:
+        """Of the packed linears as `read_packed` returns them; None for a 16-bit checkpoint."""
+        return None if self.packed_linears is None else self.packed_linears.group_size
+
+    def packed(self, index: int) -> Mapping[str, Linear]:
+        """The linears of one layer that are packed, by their names in the layer; the others have 16 bits."""
+        return {} if self.packed_linears is None else self.packed_linears.layers[index]
+
+    def read_packed(self, linears: Mapping[str, Linear]) -> dict[str, PackedWeight]:
+        """Packed linears by their full names (`model.layers.0.mlp.up_proj`): see `PackedLinears.read`."""
+        assert self.packed_linears is not None
+        return self.packed_linears.read(linears)
+
     def text_tensors(self) -> dict[str, Expected]:
         """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
-        group_size = None if self.quantization is None else awq_group_size(self.quantization, self.folder)
-        if group_size is not None:
-            self._require_as_many_tensors()
-        expected = text_tensors(self.shape, self.tied_head, group_size)
-        return {self.key(name): one for name, one in expected.items()}
+        packed = self.packed_linears
+        expected = text_tensors(self.shape, self.tied_head, packed.layers if packed else ())
+        if packed is not None and packed.head is not None:
+            del expected[HEAD]
+        found = {self.key(name): one for name, one in expected.items()}
+        return found | dict(packed.expected) if packed else found
 
     def _require_as_many_tensors(self) -> None:
         """An error if the config's experts need more tensors than there are, before they are named one by one."""
@@ -130,13 +166,13 @@ class Checkpoint:
 
     def _require_weights_as_declared(self) -> None:
         """An error if the weights are packed and the config does not say so, or the reverse."""
-        packed = next((name for name in self.tensors if name.endswith(".qweight")), None)
+        packed = next((name for name in self.tensors if is_packed(name)), None)
         if packed is not None and self.quantization is None:
             raise GemmaAwqError(
                 f"{self.folder} holds quantized weights ({packed}), but its {CONFIG} has no {SECTION}.",
                 f"Copy {CONFIG} from the place that the weights come from.",
             )
-        if packed is None and self.quantization is not None and names_awq(self.quantization):
+        if packed is None and self.quantization is not None and not isinstance(self._layout, GemmaAwqError):
             raise GemmaAwqError(
                 f"{CONFIG} of {self.folder} has a {SECTION}, but the weights are not packed.",
                 f"If they are the 16-bit weights, remove {SECTION} from {CONFIG}.",
@@ -144,7 +180,7 @@ class Checkpoint:
 
     def _unread(self) -> list[str]:
         """A note on tensors that nobody reads, neither this tool nor transformers, except known buffers."""
-        if self.quantization is not None and not is_awq(self.quantization):
+        if not self.is_read:
             return []
         known = {*self.text_tensors(), *self.companions(), self.key_layout.head}
         unused = tuple(f"{self.key(module)}." for module in self.shape.unused())
@@ -197,10 +233,19 @@ class Checkpoint:
     def read(self, module_names: Iterable[str]) -> dict[str, Tensor]:
         """Read tensors by their names inside transformers' causal model, as stored, checked to be finite."""
         keys = {name: self.key(name) for name in module_names}
+        head = keys.pop(HEAD, None) if self.packed_linears and self.packed_linears.head else None
         stored = read_tensors(self.tensors, keys.values())
         for key, tensor in stored.items():
             require_finite(key, tensor)
-        return {name: stored[key] for name, key in keys.items()}
+        read = {name: stored[key] for name, key in keys.items()}
+        return read if head is None else read | {HEAD: self._packed_head()}
+
+    def _packed_head(self) -> Tensor:
+        """The weight [V, hidden] float32 of a packed head."""
+        assert self.packed_linears is not None
+        assert self.packed_linears.head is not None
+        (packed,) = self.read_packed({HEAD.removesuffix(".weight"): self.packed_linears.head}).values()
+        return dequantize(*unpack_weight(packed))
 
     def mapped(self, module_name: str) -> Tensor:
         """A tensor of which only few rows are read, by its name inside transformers' causal model.

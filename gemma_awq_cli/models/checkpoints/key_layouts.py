@@ -19,6 +19,7 @@ NORM = "norm.weight"
 HEAD = "lm_head.weight"
 # Every reader computes these from the config; older versions of transformers stored them.
 BUFFERS = re.compile(r"(^|\.|_)(inv_freq|embed_scale|position_ids|normalizer|masked_bias|causal_mask)$")
+PACKED = ("qweight", "weight_packed")  # in place of a linear's `weight`: AWQ and GPTQ, compressed-tensors
 _ADAPTER = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector|base_layer|modules_to_save)\.")
 _WRAPPERS = {
     "_orig_mod.": "This is how `torch.compile` wraps a model: save `model._orig_mod` with `save_pretrained`.",
@@ -41,7 +42,12 @@ def find_key_layout(family: Family, names: Collection[str], folder: Path) -> Key
 def _head(layout: KeyLayout, names: Collection[str]) -> str | None:
     """The head's name in the files: the layout's own, or another that transformers accepts for it."""
     others = (HEAD, f"language_model.{HEAD}") if "language_model." in layout.prefix else (HEAD,)
-    return next((name for name in (layout.head, *others) if name in names), None)
+    return next((name for name in (layout.head, *others) if name in names or has_packed(name, names)), None)
+
+
+def has_packed(weight: str, names: Collection[str]) -> bool:
+    """Whether files hold a weight in a packed form. weight: its name when it is not packed."""
+    return any(f"{weight.removesuffix('weight')}{kind}" in names for kind in PACKED)
 
 
 def _unknown(family: Family, names: Collection[str], folder: Path) -> GemmaAwqError:

@@ -11,7 +11,7 @@ from typing import Any
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo
-from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING
+from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING, has_packed
 from gemma_awq_cli.models.gemma.family import KeyLayout
 
 TIE = "tie_word_embeddings"
@@ -31,7 +31,7 @@ def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, 
     embedding = f"{layout.prefix}{EMBEDDING}"
     head, embedded = tensors.get(layout.head), tensors.get(embedding)
     if not declared:
-        if head is None:
+        if head is None and not has_packed(layout.head, tensors):
             raise GemmaAwqError(
                 f"{CONFIG} of {where} has {TIE} {_json(declared)}, but the files hold no {layout.head}.",
                 f"If the head is the embedding, set {TIE} to true in {CONFIG}, at its top level.",

@@ -10,7 +10,6 @@ from torch import Tensor
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING, FINAL_NORM, HEAD
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears
 from gemma_awq_cli.models.gemma.architecture import (
     PER_LAYER_NORM,
     PER_LAYER_PROJECTION,
@@ -29,12 +28,11 @@ GAINS = (
 
 @dataclass(frozen=True)
 class LayerReader:
-    """Reads the tensors of layer `index`. group_size: None for a 16-bit checkpoint."""
+    """Reads the tensors of layer `index`."""
 
     checkpoint: Checkpoint
     arch: Architecture
     index: int
-    group_size: int | None
 
     @property
     def layout(self) -> LayerLayout:
@@ -44,24 +42,39 @@ class LayerReader:
     def _prefix(self) -> str:
         return f"model.layers.{self.index}."
 
-    def packed(self, joined: str) -> PackedWeight:
-        """The linears of one of `JOINED` as one, their outputs side by side: of artifacts only."""
-        return self._side_by_side(joined_linears(self.layout)[joined])
+    @cached_property
+    def _packed(self) -> dict[str, PackedWeight]:
+        """All packed linears by their names in the layer: opening a file for each expert would take minutes."""
+        linears = self.checkpoint.packed(self.index)
+        if not linears:
+            return {}
+        read = self.checkpoint.read_packed({self._prefix + name: linear for name, linear in linears.items()})
+        return {name.removeprefix(self._prefix): packed for name, packed in read.items()}
+
+    def parts(self, joined: str) -> list[PackedWeight | Tensor]:
+        """The linears of one of `JOINED` in the order of their outputs.
+
+        If all are packed, they are one part, side by side. 16-bit weights [N, K] are mapped from the file.
+        """
+        names = joined_linears(self.layout)[joined]
+        if all(name in self._packed for name in names):
+            return [self._side_by_side(names)]
+        dense = [name for name in names if name not in self._packed]
+        read = self.checkpoint.read(f"{self._prefix}{name}.weight" for name in dense)
+        return [self._packed.get(name) or read[f"{self._prefix}{name}.weight"] for name in names]
+
+    @property
+    def packs_experts(self) -> bool:
+        """Whether the experts are packed: all are, or none."""
+        experts = self.layout.experts
+        return experts is not None and any(name in self._packed for name in experts.linears(0))
 
     def packed_expert(self, expert: int, joined: str) -> PackedWeight:
-        """The linears of one of `EXPERT_JOINED` of one expert as one: of artifacts only."""
+        """The linears of one of `EXPERT_JOINED` of one expert as one, if experts are packed."""
         experts = self.layout.experts
         assert experts is not None
         group = experts.gate_up if joined == "gate_up" else experts.down
         return self._side_by_side([f"experts.{expert}.{name}" for name in group.linears])
-
-    @cached_property
-    def _packed(self) -> dict[str, PackedWeight]:
-        """All packed linears by their names in the layer, mapped: opening a file for each expert would take minutes."""
-        assert self.group_size is not None
-        linears = {self._prefix + name: linear for name, linear in self.layout.packed().items()}
-        read = read_packed_linears(self.checkpoint, linears, self.group_size)
-        return {name.removeprefix(self._prefix): packed for name, packed in read.items()}
 
     def _side_by_side(self, names: Sequence[str]) -> PackedWeight:
         parts = [self._packed[name] for name in names]
@@ -69,14 +82,8 @@ class LayerReader:
             return parts[0]
         return PackedWeight(*(torch.cat(tensors, 1) for tensors in zip(*parts, strict=True)))
 
-    def dense(self, joined: str) -> list[Tensor]:
-        """The weights [N, K] of one of `JOINED`, mapped from the file: of 16-bit checkpoints only."""
-        names = [f"{self._prefix}{name}.weight" for name in joined_linears(self.layout)[joined]]
-        read = self.checkpoint.read(names)
-        return [read[name] for name in names]
-
     def dense_experts(self, joined: str) -> Tensor:
-        """The weights [experts, N, K] of one of `EXPERT_JOINED`, mapped from the file: of 16-bit checkpoints only."""
+        """The weights [experts, N, K] of one of `EXPERT_JOINED`, mapped from the file, if experts have 16 bits."""
         name = self._prefix + EXPERT_JOINED[joined]
         return self.checkpoint.read([name])[name]
 

@@ -15,7 +15,6 @@ from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library, Unavailable
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.forward import native_weights, torch_decoder
 from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.native_weights import NativeText, native_refusal, native_report, read_native_text
@@ -43,21 +42,21 @@ def choose_forward(
     checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: Precision, head: str
 ) -> Forward:
     """The fastest forward that can run this model as it was asked for, with its weights read."""
-    group_size = require_awq(checkpoint) if checkpoint.quantization is not None else None
+    is_packed = checkpoint.packed_linears is not None
     needed = features_of(checkpoint.facts, checkpoint.family)
     if refusal := _decoders_refusal(device, precision, needed):
-        report, slow = linear_report(checkpoint, group_size, device, dtype)
+        report, slow = linear_report(checkpoint, device, dtype)
         return Forward(None, (f"forward: transformers' modules ({refusal})", *report), slow)
     arch = architecture_of(checkpoint.facts, checkpoint.family)
     if head != DENSE_HEAD and head_group(head, arch.hidden) is None:
         head = DENSE_HEAD
-    library = _native_library(checkpoint, arch, group_size, dtype, needed)
+    library = _native_library(checkpoint, arch, dtype, needed)
     if isinstance(library, Library):
-        text = read_native_text(library, checkpoint, arch, group_size, head)
+        text = read_native_text(library, checkpoint, arch, head)
         return Forward(text, tuple(native_report(text)), head=head)
-    report, slow = linear_report(checkpoint, group_size, device, dtype)
-    decoder = read_torch_text(checkpoint, arch, group_size, device, dtype, head)
-    if dtype == torch.bfloat16 and group_size is not None:
+    report, slow = linear_report(checkpoint, device, dtype)
+    decoder = read_torch_text(checkpoint, arch, device, dtype, head)
+    if dtype == torch.bfloat16 and is_packed:
         slow = f"the compiled forward, several times as fast, is not used: {library}" + (f"; {slow}" if slow else "")
     return Forward(decoder, (f"forward: torch (not the compiled one: {library})", *report), slow, head)
 
@@ -74,23 +73,21 @@ def _decoders_refusal(device: torch.device, precision: Precision, needed: frozen
 
 
 def _native_library(
-    checkpoint: Checkpoint, arch: Architecture, group_size: int | None, dtype: torch.dtype, needed: frozenset[str]
+    checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype, needed: frozenset[str]
 ) -> Library | Unavailable:
     """The compiled decoder's library, compiled now if need be, if the decoder can run this model."""
     if dtype != torch.bfloat16:
         return Unavailable(f"it computes in bfloat16 and float32, not {dtype}")
-    reason = missing_features(needed, native_weights.FEATURES) or native_refusal(checkpoint, arch, group_size)
+    reason = missing_features(needed, native_weights.FEATURES) or native_refusal(checkpoint, arch)
     return Unavailable(reason) if reason else native_library.load(cache_folder() / "native")
 
 
-def linear_report(
-    checkpoint: Checkpoint, group_size: int | None, device: torch.device, dtype: torch.dtype
-) -> tuple[list[str], str | None]:
+def linear_report(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[list[str], str | None]:
     """Which torch kernel each kind of linear gets, line by line; and why one is slow, or None."""
-    if group_size is None:
+    if checkpoint.packed_linears is None:
         return [f"linears: PyTorch's own products in {str(dtype).removeprefix('torch.')}"], None
     lines, slow = [], None
-    for name, packed in _distinct_linears(checkpoint, group_size):
+    for name, packed in _distinct_linears(checkpoint):
         kernel, refused = packed_linear.choose(packed, device, dtype)
         lines.append(f"{name}: {packed_linear.describe(packed, device, dtype)}")
         if kernel is packed_linear.KERNELS[-1]:
@@ -98,13 +95,13 @@ def linear_report(
     return lines, slow
 
 
-def _distinct_linears(checkpoint: Checkpoint, group_size: int) -> Iterator[tuple[str, PackedWeight]]:
-    """The first linear of each name and shape, by the last part of its name (`q_proj`)."""
+def _distinct_linears(checkpoint: Checkpoint) -> Iterator[tuple[str, PackedWeight]]:
+    """The first packed linear of each name and shape, by the last part of its name (`q_proj`)."""
     known = set()
-    for index, layout in enumerate(checkpoint.shape.layouts):
-        for name, linear in layout.packed().items():
+    for index in range(checkpoint.layers):
+        for name, linear in checkpoint.packed(index).items():
             kind = name.rpartition(".")[2]
             if (kind, linear) not in known:
                 known.add((kind, linear))
                 full = f"model.layers.{index}.{name}"
-                yield kind, read_packed(checkpoint, full, linear.inputs, linear.outputs, group_size)
+                yield kind, checkpoint.read_packed({full: linear})[full]

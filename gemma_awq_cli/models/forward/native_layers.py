@@ -1,6 +1,6 @@
 """One layer as the structures that C++ reads, with the tensors that they point into."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from ctypes import pointer
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import (
@@ -73,7 +74,7 @@ def read_native_layer(library: Library, reader: LayerReader, inv_freq: Tensor, a
     return NativeLayer(
         linears={kind: _linear(library, reader, kind, arena) for kind in JOINED},
         experts=_experts(library, reader, arena),
-        narrow={name: narrow(kept[name], reader.group_size, arena) for name in _NARROW if name in kept},
+        narrow={name: narrow(kept[name], reader.checkpoint.group_size, arena) for name in _NARROW if name in kept},
         numbers=numbers,
         gains=gains,
         inv_freq=inv_freq,
@@ -92,16 +93,19 @@ def linear_array(linears: Sequence[native.NativeLinear]) -> Any:
     return (LinearSpec * len(linears))(*(linear.spec for linear in linears))
 
 
-def layer_arena_bytes(layout: LayerLayout, group_size: int) -> int:
-    """How many bytes of an `Arena` the packed linears of one layer take."""
+def layer_arena_bytes(layout: LayerLayout, packed: Set[str], group_size: int) -> int:
+    """How many bytes of an `Arena` one layer takes. packed: the names of the linears that are packed."""
     total = 0
     for kind, names in joined_linears(layout).items():
+        if names[0] not in packed:  # it stays where the file is mapped
+            continue
         linear = layout.joined(names)
         total += native.arena_bytes(_int4_kind(layout, kind), linear.inputs, linear.outputs, group_size)
     for name in _NARROW:
         outputs, inputs = layout.kept.get(name, (0, 0))
         total += native.arena_bytes(BF16, inputs, outputs, 0)
-    if experts := layout.experts:
+    experts = layout.experts
+    if experts is not None and not packed.isdisjoint(experts.linears(0)):
         for inputs, outputs in ((experts.hidden, 2 * experts.intermediate), (experts.intermediate, experts.hidden)):
             total += experts.count * native.arena_bytes(INT4, inputs, outputs, group_size)
     return total
@@ -171,9 +175,12 @@ def _altup_spec(scaled: bool, layer: NativeLayer) -> AltUpSpec:
 
 
 def _linear(library: Library, reader: LayerReader, kind: str, arena: native.Arena) -> native.NativeLinear:
-    if reader.group_size is None:
-        return native.dense(reader.dense(kind))
-    return native.from_awq(library, reader.packed(kind), arena, _int4_kind(reader.layout, kind))
+    dense = []
+    for part in reader.parts(kind):
+        if isinstance(part, PackedWeight):  # all of it: `native_refusal` refuses mixtures
+            return native.from_awq(library, part, arena, _int4_kind(reader.layout, kind))
+        dense.append(part.to(torch.bfloat16).contiguous())
+    return native.dense(dense)
 
 
 def _int4_kind(layout: LayerLayout, kind: str) -> int:
@@ -184,7 +191,7 @@ def _int4_kind(layout: LayerLayout, kind: str) -> int:
 def _experts(library: Library, reader: LayerReader, arena: native.Arena) -> dict[str, tuple[native.NativeLinear, ...]]:
     if reader.layout.experts is None:
         return {}
-    if reader.group_size is None:
+    if not reader.packs_experts:
         return {kind: tuple(native.dense([one]) for one in reader.dense_experts(kind)) for kind in EXPERT_JOINED}
     numbers = range(reader.layout.experts.count)
     return {

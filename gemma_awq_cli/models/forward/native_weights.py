@@ -3,7 +3,7 @@
 Its integer linears quantize their activations to 8 bits, one scale per token and group.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +27,7 @@ from gemma_awq_cli.models.forward.decoder_weights import (
     JOINED,
     LayerReader,
     embed_scale,
+    joined_linears,
     read_embedding,
     read_final_gain,
     read_per_layer,
@@ -43,7 +44,7 @@ from gemma_awq_cli.models.forward.native_layers import (
 from gemma_awq_cli.models.forward.torch_decoder import TextWeights
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE, Architecture
-from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear
 
 # What engine.cpp implements of `models.gemma.features.FEATURES`.
 FEATURES = frozenset({
@@ -108,10 +109,11 @@ class NativeText:
         return read + ([*self.streams.starts, *self.streams.ends] if self.streams else [])
 
 
-def native_refusal(checkpoint: Checkpoint, arch: Architecture, group_size: int | None) -> str | None:
+def native_refusal(checkpoint: Checkpoint, arch: Architecture) -> str | None:
     """Why the compiled decoder cannot take this model's sizes or dtypes, or None."""
-    for layout in arch.layouts:
-        if reason := _layer_refusal(layout, group_size):
+    group_size = checkpoint.group_size
+    for index, layout in enumerate(arch.layouts):
+        if reason := _layer_refusal(layout, group_size) or _mixed(layout, checkpoint.packed(index)):
             return reason
     if arch.altup is not None and arch.altup.streams > MAX_STREAMS:
         return f"{arch.altup.streams} streams are more than {MAX_STREAMS}"
@@ -143,23 +145,30 @@ def _layer_refusal(layout: LayerLayout, group_size: int | None) -> str | None:
     return next((reason for size in inputs if (reason := native.refusal(size, group_size))), None)
 
 
-def read_native_text(
-    library: Library, checkpoint: Checkpoint, arch: Architecture, group_size: int | None, head: str
-) -> NativeText:
+def _mixed(layout: LayerLayout, packed: Mapping[str, Linear]) -> str | None:
+    """Why a layer of which only some linears are packed cannot be read, or None."""
+    for names in joined_linears(layout).values() if packed else ():
+        if len({name in packed for name in names}) > 1:
+            return f"of {', '.join(names)} only some are packed"
+    return None
+
+
+def read_native_text(library: Library, checkpoint: Checkpoint, arch: Architecture, head: str) -> NativeText:
     """Read all weights of the language model: packed ones are repacked for C++, 16-bit ones stay mapped.
 
-    group_size: None for a 16-bit checkpoint; head: one of `kernels.head.HEADS`.
+    head: one of `kernels.head.HEADS`.
     """
+    group_size = checkpoint.group_size
     embedding, exact_head = (tensor.to(torch.bfloat16).contiguous() for tensor in read_embedding(checkpoint))
     head_kind = _HEAD_KINDS.get(head, BF16)
     group = head_group(head, arch.hidden) if head_kind != BF16 else None
     if group is None:
         head_kind = BF16
-    arena = native.Arena(library, _arena_bytes(arch, group_size, head_kind, group))
+    arena = native.Arena(library, _arena_bytes(checkpoint, arch, head_kind, group))
     # layers with one rope share one tensor, by which C++ knows that they share their angles
     frequencies = {id(rope): rope.inv_freq.to(torch.float32).contiguous() for rope in arch.ropes}
     layers = tuple(
-        read_native_layer(library, LayerReader(checkpoint, arch, index, group_size), frequencies[id(rope)], arena)
+        read_native_layer(library, LayerReader(checkpoint, arch, index), frequencies[id(rope)], arena)
         for index, rope in enumerate(arch.ropes)
     )
     norm = read_final_gain(checkpoint, arch)
@@ -169,7 +178,7 @@ def read_native_text(
         head_linear = native.quantized(library, exact_head, head_kind, group, arena)
     dense = None
     if group_size is None:
-        dense = read_torch_text(checkpoint, arch, None, torch.device("cpu"), torch.bfloat16)
+        dense = read_torch_text(checkpoint, arch, torch.device("cpu"), torch.bfloat16)
     per_layer, streams = (
         _read_per_layer(checkpoint, arch, group_size, arena),
         _read_streams(checkpoint, arch, group_size, arena),
@@ -249,11 +258,12 @@ def _model_spec(
     return spec
 
 
-def _arena_bytes(arch: Architecture, group_size: int | None, head_kind: int, head_group_size: int | None) -> int:
+def _arena_bytes(checkpoint: Checkpoint, arch: Architecture, head_kind: int, head_group_size: int | None) -> int:
     """How many bytes all weights take together that are not mapped."""
     total = 0
-    if group_size is not None:
-        total += sum(layer_arena_bytes(layout, group_size) for layout in arch.layouts)
+    if (group_size := checkpoint.group_size) is not None:
+        for index, layout in enumerate(arch.layouts):
+            total += layer_arena_bytes(layout, checkpoint.packed(index).keys(), group_size)
         for name, shape in arch.outer().items():
             if len(shape) == 2 and name != PER_LAYER_TABLE:
                 total += native.arena_bytes(BF16, shape[1], shape[0], 0)

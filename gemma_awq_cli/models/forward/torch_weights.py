@@ -1,11 +1,12 @@
 """The torch decoder's weights from a checkpoint: packed kernels or 16-bit linears, on any device."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.head import make_head
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -29,27 +30,26 @@ _LAYER_GAINS = ("input_norm", "attention_norm", "mlp_norm", "post_mlp_norm", "q_
 
 
 class JoinedLinear(nn.Module):
-    """16-bit weights that share an input, their outputs side by side; each stays mapped from its file."""
+    """Linears that share an input, their outputs side by side. parts: 16-bit weights, mapped, or packed linears."""
 
-    def __init__(self, weights: list[Tensor]) -> None:
+    def __init__(self, parts: Sequence[Tensor | nn.Module]) -> None:
         super().__init__()
-        self.weights = weights
+        self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [F.linear(x, weight) for weight in self.weights]
+        parts = [F.linear(x, part) if isinstance(part, Tensor) else part(x) for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def read_torch_text(
     checkpoint: Checkpoint,
     arch: Architecture,
-    group_size: int | None,
     device: torch.device,
     dtype: torch.dtype,
     head: str = "16bit",
 ) -> TextWeights:
-    """Read all weights of the language model. group_size: None for a 16-bit checkpoint; head: see `kernels.head`."""
-    readers = (LayerReader(checkpoint, arch, index, group_size) for index in range(arch.layers))
+    """Read all weights of the language model. head: see `kernels.head`."""
+    readers = (LayerReader(checkpoint, arch, index) for index in range(arch.layers))
     embedding, weight = read_embedding(checkpoint)
     embedding = embedding.to(device, dtype)
     weight = embedding if checkpoint.tied_head else weight.to(device, dtype)
@@ -99,9 +99,12 @@ def _layer(reader: LayerReader, device: torch.device, dtype: torch.dtype) -> Lay
 
 
 def _linear(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    if reader.group_size is not None:
-        return make_linear(reader.packed(kind), device, dtype)
-    return JoinedLinear([weight.to(device, dtype) for weight in reader.dense(kind)])
+    parts = [
+        make_linear(part, device, dtype) if isinstance(part, PackedWeight) else part.to(device, dtype)
+        for part in reader.parts(kind)
+    ]
+    first = parts[0]
+    return first if len(parts) == 1 and isinstance(first, nn.Module) else JoinedLinear(parts)
 
 
 def _per_layer_gate(
@@ -164,7 +167,7 @@ def _experts(
 def expert_linears(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
     """One of `EXPERT_JOINED` of each expert."""
     assert reader.layout.experts is not None
-    if reader.group_size is None:
+    if not reader.packs_experts:
         return [JoinedLinear([weight]) for weight in reader.dense_experts(kind).to(device, dtype)]
     count = reader.layout.experts.count
     return [make_linear(reader.packed_expert(expert, kind), device, dtype) for expert in range(count)]

@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed, require_awq
 from gemma_awq_cli.models.forward.decoder_weights import EXPERT_JOINED, LayerReader
 from gemma_awq_cli.models.forward.experts import mix_experts
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
@@ -69,21 +68,21 @@ def _compute_buffers(model: Any, shape: TextShape, device: torch.device) -> None
 
 def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
     """Put packed linears in place of the layers' own."""
-    group_size = require_awq(checkpoint)
-    for name, linear in layer_linears(checkpoint).items():
-        if linear.bias:
-            raise GemmaAwqError(
-                f"{name} of {checkpoint.folder} has a bias, which packed linears cannot hold.",
-                "Use the 16-bit model instead.",
-            )
-        packed = read_packed(checkpoint, name, linear.inputs, linear.outputs, group_size)
-        model.set_submodule(name, make_linear(packed, device, dtype))
     arch = architecture_of(checkpoint.facts, checkpoint.family)
     for index, layout in enumerate(arch.layouts):
-        if layout.experts is not None:
-            reader = LayerReader(checkpoint, arch, index, group_size)
-            linears = (expert_linears(reader, kind, device, dtype) for kind in EXPERT_JOINED)
-            model.set_submodule(f"model.layers.{index}.experts", PackedExperts(*linears))
+        prefix, packed = f"model.layers.{index}.", checkpoint.packed(index)
+        linears = {prefix + name: linear for name, linear in packed.items() if name in layout.linears}
+        for name, weight in (checkpoint.read_packed(linears) if linears else {}).items():
+            if linears[name].bias:
+                raise GemmaAwqError(
+                    f"{name} of {checkpoint.folder} has a bias, which packed linears cannot hold.",
+                    "Use the 16-bit model instead.",
+                )
+            model.set_submodule(name, make_linear(weight, device, dtype))
+        reader = LayerReader(checkpoint, arch, index)
+        if reader.packs_experts:
+            experts = (expert_linears(reader, kind, device, dtype) for kind in EXPERT_JOINED)
+            model.set_submodule(f"{prefix}experts", PackedExperts(*experts))
 
 
 class PackedExperts(nn.Module):

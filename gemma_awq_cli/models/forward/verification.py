@@ -8,15 +8,17 @@ import torch
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
-from gemma_awq_cli.models.checkpoints.packed_linears import read_packed_linears, require_awq
 from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.gemma.text_config import require_loadable
+from gemma_awq_cli.models.packed_formats.autoawq import Gemm
 from gemma_awq_cli.models.text.prompter import Prompter
+
+REMAKE = "Quantize the model again, or download the artifact again."
 
 
 def verify_artifact(folder: Path) -> dict[str, Any]:
@@ -28,7 +30,7 @@ def verify_artifact(folder: Path) -> dict[str, Any]:
 
 
 def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
-    group_size = require_awq(checkpoint)
+    group_size = _require_own(checkpoint)
     require_loadable(checkpoint.raw_config, checkpoint.folder / CONFIG)
     linears = compared = 0
     unpacked: set[str] = set()  # what the 16-bit model has in their place
@@ -37,7 +39,7 @@ def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
         wanted = {prefix + name: linear for name, linear in layout.packed().items()}
         linears += len(wanted)
         unpacked.update(prefix + name for name in layout.unpacked())
-        packed = read_packed_linears(checkpoint, wanted, group_size)
+        packed = checkpoint.read_packed(wanted)
         compared += _compare_with_autoawq(packed, group_size) if index == 0 else 0
     # the names of the rest are transformers' own, not those of our layouts
     dense = parameter_shapes(meta_model(checkpoint.text_config), checkpoint.tied_head)
@@ -50,6 +52,17 @@ def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
         "autoawq": autoawq_version() if compared else None,
         "linears_compared_with_autoawq": compared,
     }
+
+
+def _require_own(checkpoint: Checkpoint) -> int:
+    """The group size of an artifact as this tool writes it; an error for other files, which are never verified."""
+    packed = checkpoint.packed_linears
+    if packed is None or type(packed.layout) is not Gemm:
+        raise GemmaAwqError(f"{checkpoint.folder} does not hold weights in {Gemm.title}.", REMAKE)
+    for index, layout in enumerate(checkpoint.shape.layouts):
+        if left := layout.packed().keys() - checkpoint.packed(index).keys():
+            raise GemmaAwqError(f"{checkpoint.folder} has linears that are not packed: {some(sorted(left))}.", REMAKE)
+    return packed.group_size
 
 
 def _compare_with_autoawq(linears: Mapping[str, PackedWeight], group_size: int) -> int:
@@ -65,9 +78,6 @@ def _compare_with_autoawq(linears: Mapping[str, PackedWeight], group_size: int) 
                 )
             compared += 1
     return compared
-
-
-REMAKE = "Quantize the model again, or download the artifact again."
 
 
 def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Prompter]:

@@ -319,14 +319,25 @@ def test_a_quantization_that_a_file_beside_the_config_tells(artifacts: Callable[
 @pytest.mark.parametrize(
     ("section", "message"),
     [
-        ({**OURS, "version": "gemv"}, "quantized as awq gemv 4-bit; only 4-bit AWQ"),
+        ({**OURS, "version": "exllama"}, "quantized as awq exllama 4-bit, which is not read; what is: 4-bit AWQ"),
         ({**OURS, "version": "llm-awq"}, "awq llm-awq 4-bit"),
         ({**OURS, "backend": "llm-awq"}, "awq llm-awq 4-bit"),
         ({**OURS, "bits": 8}, "awq gemm 8-bit"),
         ({"quant_method": "awq", "w_bit": 3, "q_group_size": 32}, "awq gemm 3-bit"),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 32}, "gptq 4-bit"),
+        ({"quant_method": "gptq", "bits": 8, "group_size": 32}, "gptq 8-bit"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, "act-order"),
+        ({"quant_method": "gptq", "bits": 4, "group_size": 32, "checkpoint_format": "marlin"}, "gptq marlin 4-bit"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors pack-quantized"),
-        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "format": "float-quantized",
+                "config_groups": {"0": {"weights": {"num_bits": 8, "type": "float"}}},
+            },
+            "compressed-tensors float-quantized",
+        ),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "by bitsandbytes"),
+        ({"quant_method": "fp8"}, "quantized as fp8"),
         ({"quant_method": ["awq"]}, "quantized as "),
         ({}, "an unnamed method"),
         ([], "quantization_config is not a JSON object"),

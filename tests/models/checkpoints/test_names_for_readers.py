@@ -8,7 +8,7 @@ import re
 
 import pytest
 
-from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
+from benchmarks.released_configs import artifact_tensors
 from gemma_awq_cli.models.gemma.architecture import shape_of
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from tests.tiny import CONFIGS
@@ -128,7 +128,7 @@ def names_that_readers_load(name: str) -> set[str]:
 def test_the_planned_tensors_are_what_readers_load(name: str) -> None:
     config = CONFIGS[name]()
     family = FAMILIES[config.model_type]
-    planned = text_tensors(shape_of(config.get_text_config(), family), tied_head=True, group_size=32)
+    planned = artifact_tensors(shape_of(config.get_text_config(), family), 32)
     assert {tensor.removeprefix("model.") for tensor in planned} == names_that_readers_load(name)
 
 

@@ -93,7 +93,7 @@ def test_on_16_bits_it_is_the_torch_decoder(
 ) -> None:
     monkeypatch.setattr(prefill, "CHUNK", chunk)
     text = native_text(checkpoints(kind))
-    exact = read_torch_text(Checkpoint(checkpoints(kind)), text.arch, None, CPU, torch.float32)
+    exact = read_torch_text(Checkpoint(checkpoints(kind)), text.arch, CPU, torch.float32)
     expected = read_by(DecoderSession(exact, 3, CAPACITY), random_turns())
     given = read_by(NativeSession(text, 3, CAPACITY), random_turns())
     # a key that float32 rounds to another bfloat16 than before, which these hard models amplify
@@ -110,7 +110,7 @@ def test_on_4_bits_it_is_the_torch_decoder_with_activations_of_8_bits(
 ) -> None:
     monkeypatch.setattr(prefill, "CHUNK", chunk)
     text = native_text(rounded(kind))
-    exact = in_int8(read_torch_text(Checkpoint(rounded(kind)), text.arch, GROUP, CPU, torch.float32))
+    exact = in_int8(read_torch_text(Checkpoint(rounded(kind)), text.arch, CPU, torch.float32))
     expected = read_by(DecoderSession(exact, 3, CAPACITY), random_turns())
     # the median: a few activations round to another integer of eight bits
     assert apart(read_by(NativeSession(text, 3, CAPACITY), random_turns()), expected).median() < 1e-3

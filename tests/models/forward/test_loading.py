@@ -159,9 +159,9 @@ def test_damaged_artifacts_are_refused(
     with pytest.raises(GemmaAwqError, match="not valid JSON"):
         open_model(folder, CPU)
 
-    folder = damaged("gptq")
+    folder = damaged("bitsandbytes")
     config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"]["quant_method"] = "gptq"
+    config["quantization_config"]["quant_method"] = "bitsandbytes"
     (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(GemmaAwqError, match="only 4-bit AWQ"):
+    with pytest.raises(GemmaAwqError, match="quantized by bitsandbytes, which is not read"):
         open_model(folder, CPU)

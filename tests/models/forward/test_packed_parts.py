@@ -17,7 +17,7 @@ from gemma_awq_cli.models.forward.transformers_session import TransformersSessio
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from tests.conftest import FAMILIES
 from tests.models.forward.test_torch_decoder import CAPACITY, apart, random_turns, read_by, read_whole
-from tests.round_to_nearest import GROUP, dense_twin, round_checkpoint
+from tests.round_to_nearest import dense_twin, round_checkpoint
 
 CPU = torch.device("cpu")
 PROMPTS = (5, 41, 16)  # tokens; the sliding window is 16
@@ -38,7 +38,7 @@ def rounded(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPat
 def torch_session(folder: Path, rows: int) -> Session:
     checkpoint = Checkpoint(folder)
     arch = architecture_of(checkpoint.facts, checkpoint.family)
-    return DecoderSession(read_torch_text(checkpoint, arch, GROUP, CPU, torch.float32), rows, CAPACITY)
+    return DecoderSession(read_torch_text(checkpoint, arch, CPU, torch.float32), rows, CAPACITY)
 
 
 def transformers_session(folder: Path, rows: int) -> Session:

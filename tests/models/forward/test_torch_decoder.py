@@ -71,7 +71,7 @@ def test_in_float32_it_is_transformers(
     monkeypatch.setattr(prefill, "CHUNK", chunk)
     checkpoint = Checkpoint(checkpoints(kind))
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
-    session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 3, CAPACITY)
+    session = DecoderSession(read_torch_text(checkpoint, arch, CPU, torch.float32), 3, CAPACITY)
     expected = read_whole(build_model(checkpoint, CPU, torch.float32), random_turns())
     errors = apart(read_by(session, random_turns()), expected)
     # at a token or two these hard models amplify even the order of summation
@@ -88,7 +88,6 @@ def test_in_bfloat16_it_errs_no_more_than_transformers(kind: str, checkpoints: C
     torch_text = read_torch_text(
         opened.checkpoint,
         architecture_of(opened.checkpoint.text_config, opened.checkpoint.family),
-        None,
         CPU,
         torch.bfloat16,
     )
@@ -128,14 +127,14 @@ def test_compiled_artifacts_are_the_torch_decoder_with_int8_activations(
     if not isinstance(opened.forward.text, NativeText):
         pytest.skip(opened.kernel_report()[0])
     arch = opened.forward.text.arch
-    exact = read_torch_text(opened.checkpoint, arch, 32, CPU, torch.float32)
+    exact = read_torch_text(opened.checkpoint, arch, CPU, torch.float32)
     text = oracle_of(exact, 32)
     expected = read_by(DecoderSession(text, 3, CAPACITY), random_turns())
     given = read_by(opened.session(3, CAPACITY), random_turns())
     # Keys and values are bfloat16 here and float32 there, which these hard models amplify, and turns a few roundings
     # to eight bits over; the rest is order of summation. What bfloat16 throughout does to them is the measure, over all
     # positions in the geometric mean: single ones part by orders of magnitude.
-    rounded = read_torch_text(opened.checkpoint, arch, 32, CPU, torch.bfloat16)
+    rounded = read_torch_text(opened.checkpoint, arch, CPU, torch.bfloat16)
     in_bfloat16 = read_by(DecoderSession(rounded, 3, CAPACITY), random_turns())
     in_float32 = read_by(DecoderSession(exact, 3, CAPACITY), random_turns())
     assert apart(given, expected).log().mean().exp() < 3 * apart(in_bfloat16, in_float32).log().mean().exp()
@@ -208,7 +207,7 @@ def test_layers_that_read_another_layers_keys_see_only_the_wanted_tokens(
     monkeypatch.setattr(prefill, "CHUNK", 13)
     checkpoint = Checkpoint(checkpoints(kind))
     arch = architecture_of(checkpoint.facts, checkpoint.family)
-    text = read_torch_text(checkpoint, arch, None, CPU, torch.float32)
+    text = read_torch_text(checkpoint, arch, CPU, torch.float32)
     seen: list[list[int]] = [[] for _ in text.layers]
 
     class Counted(nn.Module):
@@ -232,7 +231,7 @@ def test_layers_that_read_another_layers_keys_see_only_the_wanted_tokens(
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_a_row_that_is_reset_reads_as_a_new_one(kind: str, checkpoints: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint(checkpoints(kind))
-    text = read_torch_text(checkpoint, architecture_of(checkpoint.facts, checkpoint.family), None, CPU, torch.float64)
+    text = read_torch_text(checkpoint, architecture_of(checkpoint.facts, checkpoint.family), CPU, torch.float64)
     session = DecoderSession(text, 2, CAPACITY)
     first, second = random_turns()[0][0], list(range(40, 61))
     session.next_logits([first, second])
@@ -265,7 +264,7 @@ def test_tokens_outside_the_per_layer_table(checkpoints: Callable[[str], Path]) 
     assert arch.per_layer is not None
     assert arch.per_layer.vocabulary == arch.vocabulary - 4
     turns = [[[2, 263, 259, 260]], [[262]], [[17]]]
-    session = DecoderSession(read_torch_text(checkpoint, arch, None, CPU, torch.float32), 1, CAPACITY)
+    session = DecoderSession(read_torch_text(checkpoint, arch, CPU, torch.float32), 1, CAPACITY)
     expected = read_whole(build_model(checkpoint, CPU, torch.float32), turns)
     assert apart(read_by(session, turns), expected).max() < 1e-3
 

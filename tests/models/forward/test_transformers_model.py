@@ -87,7 +87,7 @@ def test_a_bias_is_not_dropped_without_a_word(
     artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     checkpoint = Checkpoint(artifacts("gemma"))
-    linears = {name: replace(linear, bias=True) for name, linear in layer_linears(checkpoint).items()}
-    monkeypatch.setattr(transformers_model, "layer_linears", lambda _: linears)
+    linears = {name: replace(linear, bias=True) for name, linear in checkpoint.packed(0).items()}
+    monkeypatch.setattr(checkpoint, "packed", lambda _: linears)
     with pytest.raises(GemmaAwqError, match=r"model.layers.0.self_attn.q_proj of .* has a bias"):
         build_model(checkpoint, CPU, torch.bfloat16)

@@ -3,8 +3,8 @@
 transformers builds no such Gemma 1, 2 or 3, so the forward that they are compared with is written out here.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +16,6 @@ from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
 from gemma_awq_cli.kernels.native.library import Library, Unavailable, load
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward import decoder_weights
 from gemma_awq_cli.models.forward.kv_cache import make_cache
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import native_refusal, read_native_text
@@ -37,11 +36,25 @@ SIZES = ((4, 2, 32, 96, 16), (2, 1, 64, 160, None), (8, 4, 16, 64, 7), (4, 2, 32
 
 @dataclass(frozen=True)
 class Model:
-    """As much of a `Checkpoint` as the decoders read. weights: by their names in transformers' model, bf16."""
+    """As much of a `Checkpoint` as the decoders read. weights: by their names in transformers' model, bf16.
+
+    packed_weights: the same of an artifact's linears, empty for a 16-bit model.
+    """
 
     arch: Architecture
     weights: dict[str, Tensor]
+    packed_weights: dict[str, PackedWeight] = field(default_factory=dict)
     tied_head: bool = True
+
+    @property
+    def group_size(self) -> int | None:
+        return GROUP if self.packed_weights else None
+
+    def packed(self, index: int) -> Mapping[str, Linear]:
+        return self.arch.layouts[index].packed() if self.packed_weights else {}
+
+    def read_packed(self, linears: Iterable[str]) -> dict[str, PackedWeight]:
+        return {name: self.packed_weights[f"{name}.weight"] for name in linears}
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         return {name: self.weights[name] for name in names}
@@ -191,30 +204,27 @@ def of_16_bits(model: Model) -> Callable[[Tensor, str], Tensor]:
 
 
 def test_the_torch_decoder_takes_each_layer_as_it_is(model: Model) -> None:
-    weights = read_torch_text(model, model.arch, None, CPU, torch.float32)  # type: ignore[arg-type]
+    weights = read_torch_text(model, model.arch, CPU, torch.float32)  # type: ignore[arg-type]
     logits = expected(model, of_16_bits(model), torch.float32)
     assert apart(DecoderSession(weights, 3, CAPACITY), logits).max() < 1e-5
 
 
 def test_the_compiled_decoder_takes_each_layer_as_it_is(model: Model, library: Library) -> None:
-    text = replace(read_native_text(library, model, model.arch, None, "16bit"), dense=None)  # type: ignore[arg-type]
+    text = replace(read_native_text(library, model, model.arch, "16bit"), dense=None)  # type: ignore[arg-type]
     logits = expected(model, of_16_bits(model), torch.bfloat16)
     # a key that float32 rounds to another bfloat16 than float64 does moves the logits by about 1e-4
     assert apart(NativeSession(text, 3, CAPACITY), logits).max() < 1e-3
 
 
-def test_packed_layers_of_different_sizes_are_computed_alike(
-    model: Model, library: Library, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packed_layers_of_different_sizes_are_computed_alike(model: Model, library: Library) -> None:
     packed = {name: in_4_bits(weight) for name, weight in model.weights.items() if "_proj" in name}
-    read = lambda _, linears, group: {name: packed[f"{name}.weight"][0] for name in linears}  # noqa: E731
-    monkeypatch.setattr(decoder_weights, "read_packed_linears", read)
+    model = replace(model, packed_weights={name: both[0] for name, both in packed.items()})
     product = lambda x, name: in_int8(x.float(), GROUP).double() @ packed[f"{name}.weight"][1].double().t()  # noqa: E731
-    text = read_native_text(library, model, model.arch, GROUP, "16bit")  # type: ignore[arg-type]
+    text = read_native_text(library, model, model.arch, "16bit")  # type: ignore[arg-type]
     # activations that round to another integer of eight bits move the logits by a few 1e-3 each
     assert apart(NativeSession(text, 3, CAPACITY), expected(model, product, torch.bfloat16)).median() < 2e-2
     exact = lambda x, name: x @ packed[f"{name}.weight"][1].double().t()  # noqa: E731
-    weights = read_torch_text(model, model.arch, GROUP, CPU, torch.float32)  # type: ignore[arg-type]
+    weights = read_torch_text(model, model.arch, CPU, torch.float32)  # type: ignore[arg-type]
     assert apart(DecoderSession(weights, 3, CAPACITY), expected(model, exact, torch.float32)).max() < 1e-5
 
 
@@ -239,5 +249,6 @@ def test_one_layer_that_does_not_fit_refuses_the_model(
 ) -> None:
     monkeypatch.setattr(f"{__name__}.SIZES", (*SIZES[:4], size))
     arch = unlike_layers(model.arch)
-    assert reason in str(native_refusal(model, arch, GROUP))  # type: ignore[arg-type]
-    assert native_refusal(model, model.arch, GROUP) is None  # type: ignore[arg-type]
+    model = replace(model, packed_weights={"any": None})  # type: ignore[dict-item]
+    assert reason in str(native_refusal(model, arch))  # type: ignore[arg-type]
+    assert native_refusal(model, model.arch) is None  # type: ignore[arg-type]

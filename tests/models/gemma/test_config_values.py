@@ -252,7 +252,7 @@ def logits_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
             ours = build_model(checkpoint, CPU, torch.float32)(torch.tensor([IDS])).logits[0]
         else:
             arch = architecture_of(checkpoint.facts, checkpoint.family)
-            text = read_torch_text(checkpoint, arch, None, CPU, torch.float32)
+            text = read_torch_text(checkpoint, arch, CPU, torch.float32)
             ours = DecoderSession(text, 1, 64).last_logits([IDS], [len(IDS)])
     return theirs, ours, stacked
 

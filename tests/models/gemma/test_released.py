@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.released_configs import RELEASED
-from gemma_awq_cli.models.checkpoints.expected_tensors import text_tensors
+from benchmarks.released_configs import RELEASED, artifact_tensors
 from gemma_awq_cli.models.gemma.architecture import TextShape, architecture_of, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import family_of
@@ -19,7 +18,7 @@ WHERE = Path("config.json")
 
 
 def gigabytes(shape: TextShape, group_size: int | None) -> float:
-    tensors = text_tensors(shape, tied_head=True, group_size=group_size)
+    tensors = artifact_tensors(shape, group_size)
     sizes = (torch.Size(one.shape).numel() * BYTES.get(name.rsplit(".", 1)[1], 2) for name, one in tensors.items())
     return round(sum(sizes) / 1e9, 2)
 
