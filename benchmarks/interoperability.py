@@ -45,7 +45,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.evaluation_text import read_evaluation_text
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -321,32 +321,38 @@ def soften(model_type: str) -> Callable[[dict[str, Tensor]], None]:
 
 
 def write_dense(artifact: Path, folder: Path) -> None:
-    """Write the artifact's weights in float32 as a checkpoint that transformers reads without any quantizer."""
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(artifact.glob("*.safetensors")):
-        tensors |= load_file(file)
+    """Write a packed model's weights in float32 as a checkpoint that transformers reads without any quantizer."""
+    checkpoint = Checkpoint(artifact)
+    found = checkpoint.packed_linears
     dense = {}
-    experts: dict[str, dict[str, dict[int, Tensor]]] = {}  # module -> gate, up or down -> expert -> weight
-    for key, tensor in tensors.items():
-        stem, _, kind = key.rpartition(".")
-        if kind in ("qzeros", "scales") and f"{stem}.qweight" in tensors:
-            continue
-        if kind == "qweight":
-            packed = PackedWeight(tensor, tensors[f"{stem}.qzeros"], tensors[f"{stem}.scales"])
-            key, tensor = f"{stem}.weight", dequantize(*unpack_weight(packed))
-        if found := EXPERT.fullmatch(key):
-            experts.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = tensor
-        else:
-            dense[key] = tensor.float().contiguous()
-    for module, parts in experts.items():
-        gate, up, down = (torch.stack([parts[p][e] for e in sorted(parts[p])]) for p in ("gate", "up", "down"))
-        dense[f"{module}.gate_up_proj"] = torch.cat([gate, up], 1)
-        dense[f"{module}.down_proj"] = down
+    if found is not None:
+        layers = enumerate(found.layers)
+        linears = {f"model.layers.{index}.{name}": one for index, layer in layers for name, one in layer.items()}
+        linears |= {} if found.head is None else {"lm_head": found.head}
+        for name, packed in checkpoint.read_packed(linears).items():
+            dense[checkpoint.key(f"{name}.weight")] = dequantize(*unpack_weight(packed))
+    for file in sorted(artifact.glob("*.safetensors")):
+        for key, tensor in load_file(file).items():
+            if found is None or key not in found.expected:
+                dense[key] = tensor.float().contiguous()
+    stack_experts(dense)
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
     config.pop("quantization_config", None)
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     save_file(dense, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def stack_experts(tensors: dict[str, Tensor]) -> None:
+    """Put the linears of single experts together, as transformers has them: [E, 2 I, K] and [E, K, I]."""
+    experts: dict[str, dict[str, dict[int, Tensor]]] = {}  # module -> gate, up or down -> expert -> weight
+    for key in [*tensors]:
+        if found := EXPERT.fullmatch(key):
+            experts.setdefault(found[1], {}).setdefault(found[3], {})[int(found[2])] = tensors.pop(key)
+    for module, parts in experts.items():
+        gate, up, down = (torch.stack([parts[p][e] for e in sorted(parts[p])]) for p in ("gate", "up", "down"))
+        tensors[f"{module}.gate_up_proj"] = torch.cat([gate, up], 1)
+        tensors[f"{module}.down_proj"] = down
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def open_model(request: Request) -> Opened:
         (Path(plain) / "config.json").write_text(json.dumps(config), encoding="utf-8")
         parsed = transformers.AutoConfig.from_pretrained(plain)
     model_class = getattr(transformers, config["architectures"][0])
-    model = model_class._from_config(parsed, dtype=getattr(torch, request["dtype"]), attn_implementation="eager")
+    model = model_class._from_config(parsed, dtype=getattr(torch, request["dtype"]))
     for name, module in [*model.named_modules()]:
         if f"{name}.qweight" in tensors:
             made = gemm.WQLinear_GEMM.from_linear(module, section["bits"], section["group_size"], init_only=True)

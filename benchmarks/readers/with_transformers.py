@@ -15,7 +15,9 @@ from exchange import Opened, Request, extend, serve
 from safetensors import safe_open
 
 PACKED = (".qweight", ".weight_packed")  # what a packed linear has in the files in place of `.weight`
-METHODS = {"awq": "gptqmodel", "gptq": "gptqmodel", "compressed-tensors": "compressed-tensors"}
+METHODS = {
+    "awq": "gptqmodel", "gptq": "gptqmodel", "compressed-tensors": "compressed-tensors", "auto-round": "auto-round",
+}  # fmt: skip
 
 
 def open_model(request: Request) -> Opened:
@@ -25,7 +27,6 @@ def open_model(request: Request) -> Opened:
     backend = request.get("backend")
     model, info = getattr(transformers, config["architectures"][0]).from_pretrained(
         folder, dtype=getattr(torch, request["dtype"]), output_loading_info=True,
-        attn_implementation="eager",  # the default ignores the soft-cap of attention scores
         **({} if backend is None else {"quantization_config": transformers.AwqConfig(backend=backend)}),
     )  # fmt: skip
     faults = [f"{kind}: {len(names)}, {sorted(names)[:2]}" for kind, names in info.items() if names]
