@@ -1,6 +1,9 @@
 """GPTQModel's own quantizing and saving. python with_gptqmodel.py CHECKPOINT_DIR OUT_DIR METHOD FORMAT GROUP SYM"""
 
+import os
 import sys
+
+os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")  # it fails with fewer than three cores otherwise
 
 import torch
 from gptqmodel import GPTQModel, QuantizeConfig

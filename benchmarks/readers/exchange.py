@@ -62,11 +62,3 @@ def _answer(opened: Opened, request: Request, path: Path) -> dict[str, Any]:
         "faults": [*opened.faults],
         "versions": {name: version(name) for name in opened.packages},
     }
-
-
-def extend(read: Callable[[Sequence[int]], Any], prompt: Sequence[int], count: int) -> list[int]:
-    """Return `count` greedy tokens, where `read` returns the logits [V] after a whole text. Reads it anew each time."""
-    ids = [*prompt]
-    for _ in range(count):
-        ids.append(int(read(ids).argmax()))
-    return ids[len(prompt) :]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from exchange import Opened, Request, extend, serve
+from exchange import Opened, Request, serve
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
@@ -18,7 +18,10 @@ def open_model(request: Request) -> Opened:
         yield from np.array(model(mx.array([[*ids]]))[0].astype(mx.float32))
 
     def greedy(prompt: Sequence[int], count: int) -> list[int]:
-        return extend(lambda ids: [*logits(ids)][-1], prompt, count)
+        ids = [*prompt]
+        while len(ids) < len(prompt) + count:
+            ids.append(int([*logits(ids)][-1].argmax()))
+        return ids[len(prompt) :]
 
     return Opened(logits, greedy, ("mlx-lm", "mlx"))
 

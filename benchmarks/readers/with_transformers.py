@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
-from exchange import Opened, Request, extend, serve
+from exchange import Opened, Request, serve
 from safetensors import safe_open
 
 PACKED = (".qweight", ".weight_packed")  # what a packed linear has in the files in place of `.weight`
@@ -49,18 +49,22 @@ def packed_linears(folder: Path) -> set[str]:
 
 
 def opened(model: transformers.PreTrainedModel, packages: Sequence[str], faults: Sequence[str]) -> Opened:
-    """Return how a model of transformers is asked: whole texts, without a cache."""
+    """Return how a model of transformers is asked."""
 
     @torch.inference_mode()
     def logits(ids: Sequence[int]) -> Iterator[np.ndarray]:
         yield from model(input_ids=torch.tensor([[*ids]]), use_cache=False).logits[0].float().numpy()
 
     @torch.inference_mode()
-    def last(ids: Sequence[int]) -> np.ndarray:
-        out = model(input_ids=torch.tensor([[*ids]]), use_cache=False, logits_to_keep=1)
-        return out.logits[0, -1].float().numpy()
+    def greedy(prompt: Sequence[int], count: int) -> list[int]:
+        tokens, fresh, past = [], [*prompt], None
+        while len(tokens) < count:
+            out = model(input_ids=torch.tensor([fresh]), past_key_values=past, use_cache=True, logits_to_keep=1)
+            fresh, past = [int(out.logits[0, -1].argmax())], out.past_key_values
+            tokens += fresh
+        return tokens
 
-    return Opened(logits, lambda prompt, count: extend(last, prompt, count), packages, faults)
+    return Opened(logits, greedy, packages, faults)
 
 
 if __name__ == "__main__":
