@@ -95,6 +95,7 @@ ROWS = (
     Row("vLLM, CPU", "vllm", "vllm", "awq", "bfloat16"),
     Row("vLLM, CPU", "vllm", "vllm", "compressed-tensors", "bfloat16"),
     Row("llama.cpp", "llama_cpp", "llama-cpp", "gguf", ""),
+    Row("llama.cpp", "llama_cpp", "llama-cpp", "gguf --head bf16", ""),
     Row("llama.cpp", "llama_cpp", "llama-cpp", "gguf --compact", ""),
     Row("mlx-lm, CPU", "mlx", "mlx", "mlx", ""),
     Row("AutoAWQ's WQLinear_GEMM", "autoawq", HERE, "awq", "float32", ("gemma", "gemma2")),
@@ -152,7 +153,7 @@ class Model:
         """Return the artifact in a form: a folder, or a GGUF file. It is made when it is asked for first."""
         if form == "awq":
             return self.artifact
-        path = self.work / form.replace(" --", "-")
+        path = self.work / re.sub(r"\W+", "-", form)
         if not path.exists():
             if form == "dense":
                 write_dense(self.artifact, path)
