@@ -66,7 +66,8 @@ def main() -> int:
             if not folder.exists() and not make(pythons[file.maker], file, checkpoint, folder):
                 failed += 1
                 continue
-            model = Model(name, folder, args.work / name, "embedded", 128)
+            (config,) = folder.rglob("config.json")  # some tools make a folder inside
+            model = Model(name, config.parent, args.work / name, "embedded", 128)
             theirs = Row(f"transformers + {file.reader}", "transformers", file.reader, "awq")
             ours = Row("gemma-awq", "gemma_awq", HERE, "awq", "", options={"head": "16bit"})
             tables.append((model, (theirs, ours)))

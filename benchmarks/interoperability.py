@@ -299,7 +299,31 @@ def artifacts_of(args: argparse.Namespace, scratch: Path) -> Iterator[tuple[str,
                 code = command(["quantize", str(checkpoint), "-o", str(artifact), "--calibration", str(text), *quick])
             if code != 0:
                 raise SystemExit(f"{name} could not be quantized")
+            add_processor(artifact)
         yield name, artifact
+
+
+def add_processor(folder: Path) -> None:
+    """Add the files and values of a multimodal Gemma 4 without which vLLM does not open it, even for text."""
+    parts = {"gemma4": ("Gemma4", "default_output_length"), "gemma4_unified": ("Gemma4Unified", "num_soft_tokens")}
+    config = read_json(folder / "config.json")
+    if config["model_type"] not in parts:
+        return
+    prefix, length = parts[config["model_type"]]
+    config["vision_config"][length] = 4
+    tokenizer = read_json(folder / "tokenizer_config.json")
+    tokens = {"image_token": "<|think|>", "boi_token": "<|channel>", "eoi_token": "<channel|>"}
+    sound = {"audio_token": "<|think|>", "boa_token": "<|channel>", "eoa_token": "<channel|>"}
+    tokenizer |= {"extra_special_tokens": tokens | sound, "processor_class": f"{prefix}Processor"}
+    processor = {
+        "processor_class": f"{prefix}Processor", "image_seq_length": 4, "audio_seq_length": 4,
+        "feature_extractor": {"feature_extractor_type": f"{prefix}AudioFeatureExtractor"},
+        "image_processor": {"image_processor_type": f"{prefix}ImageProcessor"},
+        "video_processor": {"video_processor_type": f"{prefix}VideoProcessor"},
+    }  # fmt: skip
+    named = {"config": config, "tokenizer_config": tokenizer, "processor_config": processor}
+    for name, content in named.items():
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 def soften(model_type: str) -> Callable[[dict[str, Tensor]], None]:
