@@ -250,6 +250,7 @@ def test_the_snippets_compute_in_a_dtype_that_fits(model_type: str) -> None:
         assert asked == {"dtype": "'float32'", "device_map": "'auto'", "quantization_config": kernel}
         assert "AwqConfig" in snippet.splitlines()[0]
         assert "on CUDA and XPU, transformers turns bfloat16 into float16" in " ".join(card.split())
+    assert 'device_map="cpu"' in card  # "auto" takes a GPU's kernel where torch is a CUDA build, GPU or not
     assert "vllm serve me/x --dtype bfloat16" in card
     assert "python -m vllm.entrypoints.openai.api_server \\\n    --model me/x --dtype bfloat16" in card
     extra = " timm" if model_type == "gemma3n" else ""
