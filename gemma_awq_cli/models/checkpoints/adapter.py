@@ -15,7 +15,7 @@ from gemma_awq_cli.models.checkpoints.adapter_config import BY_PEFT, AdapterConf
 from gemma_awq_cli.models.checkpoints.adapter_update import Factors, Stored, Update
 from gemma_awq_cli.models.checkpoints.files import CONFIG, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG
-from gemma_awq_cli.models.checkpoints.headers import TensorInfo, few, read_header
+from gemma_awq_cli.models.checkpoints.headers import TensorInfo, few, read_file_header
 from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.system.failures import system_errors
 
@@ -116,7 +116,7 @@ def open_adapter(folder: Path) -> Adapter:
     if not file.exists():
         raise _no_weights(folder)
     require_inside(folder, file)
-    tensors = read_header(file)
+    tensors = read_file_header(file)
     if not tensors:
         raise GemmaAwqError(f"{file} holds no tensors.", COPY)
     for name, info in tensors.items():

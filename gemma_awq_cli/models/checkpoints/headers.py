@@ -144,7 +144,7 @@ def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
     """Every tensor of a set by its name, from the files' headers."""
     for file in weights.files:
         require_inside(weights.folder, file)
-    return merge_headers(weights, read_header)
+    return merge_headers(weights, read_file_header)
 
 
 def merge_headers(weights: WeightFiles, read: Callable[[Path], dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
@@ -161,7 +161,7 @@ def merge_headers(weights: WeightFiles, read: Callable[[Path], dict[str, TensorI
     return tensors
 
 
-def read_header(file: Path) -> dict[str, TensorInfo]:
+def read_file_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one file by its name."""
     infos = {}
     with opened(file, "numpy") as handle:
