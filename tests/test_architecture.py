@@ -27,7 +27,7 @@ ROOMS = (
     ("models.text",),
     ("models.forward", "calibration_text", "reports"),
     ("fidelity", "generate"),
-    ("quantize", "bench"),
+    ("quantize", "bench", "serve"),
     ("publish",),
     ("cli",),
 )
