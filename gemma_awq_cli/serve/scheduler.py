@@ -1,7 +1,8 @@
 """Continuous batching: rows join and leave a session between two tokens.
 
 Each step is one forward: a token for every row that generates, and as many tokens of new prompts as keep it short.
-Knows rows, sessions and the prefix cache; knows nothing of HTTP. Not thread-safe: one thread calls it.
+Knows rows, sessions and the prefix cache; knows nothing of HTTP. Not thread-safe: one thread calls it. Whatever goes
+wrong in one row ends that row alone.
 """
 
 import time
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.generate.generation import Row
-from gemma_awq_cli.generate.local_engine import require_finite_logits
+from gemma_awq_cli.generate.local_engine import require_finite_logits, take_next
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.prefill import CHUNK
@@ -28,8 +29,9 @@ _SMOOTHING = 0.1  # weight of the newest measurement
 class Task:
     """A row on its way through the scheduler.
 
-    cached_tokens: how many tokens of the prompt came out of the prefix cache. cancelled: set by whoever no longer wants
-    it; the next step drops it. keep_at: after how many tokens its state is worth keeping for others.
+    on_done: called when the row has ended by itself or has failed. cached_tokens: how many tokens of the prompt came
+    out of the prefix cache. cancelled: set by whoever no longer wants it; the next step drops it. error: why it failed.
+    keep_at: after how many tokens its state is worth keeping for others.
     """
 
     row: Row
@@ -37,6 +39,7 @@ class Task:
     on_done: Callable[["Task"], None]
     cancelled: bool = False
     cached_tokens: int = 0
+    error: Exception | None = None
     keep_at: int | None = None
     unread: Sequence[int] = field(default_factory=list)
 
@@ -84,7 +87,11 @@ class Scheduler:
             if task is not None and tokens[index] and len(tokens[index]) == len(task.unread):
                 wanted[index] = 1
         started = time.perf_counter()
-        logits = self._session.last_logits(tokens, wanted)
+        try:
+            logits = self._session.last_logits(tokens, wanted)
+        except Exception as error:  # noqa: BLE001 (the step's rows fail, whatever it was, and others can run)
+            self._fail_running(error)
+            return True
         self._measure(tokens, time.perf_counter() - started)
         self._deliver(tokens, wanted, logits)
         return True
@@ -144,23 +151,38 @@ class Scheduler:
     def _deliver(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], logits: Tensor) -> None:
         """Sample for the rows that have logits, and free those that are done."""
         place = 0
-        if len(logits):
-            require_finite_logits(logits)
         for index, task in enumerate(self._slots):
             if task is None:
                 continue
-            task.unread = task.unread[len(tokens[index]) :]
-            if task.keep_at is not None and self._session.length(index) == task.keep_at:
-                self._cache.add(task.row.ids, self._session.save_row(index))
-                task.keep_at = None
-            if not wanted[index]:
-                continue
-            token = task.sampler.sample(logits[place])
-            place += 1
-            task.unread = [token]
-            task.row.take(token)
-            if task.row.done:
-                self._free(index)
+            row_logits = logits[place] if wanted[index] else None
+            place += wanted[index]
+            try:
+                self._advance(index, task, len(tokens[index]), row_logits)
+            except Exception as error:  # noqa: BLE001 (one row's failure, whatever it was, is not the others')
+                self._slots[index] = None
+                task.error = error
+                task.on_done(task)
+
+    def _advance(self, index: int, task: Task, read: int, logits: Tensor | None) -> None:
+        """Bring a task forward that has read some tokens. logits: [V] after the last of them, or None."""
+        task.unread = task.unread[read:]
+        if task.keep_at is not None and self._session.length(index) == task.keep_at:
+            self._cache.add(task.row.ids, self._session.save_row(index))
+            task.keep_at = None
+        if logits is None:
+            return
+        require_finite_logits(logits)
+        task.unread = [take_next(task.row, task.sampler, logits)]
+        if task.row.done:
+            self._free(index)
+            task.on_done(task)
+
+    def _fail_running(self, error: Exception) -> None:
+        """End all running tasks: the session may be half-way through their tokens."""
+        for index, task in enumerate(self._slots):
+            self._slots[index] = None
+            if task is not None:
+                task.error = error
                 task.on_done(task)
 
     def _drop_cancelled(self) -> None:

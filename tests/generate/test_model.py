@@ -116,7 +116,7 @@ def test_a_stop_string_may_be_one_text_or_several(artifact: Model) -> None:
         ({"temperature": -1.0}, "Invalid temperature: -1.0"),
         ({"temperature": float("nan")}, "Invalid temperature: nan"),
         ({"top_p": 1.5}, r"Invalid top-p: 1\.5"),
-        ({"top_k": 0}, "Invalid top-k: 0"),
+        ({"top_k": -1}, "Invalid top-k: -1"),
         ({"system": "Be brief."}, "needs a model with a chat template"),
     ],
 )

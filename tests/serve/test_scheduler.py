@@ -48,6 +48,7 @@ def sampling_of(number: int) -> Sampling:
     return Sampling(temperature=0.0) if number % 2 else Sampling(temperature=1.0, top_k=20, seed=number)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit", [0, 500_000, 10**9], ids=["no cache", "small cache", "cache"])
 def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
     engine, draw = LocalEngine(opened), random.Random(limit)

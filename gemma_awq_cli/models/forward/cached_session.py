@@ -34,6 +34,11 @@ class CachedSession(ABC):
         """See `Session.reset_row`."""
         self._cache.lengths[row] = 0
 
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of all rows."""
+        return self._cache.nbytes
+
     def length(self, row: int) -> int:
         """How many tokens a row has read."""
         return self._cache.lengths[row]
