@@ -109,7 +109,8 @@ def test_only_output_prints() -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gemma_awq_cli.cli.app import main\n"
-        "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['push']): assert main([*command, '--help']) == 0\n"
+        "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['push']):\n"
+        "    assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
     )

@@ -90,13 +90,15 @@ class AnswerForm:
         return {**self._named(token.token, token.logprob), "top_logprobs": top}
 
     def _named(self, token: int, logprob: float) -> Json:
-        text = self._text(token)
         byte = _BYTE.fullmatch(self.tokenizer.token_of(token) or "")
+        text = self._text(token)
         raw = [int(byte[1], 16)] if byte else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": raw}
 
     def _text(self, token: int) -> str:
-        return self.tokenizer.decode([token])
+        """The token's text; for a part of a character, which has none, the vocabulary's name of it."""
+        text = self.tokenizer.decode([token])
+        return (self.tokenizer.token_of(token) or text) if "\ufffd" in text else text
 
 
 def usage_of(prompt_tokens: int, tickets: Sequence[Ticket], per_prompt: int) -> Json:

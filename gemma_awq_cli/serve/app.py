@@ -36,24 +36,16 @@ LINGER_SECONDS = 2.0  # in which a body that is too large is still taken off the
 Handler = Callable[[Request], Awaitable[Response]]
 
 
-def make_app(
-    service: Service,
-    keys: Sequence[str],
-    origins: Sequence[str],
-    on_event: OnEvent,
-    on_started: Callable[[], None] = lambda: None,
-) -> Starlette:
+def make_app(service: Service, keys: Sequence[str], origins: Sequence[str], on_event: OnEvent) -> Starlette:
     """Return the ASGI application. keys: one of them must come with each request to /v1, if there are any.
 
-    origins: of pages in browsers that may use the server; other pages may not. on_started: called when requests can be
-    answered.
+    origins: of pages in browsers that may use the server; other pages may not.
     """
     server = _Endpoints(service, on_event)
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
         service.engine.start()
-        on_started()
         yield
         service.engine.stop()
         service.close()

@@ -93,12 +93,12 @@ class _Protocol(H11Protocol):  # type: ignore[misc]
 class Server(uvicorn.Server):  # type: ignore[misc]
     """A uvicorn server that finishes what runs at the first signal, and ends the process at the second.
 
-    on_finishing: called when no more requests are taken.
+    on_started, on_finishing: called when requests are taken, and when no more are.
     """
 
     should_exit: bool
 
-    def __init__(self, app: Any, on_finishing: Callable[[], None]) -> None:
+    def __init__(self, app: Any, on_started: Callable[[], None], on_finishing: Callable[[], None]) -> None:
         logger = logging.getLogger("uvicorn")  # the program says itself what an operator should know
         logger.addHandler(logging.NullHandler())
         logger.propagate = False
@@ -108,7 +108,12 @@ class Server(uvicorn.Server):  # type: ignore[misc]
                 timeout_keep_alive=KEEP_ALIVE_SECONDS, limit_concurrency=MOST_CONNECTIONS,
             )
         )  # fmt: skip
-        self._on_finishing = on_finishing
+        self._on_started, self._on_finishing = on_started, on_finishing
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Take requests."""
+        await super().startup(sockets)
+        self._on_started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Finish what runs."""

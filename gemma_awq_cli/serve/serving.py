@@ -39,10 +39,9 @@ def serve(request: ServeRequest, found: FoundModel, on_event: OnEvent) -> None:
 
 def make_server(request: ServeRequest, service: Service, bound: socket.socket, on_event: OnEvent) -> Server:
     """Return a server that is ready to run on a bound socket, and says when it does."""
-    app = make_app(
-        service, request.keys, request.origins, on_event, lambda: on_event(Listening(url_of(bound), service.name))
-    )
-    return Server(app, lambda: on_event(Finishing(service.engine.live)))
+    app = make_app(service, request.keys, request.origins, on_event)
+    url = url_of(bound)
+    return Server(app, lambda: on_event(Listening(url, service.name)), lambda: on_event(Finishing(service.engine.live)))
 
 
 def open_service(request: ServeRequest, found: FoundModel, on_event: OnEvent) -> Service:
