@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 TOKEN = "hf_secret_dummy"  # the one login this hub knows
 WHATEVER = b"{}"  # what a name that is only listed gives
+_RANGE = re.compile(r"bytes=(\d+)-(\d*)")
 
 
 @dataclass
@@ -42,6 +43,8 @@ class Repo:
     """Answer with a web page and status 200, as a proxy's login page, or a wrong endpoint."""
     cuts: int = 0
     """Drop the connection in the middle of the weights so many times."""
+    whole: bool = False
+    """Ignore ranges, and send whole files."""
     listed: tuple[str, ...] = ()
     """Names that the list of files holds besides the files."""
 
@@ -58,6 +61,8 @@ class Request:
     start: int
     """The first byte asked for."""
     status: int
+    sent: int = 0
+    """How many bytes the answer has."""
 
 
 class HubServer(ThreadingHTTPServer):
@@ -101,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
             match [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]:
                 case ["api", "models", org, name, "revision", revision]:
                     self._send_info(f"{org}/{name}", revision)
+                case ["api", "models", org, name]:
+                    self._send_info(f"{org}/{name}", "main")
                 case ["api", "models", org, name, "tree", revision]:
                     self._send_tree(f"{org}/{name}", revision)
                 case [org, name, "resolve", revision, *file]:
@@ -133,7 +140,8 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.page:
             self._send(b"<html>Welcome to the network</html>", 200, {"Content-Type": "text/html"})
             return
-        siblings = [{"rfilename": name} for name in (*_files(folder), *repo.listed)]
+        siblings = [{"rfilename": name, **self._blob(folder / name)} for name in _files(folder)]
+        siblings += [{"rfilename": name} for name in repo.listed]
         self._send_json({"id": repo_id, "sha": commit, "private": repo.private, "siblings": siblings})
 
     def _send_tree(self, repo_id: str, revision: str) -> None:
@@ -156,20 +164,36 @@ class _Handler(BaseHTTPRequestHandler):
         if repo.cuts and self.command == "GET" and name.endswith(".safetensors"):
             repo.cuts -= 1
             stop = len(data) // 2
-        if start := self._start():
-            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-        self._send(data[start:], 206 if start else 200, headers, None if stop is None else max(stop - start, 0))
+        asked = None if repo.whole else _RANGE.fullmatch(self.headers.get("Range", ""))
+        if asked is None:
+            self._send(data, 200, headers, stop)
+            return
+        start, end = int(asked[1]), min(int(asked[2] or len(data)), len(data) - 1)
+        headers["Content-Range"] = f"bytes {start}-{end}/{len(data)}"
+        self._send(data[start : end + 1], 206, headers, None if stop is None else max(stop - start, 0))
 
     def _start(self) -> int:
-        asked = re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", ""))
+        asked = _RANGE.fullmatch(self.headers.get("Range", ""))
         return int(asked[1]) if asked else 0
+
+    def _blob(self, path: Path) -> dict[str, object]:
+        """What the hub tells of a file when it is asked for blobs."""
+        if "blobs=" not in self.path:
+            return {}
+        data = path.read_bytes()
+        blob = {"size": len(data), "blobId": _sha1(b"blob %d\0" % len(data) + data)}
+        if path.suffix != ".safetensors":
+            return blob
+        lfs = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest(), "pointerSize": 130}
+        return {**blob, "lfs": lfs}
 
     def _send_json(self, value: object, status: int = 200, headers: Mapping[str, str] | None = None) -> None:
         self._send(json.dumps(value).encode(), status, {"Content-Type": "application/json", **(headers or {})})
 
     def _send(self, body: bytes, status: int, headers: Mapping[str, str], cut: int | None = None) -> None:
         """The answer; with `cut`, only so many bytes of its body before the connection is dropped."""
-        self.server.requests.append(Request(self.command, urlsplit(self.path).path, self._start(), status))
+        sent = 0 if self.command == "HEAD" else len(body)
+        self.server.requests.append(Request(self.command, urlsplit(self.path).path, self._start(), status, sent))
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(body))}.items():
             self.send_header(name, value)

@@ -16,7 +16,8 @@ from markdown_it import MarkdownIt
 
 from gemma_awq_cli.bench import html_page, html_plots
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.publish.licensing import GEMMA_TERMS, DerivedLicence, decide_licence
+from gemma_awq_cli.models.gemma.terms import GEMMA_TERMS
+from gemma_awq_cli.publish.licensing import DerivedLicence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, render_card
 from gemma_awq_cli.publish.public_documents import public_bench, public_report
 from gemma_awq_cli.reports.markup import code, escape, one_line

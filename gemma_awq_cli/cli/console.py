@@ -105,6 +105,21 @@ class Output:
         _print_table(_console(sys.stdout), title, rows, header)
         sys.stdout.flush()
 
+    def result_facts(self, sections: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> None:
+        """Write sections of labels and values that are the result to stdout: wrapped for a terminal, else on one line.
+
+        A value is as long as a message may be, whatever it quotes.
+        """
+        console = _console(sys.stdout)
+        seen = sys.stdout.isatty()
+        for index, (title, rows) in enumerate(sections):
+            if index:
+                console.print()
+            if title:
+                console.print(_text(title, "bold"), soft_wrap=True)
+            _print_facts(console, rows, wrap=seen)
+        sys.stdout.flush()
+
     def violation(self, text: str) -> None:
         """Write a line about a limit that was not met to stderr."""
         self._say(f"not met: {_quoted(text)}", "bold red")
@@ -162,6 +177,29 @@ def _quoted(text: str) -> str:
     return terminal.shortened(terminal.message(text)).rstrip("\n").replace("\n", "\n  ")
 
 
+def _text(text: str, style: str = "") -> Any:
+    from rich.text import Text
+
+    return Text(terminal.shortened(terminal.line(text)), style)
+
+
+def _print_facts(console: Any, rows: Sequence[tuple[str, str]], wrap: bool) -> None:
+    """Print labels and values in two columns; further lines of a value begin below it."""
+    from rich.table import Table
+
+    width = max(len(label) for label, _ in rows)
+    if not wrap:
+        for label, value in rows:
+            console.print(_text(f"{label:<{width}}  {value}"), soft_wrap=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(min_width=min(width, console.width // 2), overflow="fold", style="cyan")
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(_text(label), _text(value))
+    console.print(table)
+
+
 def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
     """Print a table, or one line per figure if the table is wider than the terminal."""
     from rich import box
@@ -208,6 +246,11 @@ class Progress:
         """Set the number of steps that are done."""
         if self._bar is not None:
             self._bar.update(self._task, completed=done)
+
+    def set(self, done: int, total: int) -> None:
+        """Set both the number of steps that are done and how many there are."""
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, total=total)
 
     def begin_at(self, done: int, total: int) -> None:
         """Start at `done` of `total` steps. Steps done before do not count in the estimate of the time that is left."""

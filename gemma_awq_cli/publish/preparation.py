@@ -14,6 +14,7 @@ from gemma_awq_cli.models.checkpoints.local_paths import to_json
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.forward.verification import require_complete
+from gemma_awq_cli.models.gemma.terms import terms_of
 from gemma_awq_cli.publish.artifact_folder import (
     CARD,
     licence_files,
@@ -21,7 +22,7 @@ from gemma_awq_cli.publish.artifact_folder import (
     require_weights_in_index,
     system_leftovers,
 )
-from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence, terms_of
+from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited, modification_notice, render_card
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
 from gemma_awq_cli.publish.public_documents import public_bench, public_report

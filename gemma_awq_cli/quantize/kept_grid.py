@@ -7,7 +7,6 @@ layers.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,45 +18,17 @@ from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord, KeptGroups, LayerRecord
-from gemma_awq_cli.models.checkpoints.weight_files import read_tensors
+from gemma_awq_cli.models.checkpoints.qat_grid import sample_grids
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.events import OnEvent
 from gemma_awq_cli.quantize.layer import QuantizedLayer
-from gemma_awq_cli.quantize.plan import quantized_linears
 from gemma_awq_cli.quantize.request import IGNORE, KEEP, QuantizeRequest
 
-SAMPLED_ROWS = 8  # of a linear, evenly spaced: groups are found or not found without the others
 KEPT_SHARE = 0.99  # of the groups with any weight but 0, from which on a checkpoint is one of QAT
 LEAST_SHARE = 0.5  # the share that --qat keep needs
 METHOD = "kept grid"
 NO_CALIBRATION = "none"  # the description of the calibration rows
-
-
-class GridSample(NamedTuple):
-    """Groups that were looked at, those of zeros left out, and how many of them are on a 4-bit grid."""
-
-    groups: int
-    on_grid: int
-
-    @property
-    def share(self) -> float:
-        return self.on_grid / self.groups if self.groups else 0.0
-
-
-def sample_grids(checkpoint: Checkpoint, dtype: torch.dtype) -> GridSample:
-    """Look for 4-bit grids in some rows of every linear, as they are in the 16-bit `dtype` of the artifact."""
-    groups = on_grid = 0
-    weights = dict.fromkeys(tensor for tensor, _ in quantized_linears(checkpoint.shape.layouts).values())
-    stored = read_tensors(checkpoint.tensors, map(checkpoint.key, weights))
-    for weight in stored.values():
-        if weight.shape[-1] % KNOWN_GROUP == 0:
-            rows = weight.flatten(0, -2)
-            rows = rows[:: -(-rows.shape[0] // SAMPLED_ROWS)].to(dtype)
-            used = (rows != 0).unflatten(1, (-1, KNOWN_GROUP)).any(-1)
-            groups += int(used.sum())
-            on_grid += int((find_grid(rows).placed & used).sum())
-    return GridSample(groups, on_grid)
 
 
 def decide_on_grid(request: QuantizeRequest, checkpoint: Checkpoint, dtype: torch.dtype, on_event: OnEvent) -> bool:

@@ -95,6 +95,7 @@ SAID: dict[str, Callable[[Output, str], object]] = {
     "result": lambda out, text: out.result(text),
     "document": lambda out, text: out.document({text: text}),
     "result_table": lambda out, text: out.result_table(text, ((text, text),), (text, text)),
+    "result_facts": lambda out, text: out.result_facts([(text, [(text, text)])]),
 }
 RESULTS = {"piece", "result"}  # exact bytes where they do not go to a terminal
 

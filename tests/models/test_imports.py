@@ -13,7 +13,7 @@ WITH_TORCH = {
     "models.gemma": {"rotary"},
     "models.packed_formats": {"unpacking"},
     "models.checkpoints": {
-        "checkpoint", "companions", "demo", "packed_linears", "weight_files", "writing",
+        "checkpoint", "companions", "packed_linears", "qat_grid", "weight_files", "writing",
     },
     "models.text": set(),
     "models.forward": {

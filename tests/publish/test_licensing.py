@@ -10,17 +10,8 @@ import pytest
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.demo import PACKAGE
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.publish.licensing import (
-    APACHE,
-    GEMMA_TERMS,
-    HAI_DEF,
-    LICENCES,
-    TEXTS,
-    DerivedLicence,
-    decide_licence,
-    read_derived_licence,
-    terms_of,
-)
+from gemma_awq_cli.models.gemma.terms import APACHE, GEMMA_TERMS, HAI_DEF, LICENCES, terms_of
+from gemma_awq_cli.publish.licensing import TEXTS, DerivedLicence, decide_licence, read_derived_licence
 
 CHANGED = "model.safetensors was modified."
 SENTENCE = b"Gemma is provided under and subject to the Gemma Terms of Use found at ai.google.dev/gemma/terms"

@@ -13,7 +13,8 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.gemma.families import FAMILIES as FAMILY_TABLE
 from gemma_awq_cli.models.gemma.family import Family
-from gemma_awq_cli.publish.licensing import decide_licence, terms_of
+from gemma_awq_cli.models.gemma.terms import terms_of
+from gemma_awq_cli.publish.licensing import decide_licence
 from gemma_awq_cli.publish.model_card import (
     CardFacts,
     Contents,

@@ -16,7 +16,8 @@ from gemma_awq_cli.bench.thresholds import COMPARED, regressions, violations
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.publish.licensing import GEMMA_TERMS, decide_licence
+from gemma_awq_cli.models.gemma.terms import GEMMA_TERMS
+from gemma_awq_cli.publish.licensing import decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, render_card
 from gemma_awq_cli.publish.public_documents import public_bench, public_report
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema

