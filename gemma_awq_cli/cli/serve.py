@@ -3,7 +3,7 @@
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
@@ -15,7 +15,9 @@ from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.sizes import parse_bytes
 
 if TYPE_CHECKING:
+    from gemma_awq_cli.generate.finding import FoundModel
     from gemma_awq_cli.serve.events import Event
+    from gemma_awq_cli.serve.request import ServeRequest
 
 EXAMPLES = """
 gemma-awq serve
@@ -23,6 +25,7 @@ gemma-awq serve google/gemma-3-1b-it --port 8080 --api-key-file keys.txt
 curl http://127.0.0.1:8000/v1/models
 """
 KEY_VARIABLE = "GEMMA_AWQ_API_KEY"
+MAX_WAITING, TIMEOUT = 64, 600.0
 INSTALL = "Install it: pip install 'gemma-awq[serve]'."
 MODEL, WHO, MEMORY, WITH_VLLM, OUTPUT = "Model", "Address and access", "Memory and speed", "vLLM", "Output"
 
@@ -101,13 +104,13 @@ def command(
             min=0,
             rich_help_panel=MEMORY,
         ),
-    ] = 64,
+    ] = MAX_WAITING,
     timeout: Annotated[
         float,
         typer.Option(
             help="Give up on a request after this many seconds.", metavar="SECONDS", min=1.0, rich_help_panel=MEMORY
         ),
-    ] = 600.0,
+    ] = TIMEOUT,
     threads: Annotated[
         int | None,
         typer.Option(
@@ -158,13 +161,18 @@ def command(
         model or default_model(out), revision, options, host, port, max_rows, max_context, memory, max_waiting,
         timeout, keys, origins,
     )  # fmt: skip
-    for name in ("starlette", "uvicorn"):
-        if find_spec(name) is None:
-            raise GemmaAwqError(f"The server needs {name}, which is not installed.", INSTALL)
+    if engine is EngineName.vllm:
+        _require_vllms(max_memory, max_waiting, timeout, threads)
+    else:
+        for name in ("starlette", "uvicorn"):
+            if find_spec(name) is None:
+                raise GemmaAwqError(f"The server needs {name}, which is not installed.", INSTALL)
 
     from gemma_awq_cli.generate.finding import find_model
 
     found = find_model(request.model, revision, out.note)
+    if engine is EngineName.vllm:
+        _become_vllm(out, request, found)
     import torch
 
     from gemma_awq_cli.cli.run_notes import show_events
@@ -188,6 +196,28 @@ def command(
                 show_opening(opening)
 
     serve(request, found, show)
+
+
+def _require_vllms(max_memory: str | None, max_waiting: int, timeout: float, threads: int | None) -> None:
+    """Raise UsageError for options that vLLM's server does not have."""
+    given = {
+        "--max-memory": max_memory is not None, "--max-waiting": max_waiting != MAX_WAITING,
+        "--timeout": timeout != TIMEOUT, "--threads": threads is not None,
+    }  # fmt: skip
+    for name, is_given in given.items():
+        if is_given:
+            raise UsageError(f"{name} cannot be used with --engine vllm, which decides that itself.", "Leave it out.")
+
+
+def _become_vllm(out: Output, request: "ServeRequest", found: "FoundModel") -> NoReturn:
+    """Replace this process by vLLM's server."""
+    from gemma_awq_cli.cli.run_notes import show_events
+    from gemma_awq_cli.cli.stages import Stages
+    from gemma_awq_cli.serve.vllm_server import vllm_server
+
+    command, environment = vllm_server(request, found, show_events(out, Stages(), verbose=False))  # type: ignore[arg-type]
+    out.note(f"Starting vLLM's server on {found.folder.name}.")
+    os.execve(command[0], command, environment)
 
 
 def _keys(file: Path | None) -> tuple[str, ...]:

@@ -1,6 +1,7 @@
 """What `serve` is asked to do, as data. Imports no torch."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from gemma_awq_cli.generate.request import EngineOptions
 
@@ -28,3 +29,8 @@ class ServeRequest:
     timeout: float = 600.0
     keys: tuple[str, ...] = field(default=(), repr=False)
     origins: tuple[str, ...] = ()
+
+
+def name_of(asked: str, folder: Path) -> str:
+    """Return what requests call the model: its hub id, or the name of its folder."""
+    return asked if "/" in asked and not Path(asked).exists() else folder.resolve().name

@@ -2,7 +2,6 @@
 
 import socket
 from contextlib import closing
-from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.events import Note, Warned
@@ -19,7 +18,7 @@ from gemma_awq_cli.serve.events import Finishing, Listening, OnEvent, RequestFai
 from gemma_awq_cli.serve.listening import Server, bind, url_of
 from gemma_awq_cli.serve.planning import MemoryPlan, plan_memory
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
-from gemma_awq_cli.serve.request import ServeRequest
+from gemma_awq_cli.serve.request import ServeRequest, name_of
 from gemma_awq_cli.serve.service import Service
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
@@ -65,7 +64,7 @@ def open_service(request: ServeRequest, found: FoundModel, on_event: OnEvent) ->
         lambda error: on_event(RequestFailed(error)),
     )
     declared = generation_config(checkpoint)
-    name = _name(request.model, found.folder)
+    name = name_of(request.model, found.folder)
     return Service(name, opened.prompter, declared, checkpoint.vocabulary, engine, request.timeout)
 
 
@@ -87,8 +86,3 @@ def _plan(request: ServeRequest, opened: OpenModel) -> MemoryPlan:
         request.max_context,
         request.max_memory,
     )
-
-
-def _name(asked: str, folder: Path) -> str:
-    """What requests call the model: its hub id, or the name of its folder."""
-    return asked if "/" in asked and not Path(asked).exists() else folder.resolve().name
