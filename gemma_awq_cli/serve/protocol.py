@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate import MOST_LOGPROBS
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.serve.json_fields import JsonFields, RequestError, shown
@@ -19,7 +20,6 @@ LONGEST_STOP = 1000  # characters
 MOST_PROMPTS = 128
 MOST_MESSAGES = 10_000
 MOST_BIASES = 1024  # OpenAI takes 300
-TOP_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's answer may fill the context
 LARGEST = 2**63 - 1
 # They change nothing in an answer: bookkeeping of OpenAI's service.
@@ -39,7 +39,8 @@ class GenerationRequest:
 
     chat: whether it is a conversation to answer, else prompts to continue. prompts: one conversation; or texts, or
     prompts as token ids. model: the name that was asked for. n: answers per prompt. max_tokens: None for as many as the
-    context holds. logprobs: see `GenerationOptions`. think: see `Prompter.chat`.
+    context holds. logprobs: see `GenerationOptions`. think: see `Prompter.chat`. ignore_eos: whether answers go on
+    after a token that ends them, for load tests.
     """
 
     chat: bool
@@ -53,6 +54,7 @@ class GenerationRequest:
     think: bool | None
     stream: bool
     include_usage: bool
+    ignore_eos: bool
 
 
 def parse_body(body: bytes) -> JsonFields:
@@ -72,7 +74,7 @@ def read_chat(body: bytes, vocabulary: int) -> GenerationRequest:
     fields = parse_body(body)
     messages = _messages(fields)
     wants = fields.flag("logprobs")
-    count = fields.integer("top_logprobs", 0, TOP_LOGPROBS)
+    count = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if count is not None and not wants:
         raise fields.wrong("top_logprobs", "needs logprobs to be true")
     longest = [fields.integer(name, 1, LARGEST) for name in ("max_completion_tokens", "max_tokens")]
@@ -106,7 +108,7 @@ def read_completion(body: bytes, vocabulary: int) -> GenerationRequest:
         chat=False,
         prompts=prompts,
         max_tokens=fields.integer("max_tokens", 1, LARGEST) or COMPLETION_TOKENS,
-        logprobs=fields.integer("logprobs", 0, TOP_LOGPROBS),
+        logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS),
         think=None,
         vocabulary=vocabulary,
     )
@@ -137,6 +139,7 @@ def _request(
         think,
         stream,
         include_usage,
+        fields.flag("ignore_eos") or False,
     )
     fields.finish(HARMLESS)
     return request

@@ -72,7 +72,9 @@ class Service:
                 request.stop,
                 request.logprobs,
             )
-            rows += [RowRequest(ids, options, number, request.stream) for number in range(request.n)]
+            rows += [
+                RowRequest(ids, options, number, request.stream, request.ignore_eos) for number in range(request.n)
+            ]
         return Prepared(rows, prompt_tokens)
 
     def _ids(self, request: GenerationRequest, prompt: PromptLike) -> list[int]:
