@@ -100,6 +100,16 @@ HeadOption = Annotated[
         rich_help_panel=SPEED,
     ),
 ]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Compute with N threads of the CPU.  [default: one per core]",
+        metavar="N",
+        min=1,
+        max=4096,
+        rich_help_panel=SPEED,
+    ),
+]
 RevisionOption = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of a hub id.", metavar="REV", rich_help_panel=MODEL)
 ]

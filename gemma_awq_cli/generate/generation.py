@@ -9,11 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
+from gemma_awq_cli.models.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -21,12 +23,26 @@ class GenerationOptions:
     """How rows are continued, by whichever engine.
 
     max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
-    before the first that its text, which thoughts are no part of, would contain.
+    before the first that its text, which thoughts are no part of, would contain. logprobs: of how many of the most
+    likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is.
     """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """The natural logarithms of probabilities at one token, in the model's own distribution: no setting changes them.
+
+    top: (token, logprob) of the most likely tokens, in descending order.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass
@@ -38,7 +54,7 @@ class Completion:
     answered, which is not in `text`. finish: `stop` (an end token or a stop
     string), `length` (the limit or the end of the context) or `interrupted` (Ctrl-C). read_tokens: how many of the
     prompt's tokens had to be read; the others were in the cache of an earlier turn. prefill_seconds: time to the first
-    token. decode_seconds: time from the first token to the last.
+    token. decode_seconds: time from the first token to the last. logprobs: of each token, if they were asked for.
     """
 
     prompt_tokens: int
@@ -49,11 +65,28 @@ class Completion:
     read_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
 
     @property
     def texts(self) -> dict[str, str]:
         """The text and, if there are any, the thoughts before it, by their names in a document."""
         return {"text": self.text, **({"thinking": self.thinking} if self.thinking else {})}
+
+    def logprob_documents(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The log probabilities by their name in a document: those of each token, thoughts and end included, in order.
+
+        Empty if none were asked for.
+        """
+        if not self.logprobs:
+            return {}
+
+        def named(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": tokenizer.text_of(token), "id": token, "logprob": logprob}
+
+        documents = [
+            {**named(each.token, each.logprob), "top": [named(*other) for other in each.top]} for each in self.logprobs
+        ]
+        return {"logprobs": documents}
 
     @property
     def prefill_rate(self) -> float:
@@ -71,7 +104,7 @@ class Row:
     """One row while it is generated.
 
     index: its position among the rows of the call. number: see `Engine.complete`. limit: the most tokens that it may be
-    given. ends: the tokens that end it.
+    given. ends: the tokens that end it. logprobs: see `GenerationOptions`.
     """
 
     index: int
@@ -81,6 +114,7 @@ class Row:
     ends: Set[int]
     text: TurnDetokenizer
     completion: Completion
+    logprobs: int | None = None
     done: bool = False
     _started: float = 0.0
 
@@ -187,7 +221,8 @@ class Engine(ABC):
                 lambda piece: on_thought(index, piece),
             )
             limit = min(options.max_new_tokens, self.context - len(ids))
-            return Row(index, numbers[index] if numbers else index, ids, limit, self.ends, text, Completion(len(ids)))
+            number = numbers[index] if numbers else index
+            return Row(index, number, ids, limit, self.ends, text, Completion(len(ids)), options.logprobs)
 
         return [new(index, ids) for index, ids in enumerate(rows)]
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.generate.sampling import Sampling
@@ -54,9 +54,7 @@ class Slot:
 
     def advance(self, logits: Tensor) -> None:
         """Sample the row's next token from logits [V] float32."""
-        token = self.sampler.sample(logits)
-        self.unread = [token]
-        self.row.take(token)
+        self.unread = [take_next(self.row, self.sampler, logits)]
 
 
 class LocalEngine(Engine):
@@ -141,6 +139,23 @@ class LocalEngine(Engine):
             yield
         self._live = live
         on_done(row)
+
+
+def take_next(row: Row, sampler: Sampler, logits: Tensor) -> int:
+    """Sample the row's next token from logits [V] float32, append and return it."""
+    token = sampler.sample(logits)
+    if row.logprobs is not None:
+        row.completion.logprobs.append(token_logprobs(logits, token, row.logprobs))
+    row.take(token)
+    return token
+
+
+def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+    """Return the log probability of a token and those of the `count` most likely ones. logits: [V] float32."""
+    total = float(logits.logsumexp(0))
+    values, tokens = logits.topk(min(count, len(logits)))
+    top = tuple((index, value - total) for index, value in zip(tokens.tolist(), values.tolist(), strict=True))
+    return TokenLogprobs(token, float(logits[token]) - total, top)
 
 
 def _needed(row: Row) -> int:

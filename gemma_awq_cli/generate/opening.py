@@ -13,7 +13,7 @@ from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.request import VLLM, EngineOptions
 from gemma_awq_cli.generate.sampling import Sampling, resolve
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.loading import open_model, other_devices, pick_device
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model, other_devices, pick_device
 from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.text.prompter import Prompter
@@ -51,7 +51,7 @@ def open_engine(
     None if the rows are not known yet, as in a chat, whose turns continue each other.
     """
     if options.engine != VLLM:
-        return _open_local(checkpoint, found, options, batch_size, longest is None, on_event)
+        return LocalEngine(open_local(checkpoint, found, options, on_event), batch_size, keep=longest is None)
     from gemma_awq_cli.generate.vllm_engine import VllmEngine
 
     prompter = found.prompter.result()
@@ -63,9 +63,10 @@ def open_engine(
     )
 
 
-def _open_local(
-    checkpoint: Checkpoint, found: FoundModel, options: EngineOptions, batch_size: int, keep: bool, on_event: OnEvent
-) -> LocalEngine:
+def open_local(checkpoint: Checkpoint, found: FoundModel, options: EngineOptions, on_event: OnEvent) -> OpenModel:
+    """Open the model with this tool's own engine, as `options` say."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if dtype is torch.float16 and not checkpoint.family.float16 and checkpoint.quantization is None:
@@ -80,4 +81,4 @@ def _open_local(
     opened = open_model(found.folder, device, precision, others, options.head, found.prompter)
     on_event(ModelOpened(str(opened.device), tuple(opened.kernel_report()), opened.slow_kernels()))
     on_event(StageEnded("reading and packing weights"))
-    return LocalEngine(opened, batch_size, keep)
+    return opened

@@ -1,11 +1,13 @@
 """The choice of the next token from the logits of a row.
 
-The order of the steps and what each keeps are transformers' own (repetition penalty, temperature, top-k, top-p, min-p).
-They are written anew because transformers sorts all 262144 logits of a Gemma for every token; here only the most likely
-candidates are sorted.
+The order of the steps and what each keeps are transformers' own (logit bias, repetition penalty, temperature, top-k,
+top-p, min-p), with OpenAI's presence and frequency penalties before the temperature. They are written anew because
+transformers sorts all 262144 logits of a Gemma for every token; here only the most likely candidates are sorted.
 """
 
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,16 +18,33 @@ COLDEST = 1e-30  # a lower temperature would turn float32 logits into infinities
 FIRST_CANDIDATES = 1024  # a nucleus nearly always lies within this many tokens; if it does not, all are sorted
 
 
+class Constraint(Protocol):
+    """What a row's tokens must follow, such as a grammar."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """Return logits [V] with -inf for every token that must not come next, and the others unchanged."""
+        ...
+
+    def take(self, token: int) -> None:
+        """Follow the token that was chosen."""
+        ...
+
+
 class Sampler:
     """Samples the tokens of one row.
 
     Each row has its own random numbers, so that its tokens do not depend on the other rows of the batch. row: the
     number that tells its random numbers from those of other rows; prompt: its token ids, for the repetition penalty.
+    constraint: None lets every token come next.
     """
 
-    def __init__(self, sampling: Sampling, row: int, prompt: Sequence[int]) -> None:
+    def __init__(
+        self, sampling: Sampling, row: int, prompt: Sequence[int], constraint: Constraint | None = None
+    ) -> None:
         self._sampling = sampling
+        self._constraint = constraint
         self._seen = set(prompt)
+        self._generated: Counter[int] = Counter()
         self._generator = torch.Generator("cpu")
         if sampling.seed is None:
             self._generator.seed()
@@ -34,11 +53,23 @@ class Sampler:
 
     def sample(self, logits: Tensor) -> int:
         """Return the next token of the row from its logits [V] float32."""
-        if self._sampling.repetition_penalty:
-            logits = penalized(logits, self._seen, self._sampling.repetition_penalty)
-        token = self._draw(logits)
+        token = self._draw(self._adjusted(logits))
         self._seen.add(token)
+        self._generated[token] += 1
+        if self._constraint is not None:
+            self._constraint.take(token)
         return token
+
+    def _adjusted(self, logits: Tensor) -> Tensor:
+        """Return the logits after everything that adds to them or forbids tokens."""
+        sampling = self._sampling
+        if sampling.logit_bias:
+            logits = biased(logits, sampling.logit_bias)
+        if sampling.repetition_penalty:
+            logits = penalized(logits, self._seen, sampling.repetition_penalty)
+        if self._generated and (sampling.presence_penalty or sampling.frequency_penalty):
+            logits = reduced(logits, self._generated, sampling.presence_penalty, sampling.frequency_penalty)
+        return logits if self._constraint is None else self._constraint.mask(logits)
 
     def _draw(self, logits: Tensor) -> int:
         if self._sampling.greedy:
@@ -48,6 +79,21 @@ class Sampler:
         point = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
         place = min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
         return place if tokens is None else int(tokens[place])
+
+
+def biased(logits: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
+    """Return logits [V] with numbers added to those of some tokens."""
+    tokens, numbers = zip(*bias, strict=True)
+    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
+    return logits.index_add(0, index, torch.tensor(numbers, dtype=logits.dtype, device=logits.device))
+
+
+def reduced(logits: Tensor, counts: Mapping[int, int], presence: float, frequency: float) -> Tensor:
+    """Return logits [V], lowered by presence + count * frequency for each token that was generated `count` times.
+
+    The formula of OpenAI's API reference; tokens of the prompt do not count.
+    """
+    return biased(logits, [(token, -presence - count * frequency) for token, count in counts.items()])
 
 
 def penalized(logits: Tensor, previous: Collection[int], penalty: float) -> Tensor:

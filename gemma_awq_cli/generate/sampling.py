@@ -17,10 +17,11 @@ CORRECT = "Correct it, or copy the file from the original model."
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are sampled: greedily unless a temperature, top_k or top_p is given.
+    """How tokens are sampled: greedily unless a temperature, top_k, top_p or min_p is given.
 
-    seed: of the random numbers; None lets `resolve` draw one. min_p and repetition_penalty come from a model's
-    generation_config alone; no option sets them.
+    seed: of the random numbers; None lets `resolve` draw one. repetition_penalty: divides the logits of tokens in the
+    prompt and the text so far; 1 turns it off. presence_penalty, frequency_penalty: OpenAI's, subtracted from the
+    logits of tokens generated so far, once and per occurrence. logit_bias: (token id, number added to its logit).
     """
 
     temperature: float | None = None
@@ -29,43 +30,57 @@ class Sampling:
     seed: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0 or (self.temperature is None and self.top_k is None and self.top_p is None)
+        asked = (self.temperature, self.top_k, self.top_p, self.min_p)
+        return self.temperature == 0 or all(value is None for value in asked)
 
     def summary(self) -> str:
         """Return the settings as text for a note: `temperature 0.8, top-p 0.95, seed 7`."""
-        penalty = [f"repetition penalty {self.repetition_penalty:g}"] if self.repetition_penalty else []
+        penalties = [
+            f"{name} penalty {value:g}"
+            for name, value in (
+                ("repetition", self.repetition_penalty),
+                ("presence", self.presence_penalty),
+                ("frequency", self.frequency_penalty),
+            )
+            if value
+        ]
         if self.greedy:
-            return ", ".join(["greedy", *penalty])
+            return ", ".join(["greedy", *penalties])
         parts = [f"temperature {1.0 if self.temperature is None else self.temperature:g}"]
         parts += [f"top-k {self.top_k}"] if self.top_k else []
         parts += [f"top-p {self.top_p:g}"] if self.top_p is not None else []
         parts += [f"min-p {self.min_p:g}"] if self.min_p else []
-        return ", ".join([*parts, *penalty, f"seed {self.seed}"])
+        return ", ".join([*parts, *penalties, f"seed {self.seed}"])
 
 
 def resolve(asked: Sampling, declared: Mapping[str, Any]) -> Sampling:
     """Return the settings that the user asked for, completed by the model's generation_config.
 
-    If the user gives no temperature, top_k or top_p, `declared` (the generation_config) decides whether to sample. It
-    also fills in what the user left open. If no seed is given, one is drawn, so that the run can be reported and
-    repeated. Raises UsageError for a value out of range.
+    If the user gives no temperature, top_k, top_p or min_p, `declared` (the generation_config) decides whether to
+    sample. It also fills in what the user left open; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 turn off what
+    it declares. If no seed is given, one is drawn, so that the run can be reported and repeated. Raises UsageError for
+    a value out of range.
     """
     _require_valid(asked)
     stated = {name: _number(declared, name) for name in _DECLARED}
     samples = _samples(declared)
-    penalty = None if stated["repetition_penalty"] == 1 else stated["repetition_penalty"]
+    penalty = _first(asked.repetition_penalty, stated["repetition_penalty"])
+    common = replace(asked, repetition_penalty=None if penalty == 1 else penalty)
     if asked.temperature == 0 or (asked.greedy and not samples):
-        return Sampling(temperature=0.0, repetition_penalty=penalty)
+        return replace(common, temperature=0.0, top_k=None, top_p=None, min_p=None, seed=None)
     top_k = _first(asked.top_k, stated["top_k"])
-    given = Sampling(
+    given = replace(
+        common,
         temperature=_first(asked.temperature, stated["temperature"], 1.0),
         top_k=int(top_k) if top_k else None,  # 0 turns top-k off
         top_p=_first(asked.top_p, stated["top_p"]),
-        min_p=stated["min_p"] or None,
-        repetition_penalty=penalty,
+        min_p=_first(asked.min_p, stated["min_p"]) or None,
         seed=asked.seed if asked.seed is not None else secrets.randbelow(2**32),
     )
     return replace(given, seed=None) if given.temperature == 0 else given
@@ -74,10 +89,18 @@ def resolve(asked: Sampling, declared: Mapping[str, Any]) -> Sampling:
 def _require_valid(asked: Sampling) -> None:
     if asked.temperature is not None and not (math.isfinite(asked.temperature) and asked.temperature >= 0):
         raise UsageError(f"Invalid temperature: {asked.temperature}.", "Give a finite number, 0 or greater.")
-    if asked.top_p is not None and not 0 <= asked.top_p <= 1:
-        raise UsageError(f"Invalid top-p: {asked.top_p}.", "Give a number from 0 to 1.")
-    if asked.top_k is not None and asked.top_k < 1:
-        raise UsageError(f"Invalid top-k: {asked.top_k}.", "Give 1 or more.")
+    for name, share in (("top-p", asked.top_p), ("min-p", asked.min_p)):
+        if share is not None and not 0 <= share <= 1:
+            raise UsageError(f"Invalid {name}: {share}.", "Give a number from 0 to 1.")
+    if asked.top_k is not None and asked.top_k < 0:
+        raise UsageError(f"Invalid top-k: {asked.top_k}.", "Give 1 or more, or 0 to turn it off.")
+    if asked.repetition_penalty is not None and not 1e-6 <= asked.repetition_penalty <= 1e6:
+        raise UsageError(
+            f"Invalid repetition penalty: {asked.repetition_penalty}.", "Give a number above 0; 1 turns it off."
+        )
+    for name, penalty in (("presence", asked.presence_penalty), ("frequency", asked.frequency_penalty)):
+        if not -2 <= penalty <= 2:
+            raise UsageError(f"Invalid {name} penalty: {penalty}.", "Give a number from -2 to 2.")
 
 
 def _first(*values: float | None) -> float | None:

@@ -62,6 +62,8 @@ def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: Set[in
     arguments: dict[str, Any] = {
         "max_tokens": limit, "detokenize": False, "ignore_eos": True, "stop_token_ids": sorted(ends),
         "repetition_penalty": sampling.repetition_penalty or 1.0,
+        "presence_penalty": sampling.presence_penalty, "frequency_penalty": sampling.frequency_penalty,
+        "logit_bias": dict(sampling.logit_bias) or None,
     }  # fmt: skip
     if sampling.greedy:
         return {**arguments, "temperature": 0.0}

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gemma_awq_cli.models.forward.kv_cache import KVCache
+from gemma_awq_cli.models.forward.kv_cache import KVCache, SavedRow
 from gemma_awq_cli.models.forward.prefill import FlatBatch, flat_batches
 
 
@@ -33,6 +33,23 @@ class CachedSession(ABC):
     def reset_row(self, row: int) -> None:
         """See `Session.reset_row`."""
         self._cache.lengths[row] = 0
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of the keys and values of all rows."""
+        return self._cache.nbytes
+
+    def length(self, row: int) -> int:
+        """How many tokens a row has read."""
+        return self._cache.lengths[row]
+
+    def save_row(self, row: int) -> SavedRow:
+        """A copy of what a row has read, to go on from in this session later."""
+        return self._cache.save(row)
+
+    def load_row(self, row: int, saved: SavedRow, length: int) -> None:
+        """Go on in a row from the first `length` tokens of a saved one, which must hold them."""
+        self._cache.load(row, saved, length)
 
     def repeat_row(self, rows: int) -> None:
         """See `Session.repeat_row`."""

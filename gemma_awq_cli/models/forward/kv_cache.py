@@ -14,6 +14,30 @@ from gemma_awq_cli.models.gemma.layers import LayerLayout
 
 
 @dataclass(frozen=True)
+class SavedRow:
+    """A copy of what one row of a cache holds.
+
+    layers: keys and values of each layer with a cache of its own, [kv_heads, used slots, head_dim]; length: how many
+    tokens the row had read; shortest: the slots of the smallest layer.
+    """
+
+    layers: tuple[Tensor, ...]
+    length: int
+    shortest: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(layer.nbytes for layer in self.layers)
+
+    def holds(self, length: int) -> bool:
+        """Whether the row as it was after its first `length` tokens is in it.
+
+        A ring that has wrapped around has lost tokens that an earlier end would still see.
+        """
+        return 0 < length <= self.length and (length == self.length or self.length <= self.shortest)
+
+
+@dataclass(frozen=True)
 class KVCache:
     """keys, values: [R, kv_heads, slots, head_dim] per layer, one tensor for all layers that share it.
 
@@ -27,7 +51,24 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        return sum(layer.nbytes for layer in {id(layer): layer for layer in (*self.keys, *self.values)}.values())
+        return sum(layer.nbytes for layer in self._own)
+
+    @property
+    def _own(self) -> list[Tensor]:
+        return list({id(layer): layer for layer in (*self.keys, *self.values)}.values())
+
+    def save(self, row: int) -> SavedRow:
+        """A copy of one row, as long as it is."""
+        length = self.lengths[row]
+        layers = tuple(layer[row, :, : min(length, layer.shape[2])].clone() for layer in self._own)
+        return SavedRow(layers, length, min(layer.shape[2] for layer in self._own))
+
+    def load(self, row: int, saved: SavedRow, length: int) -> None:
+        """Bring one row to the state after the first `length` tokens of a saved one. `saved` must hold it."""
+        assert saved.holds(length)
+        for layer, copy in zip(self._own, saved.layers, strict=True):
+            layer[row, :, : copy.shape[1]] = copy
+        self.lengths[row] = length
 
     def repeated(self, rows: int) -> "KVCache":
         """A cache of `rows` equal rows, from this cache of one row."""

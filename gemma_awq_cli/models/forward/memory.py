@@ -20,12 +20,16 @@ def available_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that could be allocated on a device now; None where that is unknown."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return available_memory()
+
+
 def require_memory(needed: int, device: torch.device, what: str, hint: str) -> None:
     """Raise GemmaAwqError if `what` needs more bytes than the device has free, before the system kills processes."""
-    if device.type == "cuda":
-        free: int | None = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = available_memory()
+    free = free_memory(device)
     if free is not None and needed > free:
         raise GemmaAwqError(
             f"{what} needs at least {needed / 1e9:.1f} GB of memory, and {device} has {free / 1e9:.1f} GB free.", hint

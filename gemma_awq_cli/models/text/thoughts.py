@@ -17,6 +17,8 @@ class TurnDetokenizer:
 
     on_text, on_thought: called with each piece of the answer and of the thoughts once, as soon as no later token can
     change it. Stop strings do not end thoughts. With a tokenizer that lacks the channel's tokens, all is answer.
+
+    last_was_thought: whether the last token belongs to the thoughts, their marks included.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class TurnDetokenizer:
         self._opens, self._closes = tokenizer.id_of(OPENS), tokenizer.id_of(CLOSES)
         self._answer = StreamingDetokenizer(tokenizer, stop, on_text)
         self._on_thought = on_thought
+        self.last_was_thought = False
         self._channel: StreamingDetokenizer | None = None  # of the thoughts that are being written
         self._named = False  # whether the channel's first line, its name, is over
         self._held = ""  # text of the thoughts that is given out when more follows: a name, or white space
@@ -37,6 +40,7 @@ class TurnDetokenizer:
 
     def add(self, token: int) -> bool:
         """Decode one more token. Return whether that completed a stop string."""
+        self.last_was_thought = self._channel is not None or token == self._opens
         if token == self._opens:
             self._close()
             self._channel, self._named = StreamingDetokenizer(self._tokenizer, (), self._think), False

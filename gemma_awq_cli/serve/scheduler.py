@@ -1,0 +1,206 @@
+"""Continuous batching: rows join and leave a session between two tokens.
+
+Each step is one forward: a token for every row that generates, and as many tokens of new prompts as keep it short.
+Knows rows, sessions and the prefix cache; knows nothing of HTTP. Not thread-safe: one thread calls it. Whatever goes
+wrong in one row ends that row alone.
+"""
+
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.generate.generation import Row
+from gemma_awq_cli.generate.local_engine import require_finite_logits, take_next
+from gemma_awq_cli.generate.sampler import Sampler
+from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.prefill import CHUNK
+from gemma_awq_cli.serve.prefix_cache import WORTH_KEEPING, PrefixCache
+
+LEAST_PROMPT_TOKENS = 16  # of new prompts in a step, however slow they are
+STRETCH = 1.0  # how much longer than without new prompts a step may take: 1 is twice as long
+_SMOOTHING = 0.1  # weight of the newest measurement
+
+
+@dataclass(eq=False)
+class Task:
+    """A row on its way through the scheduler.
+
+    on_done: called when the row has ended by itself or has failed. cached_tokens: how many tokens of the prompt came
+    out of the prefix cache. cancelled: set by whoever no longer wants it; the next step drops it. error: why it failed.
+    keep_at: after how many tokens its state is worth keeping for others.
+    """
+
+    row: Row
+    sampler: Sampler
+    on_done: Callable[["Task"], None]
+    cancelled: bool = False
+    cached_tokens: int = 0
+    error: Exception | None = None
+    keep_at: int | None = None
+    unread: Sequence[int] = field(default_factory=list)
+
+    @property
+    def prefilling(self) -> bool:
+        """Whether it still reads its prompt."""
+        return not self.row.completion.tokens
+
+    @property
+    def needed(self) -> int:
+        """Tokens that its slot must have room for."""
+        return len(self.row.ids) + self.row.limit
+
+
+class Scheduler:
+    """Runs tasks in the rows of one session.
+
+    rows: of the session; capacity: tokens of each.
+    """
+
+    def __init__(self, session: CachedSession, rows: int, capacity: int, cache: PrefixCache) -> None:
+        self._session = session
+        self._slots: list[Task | None] = [None] * rows
+        self._cache = cache
+        self.capacity = capacity
+        self.waiting: deque[Task] = deque()
+        self._decode_seconds = 0.0  # of a step without new prompts
+        self._prompt_seconds = 0.0  # of one prompt token beyond that
+
+    @property
+    def running(self) -> int:
+        """How many tasks have a row."""
+        return sum(slot is not None for slot in self._slots)
+
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """Give every running task what it waits for, once. Returns False if there is nothing to do."""
+        self._drop_cancelled()
+        self._admit()
+        tokens = self._next_tokens()
+        if not any(tokens):
+            return False
+        wanted = [0] * len(tokens)
+        for index, task in enumerate(self._slots):
+            if task is not None and tokens[index] and len(tokens[index]) == len(task.unread):
+                wanted[index] = 1
+        started = time.perf_counter()
+        try:
+            logits = self._session.last_logits(tokens, wanted)
+        except Exception as error:  # noqa: BLE001 (the step's rows fail, whatever it was, and others can run)
+            self._fail_running(error)
+            return True
+        self._measure(tokens, time.perf_counter() - started)
+        self._deliver(tokens, wanted, logits)
+        return True
+
+    def _admit(self) -> None:
+        """Give free rows to tasks that wait, in their order."""
+        for index, slot in enumerate(self._slots):
+            if slot is not None or not self.waiting:
+                continue
+            task = self.waiting.popleft()
+            found = self._cache.find(task.row.ids)
+            self._session.reset_row(index)
+            if found.saved is not None:
+                self._session.load_row(index, found.saved, found.length)
+            task.cached_tokens = found.length
+            task.unread = task.row.ids[found.length :]
+            # what a second prompt begins with, a third one will too
+            task.keep_at = found.shared if found.shared >= found.length + WORTH_KEEPING else None
+            task.row.begin(len(task.unread))
+            self._slots[index] = task
+
+    def _next_tokens(self) -> list[Sequence[int]]:
+        """The tokens that each row reads in this step."""
+        decoding = any(task is not None and not task.prefilling for task in self._slots)
+        left = self._prompt_budget() if decoding else CHUNK
+        tokens: list[Sequence[int]] = []
+        for index, task in enumerate(self._slots):
+            if task is None:
+                tokens.append([])
+                continue
+            if not task.prefilling:
+                tokens.append(task.unread)
+                continue
+            count = min(left, len(task.unread))
+            if task.keep_at is not None:  # stop there once, to keep that state
+                count = min(count, task.keep_at - self._session.length(index))
+            left -= count
+            tokens.append(task.unread[:count])
+        return tokens
+
+    def _prompt_budget(self) -> int:
+        """How many prompt tokens lengthen a step by STRETCH of its time at most."""
+        if not self._prompt_seconds:
+            return LEAST_PROMPT_TOKENS
+        return int(min(CHUNK, max(LEAST_PROMPT_TOKENS, STRETCH * self._decode_seconds / self._prompt_seconds)))
+
+    def _measure(self, tokens: Sequence[Sequence[int]], seconds: float) -> None:
+        prompt = sum(
+            len(new) for new, task in zip(tokens, self._slots, strict=True) if task is not None and task.prefilling
+        )
+        if prompt == 0:
+            self._decode_seconds = _smoothed(self._decode_seconds, seconds)
+        else:
+            alone = self._decode_seconds if any(task and not task.prefilling for task in self._slots) else 0.0
+            self._prompt_seconds = _smoothed(self._prompt_seconds, max(0.0, seconds - alone) / prompt)
+
+    def _deliver(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], logits: Tensor) -> None:
+        """Sample for the rows that have logits, and free those that are done."""
+        place = 0
+        for index, task in enumerate(self._slots):
+            if task is None:
+                continue
+            row_logits = logits[place] if wanted[index] else None
+            place += wanted[index]
+            try:
+                self._advance(index, task, len(tokens[index]), row_logits)
+            except Exception as error:  # noqa: BLE001 (one row's failure, whatever it was, is not the others')
+                self._slots[index] = None
+                task.error = error
+                task.on_done(task)
+
+    def _advance(self, index: int, task: Task, read: int, logits: Tensor | None) -> None:
+        """Bring a task forward that has read some tokens. logits: [V] after the last of them, or None."""
+        task.unread = task.unread[read:]
+        if task.keep_at is not None and self._session.length(index) == task.keep_at:
+            self._cache.add(task.row.ids, self._session.save_row(index))
+            task.keep_at = None
+        if logits is None:
+            return
+        require_finite_logits(logits)
+        task.unread = [take_next(task.row, task.sampler, logits)]
+        if task.row.done:
+            self._free(index)
+            task.on_done(task)
+
+    def _fail_running(self, error: Exception) -> None:
+        """End all running tasks: the session may be half-way through their tokens."""
+        for index, task in enumerate(self._slots):
+            self._slots[index] = None
+            if task is not None:
+                task.error = error
+                task.on_done(task)
+
+    def _drop_cancelled(self) -> None:
+        self.waiting = deque(task for task in self.waiting if not task.cancelled)
+        for index, task in enumerate(self._slots):
+            if task is not None and task.cancelled:
+                task.row.interrupt()
+                self._free(index)
+
+    def _free(self, index: int) -> None:
+        """Take a task out of its row, and keep what it has read for requests that continue it."""
+        task = self._slots[index]
+        assert task is not None
+        read = [*task.row.ids, *task.row.completion.tokens][: self._session.length(index)]
+        if len(read) >= WORTH_KEEPING:
+            self._cache.add(read, self._session.save_row(index))
+        self._slots[index] = None
+
+
+def _smoothed(old: float, new: float) -> float:
+    return new if not old else old + _SMOOTHING * (new - old)

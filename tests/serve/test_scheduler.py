@@ -1,0 +1,79 @@
+"""Rows that join and leave between tokens get the tokens that each would get alone."""
+
+import random
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row
+from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.sampler import Sampler
+from gemma_awq_cli.generate.sampling import Sampling
+from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
+from gemma_awq_cli.serve.prefix_cache import PrefixCache
+from gemma_awq_cli.serve.scheduler import Scheduler, Task
+
+CAPACITY = 96
+
+
+@pytest.fixture(scope="module", params=["gemma3_text", "gemma4_text", "gemma3n_text"])
+def opened(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> OpenModel:
+    """In float32, where a row's numbers do not depend on the rows beside it."""
+    return open_model(checkpoints(request.param), torch.device("cpu"), Precision(torch.float32))
+
+
+def requests(vocabulary: int, count: int, draw: random.Random) -> Iterator[tuple[list[int], int]]:
+    """Prompts, some of which begin alike or continue an earlier one, and how many tokens each wants."""
+    system = [2, *(draw.randrange(6, vocabulary) for _ in range(40))]
+    earlier: list[list[int]] = [system]
+    for _ in range(count):
+        start = draw.choice([[2], system, draw.choice(earlier)])
+        prompt = [*start, *(draw.randrange(6, vocabulary) for _ in range(draw.randrange(1, 12)))][:70]
+        earlier.append(prompt)
+        yield prompt, draw.randrange(1, 20)
+
+
+def task_of(engine: Engine, number: int, ids: list[int], limit: int, on_done: Callable[[Task], None]) -> Task:
+    text = TurnDetokenizer(engine.prompter.tokenizer, (), lambda _: None, lambda _: None)
+    row = Row(number, number, ids, limit, engine.ends, text, Completion(len(ids)))
+    return Task(row, Sampler(sampling_of(number), number, ids), on_done)
+
+
+def sampling_of(number: int) -> Sampling:
+    return Sampling(temperature=0.0) if number % 2 else Sampling(temperature=1.0, top_k=20, seed=number)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("limit", [0, 500_000, 10**9], ids=["no cache", "small cache", "cache"])
+def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
+    engine, draw = LocalEngine(opened), random.Random(limit)
+    session = opened.session(3, CAPACITY)
+    assert isinstance(session, CachedSession)
+    scheduler = Scheduler(session, 3, CAPACITY, PrefixCache(limit))
+    done: list[Task] = []
+    wanted = list(requests(opened.checkpoint.vocabulary, 40, draw))
+    left = list(enumerate(wanted))
+    tasks = []
+    while left or scheduler.running or scheduler.waiting:
+        while left and draw.random() < 0.5:
+            number, (ids, tokens) = left.pop(0)
+            tasks.append(task_of(engine, number, ids, tokens, done.append))
+            scheduler.waiting.append(tasks[-1])
+        if tasks and draw.random() < 0.05:
+            draw.choice(tasks).cancelled = True
+        scheduler.step()
+    assert len(done) > 30
+    assert all(task.row.done or task.cancelled for task in tasks)
+    for task in done:
+        ids, tokens = wanted[task.row.number]
+        options = GenerationOptions(tokens, sampling_of(task.row.number))
+        alone = engine.complete([ids], options, numbers=[task.row.number])[0]
+        assert task.row.completion.tokens == alone.tokens
+        assert task.row.completion.text == alone.text
+    cached = sum(task.cached_tokens for task in tasks)
+    assert (cached > 100) == (limit > 0)
