@@ -12,8 +12,8 @@ row's sums may round differently beside other rows).
 
 Prompts and answers have mixed lengths, drawn from --seed alone; some begin with a common text. ttft: seconds to the
 first piece of text, from when the request was due. tpot: seconds per further token of a request. gap: between two
-pieces of a stream. goodput: requests per second that met --slo-ttft and --slo-tpot. Needs no packages. One JSON document
-goes to stdout, a table to stderr.
+pieces of a stream. goodput: requests per second that met --slo-ttft and --slo-tpot. Needs no packages. One JSON
+document goes to stdout, a table to stderr.
 """
 
 import argparse

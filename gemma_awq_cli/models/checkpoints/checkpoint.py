@@ -66,9 +66,7 @@ class Checkpoint:
     the files.
     """
 
-    def __init__(
-        self, folder: Path, adapter: Adapter | None = None, on_hub: HubWeights | None = None
-    ) -> None:
+    def __init__(self, folder: Path, adapter: Adapter | None = None, on_hub: HubWeights | None = None) -> None:
         """Open a folder. on_hub: weights that have not been fetched, of which only the headers are read."""
         self.folder = folder
         self.adapter = adapter
