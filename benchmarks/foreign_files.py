@@ -76,12 +76,13 @@ def main() -> int:
 
 
 def make(python: str, file: File, checkpoint: Path, folder: Path) -> bool:
-    """Have the other tool make the file. Returns whether it did; if not, prints the last line of what it said."""
+    """Have the other tool make the file. Returns whether it did; if not, prints its last error."""
     script = Path(__file__).parent / "makers" / f"with_{file.maker}.py"
     command = [python, str(script.resolve()), str(checkpoint.resolve()), str(folder.resolve()), *file.arguments]
     ended = subprocess.run(command, capture_output=True, text=True, cwd=folder.parent)  # some leave logs behind
     if ended.returncode != 0:
-        last = (ended.stderr.strip() or "nothing").splitlines()[-1]
+        lines = ended.stderr.splitlines()
+        last = next((line for line in reversed(lines) if "Error" in line), "no error named")
         print(f"{folder.name}: {file.maker} ended with exit code {ended.returncode}: {last[:300]}", flush=True)
     return ended.returncode == 0
 

@@ -27,6 +27,7 @@ def open_model(request: Request) -> Opened:
     backend = request.get("backend")
     model, info = getattr(transformers, config["architectures"][0]).from_pretrained(
         folder, dtype=getattr(torch, request["dtype"]), output_loading_info=True,
+        attn_implementation="eager",  # some versions default to one that ignores the soft-cap of attention scores
         **({} if backend is None else {"quantization_config": transformers.AwqConfig(backend=backend)}),
     )  # fmt: skip
     faults = [f"{kind}: {len(names)}, {sorted(names)[:2]}" for kind, names in info.items() if names]
