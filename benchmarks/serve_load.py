@@ -25,68 +25,17 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-WORDS = [
-    "time",
-    "year",
-    "people",
-    "way",
-    "day",
-    "man",
-    "thing",
-    "woman",
-    "life",
-    "child",
-    "world",
-    "school",
-    "state",
-    "family",
-    "student",
-    "group",
-    "country",
-    "problem",
-    "hand",
-    "part",
-    "place",
-    "case",
-    "week",
-    "company",
-    "system",
-    "program",
-    "question",
-    "work",
-    "government",
-    "number",
-    "night",
-    "point",
-    "home",
-    "water",
-    "room",
-    "mother",
-    "area",
-    "money",
-    "story",
-    "fact",
-    "month",
-    "lot",
-    "right",
-    "study",
-    "book",
-    "eye",
-    "job",
-    "word",
-    "business",
-    "issue",
-    "side",
-    "kind",
-    "head",
-    "house",
-    "service",
-    "friend",
-]
+WORDS = """
+time year people way day man thing woman life child world school state family student group country
+problem hand part place case week company system program question work government number night point
+home water room mother area money story fact month lot right study book eye job word business issue
+side kind head house service friend
+"""
 
 
 @dataclass(frozen=True)
@@ -206,10 +155,10 @@ async def _chunk(reader: asyncio.StreamReader) -> bytes:
 def requests(options: argparse.Namespace, count: int, seed: int, vanish: float = 0.0) -> list[Asked]:
     """The same requests for the same numbers, whoever is asked."""
     draw = random.Random(f"{options.seed}:{seed}")
-    common = " ".join(random.Random(options.seed).choices(WORDS, k=options.common))
+    common = " ".join(random.Random(options.seed).choices(WORDS.split(), k=options.common))
     made = []
     for _ in range(count):
-        words = draw.choices(WORDS, k=_length(draw, options.prompt))
+        words = draw.choices(WORDS.split(), k=_length(draw, options.prompt))
         text = f"{draw.randrange(10**6)} " + " ".join(words)
         tokens = _length(draw, options.answer)
         leaves = draw.randrange(1, tokens + 1) if draw.random() < vanish else None
@@ -249,9 +198,7 @@ def figures(answers: Sequence[Answered], seconds: float, options: argparse.Names
     """What the answers say about the server."""
     good = [answer for answer in answers if answer.outcome == "ok" and answer.pieces]
     long = [answer for answer in good if answer.tokens > 1]
-    gaps = [
-        later - earlier for answer in good for earlier, later in zip(answer.pieces, answer.pieces[1:], strict=False)
-    ]
+    gaps = [later - earlier for answer in good for earlier, later in pairwise(answer.pieces)]
     met = [answer for answer in good if answer.ttft <= options.slo_ttft and answer.tpot <= options.slo_tpot]
     return {
         "outcomes": dict(Counter(answer.outcome for answer in answers)),

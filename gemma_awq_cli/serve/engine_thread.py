@@ -187,7 +187,9 @@ class EngineThread:
         return self._cache.nbytes
 
     def submit(self, requests: Sequence[RowRequest]) -> RowGroup:
-        """Put rows in the queue, all or none. Raises BusyError if it is full."""
+        """Put rows in the queue, all or none. Raises BusyError if it is full, GemmaAwqError if the thread has ended."""
+        if not self.alive:
+            raise GemmaAwqError("The engine has ended.", "Start the server again.")
         if self.live + len(requests) > self.rows + self.max_waiting:
             raise BusyError(max(1, min(600, round(self._row_seconds * (1 + self.waiting / self.rows)))))
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()

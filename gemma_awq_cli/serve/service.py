@@ -72,9 +72,8 @@ class Service:
                 request.stop,
                 request.logprobs,
             )
-            rows += [
-                RowRequest(ids, options, number, request.stream, request.ignore_eos) for number in range(request.n)
-            ]
+            for number in range(request.n):
+                rows.append(RowRequest(ids, options, number, request.stream, request.ignore_eos))
         return Prepared(rows, prompt_tokens)
 
     def _ids(self, request: GenerationRequest, prompt: PromptLike) -> list[int]:
