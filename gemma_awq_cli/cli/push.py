@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 EXAMPLES = """
 gemma-awq push you/gemma-3-270m-AWQ --dry-run
 gemma-awq push you/gemma-3-270m-AWQ ./gemma-3-270m-awq --private --yes
+gemma-awq push you/gemma-3-270m-AWQ --formats awq,gguf
+gemma-awq push you/gemma-3-270m-GGUF --formats gguf
 gemma-awq push you/my-gemma-AWQ ./my-awq --base-model google/gemma-3-1b-it --license gemma --deep
 """
 
@@ -97,6 +99,13 @@ def command(
             rich_help_panel=_CARD,
         ),
     ] = False,
+    formats: Annotated[
+        str,
+        typer.Option(
+            help="What to publish: the artifact, its weights as GGUF (llama.cpp, Ollama), or both in one repository.",
+            metavar="awq|gguf|awq,gguf", rich_help_panel=_REPOSITORY,
+        ),
+    ] = "awq",
     deep: Annotated[
         bool,
         typer.Option(
@@ -142,7 +151,7 @@ def command(
 
     request = PushRequest(
         artifact, repo_id, revision, private, create_pr, message, base_model, licence, licence_file, replace_card, deep,
-        source, device.value, foreign,
+        source, device.value, foreign, tuple(formats.split(",")),
     )  # fmt: skip
     with _Reporter(out) as report:
         if dry_run:

@@ -22,12 +22,14 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.gemma.families import FAMILIES
+from gemma_awq_cli.publish.gguf_files import GgufFiles
 from gemma_awq_cli.publish.licensing import Licence
 from gemma_awq_cli.publish.public_documents import adapter_name, source_name
 from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
 
 HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
+GGUF_TEMPLATE = TEMPLATE.with_name("gguf_card.md")
 _MARK = re.compile(r"\n<!-- gemma-awq card, sha256 of the above: ([0-9a-f]{64}) -->\n\Z")
 _DATASET = re.compile(r"\(hub dataset ([^,)]+)")  # in the description of the calibration rows
 _PARTS = {
@@ -69,7 +71,7 @@ class CardFacts:
     report: the artifact's, as it is published; chat: whether it has a chat template; tied: whether its head is the
     embedding; notice: the sentence on what was modified; provenance: a remark on where the weights came from, "" for
     none; bench: the stored document of `gemma-awq bench --save` as it is published, if there is one; contents: of the
-    artifact.
+    artifact; gguf: the GGUF file that is published; gguf_alone: whether it is published without the artifact.
     """
 
     repo: str
@@ -82,6 +84,8 @@ class CardFacts:
     provenance: str
     bench: Mapping[str, Any] | None = None
     contents: Contents = Contents()
+    gguf: GgufFiles | None = None
+    gguf_alone: bool = False
 
 
 def render_card(facts: CardFacts) -> str:
@@ -105,23 +109,24 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def modification_notice(report: Mapping[str, Any], base_model: str, weights: list[str]) -> str:
+def modification_notice(report: Mapping[str, Any], base_model: str, names: list[str]) -> str:
     """Return the statement that files were modified: which ones, and how."""
-    files = f"{', '.join(weights)} and config.json"
+    *first, last = names
+    files, were = (f"{', '.join(first)} and {last}", "were") if first else (last, "was")
     version = report["versions"]["gemma_awq"]
     if name := adapter_name(report):
         base_model = f"{base_model}: the LoRA adapter {one_line(name)} was merged into its weights"
         return (
-            f"{files} were modified from {base_model}, the weights of the linear layers were quantized to 4 bits with "
-            f"gemma-awq {version}, and the norms that scales were folded into were changed with them."
+            f"{files} {were} modified from {base_model}, the weights of the linear layers were quantized to 4 bits "
+            f"with gemma-awq {version}, and the norms that scales were folded into were changed with them."
         )
     if "qat" in report:
         return (
-            f"{files} were modified from {base_model}: the weights of the linear layers were stored in 4 bits with "
+            f"{files} {were} modified from {base_model}: the weights of the linear layers were stored in 4 bits with "
             f"gemma-awq {version}, on the grid that quantization-aware training had put them on."
         )
     return (
-        f"{files} were modified from {base_model}: the weights of the linear layers were quantized to 4 bits with "
+        f"{files} {were} modified from {base_model}: the weights of the linear layers were quantized to 4 bits with "
         f"gemma-awq {version}, and the norms that scales were folded into were changed with them."
     )
 
@@ -176,9 +181,9 @@ def _metadata(facts: CardFacts) -> str:
     data = ModelCardData(
         base_model=_base_models(facts),
         base_model_relation="quantized",
-        library_name="transformers",
-        pipeline_tag="image-text-to-text" if multimodal else "text-generation",
-        tags=["gemma", "awq", "4-bit", "int4", "gemma-awq", *(["qat"] if "qat" in report else [])],
+        library_name="gguf" if facts.gguf_alone else "transformers",
+        pipeline_tag="image-text-to-text" if multimodal and not facts.gguf_alone else "text-generation",
+        tags=["gemma", "awq", *(["gguf"] if facts.gguf else []), "4-bit", "int4", "gemma-awq", *_qat_tag(report)],
         datasets=[dataset] if dataset else None,
         model_name=facts.repo.split("/")[1],
         eval_results=results,
@@ -208,9 +213,10 @@ def _body(facts: CardFacts) -> str:
     named = ("gemma_awq", "torch", "transformers", "safetensors", "python")
     text: str = (
         markdown_environment()
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
+        .from_string((GGUF_TEMPLATE if facts.gguf_alone else TEMPLATE).read_text(encoding="utf-8"))
         .render(
             hub=HUB,
+            gguf=_gguf(facts.gguf),
             repo_id=Markdown(facts.repo),  # inside code: it was checked to be a hub id
             name=facts.repo.split("/")[1],
             base_model=facts.base_model,
@@ -357,6 +363,16 @@ def _adapter(report: Mapping[str, Any]) -> Markdown | None:
         return None
     base = f", trained on {escape(adapter['base_model'])}" if adapter["base_model"] else ""
     return Markdown(f"{_source(adapter, adapter_name(report), 'adapter', adapter['sha256'])}{base}")
+
+
+def _qat_tag(report: Mapping[str, Any]) -> list[str]:
+    return ["qat"] if "qat" in report else []
+
+
+def _gguf(files: GgufFiles | None) -> dict[str, str] | None:
+    if files is None:
+        return None
+    return {"name": files.name, "form": files.form, "size": size_of(files.size)}
 
 
 def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:

@@ -1,12 +1,13 @@
 """An artifact made ready for the hub: validated, and every byte of its page settled, without network or login."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
+from gemma_awq_cli.export.request import GGUF
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
@@ -22,6 +23,8 @@ from gemma_awq_cli.publish.artifact_folder import (
     require_weights_in_index,
     system_leftovers,
 )
+from gemma_awq_cli.publish.events import Event
+from gemma_awq_cli.publish.gguf_files import export_gguf
 from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited, modification_notice, render_card
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
@@ -31,6 +34,8 @@ from gemma_awq_cli.reports.stored_documents import read_bench_document, read_qua
 from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.text_input import decode
 
+AWQ = "awq"
+FORMATS = (AWQ, GGUF)
 _OWN_CARD = "Move it away, push, and edit the card on the hub: later pushes keep a card that was edited there."
 _NOT_QUANTIZED = "Give the folder that `gemma-awq quantize` wrote."
 
@@ -55,12 +60,18 @@ class Prepared:
 
 
 def prepare(
-    folder: Path, repo: str, base_model: str | None, licence: str | None, derived: DerivedLicence | None
+    folder: Path,
+    repo: str,
+    base_model: str | None,
+    licence: str | None,
+    derived: DerivedLicence | None,
+    formats: Sequence[str] = (AWQ,),
+    on_event: Callable[[Event], None] = lambda event: None,
 ) -> Prepared:
     """Validate the artifact in `folder` and make everything that is published with it.
 
-    base_model: the source's hub id, needed where the report has none; licence, derived: what the user says of the
-    licence. Raises if the artifact is damaged or may not be published.
+    formats: of `FORMATS`, what is published; base_model: the source's hub id, needed where the report has none;
+    licence, derived: what the user says of the licence. Raises if the artifact is damaged or may not be published.
     """
     require_repo_id(repo)
     report = read_report(folder)
@@ -69,8 +80,10 @@ def prepare(
     checkpoint, prompter = require_complete(folder, report["artifact"]["bytes"])
     source = report["source"]
     base, declared, provenance = _origin(source, base_model)
-    weights = [path.name for path in files if path.suffix == ".safetensors"]
-    notice = modification_notice(report, base, weights)
+    gguf = export_gguf(folder, on_event) if GGUF in formats else None
+    alone = AWQ not in formats
+    changed = [] if alone else [*(path.name for path in files if path.suffix == ".safetensors"), CONFIG]
+    notice = modification_notice(report, base, [*changed, *([gguf.name] if gguf is not None else [])])
     adapter = source.get("adapter")
     merged = {} if adapter is None else {adapter_name(report): adapter.get("card")}
     terms = terms_of(source["model_type"])
@@ -89,6 +102,8 @@ def prepare(
             provenance,
             measured,
             contents_of(checkpoint),
+            gguf,
+            alone,
         )
     )
     _require_no_own_card(folder)
@@ -99,6 +114,10 @@ def prepare(
     if ignored := system_leftovers(folder):
         notes.append(f"Not sent, because the operating system left it there: {some(ignored)}.")
     require_nothing_private(uploads)
+    if gguf is not None:  # made of files that were just looked through
+        kept = {*decided.files, *licence_files(files), CARD}
+        uploads = tuple(file for file in uploads if not alone or file.name in kept)
+        uploads = tuple(sorted((*uploads, *gguf.uploads), key=lambda file: file.name))
     message = f"gemma-awq {report['versions']['gemma_awq']}: {base} in 4 bits"
     return Prepared(repo, folder, report, base, decided, card, uploads, message, tuple(notes))
 

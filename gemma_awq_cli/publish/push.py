@@ -26,7 +26,7 @@ from gemma_awq_cli.publish.hub_repository import (
     verify_files,
 )
 from gemma_awq_cli.publish.licensing import read_derived_licence
-from gemma_awq_cli.publish.preparation import Prepared, prepare
+from gemma_awq_cli.publish.preparation import AWQ, FORMATS, Prepared, prepare
 from gemma_awq_cli.publish.upload_plan import UploadPlan, plan_upload
 
 
@@ -38,7 +38,8 @@ class PushRequest:
     and the base model; base_model: a hub id, needed if the artifact was quantized from a local folder; licence: the id
     of the source's licence where it declares none; licence_file: the text of a derived model's own licence; deep:
     generate some tokens and measure the KL divergence again, against `source` or where the report says that the
-    original came from; device: auto, cpu, cuda or mps, for the deep check; foreign: another tool quantized the model.
+    original came from; device: auto, cpu, cuda or mps, for the deep check; foreign: another tool quantized the model;
+    formats: `awq`, the artifact itself, `gguf`, its weights for llama.cpp, or both.
     """
 
     folder: Path
@@ -55,6 +56,16 @@ class PushRequest:
     source: str | None = None
     device: str = "auto"
     foreign: bool = False
+    formats: tuple[str, ...] = (AWQ,)
+
+    def __post_init__(self) -> None:
+        one_or_both = f"Give one or both of {', '.join(FORMATS)}."
+        if unknown := [name for name in self.formats if name not in FORMATS]:
+            raise UsageError(f"Invalid format: {unknown[0]!r:.50}.", one_or_both)
+        if not self.formats or len(set(self.formats)) < len(self.formats):
+            raise UsageError("A format is named twice, or none is.", one_or_both)
+        if self.foreign and self.formats != (AWQ,):
+            raise UsageError("--formats is for artifacts of this tool.", "Leave out --formats or --foreign.")
 
 
 @dataclass(frozen=True)
@@ -78,8 +89,8 @@ def check(request: PushRequest, on_event: Callable[[Event], None]) -> Prepared:
             "--deep measures again what a report says, and a model of another tool has none.",
             "Push it without --deep. `gemma-awq bench --save` measures it, and its card then shows the figures.",
         )
-    make = prepare_foreign if request.foreign else prepare
-    prepared = make(request.folder, request.repo, request.base_model, request.licence, derived)
+    asked = (request.folder, request.repo, request.base_model, request.licence, derived)
+    prepared = prepare_foreign(*asked) if request.foreign else prepare(*asked, request.formats, on_event)
     for note in prepared.notes:
         on_event(Note(note))
     if request.deep:

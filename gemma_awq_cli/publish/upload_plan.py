@@ -12,7 +12,8 @@ from gemma_awq_cli.publish.upload_file import UploadFile
 
 # What a reader may load as this model: older weights must not stay beside the new ones.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
-FOREIGN_WEIGHTS = (*WEIGHTS, "*.bin", "*.gguf", "*.pt", "*.pth")
+GGUF = "*.gguf"
+FOREIGN_WEIGHTS = (*WEIGHTS, "*.bin", GGUF, "*.pt", "*.pth")
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,12 @@ def plan_upload(prepared: Prepared, branch: Branch, card_edited: bool, replace_c
         )
     foreign = sorted(name for name in branch.files if _matches(name, FOREIGN_WEIGHTS))
     mine = {file.name: file for file in prepared.files}
+    others = [name for name in foreign if _matches(name, WEIGHTS)]
+    if others and not any(_matches(name, WEIGHTS) for name in mine):
+        raise GemmaAwqError(
+            f"{prepared.repo} holds weights that would stay beside the GGUF file of another push ({others[0]}).",
+            "Push both with --formats awq,gguf, or the GGUF alone to a repository of its own.",
+        )
     same = all(name in mine and branch.files[name].matches(mine[name]) for name in foreign)
     has_our_card = CARD in branch.files and not card_edited
     if foreign and REPORT not in branch.files and not same and not has_our_card:
@@ -86,8 +93,8 @@ def plan_upload(prepared: Prepared, branch: Branch, card_edited: bool, replace_c
         if not (keep and file.name == CARD)
         and not (file.name in branch.files and branch.files[file.name].matches(file))
     )
-    ours = {file.name for file in prepared.files}
-    removed = tuple(name for name in sorted(branch.files) if name not in ours and _matches(name, WEIGHTS))
+    replaced = (*WEIGHTS, GGUF) if any(_matches(name, (GGUF,)) for name in mine) else WEIGHTS
+    removed = tuple(name for name in sorted(branch.files) if name not in mine and _matches(name, replaced))
     return UploadPlan(
         branch.private is None, private if branch.private is None else branch.private, sent, removed, keep
     )

@@ -1,6 +1,7 @@
 """`gemma-awq push` against a hub on localhost, with the real client: what arrives, what is refused, what goes wrong."""
 
 import hashlib
+import importlib.util
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from gemma_awq_cli.publish.events import Event, UploadStarted
 from gemma_awq_cli.publish.push import PushRequest
 from gemma_awq_cli.publish.push import push as push_artifact
 from gemma_awq_cli.publish.upload_plan import UploadPlan
+from tests.tiny import make_gemma_tokenizer
 from tests.writing_hub import READ_TOKEN, TOKEN, Fault, WritingHub, writing_hub
 
 Capture = pytest.CaptureFixture[str]
@@ -547,3 +549,60 @@ def test_what_answers_is_no_hub(
     monkeypatch.setattr(HfApi, "list_repo_tree", listed)
     assert push(artifact) == 1
     assert "is not a hub" in capsys.readouterr().err
+
+
+@pytest.fixture
+def gemma(artifact: Path) -> Path:
+    """An artifact with a tokenizer of Gemma's kind, which GGUF has a form for."""
+    make_gemma_tokenizer(artifact)
+    return artifact
+
+
+def gguf_of(folder: Path) -> dict[str, bytes]:
+    """The files of the export that a push leaves beside an artifact."""
+    written = folder.with_name(f"{folder.name}-gguf")
+    return {
+        path.name: path.read_bytes() for path in written.iterdir() if path.suffix == ".gguf" or path.name == "Modelfile"
+    }
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
+def test_gguf_beside_the_artifact(hub: WritingHub, gemma: Path, capsys: Capture) -> None:
+    assert push(gemma, "--formats", "awq,gguf") == 0
+    exported = gguf_of(gemma)
+    assert sorted(exported) == ["Modelfile", "artifact-Q5_0.gguf"]
+    for name, content in exported.items():
+        assert hub.read(REPO, name) == content
+    card = hub.read(REPO, "README.md").decode()
+    assert "model.safetensors, config.json and artifact-Q5_0.gguf were modified" in card
+    assert f"llama-cli -hf {REPO}" in card
+    assert "\n- gguf\n" in card
+    capsys.readouterr()
+    assert push(gemma, "--formats", "awq,gguf") == 0
+    assert "Nothing had to be sent" in capsys.readouterr().err
+    # a GGUF of other weights does not stay
+    hub.edit(REPO, {"old-Q5_0.gguf": b"GGUF"})
+    assert push(gemma, "--formats", "awq,gguf") == 0
+    assert "old-Q5_0.gguf" not in hub.tree(REPO)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="gguf is not installed")
+def test_gguf_in_a_repository_of_its_own(hub: WritingHub, gemma: Path, capsys: Capture) -> None:
+    assert push(gemma, "--formats", "gguf", repo="me/tiny-GGUF") == 0
+    tree = set(hub.tree("me/tiny-GGUF"))
+    licence = {"Notice", "GEMMA_TERMS_OF_USE.md"}
+    assert tree == {"README.md", ".gitattributes", "Modelfile", "artifact-Q5_0.gguf", *licence}
+    card = hub.read("me/tiny-GGUF", "README.md").decode()
+    assert "artifact-Q5_0.gguf was modified from org/tiny" in card
+    assert "library_name: gguf" in card
+    assert "ollama run hf.co/me/tiny-GGUF" in card
+    assert push(gemma) == 0
+    capsys.readouterr()
+    assert push(gemma, "--formats", "gguf") == 1  # would take the artifact away
+    assert "Push both with --formats awq,gguf" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("formats", [",", "gguf,gguf", "mlx", "awq,onnx"])
+def test_formats_that_do_not_exist(formats: str, artifact: Path, capsys: Capture) -> None:
+    assert push(artifact, "--formats", formats) == 2
+    assert "Give one or both of awq, gguf." in capsys.readouterr().err
