@@ -15,10 +15,13 @@ this tool's engine. See interoperability.py for the columns.
 import argparse
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from interoperability import EXACT, HERE, Model, Row, ask_all, print_table, soften
+from transformers import PreTrainedConfig
 
 from tests.tiny import CONFIGS, edit_weights, make_checkpoint
 
@@ -59,6 +62,7 @@ def main() -> int:
     for kind in args.kinds:
         checkpoint = args.work / f"{kind}-16bit"
         if not checkpoint.exists():
+            CONFIGS[kind] = partial(widened, CONFIGS[kind])
             edit_weights(make_checkpoint(checkpoint, kind), soften(CONFIGS[kind]().model_type))
         for file in files:
             name = "-".join([kind, file.maker, *file.arguments])
@@ -73,6 +77,13 @@ def main() -> int:
             tables.append((model, (theirs, ours)))
     ask_all([(model, row) for model, rows in tables for row in (EXACT, *rows)], pythons)
     return 1 if failed + sum(print_table(model, rows) for model, rows in tables) else 0
+
+
+def widened(make_config: Callable[[], PreTrainedConfig]) -> PreTrainedConfig:
+    """Return a tiny config with MLPs that GPTQModel's AWQ takes: it wants outputs in multiples of 64."""
+    config = make_config()
+    config.intermediate_size = 128
+    return config
 
 
 def make(python: str, file: File, checkpoint: Path, folder: Path) -> bool:
