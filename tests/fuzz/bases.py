@@ -24,7 +24,9 @@ SHARDED = ("gemma2",)
 ARTIFACTS = tuple(f"{family}-awq" for family in FAMILIES)
 SEED = 3  # of the weights: models that do not amplify the rounding of bfloat16, see compare.py
 STAGED = ("gemma-staged", "gemma3_text-staged")
-BASES = (*FAMILIES, ONE, *ARTIFACTS, *STAGED)
+GPTQ, COMPRESSED = "gemma2-gptq", "gemma3_text-compressed"  # as other tools store an artifact's integers
+FOREIGN = (GPTQ, COMPRESSED)
+BASES = (*FAMILIES, ONE, *ARTIFACTS, *STAGED, *FOREIGN)
 RUN = ["run", "-m", "model", "--max-new-tokens", "4", "--device", "cpu"]
 PROMPT = "The quick"
 BATCH = ["run", "-m", "model", "--input", "prompts.jsonl", "--output", "answers.jsonl", "--max-new-tokens", "2",
@@ -36,6 +38,8 @@ PLAN = [*QUANTIZE, "--dry-run"]
 RESUME = [*QUANTIZE, "--resume"]
 FIDELITY = ["bench", "model", "--fidelity", "--windows", "1", "--window", "16", "--text", "text.txt", "--device", "cpu"]
 SPEED = ["bench", "model", "--speed", "--pp", "3", "--tg", "2", "-r", "1", "--warmup", "0", "--device", "cpu"]
+INSPECT = ["inspect", "model"]
+EXPORT = ["export", "model", "--to", "awq", "-o", "out"]
 PUSH = ["push", "me/tiny-AWQ", "model", "--dry-run", "--base-model", "org/tiny", "--license", "gemma"]
 DEEP = [*PUSH, "--deep", "--source", "original", "--device", "cpu"]
 CARD = """---
@@ -70,6 +74,8 @@ def make_bases(root: Path) -> None:
         if f"{family}-staged" in STAGED:
             _staged(root / f"{family}-staged", root / family)
     _checkpoint(root / ONE, "gemma", layers=1)
+    _foreign(root / GPTQ, root / "gemma2-awq")
+    _foreign(root / COMPRESSED, root / "gemma3_text-awq")
     done.touch()
 
 
@@ -152,6 +158,21 @@ def _artifact(folder: Path, source: Path) -> None:
         _must([*FIDELITY, "--speed", "--pp", "3", "--tg", "2", "-r", "1", "--warmup", "0", "--save"])
         shutil.copyfile(folder / "model" / "bench.json", folder / "baseline.json")
         _answers(folder)
+
+
+def _foreign(folder: Path, artifact: Path) -> None:
+    from tests.models.packed_formats.foreign import compressed_tensors, gptq, pack_quantized, rewrite
+
+    shutil.copytree(artifact, folder, symlinks=True, ignore=shutil.ignore_patterns("answers*", "model"))
+    if folder.name == GPTQ:
+        section: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "sym": False}
+        # of one layer a linear has 16 bits
+        rewrite(
+            artifact / "model", folder / "model", gptq(1), section, lambda name: name.endswith("layers.1.mlp.up_proj")
+        )
+    else:
+        rewrite(artifact / "model", folder / "model", compressed_tensors(False), pack_quantized(False, 32))
+    (folder / "model" / "README.md").write_text(CARD, encoding="utf-8")
 
 
 def _staged(folder: Path, source: Path) -> None:

@@ -15,6 +15,7 @@ _SHARES: dict[str, tuple[Maker, int]] = {
     "config": (model.config, 60),
     "weights": (model.weights, 45),
     "packed": (model.packed, 45),
+    "foreign": (model.foreign, 40),
     "index": (model.index, 20),
     "tokenizer": (model.tokenizer, 40),
     "template": (model.template, 35),

@@ -7,7 +7,21 @@ from pathlib import Path
 from typing import Any
 
 from tests.fuzz import hostile
-from tests.fuzz.bases import ARTIFACTS, BATCH, CHAT, FAMILIES, PLAN, PROMPT, PUSH, QUANTIZE, RUN
+from tests.fuzz.bases import (
+    ARTIFACTS,
+    BATCH,
+    CHAT,
+    EXPORT,
+    FAMILIES,
+    FIDELITY,
+    FOREIGN,
+    INSPECT,
+    PLAN,
+    PROMPT,
+    PUSH,
+    QUANTIZE,
+    RUN,
+)
 from tests.fuzz.cases import Step
 from tests.fuzz.kinds.common import Draft, Extra, dense_or_packed, json_steps, load, operation, some, text_steps
 from tests.fuzz.steps import WIDTHS
@@ -276,6 +290,36 @@ def packed(rng: random.Random, root: Path) -> Draft:
     if rng.random() < 0.15:
         steps.append(["set", CONFIG, ["quantization_config", "group_size"], rng.choice([16, 64, 96, 33])])
     return Draft(base, steps, operation(rng, base))
+
+
+_SECTION = Extra(
+    keys=("quant_method", "bits", "group_size", "desc_act", "sym", "checkpoint_format", "packing_format", "config_groups",
+          "weights", "num_bits", "strategy", "actorder", "format", "input_activations", "targets", "W4A16", "lm_head"),
+    values={
+        "quant_method": ["gptq", "awq", "auto-round", "compressed-tensors", "bitsandbytes", "mlx", "gemma", None, 4, ["gptq"]],
+        "bits": [3, 8, "4", 4.0, True, None], "num_bits": [3, 8, "4", None], "desc_act": [True, "yes", None],
+        "group_size": [0, -1, 16, 32.0, 33, 64, 128, 2**31, "32", None, True], "sym": [True, None, "x"],
+        "checkpoint_format": ["gptq_v2", "marlin", None, 2, ["gptq"]], "packing_format": ["auto_round:auto_awq", 3, None],
+        "strategy": ["channel", "group", "tensor", None, 1], "format": ["float-quantized", None, 3, []],
+        "config_groups": [{}, [], None, {"W4A16": ["Linear"]}, {"a": None}, {"a": {"weights": None}}],
+        "weights": [None, [], {}, {"num_bits": 4}], "input_activations": [{}, {"num_bits": 8}],
+    },
+)  # fmt: skip
+
+
+def foreign(rng: random.Random, root: Path) -> Draft:
+    """A 4-bit model of another tool: what its config says of it, and its tensors."""
+    base = rng.choice(FOREIGN)
+    steps: list[Step] = []
+    if rng.random() < 0.55:
+        steps += json_steps(rng, CONFIG, load(root, base, CONFIG), _SECTION)
+    if rng.random() < 0.5 or not steps:
+        document = _header(root, base)
+        kinds = ("qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_scale", "weight_shape", "zero_point")
+        steps += _header_steps(rng, document, [name for name in document if name.endswith(kinds)])
+    run = [*RUN, PROMPT]
+    commands = [run, INSPECT, [*INSPECT, "--json"], EXPORT, FIDELITY, [*PUSH, "--foreign"], PLAN]
+    return Draft(base, steps, rng.choices(commands, [40, 15, 10, 12, 6, 12, 5])[0])
 
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")

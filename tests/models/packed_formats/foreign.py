@@ -87,6 +87,19 @@ def compressed_tensors(symmetric: bool, scales: torch.dtype = torch.bfloat16) ->
     return pack
 
 
+def pack_quantized(symmetric: bool, group_size: int, **weights: Any) -> dict[str, Any]:
+    """A section as llm-compressor writes it."""
+    args = {
+        "num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": group_size,
+        "dynamic": False, "actorder": None, **weights,
+    }  # fmt: skip
+    group = {"targets": ["Linear"], "weights": args, "input_activations": None, "output_activations": None}
+    return {
+        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
+        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
+    }  # fmt: skip
+
+
 def rewrite(
     artifact: Path, folder: Path, pack: Packer, section: dict[str, Any], keep: Callable[[str], bool] = lambda _: False
 ) -> Path:

@@ -19,7 +19,7 @@ from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.choosing import choose_format
-from tests.models.packed_formats.foreign import Packer, autoawq, compressed_tensors, gptq, rewrite
+from tests.models.packed_formats.foreign import Packer, autoawq, compressed_tensors, gptq, pack_quantized, rewrite
 from tests.rounded import make_rounded
 from tests.tiny import edit_weights
 
@@ -31,19 +31,6 @@ GPTQ: dict[str, Any] = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, 
 AUTO_ROUND: dict[str, Any] = {"quant_method": "auto-round", "bits": 4, "group_size": GROUP, "data_type": "int"}
 
 
-def pack_quantized(symmetric: bool, **weights: Any) -> dict[str, Any]:
-    """A section as llm-compressor writes it."""
-    args = {
-        "num_bits": 4, "type": "int", "symmetric": symmetric, "strategy": "group", "group_size": GROUP,
-        "dynamic": False, "actorder": None, **weights,
-    }  # fmt: skip
-    group = {"targets": ["Linear"], "weights": args, "input_activations": None, "output_activations": None}
-    return {
-        "quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed",
-        "config_groups": {"group_0": group}, "ignore": ["lm_head"],
-    }  # fmt: skip
-
-
 needs_autoawq = pytest.mark.skipif(importlib.util.find_spec("awq") is None, reason="AutoAWQ is not installed")
 LAYOUTS = [
     pytest.param(autoawq("gemm"), {**AWQ, "version": "GEMM"}, marks=needs_autoawq, id="gemm"),
@@ -51,7 +38,7 @@ LAYOUTS = [
     pytest.param(autoawq("gemv_fast"), {**AWQ, "version": "gemv_fast"}, marks=needs_autoawq, id="gemv_fast"),
     pytest.param(gptq(1), {**GPTQ, "sym": False}, id="gptq"),
     pytest.param(gptq(2), {**GPTQ, "sym": False, "checkpoint_format": "gptq_v2"}, id="gptq_v2"),
-    pytest.param(compressed_tensors(False), pack_quantized(False), id="compressed-tensors"),
+    pytest.param(compressed_tensors(False), pack_quantized(False, GROUP), id="compressed-tensors"),
 ]
 SYMMETRIC = [
     pytest.param(
@@ -59,7 +46,7 @@ SYMMETRIC = [
     ),
     pytest.param(gptq(1), {**GPTQ, "sym": True}, id="gptq"),
     pytest.param(gptq(1, symmetric=True), {**GPTQ, "sym": True}, id="gptq-without-zeros"),
-    pytest.param(compressed_tensors(True), pack_quantized(True), id="compressed-tensors"),
+    pytest.param(compressed_tensors(True), pack_quantized(True, GROUP), id="compressed-tensors"),
 ]
 
 
@@ -210,7 +197,7 @@ def test_a_packed_head(artifact: Path, tmp_path: Path) -> None:
 
 
 def test_groups_of_several_sizes_are_read_in_the_smallest(artifact: Path, tmp_path: Path) -> None:
-    section = pack_quantized(False)
+    section = pack_quantized(False, GROUP)
     section["config_groups"]["group_1"] = {"targets": ["re:.*down_proj"], "weights": {
         "num_bits": 4, "type": "int", "symmetric": False, "strategy": "channel"}}  # fmt: skip
     plain = compressed_tensors(False)
@@ -257,7 +244,7 @@ def test_damaged_gptq(
 def test_damaged_compressed_tensors(
     damage: dict[str, Callable[[Tensor], Tensor]], message: str, artifact: Path, tmp_path: Path
 ) -> None:
-    folder = rewrite(artifact, tmp_path / "theirs", compressed_tensors(False), pack_quantized(False))
+    folder = rewrite(artifact, tmp_path / "theirs", compressed_tensors(False), pack_quantized(False, GROUP))
     name = "model.layers.0.mlp.up_proj"
     edit_weights(folder, lambda t: t.update({name + k: change(t.get(name + k)) for k, change in damage.items()}))
     with pytest.raises(GemmaAwqError, match=message):
