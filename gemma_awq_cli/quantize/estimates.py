@@ -101,8 +101,9 @@ def peak_bytes(work: Workload, fit: Fit) -> int:
 
 def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     """Bytes while the calibration rows run through a layer and its Gram matrices are summed."""
-    # at least one row at a time; with a correction, its copies on both paths
-    tokens = max(fit.tokens_per_batch, work.effort.paths * work.seq_len)
+    # no more than there are, and at least one row at a time; with a correction, its copies on both paths
+    there = max(work.effort.paths * work.calibration_tokens, work.heldout_tokens)
+    tokens = max(min(fit.tokens_per_batch, there), work.effort.paths * work.seq_len)
     # the held-out rows are computed in float32 even if the calibration rows are not
     wide = max(tokens * work.product_bytes, min(tokens, work.heldout_tokens) * FLOAT32)
     widest = max(group.inputs for group in _joined_groups(layout))

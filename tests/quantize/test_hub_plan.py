@@ -16,6 +16,7 @@ from tests.hub_server import HubServer, Repo, client_environment, hub_server
 from tests.tiny import make_checkpoint
 
 PADDING = 4 * FIRST_BYTES  # of each file: what is fetched beyond the header shows
+pytestmark = pytest.mark.slow  # each starts the command once or twice
 KINDS = ("gemma3", "gemma4", "gemma4-experts", "gemma3n_text")
 
 
@@ -61,7 +62,7 @@ def dry_run(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_plan_is_that_of_the_folder_and_no_weight_was_fetched(
     kind: str, folders: Mapping[str, Path], hub: HubServer, text: Path, tmp_path: Path
 ) -> None:
@@ -89,7 +90,6 @@ def test_a_plan_leaves_nothing_that_counts_as_the_model(hub: HubServer, text: Pa
     assert "HF_HUB_OFFLINE is set" in offline.stderr
 
 
-@pytest.mark.slow
 def test_weights_that_are_there_are_looked_at(hub: HubServer, text: Path, tmp_path: Path) -> None:
     """After a fetch a plan knows whether the weights lie on a grid, and needs no hub."""
     code = (
@@ -107,14 +107,12 @@ def test_weights_that_are_there_are_looked_at(hub: HubServer, text: Path, tmp_pa
     assert json.loads(offline.stdout) == json.loads(planned.stdout)
 
 
-@pytest.mark.slow
 def test_a_grid_is_kept_in_the_plan_on_request(hub: HubServer, text: Path, tmp_path: Path) -> None:
     planned = dry_run("org/gemma3", text, tmp_path, {"HF_ENDPOINT": hub.url}, "--qat", "keep")
     document = json.loads(planned.stdout)
     assert (document["group_size"], document["keeps_grid"]) == (32, True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "why"),
     [("damaged", "model.safetensors is no safetensors file"), ("deep", "the header's entry of a makes no sense")],

@@ -1,6 +1,7 @@
 """The plan: what --max-memory changes, and what it says when memory ends."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,8 +47,6 @@ def test_the_best_plan_has_room_for_both_paths_of_the_rows(checkpoints: Callable
 
 
 def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str], Path]) -> None:
-    from dataclasses import replace
-
     from gemma_awq_cli.awq.search import BALANCED
     from gemma_awq_cli.quantize.estimates import START_SECONDS, Workload, peak_bytes, seconds
 
@@ -65,9 +64,21 @@ def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str
         assert seconds(work(*order), FITS[0]) == pytest.approx(START_SECONDS + alone)
 
 
-def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> None:
-    from dataclasses import replace
+def test_a_batch_is_planned_with_the_tokens_that_there_are(checkpoints: Callable[[str], Path]) -> None:
+    from gemma_awq_cli.awq.search import BALANCED
+    from gemma_awq_cli.quantize.estimates import Fit, Workload, peak_bytes
 
+    small = plan_of(checkpoints("gemma")).layouts[0]
+    wide = replace(small.linears["mlp.down_proj"], inputs=16384)  # whose activations outweigh its Gram matrix
+    layout = replace(small, intermediate=16384, linears={**small.linears, "mlp.down_proj": wide})
+
+    def peak(tokens: int) -> int:
+        return peak_bytes(Workload((layout,), 0, small.hidden, tokens, 512, 256, 32, 4, BALANCED), Fit(8192, 1024))
+
+    assert peak(1024) < peak(2048) < peak(8192) == peak(65536)
+
+
+def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> None:
     from gemma_awq_cli.awq.search import BALANCED, BEST
     from gemma_awq_cli.quantize.estimates import PROVED_WEIGHT, START_SECONDS, Workload, peak_bytes, seconds
 
@@ -90,9 +101,7 @@ def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> Non
 
 
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:
-    import dataclasses
-
-    plan = dataclasses.replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000)
+    plan = replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000)
     for exhausted in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
         with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, layer_memory_errors(plan, 4):
             raise exhausted

@@ -125,6 +125,7 @@ def test_on_16_bits_it_is_the_torch_decoder(
     assert torch.equal(given.argmax(-1), expected.argmax(-1))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("arithmetic", "their_arithmetic")
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_greedy_tokens_are_those_of_torch_and_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
