@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.grammar import Grammar
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
@@ -22,13 +23,15 @@ class GenerationOptions:
 
     max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
     before the first that its text, which thoughts are no part of, would contain. logprobs: of how many of the most
-    likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is.
+    likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is. grammar: what every
+    answer must match, unless its limit or a stop string ends it earlier.
     """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
@@ -161,7 +164,7 @@ class Engine(ABC):
         """
         work = self._rows(rows, options, on_text, on_thought, numbers)
         try:
-            with closing(self._steps(work, options.sampling, lambda row: on_done(row.index, row.completion))) as steps:
+            with closing(self._steps(work, options, lambda row: on_done(row.index, row.completion))) as steps:
                 for _ in steps:
                     pass
         except KeyboardInterrupt:
@@ -178,7 +181,7 @@ class Engine(ABC):
         """
         pieces: list[str] = []
         work = self._rows([ids], options, lambda _, piece: pieces.append(piece), lambda *_: None, None)
-        with closing(self._steps(work, options.sampling, lambda row: None)) as steps:
+        with closing(self._steps(work, options, lambda row: None)) as steps:
             for _ in steps:
                 yield from pieces
                 pieces.clear()
@@ -210,7 +213,7 @@ class Engine(ABC):
 
     @abstractmethod
     def _steps(
-        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+        self, rows: Sequence[Row], options: GenerationOptions, on_done: Callable[[Row], None]
     ) -> Generator[None, None, None]:
         """Begin every row and give it tokens until it is done, then call `on_done` with it.
 

@@ -158,11 +158,12 @@ def _made_with(request: RunRequest, checkpoint: Checkpoint, options: GenerationO
     """Return all that the completions depend on, as plain JSON under the names of the options."""
     sampling, engine = options.sampling, request.engine
     think = {} if request.think is None else {"think": request.think}
+    grammar = {} if options.grammar is None else {options.grammar.kind: options.grammar.text}
     return {
         "model": checkpoint.folder.resolve().name, "model_id": checkpoint.identity()[:16], "engine": engine.engine,
         "dtype": engine.dtype, "quantization": engine.quantization, "attn": engine.attention,
         "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_k": sampling.top_k,
         "top_p": sampling.top_p, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed, "stop": list(options.stop), "system": request.system, "raw": request.raw,
-        **think,
+        **think, **grammar,
     }  # fmt: skip

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.grammar import ANY_OBJECT, Grammar, GrammarError, schema_grammar
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.serve.json_fields import JsonFields, RequestError, shown
@@ -39,7 +40,7 @@ class GenerationRequest:
 
     chat: whether it is a conversation to answer, else prompts to continue. prompts: one conversation; or texts, or
     prompts as token ids. model: the name that was asked for. n: answers per prompt. max_tokens: None for as many as the
-    context holds. logprobs: see `GenerationOptions`. think: see `Prompter.chat`.
+    context holds. logprobs, grammar: see `GenerationOptions`. think: see `Prompter.chat`.
     """
 
     chat: bool
@@ -51,6 +52,7 @@ class GenerationRequest:
     sampling: Sampling
     logprobs: int | None
     think: bool | None
+    grammar: Grammar | None
     stream: bool
     include_usage: bool
 
@@ -80,12 +82,12 @@ def read_chat(body: bytes, vocabulary: int) -> GenerationRequest:
     fields.neutral("tool_choice", ("none", "auto"), "this server does not call tools")
     fields.neutral("functions", ([],), "this server does not call functions")
     fields.neutral("function_call", ("none", "auto"), "this server does not call functions")
-    fields.neutral("response_format", ({"type": "text"},), "only text is generated")
     fields.neutral("modalities", (["text"],), "only text is generated")
     think = _think(fields)
     return _request(
         fields,
         chat=True,
+        grammar=_response_format(fields, think or False),
         prompts=[messages],
         max_tokens=next((value for value in longest if value is not None), None),
         logprobs=(count or 0) if wants else None,
@@ -104,6 +106,7 @@ def read_completion(body: bytes, vocabulary: int) -> GenerationRequest:
     return _request(
         fields,
         chat=False,
+        grammar=_response_format(fields, False),
         prompts=prompts,
         max_tokens=fields.integer("max_tokens", 1, LARGEST) or COMPLETION_TOKENS,
         logprobs=fields.integer("logprobs", 0, TOP_LOGPROBS),
@@ -120,6 +123,7 @@ def _request(
     max_tokens: int | None,
     logprobs: int | None,
     think: bool | None,
+    grammar: Grammar | None,
     vocabulary: int,
 ) -> GenerationRequest:
     """Read what both kinds of requests have, and refuse what is left."""
@@ -135,6 +139,7 @@ def _request(
         _sampling(fields, vocabulary),
         logprobs,
         think,
+        grammar,
         stream,
         include_usage,
     )
@@ -216,6 +221,34 @@ def _stream_options(fields: JsonFields, stream: bool) -> bool:
     include = options.flag("include_usage") or False
     options.finish(("include_obfuscation",))
     return include
+
+
+def _response_format(fields: JsonFields, thinks: bool) -> Grammar | None:
+    """The grammar that the answer must match."""
+    given = fields.take("response_format")
+    if given is None:
+        return None
+    form = JsonFields(given, "response_format.")
+    kind = form.text("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise form.wrong("type", f"must be text, json_object or json_schema, not {shown(kind)}")
+    schema: Any = ANY_OBJECT if kind == "json_object" else None
+    strict: bool | None = None
+    if kind == "json_schema":
+        described = JsonFields(form.take("json_schema"), "response_format.json_schema.")
+        schema, strict = described.take("schema"), described.flag("strict")
+        described.finish(("name", "description"))
+        if not isinstance(schema, dict | bool):
+            raise described.wrong("schema", "must be a JSON schema")
+    form.finish()
+    return None if schema is None else _grammar_of(schema, strict is not False, thinks, "response_format")
+
+
+def _grammar_of(schema: Any, strict: bool, thinks: bool, param: str) -> Grammar:
+    try:
+        return schema_grammar(schema, strict, thinks)
+    except GrammarError as error:
+        raise RequestError(error.message, param) from None
 
 
 def _stop(fields: JsonFields) -> tuple[str, ...]:

@@ -8,7 +8,9 @@ from pathlib import PurePath
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.constraints import CompiledGrammar, GrammarCompiler
 from gemma_awq_cli.generate.generation import GenerationOptions
+from gemma_awq_cli.generate.grammar import GrammarError
 from gemma_awq_cli.generate.sampling import resolve
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from gemma_awq_cli.serve.engine_thread import EngineThread, RowRequest
@@ -29,7 +31,7 @@ class Service:
     """A model and the engine that runs it.
 
     name: what it is called in requests. declared: its generation_config. vocabulary: how many tokens it has. timeout:
-    seconds that a request may take.
+    seconds that a request may take. grammars: compiles the grammars of requests.
     """
 
     name: str
@@ -38,13 +40,19 @@ class Service:
     vocabulary: int
     engine: EngineThread
     timeout: float
+    grammars: GrammarCompiler
     # the prompter renders one conversation at a time, and a long text takes a while
     _preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
+    _compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Return the rows of a request. Raises RequestError if the model cannot be given them."""
         self.require_name(request.model)
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, request)
+        loop = asyncio.get_running_loop()
+        compiled = None
+        if request.grammar is not None:
+            compiled = await loop.run_in_executor(self._compiling, self._compile, request)
+        return await loop.run_in_executor(self._preparing, self._prepare, request, compiled)
 
     def require_name(self, name: str | None) -> None:
         """Raise RequestError for the name of another model."""
@@ -53,11 +61,26 @@ class Service:
                 f"This server has no model of that name; it serves {self.name}.", "model", 404, "model_not_found"
             )
 
-    def close(self) -> None:
-        """End the thread that prepares prompts; what it has begun is completed."""
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+    def start(self) -> None:
+        """Start the engine, and get ready for grammars."""
+        self.engine.start()
+        if self.grammars.available:
+            self._compiling.submit(self.grammars.prepare)
 
-    def _prepare(self, request: GenerationRequest) -> Prepared:
+    def close(self) -> None:
+        """End the engine and the threads that prepare requests; what they have begun is completed."""
+        self.engine.stop()
+        for executor in (self._preparing, self._compiling):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, request: GenerationRequest) -> CompiledGrammar:
+        assert request.grammar is not None
+        try:
+            return self.grammars.compile(request.grammar)
+        except GrammarError as error:
+            raise RequestError(error.message, "response_format", code="invalid_grammar") from None
+
+    def _prepare(self, request: GenerationRequest, compiled: CompiledGrammar | None) -> Prepared:
         most = self.engine.rows + self.engine.max_waiting
         if len(request.prompts) * request.n > most:
             raise RequestError(f"The request asks for more than {most} answers, the most that this server holds.", "n")
@@ -72,7 +95,9 @@ class Service:
                 request.stop,
                 request.logprobs,
             )
-            rows += [RowRequest(ids, options, number, request.stream) for number in range(request.n)]
+            for number in range(request.n):
+                constraint = None if compiled is None else compiled.constraint()
+                rows.append(RowRequest(ids, options, number, request.stream, constraint))
         return Prepared(rows, prompt_tokens)
 
     def _ids(self, request: GenerationRequest, prompt: PromptLike) -> list[int]:
