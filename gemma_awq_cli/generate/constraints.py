@@ -23,8 +23,8 @@ INSTALL = "Install it: pip install 'gemma-awq[grammar]'."
 # White space between the values of JSON: a space, or a line break and the indent. Without a bound, a weak model may
 # write nothing else.
 SPACE = r"( |\n {0,32})"
-# Symbols of a compiled grammar: 1000 optional properties take 0.3 s to compile, 5000 would take 7 s.
-MOST_SYMBOLS = 50_000
+MOST_SYMBOLS = 50_000  # of a compiled grammar
+TRIED = 8  # first tokens that are tried: an object with too many properties at once fails with them
 _SHOWN = 300  # characters of llguidance's message
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BITS = torch.tensor([[bool(byte >> bit & 1) for bit in range(8)] for byte in range(256)])  # [256, 8]
@@ -91,6 +91,10 @@ class GrammarCompiler:
             raise GrammarError(f"The {what} cannot be used: {_reason(matcher)}.")
         if not any(mask):
             raise GrammarError(f"The {what} cannot be used: nothing matches it.")
+        for token in _allowed(mask, self._vocabulary).nonzero().flatten()[:TRIED].tolist():
+            tried = matcher.deep_copy()
+            if not tried.consume_token(token):
+                raise GrammarError(f"The {what} cannot be used: {_reason(tried)}.")
         opens, closes = (self._tokenizer.id_of(mark) for mark in (OPENS, CLOSES))
         channel = (opens, closes) if grammar.thinks and opens is not None and closes is not None else None
         return CompiledGrammar(matcher, channel)
@@ -117,11 +121,10 @@ class GrammarConstraint:
 
     def mask(self, logits: Tensor) -> Tensor:
         """See `Constraint`."""
-        words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
+        mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarError(f"The grammar cannot be followed any further: {_reason(self._matcher)}.")
-        allowed = _BITS.index_select(0, words.int()).flatten()[: len(logits)].to(logits.device)
-        return torch.where(allowed, logits, float("-inf"))
+        return torch.where(_allowed(mask, len(logits)).to(logits.device), logits, float("-inf"))
 
     def take(self, token: int) -> None:
         """See `Constraint`."""
@@ -196,6 +199,12 @@ def _byte_characters() -> dict[str, int]:
     plain = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
     others = [byte for byte in range(256) if byte not in plain]
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
+
+
+def _allowed(mask: bytes, vocabulary: int) -> Tensor:
+    """Return which tokens [V] a mask with a bit for each allows."""
+    words = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
+    return _BITS.index_select(0, words.int()).flatten()[:vocabulary]
 
 
 def _reason(matcher: Any) -> str:
