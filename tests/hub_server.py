@@ -3,7 +3,8 @@
 Covered, for models named org/name:
 - GET /api/models/{repo}/revision/{rev}: the commit and the list of files;
 - GET /api/models/{repo}/tree/{rev}: their sizes and blob ids, on one page;
-- HEAD and GET /{repo}/resolve/{rev}/{file}, with ETag, X-Repo-Commit, Content-Length and `Range: bytes=N-`;
+- HEAD and GET /{repo}/resolve/{rev}/{file}, with ETag, X-Repo-Commit, Content-Length and
+  `Range: bytes=N-` or `bytes=N-M`;
 - refusals with the status, X-Error-Code and X-Error-Message by which the client tells them apart. As on the real hub,
   a repository that is private or does not exist is 401 without a login and 404 with one, and a gated one lists its
   files to everyone but gives them to nobody.
@@ -13,6 +14,7 @@ Not covered: redirects to file storage elsewhere, LFS and Xet, further pages, da
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -89,6 +91,14 @@ def hub_server(repos: Mapping[str, Repo]) -> Iterator[HubServer]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def client_environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment without the user's own hub, login and proxy."""
+    theirs = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
+    own = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    return {**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
 
 
 class _RefusedError(Exception):

@@ -27,7 +27,7 @@ ROOMS = (
     ("models.text",),
     ("models.forward", "calibration_text", "reports"),
     ("fidelity", "generate"),
-    ("quantize", "bench", "inspection", "serve"),
+    ("quantize", "bench", "inspection", "export", "serve"),
     ("publish",),
     ("cli",),
 )
@@ -109,7 +109,7 @@ def test_only_output_prints() -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gemma_awq_cli.cli.app import main\n"
-        "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['inspect'], ['push']):\n"
+        "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['export'], ['inspect'], ['push']):\n"
         "    assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -57,3 +57,33 @@ def test_decode_fidelity_compares_every_way_to_run(
         )  # fmt: skip
     rows = [row for row in capsys.readouterr().out.splitlines() if row.startswith(("weights", "compiled", "torch"))]
     assert len(rows) == 1 + 3 + 3
+
+
+@pytest.mark.slow
+def test_interoperability_compares_readers_with_the_exact_weights(
+    tmp_path: Path, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run("interoperability.py", monkeypatch, artifacts("gemma"), "--tokens", 40, "--work", tmp_path)
+    out = capsys.readouterr().out
+    lines = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    rows = {cells[1]: float(cells[4]) for cells in lines if cells[4] != "KL max"}
+    assert ended.value.code == 0, out
+    assert rows.keys() >= {"dense, bfloat16", "dense, float16", "awq"}, out
+    assert max(rows.values()) < 0.1  # nats: the largest of each reader
+
+
+@pytest.mark.slow
+def test_interoperability_names_what_a_reader_misses(
+    tmp_path: Path, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    """A reader that fails is a row without figures, and the script ends with status 1."""
+    with pytest.raises(SystemExit) as ended:
+        run(
+            "interoperability.py", monkeypatch, artifacts("gemma"), "--tokens", 40, "--work", tmp_path,
+            "--only", "vllm", "--reader", f"vllm={sys.executable}",
+        )  # fmt: skip
+    out = capsys.readouterr().out
+    assert ended.value.code == 1
+    assert "| vLLM, CPU | awq, bfloat16 | - |" in out
+    assert "No module named 'vllm'" in out

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import (
     Gemma2Config,
     Gemma3Config,
@@ -224,6 +224,27 @@ def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SP
     )
     if chat:
         fast.chat_template = GEMMA4_TEMPLATE if GEMMA4_TURNS[0] in special else CHAT_TEMPLATE
+    fast.save_pretrained(folder)
+
+
+def make_gemma_tokenizer(folder: Path, pieces: Sequence[str] = ("a",), chat: bool = False) -> None:
+    """A tokenizer of Gemma's own kind: BPE with byte fallback, in which a space is `▁`.
+
+    pieces: in the order of merging, each from any two others.
+    """
+    data = [f"<0x{byte:02X}>" for byte in range(256)]
+    vocab = {token: index for index, token in enumerate([*SPECIAL, *data, "▁", *pieces])}
+    splits = [(piece[:at], piece[at:]) for piece in pieces for at in range(1, len(piece))]
+    merges = [split for split in splits if vocab.keys() >= {*split}]
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    tokenizer.normalizer = normalizers.Replace(" ", "▁")
+    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer.add_special_tokens([*SPECIAL])
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>", unk_token="<unk>"
+    )
+    if chat:
+        fast.chat_template = CHAT_TEMPLATE
     fast.save_pretrained(folder)
 
 

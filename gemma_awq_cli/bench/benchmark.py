@@ -92,5 +92,5 @@ def _publish(measured: Measurements, page: Path | None) -> dict[str, Any]:
 
 def _save(measured: Measurements, document: dict[str, Any]) -> None:
     for model in measured.models:
-        if model.role == "model" and model.report is not None:
+        if model.role == "model" and model.checkpoint.quantization is not None:
             measured.note(f"Saved {save_beside(model, document)}")

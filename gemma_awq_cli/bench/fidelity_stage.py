@@ -81,6 +81,7 @@ def _as_it_runs(measured: Measurements, model: BenchModel, original: Checkpoint)
     try:
         return worker.ask(
             measured.on_progress, do="fidelity", kind=model.kind, path=str(model.path), reference=str(original.folder),
+            adapter=model.adapter, reference_adapter=None if original.adapter is None else str(original.adapter.folder),
             text=options.text, window=options.window, windows=options.windows, device=options.device,
             threads=options.threads,
         )  # fmt: skip

@@ -41,6 +41,12 @@ class BenchModel:
         """What is opened."""
         return self.file or self.checkpoint.folder
 
+    @property
+    def adapter(self) -> str | None:
+        """The folder of the adapter that is merged into what is opened."""
+        adapter = None if self.file is not None else self.checkpoint.adapter
+        return None if adapter is None else str(adapter.folder)
+
     @cached_property
     def report(self) -> dict[str, Any] | None:
         """The quantization report of an artifact; None if this model is none."""

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from gemma_awq_cli.models.checkpoints.adapter import Adapter, open_adapter
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 
@@ -26,6 +27,16 @@ ORIGINAL_FORMATS: Mapping[str, tuple[str, str | None]] = {
 }
 
 
-def open_kind(kind: str, folder: Path, device: torch.device, head: str | None = None) -> OpenModel:
-    """Open a checkpoint as OWN, or in one of PRECISIONS. head: how the head is held, None for the default."""
-    return open_model(folder, device, None if kind == OWN else PRECISIONS[kind], head=head)
+def open_kind(
+    kind: str, folder: Path, device: torch.device, head: str | None = None, adapter: str | None = None
+) -> OpenModel:
+    """Open a checkpoint as OWN, or in one of PRECISIONS.
+
+    head: how the head is held, None for the default; adapter: the folder of one that is merged into the checkpoint.
+    """
+    return open_model(folder, device, None if kind == OWN else PRECISIONS[kind], head=head, adapter=adapter_in(adapter))
+
+
+def adapter_in(folder: str | None) -> Adapter | None:
+    """The adapter in a folder; None for no folder."""
+    return None if folder is None else open_adapter(Path(folder))

@@ -16,7 +16,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.bench.document import fidelity_record
 from gemma_awq_cli.bench.events import OnProgress, counted
 from gemma_awq_cli.bench.llama_cpp import LlamaModel
-from gemma_awq_cli.bench.model_kinds import GGUF, open_kind
+from gemma_awq_cli.bench.model_kinds import GGUF, adapter_in, open_kind
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.comparison import require_finite, through_layers
 from gemma_awq_cli.fidelity.evaluation_text import EvaluationText, read_evaluation_text
@@ -35,17 +35,19 @@ OpenSession = Callable[[int, int], Session]  # rows, capacity
 
 def answer(request: dict[str, Any], device: torch.device, on_progress: OnProgress) -> dict[str, Any]:
     """Return the answer to the worker's request `fidelity` (see `bench.worker`)."""
-    reference = Checkpoint(Path(request["reference"]))
+    reference = Checkpoint(Path(request["reference"]), adapter_in(request.get("reference_adapter")))
     text = read_evaluation_text(request["text"], reference, request["window"], request["windows"])
-    open_session = open_running(request["kind"], Path(request["path"]), text, device)
+    open_session = open_running(request["kind"], Path(request["path"]), text, device, request.get("adapter"))
     step = counted(running_steps(text.rows, reference.layers), on_progress)
     return fidelity_record(measure_running(open_session, reference, text.rows, device, step), text)
 
 
-def open_running(kind: str, path: Path, text: EvaluationText, device: torch.device) -> OpenSession:
+def open_running(
+    kind: str, path: Path, text: EvaluationText, device: torch.device, adapter: str | None = None
+) -> OpenSession:
     """Open the model that is to run over `text`. Raises an error if it reads the text differently."""
     if kind != GGUF:
-        return open_kind(kind, path, device).session
+        return open_kind(kind, path, device, adapter=adapter).session
     model = LlamaModel(path, text.rows.shape[1], torch.get_num_threads())
     wanted = text.rows[:, 1:].flatten().tolist()
     if model.ids(text.plain)[: len(wanted)] != wanted:

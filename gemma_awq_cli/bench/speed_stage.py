@@ -42,8 +42,9 @@ def _load(measured: Measurements, workers: Workers, step: Callable[[], None]) ->
     for model in measured.models:
         workers[model] = process.Worker(model.name, options.threads)
         model.loaded = _ask(
-            measured, workers, model, do="load", kind=model.kind, path=str(model.path), device=options.device,
-            threads=options.threads, rows=max(options.batches), tokens=options.prompt_tokens + options.new_tokens + 1,
+            measured, workers, model, do="load", kind=model.kind, path=str(model.path), adapter=model.adapter,
+            device=options.device, threads=options.threads, rows=max(options.batches),
+            tokens=options.prompt_tokens + options.new_tokens + 1,
         )  # fmt: skip
         step()
 

@@ -61,7 +61,10 @@ def _open(measured: Measurements, model: BenchModel) -> process.Worker | None:
     options = measured.options
     worker = process.Worker(model.name, options.threads)
     try:
-        worker.ask(do="open", kind=model.kind, path=str(model.path), device=options.device, threads=options.threads)
+        worker.ask(
+            do="open", kind=model.kind, path=str(model.path), adapter=model.adapter, device=options.device,
+            threads=options.threads,
+        )  # fmt: skip
     except BaseException as error:
         worker.end()
         if not isinstance(error, GemmaAwqError):

@@ -48,14 +48,17 @@ class TimedModel:
         return self.time(prompts, new_tokens)
 
 
-def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int) -> TimedModel:
-    """Load a model to be timed with at most `rows` prompts at once of at most `tokens` tokens, answers included."""
+def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int, adapter: str | None = None) -> TimedModel:
+    """Load a model to be timed with at most `rows` prompts at once of at most `tokens` tokens, answers included.
+
+    adapter: the folder of one that is merged into it.
+    """
     if kind == GGUF:
         return _load_gguf(path, tokens)
     if kind == VLLM:
         return _load_vllm(path, rows, tokens)
     started = time.perf_counter()
-    opened = open_kind(kind, path, device)
+    opened = open_kind(kind, path, device, adapter=adapter)
     config = opened.checkpoint.facts
     bos = opened.prompter.bos if config.bos_token_id is None else int(config.bos_token_id)
     opened.session(1, 1).next_logits([[bos]])  # what is read lazily is read now
@@ -84,7 +87,7 @@ def _load_gguf(path: Path, tokens: int) -> TimedModel:
 
 
 def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
-    from gemma_awq_cli.generate.vllm_engine import VllmEngine
+    from gemma_awq_cli.generate.vllm_engine import VllmEngine, default_vllm_dtype
     from gemma_awq_cli.models.text.prompter import Prompter
 
     started = time.perf_counter()
@@ -103,8 +106,7 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
         _, decoding = engine.timed([[bos]] * len(prompts), new_tokens + 1)
         return Sample(first, steps, sum(decoding))
 
-    stores_float16 = checkpoint.family.float16 and checkpoint.declared_dtype == torch.float16
-    dtype = torch.float16 if stores_float16 else torch.bfloat16
+    dtype = torch.float16 if default_vllm_dtype(checkpoint) == "float16" else torch.bfloat16
     return TimedModel(
         timed, int(config.vocab_size), int(config.max_position_embeddings), bos, _name_of(dtype),
         stored_bytes_per_token(checkpoint, dtype, "16bit"), seconds,

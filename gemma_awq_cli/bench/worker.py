@@ -8,6 +8,8 @@
     {"do": "fidelity", "kind": "nf4", "path": "...", "reference": "...", "text": "embedded", "window": null,
      "windows": null, "device": "cpu", "threads": 2}
 
+`adapter` beside `path`, and `reference_adapter`, name folders of adapters that are merged into these checkpoints.
+
 Lines {"done", "total"} may come before the answer to the last two. An error that a user can meet is the answer
 {"error", "hint"}; any other exception ends the process with a traceback. The end of the input ends the process.
 """
@@ -54,7 +56,9 @@ class Server:
 
                 self._set_up(request)
                 # answers may be improbable, and a quantized head is exact for the probable tokens only
-                self.opened = open_kind(request["kind"], Path(request["path"]), self.device, DENSE_HEAD)
+                self.opened = open_kind(
+                    request["kind"], Path(request["path"]), self.device, DENSE_HEAD, request.get("adapter")
+                )
                 return {}
             case "task":
                 from gemma_awq_cli.bench.task_run import run_task
@@ -77,7 +81,9 @@ class Server:
 
         self._set_up(request)
         path = Path(request["path"])
-        self.timed = load(request["kind"], path, self.device, request["rows"], request["tokens"])
+        self.timed = load(
+            request["kind"], path, self.device, request["rows"], request["tokens"], request.get("adapter")
+        )
         facts = {
             name: getattr(self.timed, name)
             for name in ("vocabulary", "bos", "context", "dtype", "weight_bytes", "load_seconds")

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.cli import bench, inspect, push, quantize, run, serve
+from gemma_awq_cli.cli import bench, export, inspect, push, quantize, run, serve
 from gemma_awq_cli.cli.console import Output, quiet_libraries
 from gemma_awq_cli.cli.help import WIDTH, GroupHelp
 from gemma_awq_cli.cli.options import Command
@@ -50,6 +50,7 @@ _add("quantize", quantize)
 _add("run", run)
 _add("serve", serve)
 _add("bench", bench)
+_add("export", export)
 _add("inspect", inspect)
 _add("push", push)
 

@@ -64,6 +64,27 @@ class Head(StrEnum):
     int4 = "int4"
 
 
+class ExportFormat(StrEnum):
+    gguf = "gguf"
+    compressed_tensors = "compressed-tensors"
+    mlx = "mlx"
+    awq = "awq"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class GgufHead(StrEnum):
+    q8_0 = "q8_0"
+    q6_k = "q6_k"
+    bf16 = "bf16"
+
+
+class ScaleType(StrEnum):
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 GroupSize = StrEnum("GroupSize", {f"g{size}": str(size) for size in GROUP_SIZES})  # type: ignore[misc]
 
 # Headings of the help that hold shared options. A command that has more options of the kind uses the same heading.
@@ -76,6 +97,16 @@ HeadOption = Annotated[
     Head | None,
     typer.Option(
         help="Bits of the head's copy in memory.  [default: int4 for an artifact, 16bit for other models]",
+        rich_help_panel=SPEED,
+    ),
+]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        help="Compute with N threads of the CPU.  [default: one per core]",
+        metavar="N",
+        min=1,
+        max=4096,
         rich_help_panel=SPEED,
     ),
 ]

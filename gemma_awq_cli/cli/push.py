@@ -90,6 +90,13 @@ def command(
             "--replace-card", help="Replace the model card even if it was edited on the hub.", rich_help_panel=_CARD
         ),
     ] = False,
+    foreign: Annotated[
+        bool,
+        typer.Option(
+            "--foreign", help="Publish a 4-bit model that another tool quantized. Its card says which one.",
+            rich_help_panel=_CARD,
+        ),
+    ] = False,
     deep: Annotated[
         bool,
         typer.Option(
@@ -135,7 +142,7 @@ def command(
 
     request = PushRequest(
         artifact, repo_id, revision, private, create_pr, message, base_model, licence, licence_file, replace_card, deep,
-        source, device.value,
+        source, device.value, foreign,
     )  # fmt: skip
     with _Reporter(out) as report:
         if dry_run:

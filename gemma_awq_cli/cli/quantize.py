@@ -50,6 +50,18 @@ def command(
         ),
     ] = None,
     revision: RevisionOption = None,
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="Merge a LoRA adapter that PEFT saved first: its folder or hub id.",
+            metavar="ADAPTER",
+            rich_help_panel=MODEL,
+        ),
+    ] = None,
+    adapter_revision: Annotated[
+        str | None,
+        typer.Option(help="Branch, tag or commit of the adapter's hub id.", metavar="REV", rich_help_panel=MODEL),
+    ] = None,
     group_size: Annotated[
         GroupSize | None,
         typer.Option(
@@ -151,6 +163,8 @@ def command(
         model=model,
         output=output,
         revision=revision,
+        adapter=adapter,
+        adapter_revision=adapter_revision,
         group_size=int(group_size.value) if group_size else None,
         qat=qat and qat.value,
         dtype=dtype and dtype.value,
@@ -242,7 +256,8 @@ class _Screen:
 
 def _show_plan(out: Output, made: "PlanMade") -> None:
     plan = made.plan
-    out.note(f"{made.source.asked} -> {made.target}, on {made.device}")
+    adapter = "" if made.adapter is None else f" with {made.adapter.asked}"
+    out.note(f"{made.source.asked}{adapter} -> {made.target}, on {made.device}")
     out.note(
         f"{plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of {plan.group_size}, "
         f"the rest {plan.dtype_name}"

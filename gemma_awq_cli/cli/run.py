@@ -17,12 +17,13 @@ from gemma_awq_cli.cli.options import (
     Quantization,
     QuietOption,
     RevisionOption,
+    ThreadsOption,
 )
 from gemma_awq_cli.cli.stages import Stages
 from gemma_awq_cli.cli.stdin_prompt import read_prompt
 from gemma_awq_cli.cli.thinking import Thinking
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_CHAT, NEW_TOKENS_THINKING
+from gemma_awq_cli.generate import MOST_LOGPROBS, NEW_TOKENS, NEW_TOKENS_CHAT, NEW_TOKENS_THINKING
 from gemma_awq_cli.system.saving import local_path, require_file_place
 
 if TYPE_CHECKING:
@@ -91,6 +92,46 @@ def command(
             rich_help_panel=SAMPLING,
         ),
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample from the tokens at least P times as likely as the most likely one.",
+            metavar="P",
+            min=0.0,
+            max=1.0,
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None,
+        typer.Option(
+            help="Divide the scores of tokens that the prompt or the text has already by X; 1 turns it off.",
+            metavar="X",
+            min=1e-6,
+            max=1e6,
+            rich_help_panel=SAMPLING,
+        ),
+    ] = None,
+    presence_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Lower the scores of tokens that the text has already by X.",
+            metavar="X",
+            min=-2.0,
+            max=2.0,
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0,
+    frequency_penalty: Annotated[
+        float,
+        typer.Option(
+            help="Lower the scores of tokens by X for each time that the text has them already.",
+            metavar="X",
+            min=-2.0,
+            max=2.0,
+            rich_help_panel=SAMPLING,
+        ),
+    ] = 0.0,
     seed: Annotated[
         int | None,
         typer.Option(help="Random seed.  [default: a new one each time]", metavar="N", rich_help_panel=SAMPLING),
@@ -98,6 +139,16 @@ def command(
     stop: Annotated[
         list[str] | None,
         typer.Option(help="Stop before TEXT. May be given several times.", metavar="TEXT", rich_help_panel=SAMPLING),
+    ] = None,
+    logprobs: Annotated[
+        int | None,
+        typer.Option(
+            help="With --json or --output: give each token's log probability, and those of the N most likely tokens.",
+            metavar="N",
+            min=0,
+            max=MOST_LOGPROBS,
+            rich_help_panel=SAMPLING,
+        ),
     ] = None,
     system: Annotated[
         str | None,
@@ -186,6 +237,7 @@ def command(
         ),
     ] = None,
     head: HeadOption = None,
+    threads: ThreadsOption = None,
     engine: Annotated[
         EngineName,
         typer.Option(help="Engine to run the model with: this tool's own, or vLLM.", rich_help_panel=WITH_VLLM),
@@ -217,6 +269,7 @@ def command(
 
     out, stages = Output(quiet), Stages()
     _require_consistent(prompt, input_file, output_file, resume, verbose, engine)
+    _require_shown(logprobs, as_json or output_file is not None, engine)
     opening = EngineOptions(
         device,
         dtype and dtype.value,
@@ -226,6 +279,7 @@ def command(
         engine.value,
         tensor_parallel,
         pipeline_parallel,
+        threads,
     )
     opening.require_consistent()
     form = read_grammar(json_schema, grammar, think or False)
@@ -240,8 +294,9 @@ def command(
     if chatting and as_json:
         raise UsageError("--json cannot be used in a chat.", "Give a prompt.")
     text = "" if chatting or files else read_prompt(prompt)
+    sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     limit = max_new_tokens or (NEW_TOKENS_THINKING if think else NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
-    generation = GenerationOptions(limit, Sampling(temperature, top_k, top_p, seed), stop or (), grammar=form)
+    generation = GenerationOptions(limit, sampling, stop or (), logprobs, form)
     request = RunRequest(model or default_model(out), revision, opening, generation, system, raw, think)
     stages.end("command line")
 
@@ -292,6 +347,14 @@ def _require_consistent(
         raise UsageError("--verbose cannot be used with --engine vllm.", "Leave it out.")
 
 
+def _require_shown(logprobs: int | None, has_place: bool, engine: EngineName) -> None:
+    """Raise UsageError for log probabilities that nobody would see."""
+    if logprobs is not None and engine is EngineName.vllm:
+        raise UsageError("--logprobs cannot be used with --engine vllm.", "Leave it out.")
+    if logprobs is not None and not has_place:
+        raise UsageError("--logprobs needs --json, or --input and --output.", "Add --json.")
+
+
 def _unseen(piece: str) -> None:
     """Show nothing: the document will have it all."""
 
@@ -302,7 +365,7 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
     if as_json:
         out.document(
             {
-                "model": model, **completion.texts, "finish": completion.finish,
+                "model": model, **completion.texts, **result.logprobs, "finish": completion.finish,
                 "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
                 "sampling": result.sampling.summary(),
                 "prompt_tokens_per_second": round(completion.prefill_rate, 2),

@@ -9,7 +9,7 @@ import typer
 
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
-from gemma_awq_cli.cli.options import ComputeDtype, EngineName, HeadOption, QuietOption, RevisionOption
+from gemma_awq_cli.cli.options import ComputeDtype, EngineName, HeadOption, QuietOption, RevisionOption, ThreadsOption
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.sizes import parse_bytes
@@ -111,12 +111,7 @@ def command(
             help="Give up on a request after this many seconds.", metavar="SECONDS", min=1.0, rich_help_panel=MEMORY
         ),
     ] = TIMEOUT,
-    threads: Annotated[
-        int | None,
-        typer.Option(
-            help="Compute with N threads.  [default: one per core]", metavar="N", min=1, rich_help_panel=MEMORY
-        ),
-    ] = None,
+    threads: ThreadsOption = None,
     device: Annotated[
         str,
         typer.Option(
@@ -153,8 +148,9 @@ def command(
 
     out = Output(quiet)
     options = EngineOptions(
-        device, dtype and dtype.value, None, None, head and head.value, engine.value, tensor_parallel, pipeline_parallel
-    )
+        device, dtype and dtype.value, None, None, head and head.value, engine.value, tensor_parallel,
+        pipeline_parallel, threads,
+    )  # fmt: skip
     options.require_consistent()
     keys, memory, origins = _keys(api_key_file), _bytes(max_memory), tuple(cors_origin or ())
     request = ServeRequest(
@@ -162,7 +158,7 @@ def command(
         timeout, keys, origins,
     )  # fmt: skip
     if engine is EngineName.vllm:
-        _require_vllms(max_memory, max_waiting, timeout, threads)
+        _require_vllms(max_memory, max_waiting, timeout)
     else:
         for name in ("starlette", "uvicorn"):
             if find_spec(name) is None:
@@ -173,15 +169,11 @@ def command(
     found = find_model(request.model, revision, out.note)
     if engine is EngineName.vllm:
         _become_vllm(out, request, found)
-    import torch
-
     from gemma_awq_cli.cli.run_notes import show_events
     from gemma_awq_cli.cli.stages import Stages
     from gemma_awq_cli.serve.events import Finishing, Listening, RequestFailed
     from gemma_awq_cli.serve.serving import serve
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     show_opening = show_events(out, Stages(), verbose=False)
 
     def show(event: "Event") -> None:
@@ -198,11 +190,11 @@ def command(
     serve(request, found, show)
 
 
-def _require_vllms(max_memory: str | None, max_waiting: int, timeout: float, threads: int | None) -> None:
+def _require_vllms(max_memory: str | None, max_waiting: int, timeout: float) -> None:
     """Raise UsageError for options that vLLM's server does not have."""
     given = {
         "--max-memory": max_memory is not None, "--max-waiting": max_waiting != MAX_WAITING,
-        "--timeout": timeout != TIMEOUT, "--threads": threads is not None,
+        "--timeout": timeout != TIMEOUT,
     }  # fmt: skip
     for name, is_given in given.items():
         if is_given:

@@ -3,15 +3,17 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.evaluation_text import EvaluationText
+from gemma_awq_cli.models.checkpoints.adapter import Adapter, open_adapter
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.demo import NAME, PACKAGE
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
-from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
+from gemma_awq_cli.models.checkpoints.source import DEMO, find_adapter, find_source
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.gemma.config_values import FUNCTION
 from gemma_awq_cli.models.text.prompter import Prompter
@@ -22,7 +24,8 @@ from gemma_awq_cli.system.reading import home_path
 class Original:
     """A 16-bit checkpoint that an artifact is compared with.
 
-    is_source: whether it is the very checkpoint that the artifact was quantized from, by the hash in its report.
+    is_source: whether it is the very checkpoint that the artifact was quantized from, by the hash in its report; the
+    adapter that was merged then is merged into it here too.
     """
 
     checkpoint: Checkpoint
@@ -49,11 +52,45 @@ def find_original(
         if local is None:
             raise GemmaAwqError(f"The 16-bit original, {name}, is not on this machine.", hint)
         found = find_source(local, None, note)
+    adapter = _adapter(source.get("adapter"), given, hint, download)
+    if adapter is not None:
+        merged = Checkpoint(found.folder, adapter) if given is None else _fitting(found.folder, adapter)
+        if merged is not None and merged.identity() == report["fingerprint"]["model"]:
+            return Original(merged, True)
     checkpoint = Checkpoint(found.folder)
     is_source = checkpoint.identity() == report["fingerprint"]["model"]
     if given is None and not is_source:
         raise GemmaAwqError(f"{checkpoint.folder} has changed since this artifact was quantized from it.", hint)
     return Original(checkpoint, is_source)
+
+
+def _adapter(asked: Mapping[str, Any] | None, given: str | None, hint: str, download: bool) -> Adapter | None:
+    """The adapter that was merged into an artifact's source; None if there was none.
+
+    None too if it is not on this machine and the user has named the original: that may be merged already.
+    """
+    if asked is None:
+        return None
+    try:
+        name, revision = str(asked["model"]), asked["revision"]
+        if revision and download:
+            return open_adapter(find_adapter(name, revision).folder)
+        local = _local_source(name, revision)
+        if local is None:
+            raise GemmaAwqError(f"The adapter that was merged into the original, {name}, is not on this machine.", hint)
+        return open_adapter(find_adapter(local, None).folder)
+    except GemmaAwqError:
+        if given is None:
+            raise
+        return None
+
+
+def _fitting(folder: Path, adapter: Adapter) -> Checkpoint | None:
+    """A checkpoint with an adapter; None if the adapter does not fit it."""
+    try:
+        return Checkpoint(folder, adapter)
+    except GemmaAwqError:
+        return None
 
 
 def _local_source(name: str, revision: str | None) -> str | None:

@@ -152,7 +152,7 @@ def complete_batch(
         def on_done(place: int, completion: Completion) -> None:
             index = left[place]
             with writing(path):
-                file.write(json.dumps(_row(index, batch, completion), ensure_ascii=False) + "\n")
+                file.write(json.dumps(_row(index, batch, completion, engine.prompter), ensure_ascii=False) + "\n")
                 file.flush()
             order.append(index)
             on_row(index, completion)
@@ -179,10 +179,10 @@ def writing(path: Path) -> AbstractContextManager[None]:
     return write_errors(path, RESUME)
 
 
-def _row(index: int, batch: Batch, completion: Completion) -> dict[str, Any]:
+def _row(index: int, batch: Batch, completion: Completion, prompter: Prompter) -> dict[str, Any]:
     return {
         "index": index, "prompt": batch.prompts[index], **completion.texts,
-        "finish": completion.finish,
+        **completion.logprob_documents(prompter.tokenizer), "finish": completion.finish,
         "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
         "made_with": dict(batch.made_with),
     }  # fmt: skip

@@ -9,12 +9,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
 from contextlib import closing
 from dataclasses import dataclass, field
+from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.grammar import Grammar
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
+from gemma_awq_cli.models.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,22 @@ class Completion:
     def texts(self) -> dict[str, str]:
         """The text and, if there are any, the thoughts before it, by their names in a document."""
         return {"text": self.text, **({"thinking": self.thinking} if self.thinking else {})}
+
+    def logprob_documents(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The log probabilities by their name in a document: those of each token, thoughts and end included, in order.
+
+        Empty if none were asked for.
+        """
+        if not self.logprobs:
+            return {}
+
+        def named(token: int, logprob: float) -> dict[str, Any]:
+            return {"token": tokenizer.text_of(token), "id": token, "logprob": logprob}
+
+        documents = [
+            {**named(each.token, each.logprob), "top": [named(*other) for other in each.top]} for each in self.logprobs
+        ]
+        return {"logprobs": documents}
 
     @property
     def prefill_rate(self) -> float:

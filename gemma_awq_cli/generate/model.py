@@ -2,12 +2,12 @@
 
 import os
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gemma_awq_cli.calibration_text.document_forms import read_messages
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.events import Note
-from gemma_awq_cli.generate import NEW_TOKENS, NEW_TOKENS_THINKING
+from gemma_awq_cli.generate import MOST_LOGPROBS, NEW_TOKENS, NEW_TOKENS_THINKING
 from gemma_awq_cli.generate.events import OnEvent, ignore
 from gemma_awq_cli.generate.finding import find_model
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
@@ -54,6 +54,16 @@ def load_model(
     return Model(checkpoint, open_engine(checkpoint, found, options, 1, None, on_event))
 
 
+class MoreOptions(TypedDict, total=False):
+    """Further options of `generate`, `stream` and `chat`: as in `Sampling`, and as in `GenerationOptions`."""
+
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    logprobs: int
+
+
 class Model:
     """A model that is open and generates text, one prompt at a time.
 
@@ -65,6 +75,8 @@ class Model:
     temperature 0 takes the most likely token each time. seed: of the random numbers; by default another for each call.
     stop: one or more strings; the text ends before the first of them. think: whether the model is to think before it
     answers; by default what its chat template does. What it thought is in `Completion.thinking`, never in the text.
+    min_p, repetition_penalty, presence_penalty, frequency_penalty: see `Sampling`. logprobs: record each token's log
+    probability and those of this many of the most likely tokens in `Completion.logprobs`.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
@@ -89,6 +101,7 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         think: bool | None = None,
+        **more: Unpack[MoreOptions],
     ) -> Completion:
         """Return the completion of a prompt, or an instruct model's answer to it.
 
@@ -98,7 +111,7 @@ class Model:
         Raises UsageError for an invalid option, PromptError for a text that the model cannot be given, and
         GemmaAwqError if the prompt fills the context.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think)
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
         return self._engine.complete([prompt_ids(self._engine.prompter, prompt, system, raw, think)], options)[0]
 
     def stream(
@@ -114,13 +127,14 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         think: bool | None = None,
+        **more: Unpack[MoreOptions],
     ) -> Iterator[str]:
         """Return an iterator over the text that `generate` would return, piece by piece.
 
         Wrong arguments are an error at once; the text is generated while the iterator is read, and no further than it
         is read.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think)
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
         return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw, think), options)
 
     def chat(
@@ -134,13 +148,14 @@ class Model:
         seed: int | None = None,
         stop: str | Sequence[str] = (),
         think: bool | None = None,
+        **more: Unpack[MoreOptions],
     ) -> Completion:
         """Return an instruct model's answer to a conversation.
 
         messages: dicts with `role` (`system`, `user`, `assistant`) and `content`; the last one is the user's. The
         answer is not added to them.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think)
+        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
         conversation = read_messages(list(messages), "The conversation")
         return self._engine.complete([prompt_ids(self._engine.prompter, conversation, None, False, think)], options)[0]
 
@@ -153,11 +168,18 @@ class Model:
         seed: int | None,
         stop: str | Sequence[str],
         think: bool | None,
+        more: MoreOptions,
     ) -> GenerationOptions:
         if max_new_tokens is None:
             max_new_tokens = NEW_TOKENS_THINKING if think else NEW_TOKENS
         if max_new_tokens < 1:
             raise UsageError(f"Invalid max_new_tokens: {max_new_tokens}.", "Give 1 or more.")
-        asked = Sampling(temperature, top_k, top_p, seed)
+        settings: dict[str, Any] = {**more}
+        logprobs = settings.pop("logprobs", None)
+        if logprobs is not None and not 0 <= logprobs <= MOST_LOGPROBS:
+            raise UsageError(f"Invalid logprobs: {logprobs}.", f"Give a number from 0 to {MOST_LOGPROBS}.")
+        if unknown := settings.keys() - MoreOptions.__annotations__:
+            raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
+        asked = Sampling(temperature, top_k, top_p, seed, **settings)
         sampling = resolve(asked, generation_config(self._checkpoint))
-        return GenerationOptions(max_new_tokens, sampling, (stop,) if isinstance(stop, str) else tuple(stop))
+        return GenerationOptions(max_new_tokens, sampling, (stop,) if isinstance(stop, str) else tuple(stop), logprobs)

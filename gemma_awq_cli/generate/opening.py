@@ -65,6 +65,8 @@ def open_engine(
 
 def open_local(checkpoint: Checkpoint, found: FoundModel, options: EngineOptions, on_event: OnEvent) -> OpenModel:
     """Open the model with this tool's own engine, as `options` say."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
     device = pick_device(options.device)
     dtype = getattr(torch, options.dtype) if options.dtype else None
     if dtype is torch.float16 and not checkpoint.family.float16 and checkpoint.quantization is None:

@@ -26,7 +26,8 @@ class EngineOptions:
 
     device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. dtype, quantization, attention: for a 16-bit checkpoint only; None
     lets the device and the model decide. head: how the head is held in memory; None for int4 in an artifact and 16 bits
-    in a 16-bit checkpoint. engine: `local` or `vllm`; only vLLM takes tensor_parallel and pipeline_parallel.
+    in a 16-bit checkpoint. engine: `local` or `vllm`; only vLLM takes tensor_parallel and pipeline_parallel. threads:
+    of the CPU; None for one per core.
     """
 
     device: str = "auto"
@@ -37,6 +38,7 @@ class EngineOptions:
     engine: str = LOCAL
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
+    threads: int | None = None
 
     def require_consistent(self) -> None:
         """Raise UsageError for an unknown value and for options that exclude each other."""
@@ -46,8 +48,12 @@ class EngineOptions:
             value = getattr(self, name)
             if value is not None and value not in choices:
                 raise UsageError(f"Invalid {name}: {value!r}.", f"Give {', '.join(choices[:-1])} or {choices[-1]}.")
+        if self.threads is not None and self.threads < 1:
+            raise UsageError(f"Invalid threads: {self.threads}.", "Give 1 or more.")
         if self.engine == VLLM:
-            given = [name for name in ("quantization", "attention", "head") if getattr(self, name) is not None]
+            given = [
+                name for name in ("quantization", "attention", "head", "threads") if getattr(self, name) is not None
+            ]
             given += [] if self.device == "auto" else ["device"]
             if given:
                 raise UsageError(

@@ -36,10 +36,14 @@ from gemma_awq_cli.models.text.prompter import Prompter
 
 @dataclass(frozen=True)
 class PromptResult:
-    """The completion of a prompt and the sampling settings that it was made with."""
+    """The completion of a prompt and the sampling settings that it was made with.
+
+    logprobs: see `Completion.logprob_documents`.
+    """
 
     completion: Completion
     sampling: Sampling
+    logprobs: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -83,7 +87,7 @@ def run_prompt(
     (completion,) = engine.complete(
         [ids], options, lambda _, piece: on_text(piece), on_thought=lambda _, piece: on_thought(piece)
     )
-    return PromptResult(completion, options.sampling)
+    return PromptResult(completion, options.sampling, completion.logprob_documents(engine.prompter.tokenizer))
 
 
 def open_chat(request: RunRequest, found: FoundModel, on_event: OnEvent) -> Chat:
@@ -158,12 +162,17 @@ def _made_with(request: RunRequest, checkpoint: Checkpoint, options: GenerationO
     """Return all that the completions depend on, as plain JSON under the names of the options."""
     sampling, engine = options.sampling, request.engine
     think = {} if request.think is None else {"think": request.think}
-    grammar = {} if options.grammar is None else {options.grammar.kind: options.grammar.text}
+    # what earlier versions did not know is left out unless it is used, so that their output can be continued
+    later = {
+        "presence_penalty": sampling.presence_penalty or None, "frequency_penalty": sampling.frequency_penalty or None,
+        "logprobs": options.logprobs,
+        **({} if options.grammar is None else {options.grammar.kind: options.grammar.text}),
+    }  # fmt: skip
     return {
         "model": checkpoint.folder.resolve().name, "model_id": checkpoint.identity()[:16], "engine": engine.engine,
         "dtype": engine.dtype, "quantization": engine.quantization, "attn": engine.attention,
         "max_new_tokens": options.max_new_tokens, "temperature": sampling.temperature, "top_k": sampling.top_k,
         "top_p": sampling.top_p, "min_p": sampling.min_p, "repetition_penalty": sampling.repetition_penalty,
         "seed": sampling.seed, "stop": list(options.stop), "system": request.system, "raw": request.raw,
-        **think, **grammar,
+        **think, **{name: value for name, value in later.items() if value is not None},
     }  # fmt: skip

@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator, Sequence, Set
 from itertools import pairwise
 from typing import Any
 
+import torch
+
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.generation import Engine, GenerationOptions, Row
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
@@ -27,12 +29,11 @@ def engine_arguments(
 ) -> dict[str, Any]:
     """Return the arguments of vLLM's EngineArgs; `vllm serve` takes the same as flags.
 
-    context: the most tokens of a row; rows: how many run at once. The dtype is bfloat16 unless the family's activations
-    fit float16, whatever the checkpoint declares: vLLM does not run Gemma 2 and 3 in float16.
+    context: the most tokens of a row; rows: how many run at once; dtype: None for `default_vllm_dtype`.
     """
     arguments: dict[str, Any] = {
         "model": str(checkpoint.folder),
-        "dtype": dtype or ("auto" if checkpoint.family.float16 else "bfloat16"),
+        "dtype": dtype or default_vllm_dtype(checkpoint),
         "tensor_parallel_size": tensor_parallel,
         "pipeline_parallel_size": pipeline_parallel,
         "max_model_len": context,
@@ -43,6 +44,14 @@ def engine_arguments(
     if checkpoint.family.companions:  # a multimodal model that gets text only
         arguments["limit_mm_per_prompt"] = {"image": 0}
     return arguments
+
+
+def default_vllm_dtype(checkpoint: Checkpoint) -> str:
+    """Return bfloat16; or float16 for a float16 checkpoint, if the family's activations fit float16.
+
+    vLLM's own choice is what config.json declares. It does not run Gemma 2 and 3 in float16.
+    """
+    return "float16" if checkpoint.family.float16 and checkpoint.dtype == torch.float16 else "bfloat16"
 
 
 def sampling_arguments(sampling: Sampling, limit: int, number: int, ends: Set[int]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, REDOWNLOAD, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG
 from gemma_awq_cli.models.checkpoints.hub import fetch_errors
+from gemma_awq_cli.models.checkpoints.hub_headers import fetch_range
 from gemma_awq_cli.models.checkpoints.quantization_config import BESIDE
 from gemma_awq_cli.models.checkpoints.source_metadata import README
 from gemma_awq_cli.models.checkpoints.staging import REPORT
@@ -121,37 +122,6 @@ def _remote(repo: str, revision: str | None) -> Contents:
         commit = folder.name
 
     def read(name: str, start: int, count: int) -> bytes:
-        with fetch_errors(repo, revision):
-            return _range(repo, commit, name, start, count)
+        return fetch_range(repo, commit, name, start, count)
 
     return Contents(repo, repo, folder, sizes, read, hashes, local=False, revision=commit)
-
-
-def _range(repo: str, revision: str, name: str, start: int, count: int) -> bytes:
-    """Return bytes of one file of the hub, fetched in a range request."""
-    from huggingface_hub import hf_hub_url
-    from huggingface_hub.utils import (  # type: ignore[attr-defined]
-        build_hf_headers,
-        get_session,
-        hf_raise_for_status,
-    )
-
-    headers = {**build_hf_headers(), "Range": f"bytes={start}-{start + count - 1}"}
-    parts, held = [], 0
-    with get_session().stream(
-        "GET", hf_hub_url(repo, name, revision=revision), headers=headers, follow_redirects=True
-    ) as response:
-        if response.status_code >= 400:
-            response.read()
-        hf_raise_for_status(response)
-        if response.status_code != 206 and start:
-            raise GemmaAwqError(
-                f"The hub does not send parts of {repo}/{name}, so its headers cannot be read alone.",
-                "Download the repository, and give its folder.",
-            )
-        for part in response.iter_bytes():
-            parts.append(part)
-            held += len(part)
-            if held >= count:
-                break
-    return b"".join(parts)[:count]

@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeGuard
 
 from gemma_awq_cli.errors import GemmaAwqError, some
@@ -15,10 +16,8 @@ from gemma_awq_cli.inspection.contents import Contents
 from gemma_awq_cli.inspection.facts import Problem
 from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json
 from gemma_awq_cli.models.checkpoints.foreign import ADAPTER_CONFIG
-from gemma_awq_cli.system.json_input import parse_json_object
+from gemma_awq_cli.models.checkpoints.headers import FIRST_BYTES, read_header
 
-HEADER_BYTES = 100_000_000  # the limit of the format
-FIRST_BYTES = 128 * 1024  # of a remote file, which hold most headers
 MOST_FILES = 1000  # the largest released checkpoints have some dozens
 AT_ONCE = 8  # requests
 # Bytes per element by safetensors' name. Two 4-bit floats share a byte.
@@ -118,7 +117,8 @@ Read = tuple[dict[str, StoredTensor], dict[str, str], list[Problem]]
 
 def _read_file(contents: Contents, name: str) -> Read:
     try:
-        header, start = _header(contents, name)
+        read = partial(contents.read, name)
+        header, start = read_header(name, contents.sizes[name], read, 8 if contents.local else FIRST_BYTES)
     except GemmaAwqError as error:
         return {}, {}, [Problem(error.message, error.hint)]
     texts = header.pop("__metadata__", None)
@@ -142,23 +142,6 @@ def _read_file(contents: Contents, name: str) -> Read:
         extra = contents.sizes[name] - end
         problems.append(Problem(f"{name} has {extra} bytes that belong to no tensor.", REDOWNLOAD))
     return tensors, metadata, problems
-
-
-def _header(contents: Contents, name: str) -> tuple[dict[str, Any], int]:
-    """The JSON header of a file, and where its data begin."""
-    size = contents.sizes[name]
-    head = contents.read(name, 0, 8 if contents.local else FIRST_BYTES)
-    length = int.from_bytes(head[:8], "little")
-    if len(head) < 8 or length > min(size - 8, HEADER_BYTES):
-        what = "empty" if not size else f"no safetensors file, or cut off ({size} bytes)"
-        raise GemmaAwqError(f"{name} is {what}.", REDOWNLOAD)
-    text = head[8 : 8 + length]
-    if len(text) < length:
-        text += contents.read(name, 8 + len(text), length - len(text))
-    try:
-        return parse_json_object(text.decode(), f"The header of {name}", REDOWNLOAD), 8 + length
-    except UnicodeDecodeError:
-        raise GemmaAwqError(f"The header of {name} is not UTF-8.", REDOWNLOAD) from None
 
 
 def _tensor(file: str, entry: object, data: int) -> StoredTensor | None:

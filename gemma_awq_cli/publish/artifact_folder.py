@@ -4,6 +4,7 @@ A folder is published as a list of known files. Anything else in it stops the pu
 """
 
 import re
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
 from gemma_awq_cli.bench.document import BENCH
@@ -28,8 +29,11 @@ _SECRET_NAMES = re.compile(
 )
 
 
-def publishable_files(folder: Path) -> list[Path]:
-    """Return the artifact's own files, sorted by name; raises if the folder holds anything else."""
+def publishable_files(folder: Path, others: Collection[str] = ()) -> list[Path]:
+    """Return the artifact's own files, sorted by name; raises if the folder holds anything else.
+
+    others: names of files that another tool writes, and that belong to its models.
+    """
     secrets, links, strays = [], [], []
     files = []
     for path in sorted(folder.rglob("*")):
@@ -41,9 +45,9 @@ def publishable_files(folder: Path) -> list[Path]:
             links.append(name)
         elif path.is_dir():
             continue
-        elif _SECRET_NAMES.fullmatch(path.name) and not _is_known(name):
+        elif _SECRET_NAMES.fullmatch(path.name) and not _is_known(name, others):
             secrets.append(name)
-        elif not _is_known(name) or not path.is_file():
+        elif not _is_known(name, others) or not path.is_file():
             strays.append(name)
         else:
             files.append(path)
@@ -90,7 +94,7 @@ def licence_files(files: list[Path]) -> dict[str, bytes]:
     return {path.name: read_bytes(path, hint) for path in files if is_licence_file(path.name)}
 
 
-def _is_known(name: str) -> bool:
+def _is_known(name: str, others: Collection[str]) -> bool:
     """Whether a file of this name, relative to the folder, belongs to an artifact."""
-    own = name in (CONFIG, INDEX, SINGLE, REPORT, CARD, BENCH)
+    own = name in (CONFIG, INDEX, SINGLE, REPORT, CARD, BENCH, *others)
     return own or name in SIDE_FILES or WEIGHT_FILE.fullmatch(name) is not None

@@ -40,6 +40,7 @@ def check_deeply(prepared: Prepared, source: str | None, device: str, on_event: 
     """
     chosen = pick_device(device)
     report = prepared.report
+    assert report is not None, "a foreign model is not checked deeply"
     original = original_checkpoint(report, source, lambda text: on_event(Note(text)))
     artifact = Checkpoint(prepared.folder)
     rows = heldout_rows(report, Prompter(prepared.folder))

@@ -71,12 +71,14 @@ def decide_licence(
     notice: str,
     given: str | None,
     derived: DerivedLicence | None,
+    merged: Mapping[str, Mapping[str, Any] | None] | None = None,
 ) -> Licence:
     """Return an artifact's licence; raises where what is known of it is incomplete or contradictory.
 
     terms: of the model's family; declared: metadata of the source's card; present: the artifact's licence files;
-    notice: the sentence on what was modified; given, derived: --license, and its text. A source that declares the terms
-    of Health AI Developer Foundations is under these instead of `terms`.
+    notice: the sentence on what was modified; given, derived: --license, and its text; merged: the metadata of the
+    cards of adapters that were merged into the source, by their names. A source that declares the terms of Health AI
+    Developer Foundations is under these instead of `terms`.
     """
     if (declared or {}).get("license_name") == HAI_DEF.id or given == HAI_DEF.id:
         terms = HAI_DEF
@@ -88,6 +90,8 @@ def decide_licence(
         )
     if given is None:
         _require_consistent(terms, declared, present)
+        for name, card in (merged or {}).items():
+            _require_consistent(terms, card, {}, f"adapter {one_line(name)}")
     own = derived if derived is not None and derived.id != terms.id else None
     text = _text_of(terms, derived) if not _copies(terms, present, own) else b""
     return _with_files(terms, own, present, notice, text)
@@ -115,14 +119,16 @@ def _copies(terms: Terms, present: Mapping[str, bytes], derived: DerivedLicence 
     )
 
 
-def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, present: Mapping[str, bytes]) -> None:
+def _require_consistent(
+    terms: Terms, declared: Mapping[str, Any] | None, present: Mapping[str, bytes], what: str = "source"
+) -> None:
     options = (
         f"--license {terms.id} if it is under {terms.title} alone, or --license ID --license-file FILE for a derived "
         "model's own licence"
     )
     if declared is not None and UNREADABLE in declared:
         raise GemmaAwqError(
-            f"The source's licence is unknown: {declared[UNREADABLE]}", f"Read its card, and give {options}."
+            f"The {what}'s licence is unknown: {declared[UNREADABLE]}", f"Read its card, and give {options}."
         )
     licence = (declared or {}).get("license")
     if isinstance(licence, list) and len(licence) == 1:
@@ -130,14 +136,15 @@ def _require_consistent(terms: Terms, declared: Mapping[str, Any] | None, presen
     if licence == "other" and (declared or {}).get("license_name") == terms.id:
         licence = terms.id
     if licence is None:
+        holder = "source checkpoint" if what == "source" else what
         raise GemmaAwqError(
-            "The source checkpoint declares no licence (no `license` in a model card of its own).", f"Give {options}."
+            f"The {holder} declares no licence (no `license` in a model card of its own).", f"Give {options}."
         )
     if licence != terms.id:
         name = (declared or {}).get("license_name")
         shown = f"{licence} ({name})" if name else str(licence)
         raise GemmaAwqError(
-            f"The source declares the licence {shown}, but models of this generation are under {terms.title} "
+            f"The {what} declares the licence {shown}, but models of this generation are under {terms.title} "
             f"({terms.id}).",
             f"Read both. Then give {options}.",
         )

@@ -23,7 +23,7 @@ from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.licensing import Licence
-from gemma_awq_cli.publish.public_documents import source_name
+from gemma_awq_cli.publish.public_documents import adapter_name, source_name
 from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
 
 HUB = Markdown("https://huggingface.co")
@@ -86,7 +86,11 @@ class CardFacts:
 
 def render_card(facts: CardFacts) -> str:
     """Return the whole card: metadata, text, and the mark that shows whether it was edited."""
-    card = f"---\n{_metadata(facts)}\n---\n\n{_body(facts)}"
+    return marked(f"---\n{_metadata(facts)}\n---\n\n{_body(facts)}")
+
+
+def marked(card: str) -> str:
+    """Return a card with the mark that shows whether it was edited."""
     return f"{card}\n<!-- gemma-awq card, sha256 of the above: {_digest(card)} -->\n"
 
 
@@ -105,6 +109,12 @@ def modification_notice(report: Mapping[str, Any], base_model: str, weights: lis
     """Return the statement that files were modified: which ones, and how."""
     files = f"{', '.join(weights)} and config.json"
     version = report["versions"]["gemma_awq"]
+    if name := adapter_name(report):
+        base_model = f"{base_model}: the LoRA adapter {one_line(name)} was merged into its weights"
+        return (
+            f"{files} were modified from {base_model}, the weights of the linear layers were quantized to 4 bits with "
+            f"gemma-awq {version}, and the norms that scales were folded into were changed with them."
+        )
     if "qat" in report:
         return (
             f"{files} were modified from {base_model}: the weights of the linear layers were stored in 4 bits with "
@@ -122,6 +132,10 @@ def quantize_command(report: Mapping[str, Any]) -> str:
     words = ["gemma-awq", "quantize", f"./{model}" if model.startswith("-") else model]
     if report["source"]["revision"]:
         words += ["--revision", report["source"]["revision"]]
+    if name := adapter_name(report):
+        words += ["--adapter", f"./{name}" if name.startswith("-") else name]
+        if revision := report["source"]["adapter"]["revision"]:
+            words += ["--adapter-revision", revision]
     for name, value in report["arguments"].items():
         if value is not None:
             shown = public_name(value) if name == "calibration" else str(value)
@@ -160,7 +174,7 @@ def _metadata(facts: CardFacts) -> str:
     ]
     multimodal = bool(FAMILIES[report["source"]["model_type"]].companions)
     data = ModelCardData(
-        base_model=facts.base_model,
+        base_model=_base_models(facts),
         base_model_relation="quantized",
         library_name="transformers",
         pipeline_tag="image-text-to-text" if multimodal else "text-generation",
@@ -171,6 +185,12 @@ def _metadata(facts: CardFacts) -> str:
         **facts.licence.metadata,
     )
     return str(data.to_yaml()).strip()
+
+
+def _base_models(facts: CardFacts) -> str | list[str]:
+    """Return what the model was made of, by hub ids: the base model, and the adapter that was merged into it."""
+    adapter = adapter_name(facts.report)
+    return [facts.base_model, adapter] if REPO_ID.fullmatch(adapter) else facts.base_model
 
 
 def _dataset(report: Mapping[str, Any]) -> str | None:
@@ -196,8 +216,8 @@ def _body(facts: CardFacts) -> str:
             base_model=facts.base_model,
             notice=facts.notice,
             provenance=facts.provenance,
-            source_size=_size(report["source"]["bytes"]),
-            artifact_size=_size(artifact["bytes"]),
+            source_size=size_of(report["source"]["bytes"]),
+            artifact_size=size_of(artifact["bytes"]),
             heldout_tokens=fidelity["heldout_tokens"],
             heldout_text=_heldout(report),
             perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
@@ -206,18 +226,19 @@ def _body(facts: CardFacts) -> str:
             top1=f"{100 * fidelity['top1_agreement']:.1f} %",
             reading=_reading(facts),
             qat=_qat(report),
-            speed=_speed(facts.bench),
+            speed=speed_table(facts.bench),
             prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
             chat=facts.chat,
             auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
             dtype=artifact["dtype"],
-            table_size=_size(facts.contents.table_bytes) if facts.contents.table_bytes else "",
+            table_size=size_of(facts.contents.table_bytes) if facts.contents.table_bytes else "",
             smaller=f"{100 * (1 - artifact['bytes'] / max(1, report['source']['bytes'])):.0f} %",
             experts=facts.contents.experts,
             library=next((part.library for part in family.companions if part.library), ""),
             float16=family.float16,
             command=Markdown(quantize_command(report)),
-            source=_source(report),
+            source=_source(report["source"], source_name(report), "config", report["source"]["config_sha256"]),
+            adapter=_adapter(report),
             group_size=artifact["group_size"],
             linears=artifact["quantized_linears"],
             left=_left(facts.tied, facts.contents),
@@ -231,7 +252,7 @@ def _body(facts: CardFacts) -> str:
             gain=_median_gain(report["layers"]),
             restrictions=Markdown(licence.terms.restrictions),
             licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
-            licence_text=_licence(licence),
+            licence_text=licence_text(licence),
         )
     )
     return text
@@ -275,7 +296,7 @@ def _percent(part: int, whole: int) -> str:
     return f"{share:.0f} %" if part in (0, whole) else f"{min(max(share, 0.01), 99.99):.2f} %"
 
 
-def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
+def speed_table(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
     """Return the measured speed as a table, and the machine; None if no speed was measured."""
     models = [model for model in bench["models"] if model["speed"]] if bench is not None else []
     if bench is None or not models:
@@ -291,7 +312,7 @@ def _speed(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
             [f"Decoding {settings['new_tokens']} tokens, tokens/s"]
             + [f"{run['decode_tokens_per_second']['median']:.1f}" for run in runs],
             ["Time to the first token", *(f"{1000 * run['ttft_seconds']['median']:.0f} ms" for run in runs)],
-            ["Peak memory", *(_size(peak) if peak else "-" for peak in peaks)],
+            ["Peak memory", *(size_of(peak) if peak else "-" for peak in peaks)],
         ],
         "machine": f"{environment['gpu'] if first['device'] == 'cuda' else environment['processor']}, "
         f"{first['threads']} threads, batch size {runs[0]['batch']}, medians of {runs[0]['repetitions']} repetitions, "
@@ -321,12 +342,21 @@ def _calibration(report: Mapping[str, Any]) -> str:
     return str(text).replace("embedded", "the embedded text of gemma-awq")
 
 
-def _source(report: Mapping[str, Any]) -> Markdown:
-    source = report["source"]
-    model, revision = escape(source["model"]), source["revision"]
-    if revision and REPO_ID.fullmatch(source["model"]):
+def _source(named: Mapping[str, Any], name: str, of: str, sha256: str) -> Markdown:
+    """Return where a model or an adapter came from. name: its public name; sha256: of what `of` says."""
+    model, revision = escape(named["model"]), named["revision"]
+    if revision and REPO_ID.fullmatch(named["model"]):
         return Markdown(f"[{model}]({HUB}/{model}/tree/{revision}) at commit {code(revision)}")
-    return Markdown(f"{escape(source_name(report))} (config SHA-256 {code(source['config_sha256'])})")
+    return Markdown(f"{escape(name)} ({of} SHA-256 {code(sha256)})")
+
+
+def _adapter(report: Mapping[str, Any]) -> Markdown | None:
+    """Return which adapter was merged into the source, and the base model that it names; None if none was."""
+    adapter = report["source"].get("adapter")
+    if adapter is None:
+        return None
+    base = f", trained on {escape(adapter['base_model'])}" if adapter["base_model"] else ""
+    return Markdown(f"{_source(adapter, adapter_name(report), 'adapter', adapter['sha256'])}{base}")
 
 
 def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:
@@ -334,7 +364,8 @@ def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:
     return f"{100 * median(gains):.0f} %" if gains else "0 %"
 
 
-def _licence(licence: Licence) -> Markdown:
+def licence_text(licence: Licence) -> Markdown:
+    """Return what a card says about its licence."""
     copies = " and ".join(f"[{code(name)}]({escape(name)})" for name in licence.copies)
     terms = f"[{licence.terms.title}]({licence.terms.url})"
     stays = "stay" if licence.terms.restrictions else "stays"
@@ -358,7 +389,7 @@ def _licence(licence: Licence) -> Markdown:
     return Markdown("\n\n".join(parts))
 
 
-def _size(count: float) -> str:
+def size_of(count: float) -> str:
     """1234567 -> `1 MB`."""
     if count >= 1e9:
         return f"{count / 1e9:.2f} GB"

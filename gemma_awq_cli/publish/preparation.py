@@ -25,7 +25,7 @@ from gemma_awq_cli.publish.artifact_folder import (
 from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited, modification_notice, render_card
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
-from gemma_awq_cli.publish.public_documents import public_bench, public_report
+from gemma_awq_cli.publish.public_documents import adapter_name, public_bench, public_report
 from gemma_awq_cli.publish.upload_file import UploadFile
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from gemma_awq_cli.system.reading import read_bytes
@@ -39,16 +39,18 @@ _NOT_QUANTIZED = "Give the folder that `gemma-awq quantize` wrote."
 class Prepared:
     """Everything that the repository will hold, in bytes; none of it depends on the hub.
 
-    report: the artifact's own, with local paths; base_model: a hub id; notes: files that are changed or left out.
+    report: the artifact's own, with local paths, None for a model that another tool quantized; base_model: a hub id;
+    message: of the commit, if the user gives none; notes: files that are changed or left out.
     """
 
     repo: str
     folder: Path
-    report: Mapping[str, Any]
+    report: Mapping[str, Any] | None
     base_model: str
     licence: Licence
     card: str
     files: tuple[UploadFile, ...]
+    message: str
     notes: tuple[str, ...] = ()
 
 
@@ -60,8 +62,7 @@ def prepare(
     base_model: the source's hub id, needed where the report has none; licence, derived: what the user says of the
     licence. Raises if the artifact is damaged or may not be published.
     """
-    if not REPO_ID.fullmatch(repo):
-        raise GemmaAwqError(f"Invalid repository id: {repo!r}.", "Give OWNER/NAME, such as your-name/gemma-3-270m-AWQ.")
+    require_repo_id(repo)
     report = read_report(folder)
     files = publishable_files(folder)
     require_weights_in_index(folder, files)
@@ -70,7 +71,10 @@ def prepare(
     base, declared, provenance = _origin(source, base_model)
     weights = [path.name for path in files if path.suffix == ".safetensors"]
     notice = modification_notice(report, base, weights)
-    decided = decide_licence(terms_of(source["model_type"]), declared, licence_files(files), notice, licence, derived)
+    adapter = source.get("adapter")
+    merged = {} if adapter is None else {adapter_name(report): adapter.get("card")}
+    terms = terms_of(source["model_type"])
+    decided = decide_licence(terms, declared, licence_files(files), notice, licence, derived, merged)
     bench = read_bench(folder, checkpoint)
     shown, measured = public_report(report), public_bench(bench) if bench is not None else None
     card = render_card(
@@ -91,11 +95,18 @@ def prepare(
     made = {**decided.files, REPORT: to_json(shown), CARD: card.encode()}
     if measured is not None:
         made[BENCH] = to_json(measured)
-    uploads, notes = _uploads(files, made)
+    uploads, notes = uploads_of(files, made)
     if ignored := system_leftovers(folder):
         notes.append(f"Not sent, because the operating system left it there: {some(ignored)}.")
     require_nothing_private(uploads)
-    return Prepared(repo, folder, report, base, decided, card, uploads, tuple(notes))
+    message = f"gemma-awq {report['versions']['gemma_awq']}: {base} in 4 bits"
+    return Prepared(repo, folder, report, base, decided, card, uploads, message, tuple(notes))
+
+
+def require_repo_id(repo: str) -> None:
+    """Raise for what cannot be the id of a repository."""
+    if not REPO_ID.fullmatch(repo):
+        raise GemmaAwqError(f"Invalid repository id: {repo!r}.", "Give OWNER/NAME, such as your-name/gemma-3-270m-AWQ.")
 
 
 def _require_no_own_card(folder: Path) -> None:
@@ -104,7 +115,7 @@ def _require_no_own_card(folder: Path) -> None:
         raise GemmaAwqError(f"{path} was written by hand, but the card is made from the report.", _OWN_CARD)
 
 
-def _uploads(files: list[Path], made: Mapping[str, bytes]) -> tuple[tuple[UploadFile, ...], list[str]]:
+def uploads_of(files: list[Path], made: Mapping[str, bytes]) -> tuple[tuple[UploadFile, ...], list[str]]:
     """Return what is uploaded, sorted by name, and a note on each file that is changed. `made` replaces files."""
     uploads = {name: UploadFile(name, content) for name, content in made.items()}
     notes = []
@@ -122,7 +133,8 @@ def read_report(folder: Path) -> dict[str, Any]:
         raise GemmaAwqError(f"{folder} is not a folder.", _NOT_QUANTIZED)
     if not (folder / REPORT).is_file() or not (folder / CONFIG).is_file():
         raise GemmaAwqError(
-            f"{folder} is not an artifact of this tool (it has no {REPORT} or no {CONFIG}).", _NOT_QUANTIZED
+            f"{folder} is not an artifact of this tool (it has no {REPORT} or no {CONFIG}).",
+            f"{_NOT_QUANTIZED} A 4-bit Gemma that another tool made is pushed with --foreign.",
         )
     report = read_quantization_report(folder)
     stored = read_json(folder / CONFIG)

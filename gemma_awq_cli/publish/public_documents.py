@@ -13,6 +13,9 @@ def public_report(report: Mapping[str, Any]) -> dict[str, Any]:
     """Return the report with every local path cut to its last part."""
     published: dict[str, Any] = json.loads(json.dumps(report))
     published["source"]["model"] = source_name(report)
+    if (adapter := published["source"].get("adapter")) is not None:
+        adapter["model"], base = adapter_name(report), adapter["base_model"]
+        adapter["base_model"] = base if REPO_ID.fullmatch(base) or not base else base_name(base)
     for part in ("arguments", "fingerprint"):
         if isinstance(published.get(part), dict) and isinstance(published[part].get("calibration"), str):
             published[part]["calibration"] = public_name(published[part]["calibration"])
@@ -40,5 +43,15 @@ def public_bench(bench: Mapping[str, Any]) -> dict[str, Any]:
 
 def source_name(report: Mapping[str, Any]) -> str:
     """Return the source's public name: a hub id or `demo` as it is, the last part of a local folder's path."""
-    model = str(report["source"]["model"])
-    return model if report["source"]["revision"] and REPO_ID.fullmatch(model) else base_name(model)
+    return _public_name(report["source"])
+
+
+def adapter_name(report: Mapping[str, Any]) -> str:
+    """Return the public name of the adapter that was merged into the source, "" if there was none."""
+    adapter = report["source"].get("adapter")
+    return "" if adapter is None else _public_name(adapter)
+
+
+def _public_name(named: Mapping[str, Any]) -> str:
+    model = str(named["model"])
+    return model if named["revision"] and REPO_ID.fullmatch(model) else base_name(model)

@@ -9,11 +9,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.events import Note
 from gemma_awq_cli.publish.artifact_folder import CARD
 from gemma_awq_cli.publish.deep_check import check_deeply
 from gemma_awq_cli.publish.events import Event, UploadStarted
+from gemma_awq_cli.publish.foreign_model import prepare_foreign
 from gemma_awq_cli.publish.hub_repository import (
     MAIN,
     commit_plan,
@@ -37,7 +38,7 @@ class PushRequest:
     and the base model; base_model: a hub id, needed if the artifact was quantized from a local folder; licence: the id
     of the source's licence where it declares none; licence_file: the text of a derived model's own licence; deep:
     generate some tokens and measure the KL divergence again, against `source` or where the report says that the
-    original came from; device: auto, cpu, cuda or mps, for the deep check.
+    original came from; device: auto, cpu, cuda or mps, for the deep check; foreign: another tool quantized the model.
     """
 
     folder: Path
@@ -53,6 +54,7 @@ class PushRequest:
     deep: bool = False
     source: str | None = None
     device: str = "auto"
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,13 @@ def check(request: PushRequest, on_event: Callable[[Event], None]) -> Prepared:
     """Check the artifact and make its page; sends nothing. Raises if it may not be pushed."""
     derived = read_derived_licence(request.licence, request.licence_file)
     on_event(Note(f"Checking {request.folder}."))
-    prepared = prepare(request.folder, request.repo, request.base_model, request.licence, derived)
+    if request.foreign and request.deep:
+        raise UsageError(
+            "--deep measures again what a report says, and a model of another tool has none.",
+            "Push it without --deep. `gemma-awq bench --save` measures it, and its card then shows the figures.",
+        )
+    make = prepare_foreign if request.foreign else prepare
+    prepared = make(request.folder, request.repo, request.base_model, request.licence, derived)
     for note in prepared.notes:
         on_event(Note(note))
     if request.deep:
@@ -104,12 +112,8 @@ def push(
     parent = branch.commit if branch.exists else None
     if parent is None:
         parent = create_branch(api, repo, revision, request.private, branch)
-    message = request.message or _default_message(prepared)
+    message = request.message or prepared.message
     commit = commit_plan(api, repo, revision, parent, request.create_pr, message, plan)
     verified = verify_files(api, repo, commit.reference, expected)
     url = commit.pull_request or page_url(api, repo, revision)
     return Pushed(prepared, plan, url, commit.id, verified, commit.pull_request)
-
-
-def _default_message(prepared: Prepared) -> str:
-    return f"gemma-awq {prepared.report['versions']['gemma_awq']}: {prepared.base_model} in 4 bits"

@@ -71,7 +71,10 @@ def plan_upload(prepared: Prepared, branch: Branch, card_edited: bool, replace_c
             "Make it private in its settings on the hub first, or push without --private.",
         )
     foreign = sorted(name for name in branch.files if _matches(name, FOREIGN_WEIGHTS))
-    if foreign and REPORT not in branch.files:
+    mine = {file.name: file for file in prepared.files}
+    same = all(name in mine and branch.files[name].matches(mine[name]) for name in foreign)
+    has_our_card = CARD in branch.files and not card_edited
+    if foreign and REPORT not in branch.files and not same and not has_our_card:
         raise GemmaAwqError(
             f"{prepared.repo} already holds another model ({foreign[0]}, and no {REPORT}), which is not replaced.",
             "Push to another repository, or to another branch with --revision after removing the files there.",

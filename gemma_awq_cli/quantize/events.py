@@ -36,12 +36,16 @@ class SamplingFinished:
 
 @dataclass(frozen=True)
 class PlanMade:
-    """Everything that can be known in advance. target: the artifact's folder; device: such as `cpu`."""
+    """Everything that can be known in advance.
+
+    target: the artifact's folder; device: such as `cpu`; adapter: that is merged into the source, if one is.
+    """
 
     plan: Plan
     source: Source
     target: Path
     device: str
+    adapter: Source | None = None
 
 
 @dataclass(frozen=True)

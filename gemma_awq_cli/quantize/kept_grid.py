@@ -28,6 +28,7 @@ from gemma_awq_cli.quantize.request import IGNORE, KEEP, QuantizeRequest
 KEPT_SHARE = 0.99  # of the groups with any weight but 0, from which on a checkpoint is one of QAT
 LEAST_SHARE = 0.5  # the share that --qat keep needs
 METHOD = "kept grid"
+UNFETCHED = "Planned from the files' headers, which do not say whether the weights lie on a 4-bit grid"
 NO_CALIBRATION = "none"  # the description of the calibration rows
 
 
@@ -36,8 +37,12 @@ def decide_on_grid(request: QuantizeRequest, checkpoint: Checkpoint, dtype: torc
 
     dtype: of the artifact's 16-bit weights.
     """
-    if request.qat == IGNORE:
+    if request.qat == IGNORE or checkpoint.adapter is not None:  # an adapter moves weights off their grid
         return False
+    if not checkpoint.fetched:
+        if request.qat != KEEP:
+            on_event(Note(f"{UNFETCHED}, as for any other; --qat keep plans for a QAT checkpoint."))
+        return request.qat == KEEP
     share = sample_grids(checkpoint, dtype).share
     found = f"{percent(share)} of the weights lie on a 4-bit grid in groups of {KNOWN_GROUP}"
     if request.qat == KEEP and share < LEAST_SHARE:

@@ -25,7 +25,6 @@ from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, Journal, Lay
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, write_errors
-from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
@@ -141,7 +140,7 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
         verified = verify_artifact(work.model)
         report = Report(
             REPORT_SCHEMA,
-            SourceSection.of(prepared.source, prepared.checkpoint, plan, prepared.card),
+            SourceSection.of(prepared.source, prepared.checkpoint, plan, prepared.card, prepared.merged),
             ArtifactSection.of(plan),
             prepared.arguments,
             CalibrationSection.of(prepared.rows),
@@ -225,4 +224,4 @@ def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, wri
         pieces = (piece.to(plan.dtype) for piece in checkpoint.pieces(name))
         writer.write_pieces(checkpoint.artifact_key(name), pieces)
     for key in checkpoint.companions():
-        writer.write_pieces(key, read_pieces(key, checkpoint.tensors[key]))
+        writer.write_pieces(key, checkpoint.stored_pieces(key))

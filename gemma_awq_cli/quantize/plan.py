@@ -68,10 +68,9 @@ class Plan:
 def stored_dtype(checkpoint: Checkpoint, asked: str | None) -> torch.dtype:
     """Return the dtype of the weights that stay in 16 bits.
 
-    It is the one that is asked for, else the one that the checkpoint declares, and bfloat16 for a 32-bit checkpoint.
+    It is the one that is asked for, else the checkpoint's, and bfloat16 for a 32-bit checkpoint.
     """
-    declared = checkpoint.declared_dtype
-    dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[asked] if asked else declared
+    dtype = {name: dtype for dtype, name in DTYPE_NAMES.items()}[asked] if asked else checkpoint.dtype
     if dtype == torch.float16 and not checkpoint.family.float16:
         if asked:
             raise GemmaAwqError(

@@ -38,6 +38,7 @@ from gemma_awq_cli.quantize.events import (
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
 from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, grid_group_size
+from gemma_awq_cli.quantize.merged_adapter import MergedAdapter, adapter_warnings, open_asked_adapter
 from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
@@ -52,11 +53,13 @@ ANOTHER_FOLDER = "choose another folder with -o"
 class Prepared:
     """One quantization, ready to begin: nothing in it changes afterwards.
 
-    card: what the source's own model card declares; side_files: the files that are copied into the artifact;
-    arguments: of the request, as the report holds them.
+    merged: the adapter that is merged into the source, if there is one; card: what the source's own model card
+    declares; side_files: the files that are copied into the artifact; arguments: of the request, as the report holds
+    them.
     """
 
     source: Source
+    merged: MergedAdapter | None
     target: Path
     checkpoint: Checkpoint
     card: dict[str, Any] | None
@@ -74,6 +77,7 @@ class Prepared:
         return {
             "gemma-awq": __version__,
             "model": self.checkpoint.identity(),
+            **({} if self.merged is None else {"adapter": self.merged.adapter.sha256}),
             **self.arguments,
             "stored dtype": self.plan.dtype_name,
             **({"grid": "kept"} if self.plan.keeps_grid else {}),
@@ -93,7 +97,8 @@ class Prepared:
 def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) -> Prepared:
     """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
 
-    dry_run: the target may be taken, and rows that the model would sample are left zero, as only their number matters.
+    dry_run: the target may be taken, weights stay on the hub, and rows that the model would sample are left zero, as
+    only their number matters.
     """
     device = pick_device(request.device)
     recipe = find_recipe(
@@ -105,13 +110,14 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     output = None if request.output is None else local_path(request.output, ANOTHER_FOLDER)
     if output is not None and not dry_run:
         WorkFolder(output, request.force, request.resume)  # a taken folder is an error before anything is fetched
-    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)))
+    merged = None if request.adapter is None else open_asked_adapter(request.adapter, request.adapter_revision)
+    source = find_source(request.model, request.revision, lambda text: on_event(Note(text)), weights=not dry_run)
     on_event(SourceFound(source))
     target = output or Path(f"{source.name}-AWQ")
     if not dry_run:
         WorkFolder(target, request.force, request.resume)
-    checkpoint = Checkpoint(source.folder)
-    for line in checkpoint.notes:
+    checkpoint = Checkpoint(source.folder, None if merged is None else merged.adapter, source.on_hub)
+    for line in (*checkpoint.notes, *(() if merged is None else adapter_warnings(merged, source))):
         on_event(Warned(line))
     require_quantizable(checkpoint)
     card, beside = source_card(source.folder), side_files(source.folder)
@@ -128,9 +134,9 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run, keeps_grid)
     plan = make_plan(checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid)
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
-    on_event(PlanMade(plan, source, target, device.type))
+    on_event(PlanMade(plan, source, target, device.type, None if merged is None else merged.source))
     arguments = request.reported(device.type, group_size)
-    return Prepared(source, target, checkpoint, card, beside, stack, rows, plan, arguments)
+    return Prepared(source, merged, target, checkpoint, card, beside, stack, rows, plan, arguments)
 
 
 def require_quantizable(checkpoint: Checkpoint) -> None:

@@ -15,44 +15,46 @@ from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, KeptGroups, LayerRecord
-from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
 from gemma_awq_cli.models.checkpoints.source import Source
-from gemma_awq_cli.models.checkpoints.tying import with_tie
+from gemma_awq_cli.models.checkpoints.stated_config import BITS, awq_section, stated_config
 from gemma_awq_cli.models.forward.memory import peak_memory
-from gemma_awq_cli.models.packed_formats.choosing import SECTION
+from gemma_awq_cli.quantize.merged_adapter import MergedAdapter
 from gemma_awq_cli.quantize.plan import Plan
 
 REPORT_SCHEMA = 2
-BITS = 4
 
 
 def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Return the source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
-    dtype = plan.dtype_name
-    config = {key: value for key, value in checkpoint.raw_config.items() if key != "torch_dtype"}
-    config["dtype"] = dtype
-    if isinstance(config.get("text_config"), dict):
-        other = ("torch_dtype", SECTION)  # some readers would take a section in here for the artifact's
-        text_config = {key: value for key, value in config["text_config"].items() if key not in other}
-        config["text_config"] = {**text_config, "dtype": dtype}
-    config[SECTION] = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": BITS,
-        "group_size": plan.group_size,
-        "zero_point": True,
-        "modules_to_not_convert": list(checkpoint.family.not_converted),
-    }
-    stated: dict[str, Any] = without_local_paths(with_tie(config, checkpoint.tied_head))[0]
-    return stated
+    section = awq_section(plan.group_size, list(checkpoint.family.not_converted))
+    return stated_config(checkpoint, plan.dtype_name, section)
 
 
 # The sections of quantization_report.json. The names of the fields are its keys: docs/report-schema.json.
 
 
 @dataclass(frozen=True)
+class AdapterSection:
+    """A LoRA adapter that was merged before quantizing.
+
+    base_model: the model that it names as its own base; card: as in `SourceSection`.
+    """
+
+    model: str
+    revision: str | None
+    base_model: str
+    sha256: str
+    card: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, merged: MergedAdapter) -> "AdapterSection":
+        adapter = merged.adapter
+        return cls(merged.source.asked, merged.source.revision, adapter.config.base, adapter.sha256, merged.card)
+
+
+@dataclass(frozen=True)
 class SourceSection:
-    """The 16-bit checkpoint. card: what its own model card declares, or None without one."""
+    """The 16-bit checkpoint. card: what its own model card declares, or None without one; adapter: merged into it."""
 
     model: str
     revision: str | None
@@ -60,11 +62,21 @@ class SourceSection:
     config_sha256: str
     bytes: int
     card: dict[str, Any] | None
+    adapter: AdapterSection | None
 
     @classmethod
-    def of(cls, source: Source, checkpoint: Checkpoint, plan: Plan, card: dict[str, Any] | None) -> "SourceSection":
+    def of(
+        cls,
+        source: Source,
+        checkpoint: Checkpoint,
+        plan: Plan,
+        card: dict[str, Any] | None,
+        merged: MergedAdapter | None,
+    ) -> "SourceSection":
         digest = hashlib.sha256((checkpoint.folder / CONFIG).read_bytes()).hexdigest()
-        return cls(source.asked, source.revision, checkpoint.family.model_type, digest, plan.source_bytes, card)
+        adapter = None if merged is None else AdapterSection.of(merged)
+        model_type, size = checkpoint.family.model_type, plan.source_bytes
+        return cls(source.asked, source.revision, model_type, digest, size, card, adapter)
 
 
 @dataclass(frozen=True)
@@ -190,4 +202,6 @@ class Report:
         value: dict[str, Any] = json.loads(json.dumps({**asdict(self), "layers": layers}))
         if self.qat is None:
             del value["qat"]
+        if self.source.adapter is None:
+            del value["source"]["adapter"]
         return value

@@ -23,6 +23,7 @@ class QuantizeRequest:
 
     model: a checkpoint folder, a hub id or `demo`; output: the artifact's folder, by default `NAME-AWQ` in the current
     one; revision: branch, tag or commit of a hub id.
+    adapter: a folder or hub id of a LoRA adapter that is merged into the model; adapter_revision: of its hub id.
     group_size: weights that share one scale and zero point, by default the largest of `GROUP_SIZES` that divides the
     inputs of every linear, or 32 where a grid is kept; qat: `keep` the 4-bit grid that the weights of a QAT checkpoint
     lie on, `ignore` it, or by default keep it if the checkpoint has one; dtype: of the weights that stay in 16 bits, by
@@ -39,6 +40,8 @@ class QuantizeRequest:
     model: str = DEMO
     output: Path | None = None
     revision: str | None = None
+    adapter: str | None = None
+    adapter_revision: str | None = None
     group_size: int | None = None
     qat: str | None = None
     dtype: str | None = None
@@ -64,6 +67,13 @@ class QuantizeRequest:
         _require_one_of("device", self.device, DEVICES)
         _require_at_least("num_samples", self.num_samples, 1)
         _require_at_least("seq_len", self.seq_len, LEAST_SEQ_LEN)
+        if self.adapter is None and self.adapter_revision is not None:
+            raise UsageError("--adapter-revision needs --adapter.", "Name the adapter with --adapter OWNER/NAME.")
+        if self.adapter is not None and self.qat == KEEP:
+            raise UsageError(
+                "--qat keep and --adapter contradict each other: an adapter moves the weights off their grid.",
+                "Leave out --qat to quantize the merged model like any other, or quantize the base model alone.",
+            )
         if self.max_memory is not None:
             _require_at_least("max_memory", self.max_memory, 1)
 
@@ -108,6 +118,8 @@ class QuantizeOptions(TypedDict, total=False):
     """The fields of `QuantizeRequest` beside the model and the output, as keyword arguments."""
 
     revision: str | None
+    adapter: str | None
+    adapter_revision: str | None
     group_size: int | None
     qat: str | None
     dtype: str | None

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma_awq_cli.calibration_text.rows import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
+from gemma_awq_cli.models.checkpoints.adapter import Adapter
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
@@ -66,7 +67,7 @@ def sampled_rows(
         ids = load_file(path)["ids"]
         if ids.shape == (rows, seq_len) and ids.dtype == torch.int32:
             return ids.to(torch.int64)
-    ids = sample_rows(checkpoint.folder, device, rows, seq_len, seed, on_token)
+    ids = sample_rows(checkpoint.folder, device, rows, seq_len, seed, on_token, checkpoint.adapter)
     partial = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,15 +80,22 @@ def sampled_rows(
 
 @torch.inference_mode()
 def sample_rows(
-    folder: Path, device: torch.device, rows: int, seq_len: int, seed: int, on_token: Callable[[int], None]
+    folder: Path,
+    device: torch.device,
+    rows: int,
+    seq_len: int,
+    seed: int,
+    on_token: Callable[[int], None],
+    adapter: Adapter | None = None,
 ) -> Tensor:
     """Sample token ids [rows, seq_len] int64, each row from BOS.
 
-    The same seed, number of threads and libraries give the same rows. on_token: called with the position of each token.
+    The same seed, number of threads and libraries give the same rows. on_token: called with the position of each token;
+    adapter: merged into the model.
     """
     from transformers import StaticCache
 
-    opened = open_model(folder, device)
+    opened = open_model(folder, device, adapter=adapter)
     model = opened.model
     generator = torch.Generator(device=device).manual_seed(seed)
     cache = StaticCache(config=model.config, max_cache_len=seq_len)

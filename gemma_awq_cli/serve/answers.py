@@ -78,11 +78,11 @@ class AnswerForm:
             return None
         if self.chat:
             return {"content": [self._chat_logprobs(token) for token in tokens]}
-        texts = [self._text(token.token) for token in tokens]
+        text_of = self.tokenizer.text_of
         return {
-            "tokens": texts,
+            "tokens": [text_of(token.token) for token in tokens],
             "token_logprobs": [_finite(token.logprob) for token in tokens],
-            "top_logprobs": [{self._text(other): _finite(logprob) for other, logprob in token.top} for token in tokens],
+            "top_logprobs": [{text_of(other): _finite(logprob) for other, logprob in token.top} for token in tokens],
         }
 
     def _chat_logprobs(self, token: TokenLogprobs) -> Json:
@@ -91,14 +91,9 @@ class AnswerForm:
 
     def _named(self, token: int, logprob: float) -> Json:
         byte = _BYTE.fullmatch(self.tokenizer.token_of(token) or "")
-        text = self._text(token)
+        text = self.tokenizer.text_of(token)
         raw = [int(byte[1], 16)] if byte else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": raw}
-
-    def _text(self, token: int) -> str:
-        """The token's text; for a part of a character, which has none, the vocabulary's name of it."""
-        text = self.tokenizer.decode([token])
-        return (self.tokenizer.token_of(token) or text) if "\ufffd" in text else text
 
 
 def usage_of(prompt_tokens: int, tickets: Sequence[Ticket], per_prompt: int) -> Json:

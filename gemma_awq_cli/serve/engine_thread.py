@@ -52,13 +52,15 @@ class RowRequest:
     """A row to be generated.
 
     ids: the prompt's, BOS included. number: tells its random numbers from those of the request's other rows. streams:
-    whether each piece is wanted as soon as it is certain; if not, one delta has it all.
+    whether each piece is wanted as soon as it is certain; if not, one delta has it all. ignore_eos: whether no token
+    ends it.
     """
 
     ids: Sequence[int]
     options: GenerationOptions
     number: int
     streams: bool
+    ignore_eos: bool = False
     constraint: Constraint | None = None
 
 
@@ -185,7 +187,9 @@ class EngineThread:
         return self._cache.nbytes
 
     def submit(self, requests: Sequence[RowRequest]) -> RowGroup:
-        """Put rows in the queue, all or none. Raises BusyError if it is full."""
+        """Put rows in the queue, all or none. Raises BusyError if it is full, GemmaAwqError if the thread has ended."""
+        if not self.alive:
+            raise GemmaAwqError("The engine has ended.", "Start the server again.")
         if self.live + len(requests) > self.rows + self.max_waiting:
             raise BusyError(max(1, min(600, round(self._row_seconds * (1 + self.waiting / self.rows)))))
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
@@ -220,7 +224,8 @@ class EngineThread:
         ids, options = request.ids, request.options
         text = TurnDetokenizer(self._tokenizer, options.stop, answer.append, thought.append)
         limit = min(options.max_new_tokens, self.capacity - len(ids))
-        row = Row(0, request.number, ids, limit, self._ends, text, Completion(len(ids)), options.logprobs)
+        ends = frozenset[int]() if request.ignore_eos else self._ends
+        row = Row(0, request.number, ids, limit, ends, text, Completion(len(ids)), options.logprobs)
         task = Task(row, Sampler(options.sampling, request.number, ids, request.constraint), lambda task: None)
         return Ticket(task, index, request.streams, answer, thought, deltas)
 

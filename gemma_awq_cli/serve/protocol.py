@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate import MOST_LOGPROBS
 from gemma_awq_cli.generate.grammar import ANY_OBJECT, Grammar, GrammarError, schema_grammar
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Message
@@ -20,7 +21,6 @@ LONGEST_STOP = 1000  # characters
 MOST_PROMPTS = 128
 MOST_MESSAGES = 10_000
 MOST_BIASES = 1024  # OpenAI takes 300
-TOP_LOGPROBS = 20
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's answer may fill the context
 LARGEST = 2**63 - 1
 # They change nothing in an answer: bookkeeping of OpenAI's service.
@@ -40,7 +40,8 @@ class GenerationRequest:
 
     chat: whether it is a conversation to answer, else prompts to continue. prompts: one conversation; or texts, or
     prompts as token ids. model: the name that was asked for. n: answers per prompt. max_tokens: None for as many as the
-    context holds. logprobs, grammar: see `GenerationOptions`. think: see `Prompter.chat`.
+    context holds. logprobs, grammar: see `GenerationOptions`. think: see `Prompter.chat`. ignore_eos: whether answers
+    go on after a token that ends them, for load tests.
     """
 
     chat: bool
@@ -55,6 +56,7 @@ class GenerationRequest:
     grammar: Grammar | None
     stream: bool
     include_usage: bool
+    ignore_eos: bool
 
 
 def parse_body(body: bytes) -> JsonFields:
@@ -74,7 +76,7 @@ def read_chat(body: bytes, vocabulary: int) -> GenerationRequest:
     fields = parse_body(body)
     messages = _messages(fields)
     wants = fields.flag("logprobs")
-    count = fields.integer("top_logprobs", 0, TOP_LOGPROBS)
+    count = fields.integer("top_logprobs", 0, MOST_LOGPROBS)
     if count is not None and not wants:
         raise fields.wrong("top_logprobs", "needs logprobs to be true")
     longest = [fields.integer(name, 1, LARGEST) for name in ("max_completion_tokens", "max_tokens")]
@@ -109,7 +111,7 @@ def read_completion(body: bytes, vocabulary: int) -> GenerationRequest:
         grammar=_response_format(fields, False),
         prompts=prompts,
         max_tokens=fields.integer("max_tokens", 1, LARGEST) or COMPLETION_TOKENS,
-        logprobs=fields.integer("logprobs", 0, TOP_LOGPROBS),
+        logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS),
         think=None,
         vocabulary=vocabulary,
     )
@@ -129,6 +131,9 @@ def _request(
     """Read what both kinds of requests have, and refuse what is left."""
     stream = fields.flag("stream") or False
     include_usage = _stream_options(fields, stream)
+    ignore_eos = fields.flag("ignore_eos") or False
+    if ignore_eos and grammar is not None:
+        raise fields.wrong("ignore_eos", "cannot be used with a grammar, which ends")
     request = GenerationRequest(
         chat,
         prompts,
@@ -142,6 +147,7 @@ def _request(
         grammar,
         stream,
         include_usage,
+        ignore_eos,
     )
     fields.finish(HARMLESS)
     return request

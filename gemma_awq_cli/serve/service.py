@@ -97,7 +97,7 @@ class Service:
             )
             for number in range(request.n):
                 constraint = None if compiled is None else compiled.constraint()
-                rows.append(RowRequest(ids, options, number, request.stream, constraint))
+                rows.append(RowRequest(ids, options, number, request.stream, request.ignore_eos, constraint))
         return Prepared(rows, prompt_tokens)
 
     def _ids(self, request: GenerationRequest, prompt: PromptLike) -> list[int]:

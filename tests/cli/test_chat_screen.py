@@ -17,16 +17,26 @@ from tests.tiny import add_tokens, make_checkpoint
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="pseudo-terminals are POSIX")
 CTRL_C, CTRL_D = b"\x03", b"\x04"
+# The command with a model that writes the same turn again and again.
+SCRIPTED = """
+import sys
+from gemma_awq_cli.generate import running
+from gemma_awq_cli.models.text.prompter import Prompter
+from tests.generate.test_thinking import TURN, Scripted
+running.open_engine = lambda checkpoint, *_: Scripted(Prompter(checkpoint.folder), [TURN] * 9)
+from gemma_awq_cli.cli.app import main
+sys.exit(main(sys.argv[1:]))
+"""
 
 
 class Terminal:
     """A chat in its own pseudo-terminal."""
 
-    def __init__(self, folder: Path, *more: str) -> None:
+    def __init__(self, folder: Path, *more: str, program: tuple[str, str] = ("-m", "gemma_awq_cli")) -> None:
         import pty
 
         self._master, slave = pty.openpty()
-        command = [sys.executable, "-m", "gemma_awq_cli", "run", "-m", str(folder), "--device", "cpu", *more]
+        command = [sys.executable, *program, "run", "-m", str(folder), "--device", "cpu", *more]
         environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
@@ -156,6 +166,24 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path) -> None:
     assert "exists" in slow.wait(">>> ")
     slow.type(CTRL_C)  # at an empty prompt it ends the chat
     assert slow.end() == 130
+
+
+@pytest.mark.slow
+def test_thoughts_are_seen_in_a_chat_and_told_from_the_answer(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "tiny", "gemma4_text", chat=True)
+    thinking = Terminal(folder, "--think", program=("-c", SCRIPTED))
+    thinking.wait(">>> ")
+    for message in (b"Capital?", b"Where?"):
+        thinking.type(message + b"\n")
+        thinking.wait(message.decode() + "\n")
+        assert thinking.wait(">>> ") == "Thinking:\nIs it Paris?\n\nIt is Paris.\n>>> "
+    thinking.type(f"/save {tmp_path / 'chat.jsonl'}\n".encode())
+    assert "4 messages" in thinking.wait(">>> ")
+    thinking.type(CTRL_D)
+    assert thinking.end() == 0
+    (line,) = (tmp_path / "chat.jsonl").read_text(encoding="utf-8").splitlines()
+    contents = [one["content"] for one in json.loads(line)["messages"]]
+    assert contents == ["Capital?", "It is Paris.", "Where?", "It is Paris."]
 
 
 @pytest.mark.slow

@@ -45,6 +45,41 @@ def test_a_file_of_prompts_and_a_resumed_run(tmp_path: Path, artifacts: Callable
     assert target.read_bytes() == whole
 
 
+def test_log_probabilities_and_penalties(tmp_path: Path, artifacts: Callable[[str], Path], capsys: Capture) -> None:
+    model = ["-m", str(artifacts("gemma")), "--device", "cpu", "--max-new-tokens", "4", "--threads", "1"]
+    more = [
+        "--logprobs",
+        "2",
+        "--seed",
+        "1",
+        "--min-p",
+        "0.1",
+        "--repetition-penalty",
+        "1.2",
+        "--presence-penalty",
+        "1",
+    ]
+    assert main(["run", "Hi", *model, *more, "--frequency-penalty", "-0.5", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["sampling"] == (
+        "temperature 1, min-p 0.1, repetition penalty 1.2, presence penalty 1, frequency penalty -0.5, seed 1"
+    )
+    assert len(document["logprobs"]) == document["tokens"] == 4
+    for token in document["logprobs"]:
+        assert token["top"][0]["logprob"] >= token["logprob"]
+        assert len(token["top"]) == 2
+        assert {"token", "id"} <= token.keys()
+    source, target = tmp_path / "prompts.txt", tmp_path / "out.jsonl"
+    source.write_text("Hello\na\n", encoding="utf-8")
+    assert main(["run", *model, *more, "--input", str(source), "--output", str(target)]) == 0
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [len(row["logprobs"]) for row in rows] == [row["tokens"] for row in rows]
+    assert (rows[0]["made_with"]["logprobs"], rows[0]["made_with"]["presence_penalty"]) == (2, 1.0)
+    capsys.readouterr()
+    assert main(["run", "Hi", *model, "--logprobs", "2"]) == 2
+    assert "--logprobs needs --json" in capsys.readouterr().err
+
+
 def test_sampling_is_what_the_model_says_unless_asked(tmp_path: Path, capsys: Capture) -> None:
     folder = make_checkpoint(tmp_path / "model", "gemma")
     path = folder / "generation_config.json"

@@ -17,8 +17,9 @@ import pytest
 from tests.fuzz.hostile import CANARY
 
 ONE = "gemma-one"  # of a single layer, for what must quantize to be seen
-FAMILIES = ("gemma", "gemma-mqa", "gemma2", "gemma3_text", "gemma3")
-CHAT = ("gemma-mqa", "gemma3_text", "gemma3")
+QAT = "gemma3_text-qat"  # its weights lie on a 4-bit grid
+FAMILIES = ("gemma", "gemma-mqa", "gemma2", "gemma3_text", "gemma3", "gemma3n_text", "gemma4-experts", QAT)
+CHAT = ("gemma-mqa", "gemma3_text", "gemma3", "gemma4-experts")
 SHARDED = ("gemma2",)
 ARTIFACTS = tuple(f"{family}-awq" for family in FAMILIES)
 SEED = 3  # of the weights: models that do not amplify the rounding of bfloat16, see compare.py
@@ -77,12 +78,16 @@ def _checkpoint(folder: Path, family: str, layers: int = 3) -> None:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(tiny._SIZES, "num_hidden_layers", layers)
-        model = tiny.make_checkpoint(folder / "model", family, SEED, family in SHARDED, family in CHAT)
+        kind = family.removesuffix("-qat")
+        model = tiny.make_checkpoint(folder / "model", kind, SEED, family in SHARDED, family in CHAT)
+    if family == QAT:
+        tiny.snap_to_grid(model)
     (model / "README.md").write_text(CARD, encoding="utf-8")
     (model / "LICENSE").write_text("Licence of a test.\n", encoding="utf-8")
     tokens = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>", "unk_token": {"content": "<unk>"}}
+    turns = tiny.GEMMA4_TURNS if family.startswith("gemma4") else tiny.SPECIAL[4:]
     (model / "special_tokens_map.json").write_text(json.dumps(tokens), encoding="utf-8")
-    (model / "added_tokens.json").write_text(json.dumps({"<start_of_turn>": 4, "<end_of_turn>": 5}), encoding="utf-8")
+    (model / "added_tokens.json").write_text(json.dumps({turns[0]: 4, turns[1]: 5}), encoding="utf-8")
     _texts(folder, [f"{number}. {tiny.TEXT}" for number in range(14)], family in CHAT)
     _answers(folder)
 

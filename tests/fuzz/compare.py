@@ -5,6 +5,7 @@ weights, so that transformers, which has no AWQ kernels on a CPU, sees an ordina
 """
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 
 IDS = [2, *(7 * number % 250 + 6 for number in range(40))]  # BOS, and more than the sliding window of 16
 LAST = 12  # positions that are compared: at one or the other the tiny models amplify the smallest error
+_EXPERT = re.compile(r"(?P<base>.*\.experts)\.(?P<expert>\d+)\.(gate|up|down)_proj\.weight")
 APART = 0.3  # relative, of the logits at the median position; of sound models at most 0.1
 
 
@@ -83,5 +85,18 @@ def _dense(folder: Path, scratch: Path) -> Path:
         base = name.removesuffix(".qweight")
         packed = PackedWeight(*(tensors.pop(f"{base}.{part}") for part in PackedWeight._fields))
         tensors[f"{base}.weight"] = dequantize(*unpack_weight(packed))
+    _stack_experts(tensors)
     save_file(tensors, scratch / "model.safetensors", metadata={"format": "pt"})
     return scratch
+
+
+def _stack_experts(tensors: dict[str, Tensor]) -> None:
+    """The linears of single experts as transformers holds them: one tensor for all of a layer."""
+    found = [match for name in list(tensors) if (match := _EXPERT.fullmatch(name))]
+    for base in {match["base"] for match in found}:
+        count = 1 + max(int(match["expert"]) for match in found if match["base"] == base)
+        gate, up, down = (
+            torch.stack([tensors.pop(f"{base}.{expert}.{kind}_proj.weight") for expert in range(count)])
+            for kind in ("gate", "up", "down")
+        )
+        tensors[f"{base}.gate_up_proj"], tensors[f"{base}.down_proj"] = torch.cat([gate, up], 1), down

@@ -16,7 +16,7 @@ from gemma_awq_cli.generate.events import Event, ModelOpened
 from gemma_awq_cli.generate.generation import Completion
 from gemma_awq_cli.generate.model import Model, load_model
 from gemma_awq_cli.generate.request import CHOICES
-from tests.tiny import make_checkpoint
+from tests.tiny import make_checkpoint, original_model
 
 
 @pytest.fixture(scope="module")
@@ -53,6 +53,26 @@ def test_it_generates_what_the_command_prints(
     more = ["--max-new-tokens", "9", "--temperature", "1.5", "--top-k", "50", "--top-p", "0.9", "--seed", "4"]
     assert sampled == text_of_command(folder, "Hello", capsys, *more)
     assert sampled != completion.text
+
+
+def test_log_probabilities_are_transformers_whatever_the_sampling(checkpoints: Callable[[str], Path]) -> None:
+    folder = checkpoints("gemma3_text")
+    model = load_model(folder, device="cpu", dtype="float32")
+    settings: dict[str, Any] = {"temperature": 1.5, "top_k": 9, "seed": 2, "presence_penalty": 1.5, "min_p": 0.01}
+    completion = model.generate("Hello", max_new_tokens=9, logprobs=3, **settings)
+    ids = [2, *model._engine.prompter.ids("Hello")]
+    with torch.inference_mode():
+        logits = original_model(folder, dtype=torch.float32)(torch.tensor([[*ids, *completion.tokens]])).logits
+    own = logits[0, len(ids) - 1 : -1].log_softmax(-1)
+    assert [each.token for each in completion.logprobs] == completion.tokens
+    for each, row in zip(completion.logprobs, own, strict=True):
+        assert each.logprob == pytest.approx(float(row[each.token]), abs=1e-3)
+        values, tokens = row.topk(3)
+        assert [token for token, _ in each.top] == tokens.tolist()
+        assert [logprob for _, logprob in each.top] == pytest.approx(values.tolist(), abs=1e-3)
+    assert model.generate("Hello", max_new_tokens=9, **settings).tokens == completion.tokens
+    with pytest.raises(TypeError, match="unexpected keyword argument 'mirostat'"):
+        model.generate("Hello", mirostat=2)  # type: ignore[call-arg]
 
 
 def test_an_instruct_model_gets_its_template(
@@ -117,6 +137,11 @@ def test_a_stop_string_may_be_one_text_or_several(artifact: Model) -> None:
         ({"temperature": float("nan")}, "Invalid temperature: nan"),
         ({"top_p": 1.5}, r"Invalid top-p: 1\.5"),
         ({"top_k": -1}, "Invalid top-k: -1"),
+        ({"min_p": 1.5}, r"Invalid min-p: 1\.5"),
+        ({"repetition_penalty": 0.0}, "Invalid repetition penalty: 0"),
+        ({"presence_penalty": 3.0}, "Invalid presence penalty: 3"),
+        ({"frequency_penalty": float("nan")}, "Invalid frequency penalty: nan"),
+        ({"logprobs": 21}, "Invalid logprobs: 21"),
         ({"system": "Be brief."}, "needs a model with a chat template"),
     ],
 )

@@ -1,18 +1,21 @@
 """Sampling: what transformers' own warpers keep, with their probabilities; what the model's makers say unless asked."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.sampler import Sampler, distribution, penalized
+from gemma_awq_cli.generate.sampler import Sampler, biased, distribution, penalized
 from gemma_awq_cli.generate.sampling import Sampling, resolve
 
 GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
@@ -58,6 +61,55 @@ def test_the_repetition_penalty_is_transformers() -> None:
     torch.testing.assert_close(penalized(logits, set(seen), 1.3), expected)
 
 
+def test_the_logit_bias_is_transformers() -> None:
+    logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
+    bias = {3: 2.5, 12: -100.0, 0: 0.25}
+    theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
+    torch.testing.assert_close(biased(logits, list(bias.items())), theirs(torch.tensor([[1]]), logits[None].clone())[0])
+
+
+def test_presence_and_frequency_penalties_are_openais() -> None:
+    """mu[j] -> mu[j] - c[j] * frequency - (c[j] > 0) * presence; c counts what was generated, not the prompt."""
+    mu = torch.tensor([5.0, 4.9, 4.0, 3.0, 0.0])
+    sampler = Sampler(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.3), 0, prompt=[2, 2, 2])
+    counts = torch.zeros(5)
+    for _ in range(12):
+        wanted = mu - counts * 0.3 - (counts > 0) * 0.5
+        token = sampler.sample(mu)
+        assert token == int(wanted.argmax())
+        counts[token] += 1
+    assert counts.tolist() != [12, 0, 0, 0, 0]
+    assert counts[4] == 0
+
+
+class FewTokens:
+    """Lets only some tokens come, and keeps those that came."""
+
+    def __init__(self, *allowed: int) -> None:
+        self.allowed, self.taken = list(allowed), list[int]()
+
+    def mask(self, logits: torch.Tensor) -> torch.Tensor:
+        masked = torch.full_like(logits, -torch.inf)
+        masked[self.allowed] = logits[self.allowed]
+        return masked
+
+    def take(self, token: int) -> None:
+        self.taken.append(token)
+
+
+@pytest.mark.parametrize(
+    "sampling", [Sampling(temperature=0), Sampling(temperature=2.0, seed=1), Sampling(top_k=3, top_p=0.9, seed=1)]
+)
+def test_a_constraint_bounds_every_draw_and_is_told_it(sampling: Sampling) -> None:
+    """Even where a bias asks for another token."""
+    constraint = FewTokens(4, 9)
+    biased_to_7 = replace(sampling, logit_bias=((7, 100.0),), presence_penalty=1.0)
+    sampler = Sampler(biased_to_7, 0, (), constraint)
+    drawn = [sampler.sample(torch.linspace(0, 3, 20)) for _ in range(30)]
+    assert set(drawn) == {4, 9}
+    assert constraint.taken == drawn
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
     sampler = Sampler(Sampling(temperature=1.0, top_k=3, seed=4), 0, ())
@@ -88,6 +140,16 @@ def test_the_models_generation_config_decides_unless_asked() -> None:
     assert resolve(Sampling(temperature=0.8, seed=1), {}) == Sampling(temperature=0.8, seed=1)
     assert resolve(Sampling(), {"do_sample": True, "temperature": 0.0}).greedy
     assert resolve(Sampling(), {"repetition_penalty": 1.1}).summary() == "greedy, repetition penalty 1.1"
+    declared = {"do_sample": True, "top_k": 64, "top_p": 0.9, "min_p": 0.1, "repetition_penalty": 1.1}
+    off = resolve(Sampling(top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0, seed=1), declared)
+    assert off.summary() == "temperature 1, top-p 1, seed 1"
+    asked = Sampling(min_p=0.2, presence_penalty=0.5, frequency_penalty=-1, logit_bias=((3, 1.0),), seed=1)
+    both = resolve(asked, {})
+    assert both.summary() == "temperature 1, min-p 0.2, presence penalty 0.5, frequency penalty -1, seed 1"
+    assert both.logit_bias == ((3, 1.0),)
+    assert resolve(replace(asked, temperature=0), declared).summary() == (
+        "greedy, repetition penalty 1.1, presence penalty 0.5, frequency penalty -1"
+    )
     drawn = resolve(Sampling(), GEMMA3_IT)
     assert drawn.seed is not None  # said, so that the run can be repeated
     assert drawn.seed != resolve(Sampling(), GEMMA3_IT).seed

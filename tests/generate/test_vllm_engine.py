@@ -173,7 +173,7 @@ def test_the_flags_are_the_familys(checkpoints: Callable[[str], Path]) -> None:
     def flags(kind: str) -> dict[str, Any]:
         return engine_arguments(Checkpoint(checkpoints(kind)), 2, 3, 100, 8, None)
 
-    assert flags("gemma")["dtype"] == "auto"
+    assert flags("gemma")["dtype"] == "bfloat16"
     assert flags("gemma2")["dtype"] == flags("gemma3_text")["dtype"] == "bfloat16"  # vLLM refuses float16
     assert flags("gemma3")["limit_mm_per_prompt"] == {"image": 0}
     assert "limit_mm_per_prompt" not in flags("gemma3_text")

@@ -13,7 +13,8 @@ WITH_TORCH = {
     "models.gemma": {"rotary"},
     "models.packed_formats": {"unpacking"},
     "models.checkpoints": {
-        "checkpoint", "companions", "packed_linears", "qat_grid", "weight_files", "writing",
+        "adapter", "adapter_update", "checkpoint", "companions", "packed_linears", "qat_grid", "stated_config",
+        "weight_files", "writing",
     },
     "models.text": set(),
     "models.forward": {

@@ -1,6 +1,8 @@
 """The card: what it says is the report's, and the hub's own reader understands it."""
 
+import ast
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -230,6 +232,29 @@ def test_the_snippet_is_for_a_class_that_transformers_has(model_type: str) -> No
     assert f"from transformers import {name}, AutoTokenizer" in card
     assert classes[model_type] == FAMILY_TABLE[model_type].model_class
     assert ("and `timm` for the vision tower" in card) == (model_type == "gemma3n")
+
+
+@pytest.mark.parametrize("model_type", FAMILY_TABLE)
+def test_the_snippets_compute_in_a_dtype_that_fits(model_type: str) -> None:
+    """transformers turns bfloat16 into float16 for AWQ models on CUDA and XPU, where only Gemma 1 fits it."""
+    card = card_of(model_type, Contents())
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    calls = [node for node in ast.walk(ast.parse(snippet)) if isinstance(node, ast.Call)]
+    (loading,) = [call for call in calls if ast.unparse(call.func).startswith("AutoModel")]
+    asked = {keyword.arg: ast.unparse(keyword.value) for keyword in loading.keywords}
+    if FAMILY_TABLE[model_type].float16:
+        assert asked == {"dtype": "'bfloat16'", "device_map": "'auto'"}
+        assert "activations fit it" in " ".join(card.split())
+    else:
+        kernel = "AwqConfig(backend='torch_awq')"
+        assert asked == {"dtype": "'float32'", "device_map": "'auto'", "quantization_config": kernel}
+        assert "AwqConfig" in snippet.splitlines()[0]
+        assert "on CUDA and XPU, transformers turns bfloat16 into float16" in " ".join(card.split())
+    assert 'device_map="cpu"' in card  # "auto" takes a GPU's kernel where torch is a CUDA build, GPU or not
+    assert "vllm serve me/x --dtype bfloat16" in card
+    assert "python -m vllm.entrypoints.openai.api_server \\\n    --model me/x --dtype bfloat16" in card
+    extra = " timm" if model_type == "gemma3n" else ""
+    assert f"\npip install gptqmodel==7.7.0 transformers==5.23.0{extra}\n" in card
 
 
 @pytest.mark.parametrize(

@@ -126,14 +126,17 @@ def identity(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", ["gemma3_text", "gemma4_text"])
 def test_killed_anywhere_and_resumed_gives_the_same_bytes(
-    runner: Runner, checkpoints: Callable[[str], Path], text_file: Path
+    kind: str, runner: Runner, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:
+    """Gemma 4 brings keys and values that later layers share: they lie on the disk beside the hidden states."""
     out = runner.folder / "work" / "out"
+    shutil.rmtree(out, ignore_errors=True)
 
     def command(*more: str) -> list[str]:
-        return quantize_arguments(checkpoints("gemma3_text"), out, text_file, *SMALL, *more)
+        return quantize_arguments(checkpoints(kind), out, text_file, *SMALL, *more)
 
     whole = time.monotonic()
     code, operations = runner.run(command())
@@ -143,7 +146,8 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
     assert operations > 60
 
     old = runner.folder / "old"
-    assert runner.run(quantize_arguments(checkpoints("gemma"), old, text_file))[0] == 0
+    if not old.exists():
+        assert runner.run(quantize_arguments(checkpoints("gemma"), old, text_file))[0] == 0
 
     rng = random.Random(0)
     kills = 0

@@ -144,9 +144,12 @@ def serve() -> Iterator[Serve]:
 
     def start(folder: Path, **fields: Any) -> Served:
         events: list[Any] = []
+        send_buffer = fields.pop("send_buffer", None)
         chosen = {"max_rows": 4, "max_context": 128, "max_memory": 10**7, "engine": FLOAT32, "port": 0, **fields}
         request = ServeRequest(str(folder), **chosen)
         bound = bind(request.host, request.port)
+        if send_buffer is not None:  # of every connection
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, send_buffer)
         service = open_service(request, find_model(request.model, None, lambda _: None), events.append)
         server = make_server(request, service, bound, events.append)
         served = Served(service, server, bound.getsockname()[1], events)

@@ -16,7 +16,6 @@ from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import resolve
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
-from gemma_awq_cli.serve.answers import AnswerForm
 from tests.serve.conftest import Json, Reply, Serve, Served, until
 from tests.tiny import original_model
 
@@ -145,7 +144,7 @@ def test_logprobs_are_the_models_own(stream: bool, chat: Served, chat_folder: Pa
     for place, token in enumerate(known):
         assert logprobs[place] == pytest.approx(float(own[place, token]), abs=1e-3)
         best, indices = own[place].topk(3)
-        names = [AnswerForm(False, "", True, prompter.tokenizer)._text(index) for index in indices.tolist()]
+        names = [prompter.tokenizer.text_of(index) for index in indices.tolist()]
         assert tops[place] == pytest.approx(dict(zip(names, best.tolist(), strict=True)), abs=1e-3)
 
 
@@ -178,6 +177,9 @@ def test_a_chats_answer_may_fill_the_context(chat: Served) -> None:
     assert reply["choices"][0]["finish_reason"] == "length"
     assert reply["usage"]["total_tokens"] == 128
     assert chat.complete(prompt="Hello", temperature=0, logit_bias=bias).json["usage"]["completion_tokens"] == 16
+    ends = {"5": 100}
+    assert chat.chat(logit_bias=ends, max_tokens=9).json["usage"]["completion_tokens"] == 1
+    assert chat.chat(logit_bias=ends, max_tokens=9, ignore_eos=True).json["usage"]["completion_tokens"] == 9
 
 
 def test_thoughts_are_apart_and_counted(serve: Serve, chat: Served, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -173,6 +173,38 @@ def test_a_reader_of_one_byte_at_a_time_gets_everything(chat: Served) -> None:
     assert b"data: [DONE]" in data
 
 
+def test_a_reader_that_takes_nothing_is_cut_off(
+    serve: Serve, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gemma_awq_cli.serve.listening.STALLED_SECONDS", 0.5)
+    served = serve(chat_folder, send_buffer=4096)
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
+    connection.connect(("127.0.0.1", served.port))
+    body = json.dumps({"prompt": "x", **LONG, "n": 4, "logprobs": 20, "stream": True, "ignore_eos": True}).encode()
+    connection.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body) + body)
+    until(lambda: served.service.engine.live == 4)
+    until(lambda: not served.server.server_state.connections)
+    until(served.idle)
+    connection.close()
+    until(lambda: 'outcome="cancelled"} 1' in served.send("GET", "/metrics").text)
+
+
+def test_an_engine_that_ends_is_reported(serve: Serve, chat_folder: Path) -> None:
+    served = serve(chat_folder)
+    assert served.send("GET", "/health").status == 200
+
+    def broken() -> bool:
+        raise ZeroDivisionError("a bug")
+
+    served.scheduler.step = broken
+    assert served.complete(prompt="x").status == 500
+    until(lambda: not served.service.engine.alive)
+    assert served.send("GET", "/health").status == 503
+    assert served.complete(prompt="x").status == 500
+    assert any("a bug" in str(getattr(event, "error", "")) for event in served.events)
+
+
 def test_requests_that_never_end_are_given_up(serve: Serve, chat_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gemma_awq_cli.serve.listening.HEADER_SECONDS", 0.3)
     monkeypatch.setattr("gemma_awq_cli.serve.app.BODY_SECONDS", 0.3)

@@ -4,8 +4,10 @@ Knows the files and the family's key layouts; knows nothing of modules, devices 
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from torch import Tensor
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.adapter import Adapter, Weights, find_updates, plain_name
+from gemma_awq_cli.models.checkpoints.adapter_update import Update
 from gemma_awq_cli.models.checkpoints.expected_tensors import (
     HEAD,
     OTHER_SOURCE,
@@ -25,6 +29,7 @@ from gemma_awq_cli.models.checkpoints.expected_tensors import (
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
 from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
+from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights
 from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, count_layers, find_key_layout
 from gemma_awq_cli.models.checkpoints.packed_linears import PackedLinears, find_packed_linears
 from gemma_awq_cli.models.checkpoints.quantization_config import is_packed, names_no_method, quantization_of
@@ -53,13 +58,19 @@ class Checkpoint:
     language model's config, with at least the values that `models.gemma` reads; shape: the sizes and layers that follow
     from it; key_layout: how the files name the language model's tensors; tensors: every tensor by its name in the
     files; quantization: the config's section, None for a 16-bit checkpoint; tied_head: whether the head is the
-    embedding; notes: lines on how it was read that the user should see.
+    embedding; fetched: whether the weights can be read; notes: lines on how it was read that the user should see.
 
     A 16-bit multimodal checkpoint without its vision tower is read as a text model.
+
+    adapter: a LoRA that is merged into every weight when it is read; the files stay as they are. `tensors` describes
+    the files.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, adapter: Adapter | None = None, on_hub: HubWeights | None = None) -> None:
+        """Open a folder. on_hub: weights that have not been fetched, of which only the headers are read."""
         self.folder = folder
+        self.adapter = adapter
+        self.fetched = on_hub is None
         require_inside(folder, folder / CONFIG)
         self.raw_config = read_json(folder / CONFIG)
         model_type = self.raw_config.get("model_type")
@@ -67,8 +78,9 @@ class Checkpoint:
             raise GemmaAwqError(f"{folder / CONFIG} has no model_type.", A_CHECKPOINT)
         self.family: Family = family_of(model_type)
         self.quantization = quantization_of(folder, self.raw_config)
-        weights = find_weights(folder)
-        self.tensors, notes = read_headers(weights), weights.notes
+        weights = find_weights(folder) if on_hub is None else on_hub.find(folder)
+        self.tensors = read_headers(weights) if on_hub is None else on_hub.read_headers(weights)
+        notes = weights.notes
         section = self.quantization
         if section is not None and names_no_method(section) and not any(map(is_packed, self.tensors)):
             self.quantization = None
@@ -80,7 +92,7 @@ class Checkpoint:
             notes = (*notes, f"{folder.name} has no vision tower and is read as a text model ({self.family.title}).")
         self.key_layout = find_key_layout(self.family, self.tensors, folder)
         self._require_weights_as_declared()
-        self.tied_head = is_tied(config, self.key_layout, self.tensors, str(folder))
+        self.tied_head = is_tied(config, self.key_layout, self.tensors, str(folder), self.fetched)
         # after the headers: the config is compared with what is there before anything is built from it
         layers = count_layers(self.key_layout, self.tensors)
         values = text_values(self.raw_config, self.family, folder / CONFIG, layers)
@@ -89,7 +101,12 @@ class Checkpoint:
         require_sound(self.facts, self.family, folder / CONFIG)
         self.shape: TextShape = shape_of(self.facts, self.family)
         self._require_text(layers)
-        self.notes = (*notes, *self._unread())
+        updates: Mapping[str, Update] = {}
+        merging: tuple[str, ...] = ()
+        if adapter is not None and self.quantization is None:
+            updates, merging = self._updates_of(adapter)
+        self._updates = updates
+        self.notes = (*notes, *self._unread(), *self._misdeclared(), *merging)
 
     @cached_property
     def text_config(self) -> Any:
@@ -147,12 +164,15 @@ class Checkpoint:
 
     def text_tensors(self) -> dict[str, Expected]:
         """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
+        return {**self._plain_tensors(), **(self.packed_linears.expected if self.packed_linears else {})}
+
+    def _plain_tensors(self) -> dict[str, Expected]:
+        """Those of `text_tensors` that are not packed."""
         packed = self.packed_linears
         expected = text_tensors(self.shape, self.tied_head, packed.layers if packed else ())
         if packed is not None and packed.head is not None:
             del expected[HEAD]
-        found = {self.key(name): one for name, one in expected.items()}
-        return found | dict(packed.expected) if packed else found
+        return {self.key(name): one for name, one in expected.items()}
 
     def _require_as_many_tensors(self) -> None:
         """An error if the config's experts need more tensors than there are, before they are named one by one."""
@@ -197,11 +217,33 @@ class Checkpoint:
         """The number of tokens that have an embedding."""
         return int(self.facts.vocab_size)
 
-    @property
-    def declared_dtype(self) -> torch.dtype:
-        """The dtype that the config declares at its top level, where transformers reads it, or else the weights'."""
+    @cached_property
+    def dtype(self) -> torch.dtype:
+        """The 16-bit dtype that most of the language model's unpacked elements are stored in, whatever the config says.
+
+        For weights of 32 or 64 bits it is what the config declares at its top level, or else their own.
+        """
+        stored, declared = self._stored_dtype(), self._declared_dtype()
+        return declared if declared is not None and stored.itemsize > 2 else stored
+
+    def _stored_dtype(self) -> torch.dtype:
+        elements: Counter[torch.dtype] = Counter()
+        for name in self._plain_tensors() if self.is_read else [self.key(f"model.{EMBEDDING}")]:
+            elements[self.tensors[name].dtype] += prod(self.tensors[name].shape)
+        return max(elements, key=elements.__getitem__)
+
+    def _declared_dtype(self) -> torch.dtype | None:
+        """What the config declares at its top level, where transformers reads it; None if it is no dtype."""
         dtype = getattr(torch, str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")), None)
-        return dtype if isinstance(dtype, torch.dtype) else self.tensors[self.key(f"model.{EMBEDDING}")].dtype
+        return dtype if isinstance(dtype, torch.dtype) else None
+
+    def _misdeclared(self) -> list[str]:
+        """A note on a config that declares another dtype than the weights have: some readers believe it."""
+        declared = self._declared_dtype()
+        if declared in (None, self.dtype):
+            return []
+        names = [str(dtype).removeprefix("torch.") for dtype in (declared, self.dtype)]
+        return [f"{CONFIG} declares {names[0]}, but most weights are stored in {names[1]}, which counts here."]
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""
@@ -216,7 +258,7 @@ class Checkpoint:
         return _key(module_name, self.key_layout if known else self.family.key_layouts[0])
 
     def identity(self) -> str:
-        """A hash of the config and of every tensor's name, dtype, shape and middle row, to tell models apart.
+        """A hash of the config, of every tensor's name, dtype, shape and middle row, and of an adapter.
 
         Not a hash of all weights: that would read a whole 27B checkpoint, and the answer is the same in practice.
         """
@@ -224,6 +266,8 @@ class Checkpoint:
         for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() and tensor.shape[0] else tensor))
+        if self.adapter is not None:
+            digest.update(self.adapter.sha256.encode())
         return digest.hexdigest()
 
     def companions(self) -> list[str]:
@@ -237,7 +281,7 @@ class Checkpoint:
         stored = read_tensors(self.tensors, keys.values())
         for key, tensor in stored.items():
             require_finite(key, tensor)
-        read = {name: stored[key] for name, key in keys.items()}
+        read = {name: self._merged(key, stored[key]) for name, key in keys.items()}
         return read if head is None else read | {HEAD: self._packed_head()}
 
     def _packed_head(self) -> Tensor:
@@ -253,12 +297,32 @@ class Checkpoint:
         Nothing of it is read here, so it is not checked to be finite.
         """
         key = self.key(module_name)
-        return read_tensors(self.tensors, [key])[key]
+        return self._merged(key, read_tensors(self.tensors, [key])[key])
 
     def pieces(self, module_name: str) -> Iterator[Tensor]:
         """A tensor's rows in order, some at a time: see `weight_files.read_pieces`."""
-        key = self.key(module_name)
+        return self.stored_pieces(self.key(module_name))
+
+    def stored_pieces(self, key: str) -> Iterator[Tensor]:
+        """The same of any tensor, by its name in the files."""
+        if (update := self._updates.get(key)) is not None:
+            return update.merged_pieces(key, self.tensors[key])
         return read_pieces(key, self.tensors[key])
+
+    def _merged(self, key: str, stored: Tensor) -> Tensor:
+        """A tensor of the files with the adapter's update of it."""
+        update = self._updates.get(key)
+        return stored if update is None else update.merged(key, stored)
+
+    def _updates_of(self, adapter: Adapter) -> tuple[dict[str, Update], tuple[str, ...]]:
+        """What an adapter does to which tensor of the files, and notes on what it does not do."""
+        weight = ".weight"
+        names = text_tensors(self.shape, self.tied_head, ())
+        keys = {name.removesuffix(weight): self.key(name) for name in names if name.endswith(weight)}
+        companions = {plain_name(key.removesuffix(weight)): key for key in self.companions() if key.endswith(weight)}
+        return find_updates(
+            adapter, Weights(self.folder, self.tensors, keys, frozenset(self.shape.unused()), companions)
+        )
 
 
 def _key(module_name: str, layout: KeyLayout) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.checkpoints.adapter import plain_name
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import few
@@ -21,7 +22,7 @@ def require_companions(checkpoint: Checkpoint) -> None:
     parts = checkpoint.family.companions
     if not parts:
         return
-    held = {_plain(name): checkpoint.tensors[name].shape for name in checkpoint.companions()}
+    held = {plain_name(name): checkpoint.tensors[name].shape for name in checkpoint.companions()}
     config = require_loadable(checkpoint.raw_config, checkpoint.folder / CONFIG)
     for part in parts:
         if getattr(config, part.section) is not None:
@@ -64,7 +65,7 @@ def _expected(checkpoint: Checkpoint, part: Companion, config: Any) -> dict[str,
     what, hint = f"The {part.section} in {checkpoint.folder / CONFIG} cannot be used", f"Correct {CONFIG}."
     with library_errors(what, hint), torch.device("meta"):
         tensors = made_by(*given[part.made_from]).state_dict()
-    shapes = {_plain(f"{part.name}.{name}"): tuple(tensor.shape) for name, tensor in tensors.items()}
+    shapes = {plain_name(f"{part.name}.{name}"): tuple(tensor.shape) for name, tensor in tensors.items()}
     unused = tuple(f"{part.name}.{name}." for name in part.unused)
     return {name: shape for name, shape in shapes.items() if not name.startswith(unused)}
 
@@ -78,8 +79,3 @@ def _require_layers(checkpoint: Checkpoint, part: Companion, section: Any, held:
                 f"{held} tensors of the {part.name}.",
                 f"Use the {CONFIG} that belongs to the weights.",
             )
-
-
-def _plain(name: str) -> str:
-    """A companion's name without the parts that differ between versions of transformers."""
-    return name.removeprefix("model.").replace("vision_tower.vision_model.", "vision_tower.")

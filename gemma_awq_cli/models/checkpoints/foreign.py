@@ -5,6 +5,7 @@ Decided from names and an adapter's config; nothing here opens weights.
 
 import os
 import re
+import shlex
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
@@ -55,12 +56,12 @@ def explain_no_weights(folder: Path) -> GemmaAwqError:
     )
 
 
-def explain_no_config(folder: Path) -> GemmaAwqError:
-    """The error for a folder without a config.json: it says what is there instead."""
+def explain_no_config(folder: Path, asked: str | None = None) -> GemmaAwqError:
+    """The error for a folder without a config.json: it says what is there instead. asked: its hub id, if it has one."""
     names = _names(folder)
     missing = f"{folder} has no {CONFIG}"
     if ADAPTER_CONFIG in names:
-        return _adapter(folder)
+        return _adapter(folder, asked)
     inner = [path.parent for pattern in ("*", "snapshots/*") for path in sorted(folder.glob(f"{pattern}/{CONFIG}"))]
     if inner:
         more = f" and {len(inner) - 1} more" if len(inner) > 1 else ""
@@ -68,6 +69,20 @@ def explain_no_config(folder: Path) -> GemmaAwqError:
     if any(name.endswith((".safetensors", *_PICKLED)) for name in names):
         return GemmaAwqError(f"{missing}.", f"Copy {CONFIG} from the place that the weights come from.")
     return _other_format(folder, names, missing, A_CHECKPOINT)
+
+
+def explain_no_adapter(folder: Path) -> GemmaAwqError:
+    """The error for a folder that --adapter names and that has no adapter_config.json: it says what is there."""
+    missing = f"{folder} has no {ADAPTER_CONFIG}"
+    if (folder / CONFIG).is_file():
+        return GemmaAwqError(
+            f"{missing}; it holds a whole model.",
+            f"If it is merged already: `gemma-awq quantize {shlex.quote(str(folder))}`.",
+        )
+    inner = sorted(path.parent for path in folder.glob(f"*/{ADAPTER_CONFIG}"))
+    if inner:
+        return GemmaAwqError(f"{missing}; {inner[0]} has one.", f"Give that folder: {inner[0]}")
+    return GemmaAwqError(f"{missing}.", "Give --adapter the folder of an adapter that PEFT saved.")
 
 
 def explain_file(path: Path, asked: str) -> GemmaAwqError:
@@ -80,13 +95,18 @@ def explain_file(path: Path, asked: str) -> GemmaAwqError:
     return GemmaAwqError(message, "Give the folder that holds the checkpoint, not a file in it.")
 
 
-def _adapter(folder: Path) -> GemmaAwqError:
+def _adapter(folder: Path, asked: str | None = None) -> GemmaAwqError:
     try:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     except GemmaAwqError:  # it is an adapter all the same
         base = None
-    of = f" of {base:.200}" if isinstance(base, str) and base else ""
-    return GemmaAwqError(f"{folder} holds a LoRA adapter{of}, not a whole model.", MERGE)
+    named = isinstance(base, str) and bool(base)
+    of = f" of {base:.200}" if named else ""
+    given = shlex.quote(str(base)) if named and len(str(base)) <= 200 and str(base).isprintable() else "BASE"
+    return GemmaAwqError(
+        f"{asked or folder} holds a LoRA adapter{of}, not a whole model.",
+        f"Quantize it with its base model: `gemma-awq quantize {given} --adapter {shlex.quote(asked or str(folder))}`.",
+    )
 
 
 def _other_format(folder: Path, names: list[str], missing: str, hint: str) -> GemmaAwqError:

@@ -5,7 +5,7 @@ file. The one complete set is read; two complete ones are an error, because noth
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +17,7 @@ from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.models.checkpoints.files import INDEX, REDOWNLOAD, SINGLE, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import explain_no_weights
 from gemma_awq_cli.system.failures import first_line, reason_of
+from gemma_awq_cli.system.json_input import parse_json_object
 from gemma_awq_cli.system.reading import require_regular
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ DTYPES = {
     "BOOL": ("bool", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
+HEADER_BYTES = 100_000_000  # the limit of the format
+FIRST_BYTES = 128 * 1024  # of a file that is not here, which hold most headers
 NAMED = 3  # how many of many names are shown
 
 
@@ -70,13 +73,18 @@ def few(names: Iterable[str]) -> str:
     return some(names, NAMED)
 
 
-def find_weights(folder: Path) -> WeightFiles:
+def find_weights(folder: Path, elsewhere: Collection[str] = ()) -> WeightFiles:
     """The one complete set of a folder: `model.safetensors`, or the files that an index names. Opens only the index.
 
-    An error if there are two complete sets or none.
+    elsewhere: names of files that count as the folder's own although they have not been fetched. An error if there are
+    two complete sets or none.
     """
     single, index = folder / SINGLE, folder / INDEX
-    whole = single.exists()
+
+    def is_there(name: str) -> bool:
+        return name in elsewhere or (folder / name).exists()
+
+    whole = is_there(SINGLE)
     if not index.exists():
         if not whole:
             raise explain_no_weights(folder)
@@ -92,7 +100,7 @@ def find_weights(folder: Path) -> WeightFiles:
     names = sorted(set(weight_map.values()))
     for name in names:
         _require_plain(index, name)
-    missing = [name for name in names if not (folder / name).exists()]
+    missing = [name for name in names if not is_there(name)]
     if missing and (not whole or SINGLE in names):
         raise GemmaAwqError(f"{index} names files that are missing: {few(missing)}.", REDOWNLOAD)
     if missing:
@@ -134,10 +142,16 @@ def _left(folder: Path, read: set[str]) -> tuple[str, ...]:
 
 def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
     """Every tensor of a set by its name, from the files' headers."""
-    tensors: dict[str, TensorInfo] = {}
     for file in weights.files:
         require_inside(weights.folder, file)
-        found = _read_header(file)
+    return merge_headers(weights, read_file_header)
+
+
+def merge_headers(weights: WeightFiles, read: Callable[[Path], dict[str, TensorInfo]]) -> dict[str, TensorInfo]:
+    """Every tensor of a set by its name, from what `read` returns for each of its files."""
+    tensors: dict[str, TensorInfo] = {}
+    for file in weights.files:
+        found = read(file)
         if twice := sorted(found.keys() & tensors.keys()):
             other = tensors[twice[0]].file.name
             raise GemmaAwqError(f"{few(twice)}: stored both in {other} and in {file.name}.", REDOWNLOAD)
@@ -147,18 +161,44 @@ def read_headers(weights: WeightFiles) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def read_file_header(file: Path) -> dict[str, TensorInfo]:
+    """Every tensor of one file by its name."""
     infos = {}
     with opened(file, "numpy") as handle:
         for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
             view = handle.get_slice(name)
-            if (stored := view.get_dtype()) not in DTYPES:
-                raise GemmaAwqError(
-                    f"{file.name}: {name} has dtype {stored}, which is not a plain 16- or 32-bit weight.",
-                    "Give the original 16-bit checkpoint.",
-                )
-            infos[name] = TensorInfo(file, tuple(view.get_shape()), stored)
+            infos[name] = tensor_info(file, name, view.get_shape(), view.get_dtype())
     return infos
+
+
+def read_header(name: str, size: int, read: Callable[[int, int], bytes], first: int) -> tuple[dict[str, Any], int]:
+    """Return the JSON header of a file that may be elsewhere, and where its data begin.
+
+    size: of the file in bytes; read: (first byte, count) -> at most that many bytes; first: how many are read before
+    the header's length is known.
+    """
+    head = read(0, first)
+    length = int.from_bytes(head[:8], "little")
+    if len(head) < 8 or length > min(size - 8, HEADER_BYTES):
+        what = "empty" if not size else f"no safetensors file, or cut off ({size} bytes)"
+        raise GemmaAwqError(f"{name} is {what}.", REDOWNLOAD)
+    text = head[8 : 8 + length]
+    if len(text) < length:
+        text += read(8 + len(text), length - len(text))
+    try:
+        return parse_json_object(text.decode(), f"The header of {name}", REDOWNLOAD), 8 + length
+    except UnicodeDecodeError:
+        raise GemmaAwqError(f"The header of {name} is not UTF-8.", REDOWNLOAD) from None
+
+
+def tensor_info(file: Path, name: str, shape: Iterable[int], stored: str) -> TensorInfo:
+    """What a header says of a tensor. An error if its dtype is none that is read."""
+    if stored not in DTYPES:
+        raise GemmaAwqError(
+            f"{file.name}: {name} has dtype {stored}, which is not a plain 16- or 32-bit weight.",
+            "Give the original 16-bit checkpoint.",
+        )
+    return TensorInfo(file, tuple(shape), stored)
 
 
 @contextmanager

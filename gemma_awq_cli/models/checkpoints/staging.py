@@ -32,6 +32,7 @@ class StagedFolder:
     writes it. A non-empty `target` is an error unless `force` or `resume`, and is only replaced if it holds a model
     that this tool wrote; it stays in place until its successor is complete. Creating the object writes nothing.
 
+    mark: the file that every folder written this way has, by which it is recognized as this tool's.
     is_worth_keeping: given `state`, whether unfinished work can be resumed. It decides what happens to the work of an
     interrupted run when the folder is entered, and to this run's work after an exception. By default all of it goes.
     """
@@ -43,8 +44,10 @@ class StagedFolder:
         resume: bool = False,
         elsewhere: str = ELSEWHERE,
         is_worth_keeping: Callable[[Path], bool] = lambda _: False,
+        mark: str = REPORT,
     ) -> None:
         self.target = target
+        self._mark = mark
         self.elsewhere = elsewhere
         self._is_worth_keeping = is_worth_keeping
         self.path = target.parent / f".{target.name}.partial"
@@ -119,9 +122,10 @@ class StagedFolder:
             raise GemmaAwqError(
                 f"{target} exists and is not empty.", "Choose another folder with -o, or replace it with --force."
             )
-        if REPORT not in names:
+        if self._mark not in names:
+            what = "an artifact" if self._mark == REPORT else "an export"
             raise GemmaAwqError(
-                f"{target} is not an artifact of this tool (it has no {REPORT}), so it is not replaced.",
+                f"{target} is not {what} of this tool (it has no {self._mark}), so it is not replaced.",
                 "Choose another folder with -o, or empty it yourself.",
             )
 

@@ -15,13 +15,17 @@ from gemma_awq_cli.models.checkpoints.key_layouts import EMBEDDING, has_packed
 from gemma_awq_cli.models.gemma.family import KeyLayout
 
 TIE = "tie_word_embeddings"
+_MISNAMED = "model.lm_head.weight"  # transformers drops the prefix of the model and reads it; others ignore it
 _ROWS = 8192  # of the vocabulary, compared at a time
 
 
-def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, TensorInfo], where: str) -> bool:
+def is_tied(
+    config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, TensorInfo], where: str, fetched: bool = True
+) -> bool:
     """Whether the head is the embedding. config: config.json as it is; where: the folder, for errors.
 
-    An error if the config says tied and the files hold another head, or untied and they hold none.
+    fetched: whether the weights can be compared; if not, a head beside the embedding counts as equal to it. An error if
+    the config says tied and the files hold another head, or untied and they hold none.
     """
     declared = config.get(TIE, True)  # the default of every Gemma
     if declared is not None and not isinstance(declared, bool):
@@ -30,6 +34,15 @@ def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, 
     below = section.get(TIE) if isinstance(section, dict) else None
     embedding = f"{layout.prefix}{EMBEDDING}"
     head, embedded = tensors.get(layout.head), tensors.get(embedding)
+    if (
+        _MISNAMED in tensors
+        and layout.head != _MISNAMED
+        and not (embedded and _equal(tensors, _MISNAMED, embedding, fetched))
+    ):
+        raise GemmaAwqError(
+            f"{where} holds {_MISNAMED}, which transformers reads as {layout.head} and other readers ignore.",
+            f"If it is the head, rename it to {layout.head}. If not, remove it from the files.",
+        )
     if not declared:
         if head is None and not has_packed(layout.head, tensors):
             raise GemmaAwqError(
@@ -37,7 +50,7 @@ def is_tied(config: Mapping[str, Any], layout: KeyLayout, tensors: Mapping[str, 
                 f"If the head is the embedding, set {TIE} to true in {CONFIG}, at its top level.",
             )
         return False
-    if head is None or embedded is None or _equal(tensors, layout.head, embedding):
+    if head is None or embedded is None or _equal(tensors, layout.head, embedding, fetched):
         return True
     if below is False:  # the older place of the same statement
         return False
@@ -60,10 +73,13 @@ def with_tie(config: Mapping[str, Any], tied: bool) -> dict[str, Any]:
     return stated
 
 
-def _equal(tensors: Mapping[str, TensorInfo], one: str, other: str) -> bool:
+def _equal(tensors: Mapping[str, TensorInfo], one: str, other: str, fetched: bool) -> bool:
+    """Whether two weights are the same; of weights that have not been fetched, whether their shapes are."""
     # torch is imported here, for the few checkpoints that store both
     if tensors[one].shape != tensors[other].shape:
         return False
+    if not fetched:
+        return True
     import torch
 
     from gemma_awq_cli.models.checkpoints.weight_files import read_tensors

@@ -11,6 +11,7 @@ import torch
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD
+from gemma_awq_cli.models.checkpoints.adapter import Adapter
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.forward_choice import Forward, choose_forward
 from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision, default_dtype, open_dense
@@ -101,15 +102,16 @@ def open_model(
     others: Sequence[torch.device] = (),
     head: str | None = None,
     loading: Future[Prompter] | None = None,
+    adapter: Adapter | None = None,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; they are never expanded to 16 bits as a whole.
 
     precision, others: for a 16-bit checkpoint only, how to open it and further devices for what does not fit `device`.
     head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
-    loading: the folder's prompter, if it is being loaded already.
+    loading: the folder's prompter, if it is being loaded already; adapter: merged into a 16-bit checkpoint.
     Raises GemmaAwqError for a damaged model or too little memory.
     """
-    checkpoint = Checkpoint(folder)
+    checkpoint = Checkpoint(folder, adapter)
     quantized = checkpoint.quantization is not None
     chosen = precision or Precision()
     if quantized and chosen != Precision():

@@ -37,7 +37,7 @@ class Precision:
 def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
     """bfloat16; or float16 for a float16 checkpoint on CUDA, if the family's activations fit float16."""
     # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
-    dtype = checkpoint.declared_dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
+    dtype = checkpoint.dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
     return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
 
 

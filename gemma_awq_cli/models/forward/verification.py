@@ -11,6 +11,7 @@ from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.kernels.autoawq import autoawq_version, dequantize_with_autoawq
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.expected_tensors import HEAD
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
 from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
@@ -108,6 +109,26 @@ def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Pro
             f"{folder} holds {stored} bytes of tensors, but its report says {declared_bytes}.",
             "The report and the weights belong to different artifacts. " + REMAKE,
         )
+    return checkpoint, _require_tokenizer(checkpoint)
+
+
+def require_readable(folder: Path) -> tuple[Checkpoint, Prompter]:
+    """An error unless a model that any tool quantized can be read whole: every tensor is sound, with a tokenizer.
+
+    Returns the checkpoint and the prompter that the check opened.
+    """
+    checkpoint = Checkpoint(folder)
+    packed = checkpoint.packed_linears
+    if packed is None:
+        raise GemmaAwqError(f"{folder} holds a 16-bit model.", "`gemma-awq quantize` makes a 4-bit one of it.")
+    require_loadable(checkpoint.raw_config, folder / CONFIG)
+    for index, linears in enumerate(packed.layers):
+        checkpoint.read_packed({f"model.layers.{index}.{name}": linear for name, linear in linears.items()})
+    if packed.head is not None:
+        checkpoint.read([HEAD])
+    for key in (*(checkpoint.text_tensors().keys() - packed.expected.keys()), *checkpoint.companions()):
+        for _ in checkpoint.stored_pieces(key):
+            pass
     return checkpoint, _require_tokenizer(checkpoint)
 
 

@@ -66,6 +66,11 @@ class Tokenizer:
         found: str | None = self.backend.id_to_token(index)
         return found
 
+    def text_of(self, index: int) -> str:
+        """Return the text of one token; for a part of a character, which has none, the vocabulary's name for it."""
+        text = self.decode([index])
+        return (self.token_of(index) or text) if "\ufffd" in text else text
+
     def is_added(self, index: int) -> bool:
         """Return whether it is an added token, which is found in a text before the text is cut into pieces."""
         return index in self.backend.get_added_tokens_decoder()

@@ -4,7 +4,7 @@ import random
 from pathlib import Path
 from typing import Any
 
-from tests.fuzz.bases import BATCH, DEEP, FAMILIES, FIDELITY, PLAN, PROMPT, PUSH, QUANTIZE, RUN, SPEED
+from tests.fuzz.bases import BATCH, DEEP, FAMILIES, FIDELITY, PLAN, PROMPT, PUSH, QAT, QUANTIZE, RUN, SPEED
 from tests.fuzz.kinds.common import Draft
 
 COUNTS = [
@@ -51,13 +51,13 @@ RUNS: dict[str, list[Any]] = {
     "--seed": [*COUNTS, "-" + "9" * 25], "--stop": TEXTS, "--system": TEXTS, "--input": NAMES, "--output": NAMES, "--batch-size": COUNTS,
     "--device": ["cuda:99", "cuda:" + "9" * 30, "mps", "CPU", "", "cpu:0", "\x1b[31m", "cuda"], "--dtype": ["float16", "float32", "x", ""],
     "--head": ["int4", "int8", "16bit", "x"], "--quantization": ["int8", "nf4", "x"], "--attn": ["eager", "sdpa", "flash_attention_2", "x"],
-    "--engine": ["vllm", "x"], "--tensor-parallel": COUNTS, "--raw": [None], "--json": [None], "--verbose": [None], "--resume": [None],
+    "--think": [None], "--no-think": [None], "--engine": ["vllm", "x"], "--tensor-parallel": COUNTS, "--raw": [None], "--json": [None], "--verbose": [None], "--resume": [None],
 }  # fmt: skip
 QUANTIZES: dict[str, list[Any]] = {
     "-o": [*NAMES, "model", "outside"], "--calibration": [*NAMES, "text.txt"], "--dataset-config": NAMES, "--dataset-split": NAMES,
     "--text-column": TEXTS, "--num-samples": COUNTS, "--seq-len": COUNTS, "--seed": [*COUNTS, "-" + "9" * 25], "--max-memory": SIZES,
     "--group-size": ["32", "64", "128", "0", "x"], "--dtype": ["float16", "float32"], "--quality": ["fast", "balanced", "best", "x"],
-    "--revision": NAMES, "--force": [None], "--resume": [None], "--json": [None],
+    "--qat": ["keep", "ignore", "x", ""], "--revision": NAMES, "--force": [None], "--resume": [None], "--json": [None],
 }  # fmt: skip
 BENCHES: dict[str, list[Any]] = {
     "--windows": COUNTS, "--window": COUNTS, "--text": NAMES, "--reference": NAMES, "--max-kl": NUMBERS, "--max-ppl-ratio": NUMBERS,
@@ -73,7 +73,7 @@ PUSHES: dict[str, list[Any]] = {
 
 
 def options(rng: random.Random, root: Path) -> Draft:
-    base = rng.choice(["gemma", "gemma3_text", "gemma-awq", "gemma3_text-awq", "gemma2-awq"])
+    base = rng.choice(["gemma", "gemma3_text", QAT, "gemma4-experts", "gemma-awq", "gemma2-awq", "gemma4-experts-awq"])
     dense = base in FAMILIES
     begin, table = rng.choice(
         [([*RUN, PROMPT], RUNS), (BATCH, RUNS), (PLAN, QUANTIZES), (QUANTIZE, QUANTIZES) if dense else ([*RUN, PROMPT], RUNS),

@@ -1,6 +1,7 @@
 """Damaged and foreign checkpoints: each gets its own message, before anything is computed."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import torch
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.loading_dense import default_dtype
+from gemma_awq_cli.quantize.plan import stored_dtype
 from gemma_awq_cli.quantize.preparation import require_quantizable
 from tests.tiny import edit_weights, make_checkpoint
 
@@ -117,3 +120,42 @@ def test_a_multimodal_checkpoint_in_the_hubs_layout(tmp_path: Path) -> None:
     assert checkpoint.companions()
     assert all(key.startswith(("vision_tower.", "multi_modal_projector.")) for key in checkpoint.companions())
     open_stack(folder)
+
+
+@pytest.mark.parametrize("kind", ["gemma", "gemma3_text"])
+def test_the_stored_dtype_counts_and_not_the_declared_one(kind: str, tmp_path: Path) -> None:
+    """AutoRound declares float16 over weights in bfloat16, and Gemma 2 and 3 overflow float16."""
+    folder = make_checkpoint(tmp_path / "tiny", kind)
+    assert not Checkpoint(folder).notes
+    edit_config(folder, dtype="float16")
+    checkpoint = Checkpoint(folder)
+    assert stored_dtype(checkpoint, None) == checkpoint.dtype == torch.bfloat16
+    assert default_dtype(checkpoint, torch.device("cuda")) == torch.bfloat16
+    note = "config.json declares float16, but most weights are stored in bfloat16, which counts here."
+    assert checkpoint.notes == (note,)
+
+
+def test_a_few_tensors_in_another_dtype_do_not_count(tiny: Path) -> None:
+    edit_weights(tiny, lambda tensors: tensors.update({n: t.float() for n, t in tensors.items() if "norm" in n}))
+    assert Checkpoint(tiny).dtype == torch.bfloat16
+    edit_weights(tiny, lambda tensors: tensors.update({n: t.half() for n, t in tensors.items() if "proj" in n}))
+    assert Checkpoint(tiny).dtype == torch.float16
+
+
+def test_weights_of_32_bits_become_what_is_declared(tiny: Path) -> None:
+    edit_weights(tiny, lambda tensors: tensors.update({name: tensor.float() for name, tensor in tensors.items()}))
+    checkpoint = Checkpoint(tiny)
+    assert (checkpoint.dtype, checkpoint.notes) == (torch.bfloat16, ())
+    config = json.loads((tiny / "config.json").read_text())
+    (tiny / "config.json").write_text(json.dumps({key: value for key, value in config.items() if "dtype" not in key}))
+    assert Checkpoint(tiny).dtype == torch.float32
+
+
+def test_the_dtype_of_an_artifact_is_that_of_what_is_not_packed(
+    artifacts: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(artifacts("gemma"), tmp_path / "artifact"))
+    edit_config(folder, dtype="float16")
+    checkpoint = Checkpoint(folder)
+    assert checkpoint.dtype == torch.bfloat16
+    assert "declares float16" in " ".join(checkpoint.notes)

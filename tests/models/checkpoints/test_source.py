@@ -20,7 +20,7 @@ import pytest
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import find_source
-from tests.hub_server import TOKEN, HubServer, Repo, hub_server
+from tests.hub_server import TOKEN, HubServer, Repo, client_environment, hub_server
 
 Asked = tuple[str, str | None, str]  # a model, a revision or None, and a token or ""
 
@@ -97,12 +97,19 @@ CASES = [
         for name in LISTED
     ),
     Case("online", "org/gone", r"lists a file of org/gone that it does not have \(HTTP 404\)", "another repository"),
-    Case("online", "org/adapter", "holds a LoRA adapter of google/gemma-3-1b-it", "merge_and_unload"),
+    Case(
+        "online",
+        "org/adapter",
+        "org/adapter holds a LoRA adapter of google/gemma-3-1b-it",
+        "gemma-awq quantize google/gemma-3-1b-it --adapter org/adapter",
+    ),
     Case(
         "online", "here/gemma", r"no folder here/gemma here.* As a hub id: The hub has no", "folder's name", token=TOKEN
     ),
     Case("no cache", "org/good", "org/good cannot be fetched: .*not-a-folder", "permissions.*HF_HOME"),
 ]
+
+ADAPTER_FILES = ("adapter_model.safetensors", "README.md", "tokenizer.json", "LICENSE")
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +125,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Path]:
     (root / "gguf" / "model-Q4_K_M.gguf").write_bytes(WEIGHTS)
     (root / "adapter").mkdir()
     (root / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": "google/gemma-3-1b-it"}')
+    for name in (*ADAPTER_FILES, "model.safetensors", "checkpoint-5/adapter_model.safetensors", "optimizer.pt"):
+        (root / "adapter" / name).parent.mkdir(exist_ok=True)
+        (root / "adapter" / name).write_bytes(WEIGHTS)
     return {folder.name: folder for folder in root.iterdir()}
 
 
@@ -172,14 +182,6 @@ def told(hub: HubServer, nobody: str, tmp_path_factory: pytest.TempPathFactory) 
     return answers
 
 
-def client_environment(home: Path, variables: Mapping[str, str]) -> dict[str, str]:
-    """This process's environment without the user's own hub, login and proxy."""
-    theirs = ("HF_", "HUGGING", "TRANSFORMERS_OFFLINE", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
-    inherited = {name: value for name, value in os.environ.items() if not name.upper().startswith(theirs)}
-    own = {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
-    return {**inherited, **own, "HF_HUB_DISABLE_PROGRESS_BARS": "1", **variables}
-
-
 def ask(models: Sequence[Asked], home: Path, variables: Mapping[str, str]) -> list[dict[str, Any]]:
     """What `find_source` returns or says of each model, with the hub client's home at `home`. No word of the token."""
     run = subprocess.run(
@@ -195,6 +197,21 @@ def ask(models: Sequence[Asked], home: Path, variables: Mapping[str, str]) -> li
 def files_of(folder: str) -> dict[str, bytes]:
     root = Path(folder)
     return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_an_adapter_arrives_without_what_lies_beside_it(
+    hub: HubServer, folders: Mapping[str, Path], tmp_path: Path
+) -> None:
+    code = (
+        "import json, sys\nfrom gemma_awq_cli.models.checkpoints.source import find_adapter\n"
+        "found = find_adapter('org/adapter', 'main')\n"
+        "print(json.dumps([str(found.folder), found.revision, found.name]))"
+    )
+    environment = client_environment(tmp_path, {"HF_ENDPOINT": hub.url})
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, timeout=120)
+    folder, revision, name = json.loads(done.stdout)
+    assert set(files_of(folder)) == {*ADAPTER_FILES, "adapter_config.json"}
+    assert (revision, name) == (hub.repos["org/adapter"].commit("main"), "adapter")
 
 
 @pytest.mark.slow
@@ -329,7 +346,12 @@ def test_a_file_or_a_folder_without_a_config_is_no_checkpoint(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("files", "asked", "message", "hint"),
     [
-        (["adapter_config.json", "adapter_model.safetensors"], "", "holds a LoRA adapter, not a whole model", "PEFT"),
+        (
+            ["adapter_config.json", "adapter_model.safetensors"],
+            "",
+            "holds a LoRA adapter, not a whole model",
+            "gemma-awq quantize BASE --adapter {root}",
+        ),
         (["config.json", "adapter_config.json"], "config.json", r"config\.json is a file", "{root}"),
         (["gemma.Q4_K_M.gguf"], "", r"no config\.json; it holds gemma\.Q4_K_M\.gguf", "GGUF is not supported"),
         (["gemma.GGUF"], "gemma.GGUF", "is a file", "GGUF is not supported"),
@@ -354,7 +376,7 @@ def test_what_is_no_checkpoint_is_told_what_it_is(
     [
         (["pytorch_model.bin"], r"it holds pytorch_model\.bin", "save_pretrained"),
         (["gemma.gguf"], r"it holds gemma\.gguf", "GGUF is not supported"),
-        (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "merge_and_unload"),
+        (["adapter_config.json", "adapter_model.safetensors"], "holds a LoRA adapter", "quantize BASE --adapter"),
         ([], "no model.safetensors and no model.safetensors.index.json", "Copy the weights"),
     ],
 )

@@ -82,6 +82,20 @@ def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:
         return classes.from_pretrained(folder, dtype=dtype)(input_ids=IDS).logits[0]
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@torch.inference_mode()
+def test_a_head_under_a_name_that_readers_disagree_on(make: Callable[..., Path], kind: str) -> None:
+    """transformers reads it as the head, so that leaving it out would give another model."""
+    folder = make(kind, ABSENT, ABSENT, "own", "model.lm_head.weight")
+    without = make(kind, ABSENT, ABSENT, "none")
+    assert not torch.equal(theirs(folder), theirs(without))
+    with pytest.raises(GemmaAwqError, match=r"model\.lm_head\.weight, which transformers reads as") as error:
+        Checkpoint(folder)
+    assert f"rename it to {KINDS[kind][1]}" in error.value.hint
+    # one that is the embedding says nothing else than the config
+    assert Checkpoint(make(kind, ABSENT, ABSENT, "equal", "model.lm_head.weight")).tied_head
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [None, "lm_head.weight"])
 @pytest.mark.parametrize("below", [ABSENT, True, False])

@@ -7,15 +7,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from statistics import NormalDist
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward import cached_attention, prefill, torch_decoder
+from gemma_awq_cli.models.forward import altup, cached_attention, prefill, torch_decoder
 from gemma_awq_cli.models.forward.kv_cache import KVCache
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.native_session import NativeSession
@@ -23,11 +25,14 @@ from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights, sparse_gate
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
+from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from tests.conftest import FAMILIES
 from tests.models.forward.test_last_logits import at_once, one_by_one
+from tests.models.forward.test_packed_parts import greedy, prompts
 from tests.models.forward.test_torch_decoder import CAPACITY, SeenInInt8, apart, random_turns, read_by, read_whole
 from tests.rounded import make_rounded
+from tests.tiny import edit_weights
 
 CPU = torch.device("cpu")
 GROUP = 32
@@ -69,6 +74,24 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch_decoder, "sparse_gate", cut)
 
 
+@pytest.fixture
+def their_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers in float32 rounds the same."""
+    for kind in (DynamicLayer, DynamicSlidingWindowLayer):
+        update = kind.update
+
+        def rounded(
+            layer: object, k: Tensor, v: Tensor, *more: object, update: Any = update, **named: object
+        ) -> object:
+            return update(layer, k.bfloat16().float(), v.bfloat16().float(), *more, **named)
+
+        monkeypatch.setattr(kind, "update", rounded)
+    icdf = torch.distributions.Normal.icdf
+    monkeypatch.setattr(
+        torch.distributions.Normal, "icdf", lambda normal, share: icdf(normal, share).bfloat16().float()
+    )
+
+
 def in_int8(text: TextWeights) -> TextWeights:
     """The same weights behind activations of eight bits."""
 
@@ -100,6 +123,46 @@ def test_on_16_bits_it_is_the_torch_decoder(
     assert apart(given, expected).median() < 1e-4
     assert apart(given, expected).max() < 1e-2
     assert torch.equal(given.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.usefixtures("arithmetic", "their_arithmetic")
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_greedy_tokens_are_those_of_torch_and_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    """Free-running: each token is read before the next is chosen."""
+    text, checkpoint = native_text(checkpoints(kind)), Checkpoint(checkpoints(kind))
+    exact = read_torch_text(checkpoint, text.arch, None, CPU, torch.float32)
+    theirs = TransformersSession(build_model(checkpoint, CPU, torch.float32), 3, CAPACITY, CPU)
+    expected = greedy(theirs, prompts())
+    assert torch.equal(greedy(DecoderSession(exact, 3, CAPACITY), prompts()), expected)
+    assert torch.equal(greedy(NativeSession(text, 3, CAPACITY), prompts()), expected)
+
+
+@pytest.mark.usefixtures("arithmetic", "their_arithmetic")
+def test_streams_that_hardly_anything_is_projected_to_are_not_blown_up(
+    checkpoints: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AltUp scales a projected stream to the first one's size, but divides by no less than a constant."""
+
+    def shrink(tensors: dict[str, Tensor]) -> None:
+        for name in ("altup_projections.0", "altup_unembed_projections.1"):
+            tensors[f"model.{name}.weight"] *= 2.0**-10
+
+    folder = shutil.copytree(checkpoints("gemma3n_text"), tmp_path / "small")
+    edit_weights(folder, shrink)
+    text, checkpoint = native_text(folder), Checkpoint(folder)
+    exact = read_torch_text(checkpoint, text.arch, None, CPU, torch.float32)
+    model = build_model(checkpoint, CPU, torch.float32)
+    theirs = read_by(TransformersSession(model, 3, CAPACITY, CPU), random_turns())
+    by_torch = read_by(DecoderSession(exact, 3, CAPACITY), random_turns())
+    assert apart(by_torch, theirs).median() < 1e-4
+    by_native = read_by(NativeSession(text, 3, CAPACITY), random_turns())
+    assert apart(by_native, by_torch).median() < 1e-4
+    assert torch.equal(by_native.argmax(-1), by_torch.argmax(-1))
+
+    monkeypatch.setattr(altup, "_LEAST_SQUARE", 0.0)
+    assert (
+        apart(read_by(DecoderSession(exact, 3, CAPACITY), random_turns()), theirs).median() > 2e-3
+    )  # the constant counts
 
 
 @pytest.mark.usefixtures("arithmetic")

@@ -21,7 +21,7 @@ from tests.round_to_nearest import dense_twin, round_checkpoint
 
 CPU = torch.device("cpu")
 PROMPTS = (5, 41, 16)  # tokens; the sliding window is 16
-NEW_TOKENS = 20
+NEW_TOKENS = 24
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +43,10 @@ def torch_session(folder: Path, rows: int) -> Session:
 
 def transformers_session(folder: Path, rows: int) -> Session:
     return TransformersSession(build_model(Checkpoint(folder), CPU, torch.float32), rows, CAPACITY, CPU)
+
+
+def prompts() -> list[list[int]]:
+    return [torch.randint(6, 260, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in PROMPTS]
 
 
 def greedy(session: Session, rows: list[list[int]]) -> Tensor:
@@ -74,7 +78,6 @@ def test_the_logits_are_those_of_the_unpacked_weights(
 def test_greedy_tokens_are_the_same_in_every_forward(
     kind: str, checkpoints: Callable[[str], Path], rounded: Callable[[str], Path]
 ) -> None:
-    prompts = [torch.randint(6, 260, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in PROMPTS]
-    expected = greedy(TransformersSession(dense_twin(checkpoints(kind), rounded(kind)), 3, CAPACITY, CPU), prompts)
+    expected = greedy(TransformersSession(dense_twin(checkpoints(kind), rounded(kind)), 3, CAPACITY, CPU), prompts())
     for session in (torch_session, transformers_session):
-        assert torch.equal(greedy(session(rounded(kind), 3), prompts), expected)
+        assert torch.equal(greedy(session(rounded(kind), 3), prompts()), expected)

@@ -208,7 +208,7 @@ def test_what_is_not_read_changes_nothing(changed: Callable[..., Path]) -> None:
         )
     )
     assert odd.text_config.to_dict() == plain.text_config.to_dict()
-    assert odd.declared_dtype == torch.bfloat16
+    assert odd.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -161,4 +161,4 @@ def test_a_checkpoints_dtype_is_transformers(checkpoints: Callable[[str], Path])
     for kind in FAMILIES:
         checkpoint = Checkpoint(checkpoints(kind))
         config = AutoConfig.from_pretrained(checkpoints(kind))
-        assert checkpoint.declared_dtype == (config.get_text_config().dtype or config.dtype) == torch.bfloat16
+        assert checkpoint.dtype == (config.get_text_config().dtype or config.dtype) == torch.bfloat16

@@ -103,8 +103,9 @@ def rewrite(
             made = pack(q, grid.zero.to(torch.int64), grid.scale.to(torch.float16))
             tensors |= {name + kind: tensor.contiguous() for kind, tensor in made.items()}
     folder.mkdir(parents=True, exist_ok=True)
+    ours = ("quantization_report.json", "bench.json")
     for path in artifact.iterdir():
-        if path.is_file() and path.suffix != ".safetensors" and path.name != "gemma_awq_report.json":
+        if path.is_file() and path.suffix != ".safetensors" and path.name not in ours:
             (folder / path.name).write_bytes(path.read_bytes())
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     config = json.loads((artifact / "config.json").read_text(encoding="utf-8"))
