@@ -17,6 +17,7 @@ from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
+from gemma_awq_cli.models.text.tool_calls import ToolCall, ToolFormat
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class GenerationOptions:
     max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
     before the first that its text, which thoughts are no part of, would contain. logprobs: of how many of the most
     likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is. grammar: what every
-    answer must match, unless its limit or a stop string ends it earlier.
+    answer must match, unless its limit or a stop string ends it earlier. tools: how the model calls tools, if it may.
     """
 
     max_new_tokens: int
@@ -34,6 +35,7 @@ class GenerationOptions:
     stop: Sequence[str] = ()
     logprobs: int | None = None
     grammar: Grammar | None = None
+    tools: ToolFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Completion:
     string), `length` (the limit or the end of the context) or `interrupted` (Ctrl-C). read_tokens: how many of the
     prompt's tokens had to be read; the others were in the cache of an earlier turn. prefill_seconds: time to the first
     token. decode_seconds: time from the first token to the last. logprobs: of each token, if they were asked for.
+    calls: the tools that it asks for, which are not in `text`.
     """
 
     prompt_tokens: int
@@ -69,6 +72,7 @@ class Completion:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def texts(self) -> dict[str, str]:
@@ -140,13 +144,17 @@ class Row:
         elif len(completion.tokens) == self.limit:
             self.done = True
         if self.done:
-            completion.text, completion.thinking = self.text.finish()
+            self._finish()
 
     def interrupt(self) -> None:
         """End the row as it is, unless it has ended already."""
         if not self.done:
             self.completion.finish = "interrupted"
-            self.completion.text, self.completion.thinking = self.text.finish()
+            self._finish()
+
+    def _finish(self) -> None:
+        self.completion.text, self.completion.thinking = self.text.finish()
+        self.completion.calls = self.text.calls
 
 
 class Engine(ABC):
@@ -216,16 +224,19 @@ class Engine(ABC):
         for index, ids in enumerate(rows):
             require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
 
+        ends = with_tool_ends(self.ends, self.prompter.tokenizer, options.tools)
+
         def new(index: int, ids: Sequence[int]) -> Row:
             text = TurnDetokenizer(
                 self.prompter.tokenizer,
                 options.stop,
                 lambda piece: on_text(index, piece),
                 lambda piece: on_thought(index, piece),
+                options.tools,
             )
             limit = min(options.max_new_tokens, self.context - len(ids))
             number = numbers[index] if numbers else index
-            return Row(index, number, ids, limit, self.ends, text, Completion(len(ids)), options.logprobs)
+            return Row(index, number, ids, limit, ends, text, Completion(len(ids)), options.logprobs)
 
         return [new(index, ids) for index, ids in enumerate(rows)]
 
@@ -237,6 +248,12 @@ class Engine(ABC):
 
         Yields after each step, at which some of the rows have got one token more. Passes KeyboardInterrupt on.
         """
+
+
+def with_tool_ends(ends: Set[int], tokenizer: Tokenizer, tools: ToolFormat | None) -> Set[int]:
+    """Return the tokens that end a row, with the one after which a model expects the results of its calls."""
+    waits = tokenizer.id_of(tools.ends) if tools is not None and tools.ends else None
+    return ends if waits is None else {*ends, waits}
 
 
 def require_room(length: int, context: int, what: str = "The prompt") -> None:

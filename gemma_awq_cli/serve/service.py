@@ -12,6 +12,7 @@ from gemma_awq_cli.generate.constraints import CompiledGrammar, GrammarCompiler
 from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.grammar import GrammarError
 from gemma_awq_cli.generate.sampling import resolve
+from gemma_awq_cli.generate.tool_choice import forced_call
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from gemma_awq_cli.serve.engine_thread import EngineThread, RowRequest
 from gemma_awq_cli.serve.json_fields import RequestError
@@ -50,7 +51,7 @@ class Service:
         self.require_name(request.model)
         loop = asyncio.get_running_loop()
         compiled = None
-        if request.grammar is not None:
+        if request.grammar is not None or request.forced:
             compiled = await loop.run_in_executor(self._compiling, self._compile, request)
         return await loop.run_in_executor(self._preparing, self._prepare, request, compiled)
 
@@ -74,11 +75,15 @@ class Service:
             executor.shutdown(wait=False, cancel_futures=True)
 
     def _compile(self, request: GenerationRequest) -> CompiledGrammar:
-        assert request.grammar is not None
         try:
-            return self.grammars.compile(request.grammar)
+            grammar = request.grammar
+            if grammar is None:
+                tokenizer, form = self.prompter.tokenizer, self.prompter.tool_format
+                grammar = forced_call(request.forced, form, tokenizer, request.think or False)
+            return self.grammars.compile(grammar)
         except GrammarError as error:
-            raise RequestError(error.message, "response_format", code="invalid_grammar") from None
+            param = "response_format" if request.grammar else "tools"
+            raise RequestError(error.message, param, code="invalid_grammar") from None
 
     def _prepare(self, request: GenerationRequest, compiled: CompiledGrammar | None) -> Prepared:
         most = self.engine.rows + self.engine.max_waiting
@@ -94,6 +99,7 @@ class Service:
                 resolve(request.sampling, self.declared),
                 request.stop,
                 request.logprobs,
+                tools=self.prompter.tool_format if request.tools else None,
             )
             for number in range(request.n):
                 constraint = None if compiled is None else compiled.constraint()
@@ -129,7 +135,9 @@ class Service:
                 raise RequestError(f"{self.name} does not think before it answers.", "reasoning_effort")
             think = None
         messages = [message for message in prompt if isinstance(message, dict)]
-        return self.prompter.prompt_ids(self.prompter.chat(messages, answer_next=True, think=think))
+        return self.prompter.prompt_ids(
+            self.prompter.chat(messages, answer_next=True, think=think, tools=request.tools)
+        )
 
     def _without_folder(self, error: GemmaAwqError) -> str:
         """Its message, which may name a file of the model, without the place on this machine."""
