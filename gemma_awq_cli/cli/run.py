@@ -35,8 +35,8 @@ gemma-awq run -m google/gemma-3-1b-it --temperature 0.8 --seed 1 "Write a haiku.
 gemma-awq run --input prompts.txt --output answers.jsonl
 """
 ANOTHER_OUTPUT = "give another --output"
-MODEL, SAMPLING, FILES, MEMORY, WITH_VLLM, OUTPUT = (
-    "Model", "Sampling", "Chat and batch", "Memory and speed", "vLLM", "Output",
+MODEL, SAMPLING, STRUCTURE, FILES, MEMORY, WITH_VLLM, OUTPUT = (
+    "Model", "Sampling", "Structured answers", "Chat and batch", "Memory and speed", "vLLM", "Output",
 )  # fmt: skip
 
 
@@ -169,6 +169,22 @@ def command(
             rich_help_panel=FILES,
         ),
     ] = None,
+    json_schema: Annotated[
+        Path | None,
+        typer.Option(
+            help="Generate nothing but JSON that matches the schema in FILE (needs llguidance).",
+            metavar="FILE",
+            rich_help_panel=STRUCTURE,
+        ),
+    ] = None,
+    grammar: Annotated[
+        Path | None,
+        typer.Option(
+            help="Generate nothing but text that matches the Lark grammar in FILE (needs llguidance).",
+            metavar="FILE",
+            rich_help_panel=STRUCTURE,
+        ),
+    ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
@@ -247,6 +263,7 @@ def command(
     streams to stdout; everything else goes to stderr.
     """
     from gemma_awq_cli.generate.generation import GenerationOptions
+    from gemma_awq_cli.generate.grammar import read_grammar
     from gemma_awq_cli.generate.request import BatchFiles, EngineOptions, RunRequest
     from gemma_awq_cli.generate.sampling import Sampling
 
@@ -265,6 +282,9 @@ def command(
         threads,
     )
     opening.require_consistent()
+    form = read_grammar(json_schema, grammar, think or False)
+    if form is not None and engine is EngineName.vllm:
+        raise UsageError("Schemas and grammars cannot be used with --engine vllm.", "Leave --engine out.")
     files = None
     if input_file is not None and output_file is not None:
         output_file = local_path(output_file, ANOTHER_OUTPUT)
@@ -276,7 +296,7 @@ def command(
     text = "" if chatting or files else read_prompt(prompt)
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     limit = max_new_tokens or (NEW_TOKENS_THINKING if think else NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
-    generation = GenerationOptions(limit, sampling, stop or (), logprobs)
+    generation = GenerationOptions(limit, sampling, stop or (), logprobs, form)
     request = RunRequest(model or default_model(out), revision, opening, generation, system, raw, think)
     stages.end("command line")
 

@@ -12,10 +12,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.grammar import Grammar
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
+from gemma_awq_cli.models.text.tool_calls import ToolCall, ToolFormat
 
 
 @dataclass(frozen=True)
@@ -24,13 +26,16 @@ class GenerationOptions:
 
     max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
     before the first that its text, which thoughts are no part of, would contain. logprobs: of how many of the most
-    likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is.
+    likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is. grammar: what every
+    answer must match, unless its limit or a stop string ends it earlier. tools: how the model calls tools, if it may.
     """
 
     max_new_tokens: int
     sampling: Sampling = field(default_factory=Sampling)
     stop: Sequence[str] = ()
     logprobs: int | None = None
+    grammar: Grammar | None = None
+    tools: ToolFormat | None = None
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,7 @@ class Completion:
     string), `length` (the limit or the end of the context) or `interrupted` (Ctrl-C). read_tokens: how many of the
     prompt's tokens had to be read; the others were in the cache of an earlier turn. prefill_seconds: time to the first
     token. decode_seconds: time from the first token to the last. logprobs: of each token, if they were asked for.
+    calls: the tools that it asks for, which are not in `text`.
     """
 
     prompt_tokens: int
@@ -66,6 +72,7 @@ class Completion:
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    calls: list[ToolCall] = field(default_factory=list)
 
     @property
     def texts(self) -> dict[str, str]:
@@ -137,13 +144,17 @@ class Row:
         elif len(completion.tokens) == self.limit:
             self.done = True
         if self.done:
-            completion.text, completion.thinking = self.text.finish()
+            self._finish()
 
     def interrupt(self) -> None:
         """End the row as it is, unless it has ended already."""
         if not self.done:
             self.completion.finish = "interrupted"
-            self.completion.text, self.completion.thinking = self.text.finish()
+            self._finish()
+
+    def _finish(self) -> None:
+        self.completion.text, self.completion.thinking = self.text.finish()
+        self.completion.calls = self.text.calls
 
 
 class Engine(ABC):
@@ -179,7 +190,7 @@ class Engine(ABC):
         """
         work = self._rows(rows, options, on_text, on_thought, numbers)
         try:
-            with closing(self._steps(work, options.sampling, lambda row: on_done(row.index, row.completion))) as steps:
+            with closing(self._steps(work, options, lambda row: on_done(row.index, row.completion))) as steps:
                 for _ in steps:
                     pass
         except KeyboardInterrupt:
@@ -196,7 +207,7 @@ class Engine(ABC):
         """
         pieces: list[str] = []
         work = self._rows([ids], options, lambda _, piece: pieces.append(piece), lambda *_: None, None)
-        with closing(self._steps(work, options.sampling, lambda row: None)) as steps:
+        with closing(self._steps(work, options, lambda row: None)) as steps:
             for _ in steps:
                 yield from pieces
                 pieces.clear()
@@ -213,27 +224,36 @@ class Engine(ABC):
         for index, ids in enumerate(rows):
             require_room(len(ids), self.context, "The prompt" if len(rows) == 1 else f"Prompt {index + 1}")
 
+        ends = with_tool_ends(self.ends, self.prompter.tokenizer, options.tools)
+
         def new(index: int, ids: Sequence[int]) -> Row:
             text = TurnDetokenizer(
                 self.prompter.tokenizer,
                 options.stop,
                 lambda piece: on_text(index, piece),
                 lambda piece: on_thought(index, piece),
+                options.tools,
             )
             limit = min(options.max_new_tokens, self.context - len(ids))
             number = numbers[index] if numbers else index
-            return Row(index, number, ids, limit, self.ends, text, Completion(len(ids)), options.logprobs)
+            return Row(index, number, ids, limit, ends, text, Completion(len(ids)), options.logprobs)
 
         return [new(index, ids) for index, ids in enumerate(rows)]
 
     @abstractmethod
     def _steps(
-        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+        self, rows: Sequence[Row], options: GenerationOptions, on_done: Callable[[Row], None]
     ) -> Generator[None, None, None]:
         """Begin every row and give it tokens until it is done, then call `on_done` with it.
 
         Yields after each step, at which some of the rows have got one token more. Passes KeyboardInterrupt on.
         """
+
+
+def with_tool_ends(ends: Set[int], tokenizer: Tokenizer, tools: ToolFormat | None) -> Set[int]:
+    """Return the tokens that end a row, with the one after which a model expects the results of its calls."""
+    waits = tokenizer.id_of(tools.ends) if tools is not None and tools.ends else None
+    return ends if waits is None else {*ends, waits}
 
 
 def require_room(length: int, context: int, what: str = "The prompt") -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.constraints import GrammarCompiler
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler
@@ -57,6 +58,9 @@ class Slot:
         self.unread = [take_next(self.row, self.sampler, logits)]
 
 
+Begin = Callable[[Row, Sequence[int]], Slot]  # of the tokens that its session has to read
+
+
 class LocalEngine(Engine):
     """Generates with this tool's own sessions.
 
@@ -70,21 +74,29 @@ class LocalEngine(Engine):
         self._batch_size = batch_size
         self._keep = keep
         self._live: LiveRow | None = None
+        self._grammars = GrammarCompiler(opened.prompter.tokenizer, opened.checkpoint.vocabulary, self.ends)
 
     @torch.inference_mode()
     def _steps(
-        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+        self, rows: Sequence[Row], options: GenerationOptions, on_done: Callable[[Row], None]
     ) -> Generator[None, None, None]:
         """See `Engine`."""
         waiting = list(rows)
+        compiled = None if options.grammar is None else self._grammars.compile(options.grammar)
+
+        def begin(row: Row, unread: Sequence[int]) -> Slot:
+            row.begin(len(unread))
+            constraint = None if compiled is None else compiled.constraint()
+            return Slot(row, Sampler(options.sampling, row.number, row.ids, constraint), unread)
+
         try:
             with memory_errors("generating", SMALLER):
                 if self._keep and len(waiting) == 1:
-                    yield from self._continue_live(waiting.pop(), sampling, on_done)
+                    yield from self._continue_live(waiting.pop(), begin, on_done)
                 while waiting:
                     # a session has no more memory than its first rows need: a longer row that waits gets a new one
                     first = waiting[: self._batch_size]
-                    yield from self._run_session(waiting, len(first), max(map(_needed, first)), sampling, on_done)
+                    yield from self._run_session(waiting, len(first), max(map(_needed, first)), begin, on_done)
         except BaseException:
             self._live = None  # the cache may be half-way through a token
             raise
@@ -94,7 +106,7 @@ class LocalEngine(Engine):
         waiting: list[Row],
         count: int,
         capacity: int,
-        sampling: Sampling,
+        begin: Begin,
         on_done: Callable[[Row], None],
     ) -> Generator[None, None, None]:
         """Run rows in the `count` slots of a new session; takes those that fit out of `waiting` until none is left."""
@@ -108,7 +120,7 @@ class LocalEngine(Engine):
                     if not fresh:
                         session.reset_row(index)
                     waiting.remove(fitting)
-                    slots[index] = _begin(fitting, fitting.ids, sampling)
+                    slots[index] = begin(fitting, fitting.ids)
             fresh = False
             taken = [(index, slot) for index, slot in enumerate(slots) if slot is not None]
             if not taken:
@@ -122,15 +134,13 @@ class LocalEngine(Engine):
                     on_done(slot.row)
             yield
 
-    def _continue_live(
-        self, row: Row, sampling: Sampling, on_done: Callable[[Row], None]
-    ) -> Generator[None, None, None]:
+    def _continue_live(self, row: Row, begin: Begin, on_done: Callable[[Row], None]) -> Generator[None, None, None]:
         """Run a single row in the session that was kept, if the row continues what it has read; else in a new one."""
         live, self._live = self._live, None
         if live is None or not _continues(row, live):
             capacity = min(self.context, max(2 * _needed(row), KEPT_TOKENS))  # room for the next turns
             live = LiveRow(self._opened.session(1, capacity), capacity, [])
-        slot = _begin(row, row.ids[len(live.read) :], sampling)
+        slot = begin(row, row.ids[len(live.read) :])
         while not row.done:
             logits = live.session.next_logits([slot.unread])
             live.read += slot.unread
@@ -167,11 +177,6 @@ def _continues(row: Row, live: LiveRow) -> bool:
     """Return whether the row fits the kept session and begins with all that the session has read."""
     read = len(live.read)
     return _needed(row) <= live.capacity and 0 < read < len(row.ids) and live.read == list(row.ids[:read])
-
-
-def _begin(row: Row, unread: Sequence[int], sampling: Sampling) -> Slot:
-    row.begin(len(unread))
-    return Slot(row, Sampler(sampling, row.number, row.ids), unread)
 
 
 def require_finite_logits(logits: Tensor) -> None:

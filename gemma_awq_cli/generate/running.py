@@ -166,6 +166,7 @@ def _made_with(request: RunRequest, checkpoint: Checkpoint, options: GenerationO
     later = {
         "presence_penalty": sampling.presence_penalty or None, "frequency_penalty": sampling.frequency_penalty or None,
         "logprobs": options.logprobs,
+        **({} if options.grammar is None else {options.grammar.kind: options.grammar.text}),
     }  # fmt: skip
     return {
         "model": checkpoint.folder.resolve().name, "model_id": checkpoint.identity()[:16], "engine": engine.engine,

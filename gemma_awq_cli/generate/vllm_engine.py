@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.generation import Engine, Row
+from gemma_awq_cli.generate.generation import Engine, GenerationOptions, Row
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -123,12 +123,12 @@ class VllmEngine(Engine):
             self._engine: Any = LLMEngine.from_engine_args(EngineArgs(**arguments))
 
     def _steps(
-        self, rows: Sequence[Row], sampling: Sampling, on_done: Callable[[Row], None]
+        self, rows: Sequence[Row], options: GenerationOptions, on_done: Callable[[Row], None]
     ) -> Generator[None, None, None]:
         """See `Engine`."""
         named = {self._request(): row for row in rows}
         for name, row in named.items():
-            arguments = sampling_arguments(sampling, row.limit, row.number, self.ends)
+            arguments = sampling_arguments(options.sampling, row.limit, row.number, self.ends)
             self._engine.add_request(name, {"prompt_token_ids": list(row.ids)}, self._sampling_params(**arguments))
             row.begin(len(row.ids))
         try:

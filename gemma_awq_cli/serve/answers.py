@@ -9,6 +9,7 @@ from typing import Any
 
 from gemma_awq_cli.generate.generation import TokenLogprobs
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
+from gemma_awq_cli.models.text.tool_calls import ToolCall
 from gemma_awq_cli.serve.engine_thread import Delta, Ticket
 
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # a token for one byte of a character that has no token of its own
@@ -47,10 +48,13 @@ class AnswerForm:
                 yield self._chunk(index, {"delta": {"reasoning_content": delta.thought}}, None, None)
             if delta.answer or delta.logprobs:
                 yield self._chunk(index, {"delta": {"content": delta.answer}}, logprobs, None)
+            if delta.calls:
+                calls = [{"index": number, **_call(call)} for number, call in delta.calls]
+                yield self._chunk(index, {"delta": {"tool_calls": calls}}, None, None)
             if delta.done:
-                yield self._chunk(index, {"delta": {}}, None, ticket.completion.finish)
+                yield self._chunk(index, {"delta": {}}, None, _finish(ticket))
         elif delta.answer or delta.logprobs or delta.done:
-            finish = ticket.completion.finish if delta.done else None
+            finish = _finish(ticket) if delta.done else None
             yield self._chunk(index, {"text": delta.answer}, logprobs, finish)
 
     def usage_chunk(self, usage: Json) -> Json:
@@ -63,11 +67,13 @@ class AnswerForm:
 
     def _choice(self, index: int, ticket: Ticket, delta: Delta) -> Json:
         logprobs = self._logprobs(delta.logprobs)
-        common = {"index": index, "logprobs": logprobs, "finish_reason": ticket.completion.finish}
+        common = {"index": index, "logprobs": logprobs, "finish_reason": _finish(ticket)}
         if not self.chat:
             return {**common, "text": delta.answer}
         thoughts = {"reasoning_content": delta.thought} if delta.thought else {}
-        return {**common, "message": {"role": "assistant", "content": delta.answer, **thoughts}}
+        calls = {"tool_calls": [_call(call) for _, call in delta.calls]} if delta.calls else {}
+        content = None if calls and not delta.answer.strip() else delta.answer
+        return {**common, "message": {"role": "assistant", "content": content, **thoughts, **calls}}
 
     def _chunk(self, index: int, content: Json, logprobs: Json | None, finish: str | None) -> Json:
         choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
@@ -94,6 +100,17 @@ class AnswerForm:
         text = self.tokenizer.text_of(token)
         raw = [int(byte[1], 16)] if byte else list(text.encode())
         return {"token": text, "logprob": _finite(logprob), "bytes": raw}
+
+
+def _finish(ticket: Ticket) -> str:
+    """OpenAI's word for why a row ended. One that was cut says so, whatever tools it has called before."""
+    completion = ticket.completion
+    return "tool_calls" if completion.calls and completion.finish == "stop" else completion.finish
+
+
+def _call(call: ToolCall) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
 
 
 def usage_of(prompt_tokens: int, tickets: Sequence[Ticket], per_prompt: int) -> Json:

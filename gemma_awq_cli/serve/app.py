@@ -19,6 +19,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from gemma_awq_cli import __version__
+from gemma_awq_cli.generate.grammar import GrammarError
 from gemma_awq_cli.models.forward.memory import is_refusal
 from gemma_awq_cli.serve.answering import Answering, ClientGoneError, EventStream, unless_gone
 from gemma_awq_cli.serve.answers import AnswerForm, Json, error_document
@@ -45,9 +46,8 @@ def make_app(service: Service, keys: Sequence[str], origins: Sequence[str], on_e
 
     @asynccontextmanager
     async def lifespan(app: Starlette) -> AsyncIterator[None]:
-        service.engine.start()
+        service.start()
         yield
-        service.engine.stop()
         service.close()
 
     middleware = [Middleware(_Guard, keys=keys, origins=origins)]
@@ -151,6 +151,8 @@ class _Endpoints:
         """The document of an error and its status. The operator is told of what is not the request's own fault."""
         if isinstance(error, RequestError):
             return _request_document(error), str(error.status)
+        if isinstance(error, GrammarError):  # of a row that runs; an unusable grammar is a RequestError
+            return error_document(error.message, "invalid_request_error", code="grammar_too_complex"), "400"
         if isinstance(error, BusyError):
             return error_document(error.message, "rate_limit_error", code="server_busy"), "429"
         if isinstance(error, TimeoutError):

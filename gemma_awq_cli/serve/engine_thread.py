@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 import torch
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.generation import Completion, GenerationOptions, Row, TokenLogprobs
+from gemma_awq_cli.generate.generation import Completion, GenerationOptions, Row, TokenLogprobs, with_tool_ends
 from gemma_awq_cli.generate.sampler import Constraint, Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
+from gemma_awq_cli.models.text.tool_calls import ToolCall
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
 from gemma_awq_cli.serve.scheduler import Scheduler, Task
 
@@ -36,12 +37,13 @@ class BusyError(GemmaAwqError):
 class Delta:
     """What one step has added to a row.
 
-    answer, thought: text. logprobs: of the answer's tokens, if they were asked for. done: whether the row has ended;
-    error: why it failed, if it did.
+    answer, thought: text. calls: of tools, numbered in the row. logprobs: of the answer's tokens, if they were asked
+    for. done: whether the row has ended; error: why it failed, if it did.
     """
 
     answer: str = ""
     thought: str = ""
+    calls: tuple[tuple[int, ToolCall], ...] = ()
     logprobs: tuple[TokenLogprobs, ...] = ()
     done: bool = False
     error: Exception | None = None
@@ -84,6 +86,7 @@ class Ticket:
     ended: float | None = None
     _logprobs: list[TokenLogprobs] = field(default_factory=list)
     _counted: int = 0  # tokens
+    _given_calls: int = 0
 
     @property
     def completion(self) -> Completion:
@@ -99,13 +102,18 @@ class Ticket:
         self._count()
         if done:
             self.ended = now
-        elif not self.streams or not (self.answer or self.thought or self._logprobs):
+        elif not self.streams or not (self.answer or self.thought or self._logprobs or self._new_calls):
             return None
-        delta = Delta("".join(self.answer), "".join(self.thought), tuple(self._logprobs), done, task.error)
+        calls, self._given_calls = tuple(self._new_calls), self._given_calls + len(self._new_calls)
+        delta = Delta("".join(self.answer), "".join(self.thought), calls, tuple(self._logprobs), done, task.error)
         self.answer.clear()
         self.thought.clear()
         self._logprobs.clear()
         return delta
+
+    @property
+    def _new_calls(self) -> list[tuple[int, ToolCall]]:
+        return list(enumerate(self.task.row.text.calls))[self._given_calls :]
 
     def _count(self) -> None:
         """Sort the newest token, if there is one, into thoughts and answer."""
@@ -222,9 +230,9 @@ class EngineThread:
         answer: list[str] = []
         thought: list[str] = []
         ids, options = request.ids, request.options
-        text = TurnDetokenizer(self._tokenizer, options.stop, answer.append, thought.append)
+        text = TurnDetokenizer(self._tokenizer, options.stop, answer.append, thought.append, options.tools)
         limit = min(options.max_new_tokens, self.capacity - len(ids))
-        ends = frozenset[int]() if request.ignore_eos else self._ends
+        ends = frozenset[int]() if request.ignore_eos else with_tool_ends(self._ends, self._tokenizer, options.tools)
         row = Row(0, request.number, ids, limit, ends, text, Completion(len(ids)), options.logprobs)
         task = Task(row, Sampler(options.sampling, request.number, ids, request.constraint), lambda task: None)
         return Ticket(task, index, request.streams, answer, thought, deltas)

@@ -82,6 +82,15 @@ class JsonFields:
             raise self.wrong(name, f"must be one of {', '.join(choices)}, not {shown(value)}")
         return choices[value]
 
+    def items(self, name: str, most: int) -> list[Any]:
+        """Return the items of a list, which is empty if the field is absent."""
+        value = self.take(name)
+        if value is not None and not isinstance(value, list):
+            raise self.wrong(name, f"must be a list, not {shown(value)}")
+        if value and len(value) > most:
+            raise self.wrong(name, f"must have at most {most} items")
+        return value or []
+
     def neutral(self, name: str, values: Collection[Any], why: str) -> None:
         """Accept a field with one of the values that ask for nothing, and raise for any other."""
         value = self.take(name)

@@ -9,16 +9,19 @@ from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate import MOST_LOGPROBS
+from gemma_awq_cli.generate.grammar import ANY_OBJECT, Grammar, GrammarError, schema_grammar
 from gemma_awq_cli.generate.sampling import Sampling
-from gemma_awq_cli.models.text.prompter import Message
+from gemma_awq_cli.models.text.prompter import Message, Tool
+from gemma_awq_cli.models.text.tool_calls import NAME
 from gemma_awq_cli.serve.json_fields import JsonFields, RequestError, shown
-from gemma_awq_cli.system.json_input import parse_json
+from gemma_awq_cli.system.json_input import parse_json, parse_json_object
 
 MOST_CHOICES = 128  # n, OpenAI's own bound
 MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
 MOST_PROMPTS = 128
 MOST_MESSAGES = 10_000
+MOST_TOOLS = 128  # OpenAI's own bound
 MOST_BIASES = 1024  # OpenAI takes 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's answer may fill the context
 LARGEST = 2**63 - 1
@@ -28,7 +31,7 @@ HARMLESS = (
     "parallel_tool_calls",
 )  # fmt: skip
 _EFFORTS = {"none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True}
-_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 
 PromptLike = str | list[int] | list[Message]
 
@@ -39,8 +42,8 @@ class GenerationRequest:
 
     chat: whether it is a conversation to answer, else prompts to continue. prompts: one conversation; or texts, or
     prompts as token ids. model: the name that was asked for. n: answers per prompt. max_tokens: None for as many as the
-    context holds. logprobs: see `GenerationOptions`. think: see `Prompter.chat`. ignore_eos: whether answers go on
-    after a token that ends them, for load tests.
+    context holds. logprobs, grammar: see `GenerationOptions`. think: see `Prompter.chat`. ignore_eos: whether answers
+    go on after a token that ends them, for load tests. tools: that may be called. forced: one of these must be.
     """
 
     chat: bool
@@ -52,6 +55,9 @@ class GenerationRequest:
     sampling: Sampling
     logprobs: int | None
     think: bool | None
+    grammar: Grammar | None
+    tools: Sequence[Tool]
+    forced: Sequence[Tool]
     stream: bool
     include_usage: bool
     ignore_eos: bool
@@ -78,16 +84,20 @@ def read_chat(body: bytes, vocabulary: int) -> GenerationRequest:
     if count is not None and not wants:
         raise fields.wrong("top_logprobs", "needs logprobs to be true")
     longest = [fields.integer(name, 1, LARGEST) for name in ("max_completion_tokens", "max_tokens")]
-    fields.neutral("tools", ([],), "this server does not call tools")
-    fields.neutral("tool_choice", ("none", "auto"), "this server does not call tools")
-    fields.neutral("functions", ([],), "this server does not call functions")
-    fields.neutral("function_call", ("none", "auto"), "this server does not call functions")
-    fields.neutral("response_format", ({"type": "text"},), "only text is generated")
+    fields.neutral("functions", ([],), "give tools instead, which have replaced functions")
+    fields.neutral("function_call", ("none", "auto"), "give tool_choice instead, which has replaced function_call")
+    tools, forced = _tool_choice(fields, _tools(fields))
     fields.neutral("modalities", (["text"],), "only text is generated")
     think = _think(fields)
+    grammar = _response_format(fields, think or False)
+    if grammar is not None and tools:
+        raise fields.wrong("response_format", "cannot be combined with tools, unless tool_choice is none")
     return _request(
         fields,
         chat=True,
+        grammar=grammar,
+        tools=tools,
+        forced=forced,
         prompts=[messages],
         max_tokens=next((value for value in longest if value is not None), None),
         logprobs=(count or 0) if wants else None,
@@ -106,6 +116,9 @@ def read_completion(body: bytes, vocabulary: int) -> GenerationRequest:
     return _request(
         fields,
         chat=False,
+        grammar=_response_format(fields, False),
+        tools=(),
+        forced=(),
         prompts=prompts,
         max_tokens=fields.integer("max_tokens", 1, LARGEST) or COMPLETION_TOKENS,
         logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS),
@@ -122,11 +135,17 @@ def _request(
     max_tokens: int | None,
     logprobs: int | None,
     think: bool | None,
+    grammar: Grammar | None,
+    tools: Sequence[Tool],
+    forced: Sequence[Tool],
     vocabulary: int,
 ) -> GenerationRequest:
     """Read what both kinds of requests have, and refuse what is left."""
     stream = fields.flag("stream") or False
     include_usage = _stream_options(fields, stream)
+    ignore_eos = fields.flag("ignore_eos") or False
+    if ignore_eos and (grammar is not None or forced):
+        raise fields.wrong("ignore_eos", "cannot be used with a grammar, which ends")
     request = GenerationRequest(
         chat,
         prompts,
@@ -137,9 +156,12 @@ def _request(
         _sampling(fields, vocabulary),
         logprobs,
         think,
+        grammar,
+        tools,
+        forced,
         stream,
         include_usage,
-        fields.flag("ignore_eos") or False,
+        ignore_eos,
     )
     fields.finish(HARMLESS)
     return request
@@ -151,25 +173,107 @@ def _messages(fields: JsonFields) -> list[Message]:
         raise fields.wrong("messages", "must be a list of at least one message")
     if len(given) > MOST_MESSAGES:
         raise fields.wrong("messages", f"must have at most {MOST_MESSAGES} messages")
-    messages = [_message(JsonFields(item, f"messages[{index}].")) for index, item in enumerate(given)]
-    if messages[-1]["role"] != "user":
-        raise fields.wrong("messages", "must end with a message of the user")
+    called: dict[str, str] = {}
+    messages = [_message(JsonFields(item, f"messages[{index}]."), called) for index, item in enumerate(given)]
+    if messages[-1]["role"] not in ("user", "tool"):
+        raise fields.wrong("messages", "must end with a message of the user or of a tool")
     return messages
 
 
-def _message(fields: JsonFields) -> Message:
+def _message(fields: JsonFields, called: dict[str, str]) -> Message:
+    """Read a message. called: the tools by the ids of their calls; those of this message are added."""
     role = fields.choice("role", _ROLES)
     if role is None:
         raise fields.wrong("role", f"must be one of {', '.join(_ROLES)}")
-    content = _content(fields)
-    fields.neutral("tool_calls", ([],), "this server does not call tools")
+    message: Message = {"role": role}
+    calls = _past_calls(fields) if role == "assistant" else []
+    message["content"] = _content(fields, optional=bool(calls))
+    if calls:
+        message["tool_calls"] = calls
+        called |= {call["id"]: call["function"]["name"] for call in calls}
+    if role == "tool":
+        message["tool_call_id"] = fields.text("tool_call_id")
+        if message["tool_call_id"] not in called:
+            raise fields.wrong("tool_call_id", "must be the id of an earlier call")
+        message["name"] = called[message["tool_call_id"]]
     # thoughts are no part of a conversation; a name is not shown to the model
     fields.finish(("name", "reasoning_content", "reasoning", "refusal", "annotations", "audio"))
-    return {"role": role, "content": content}
+    return message
 
 
-def _content(fields: JsonFields) -> str:
+def _past_calls(fields: JsonFields) -> list[dict[str, Any]]:
+    """Read the tool_calls of an earlier answer; their arguments are objects then, as chat templates want them."""
+    calls = []
+    for index, item in enumerate(fields.items("tool_calls", MOST_TOOLS)):
+        call = JsonFields(item, f"{fields.place}tool_calls[{index}].")
+        identity, kind = call.text("id"), call.text("type")
+        function = JsonFields(call.take("function"), f"{call.place}function.")
+        name, text = _tool_name(function), function.text("arguments")
+        if identity is None or kind not in (None, "function"):
+            raise call.wrong("id" if identity is None else "type", "must be the call's id, and its type function")
+        try:
+            arguments = parse_json_object(text or "{}", f"{function.place}arguments", "")
+        except GemmaAwqError as error:
+            raise RequestError(error.message, f"{function.place}arguments") from None
+        function.finish()
+        call.finish(("index",))
+        calls.append({"id": identity, "type": "function", "function": {"name": name, "arguments": arguments}})
+    return calls
+
+
+def _tools(fields: JsonFields) -> list[Tool]:
+    tools: list[Tool] = []
+    for index, item in enumerate(fields.items("tools", MOST_TOOLS)):
+        tool = JsonFields(item, f"tools[{index}].")
+        kind = tool.text("type")
+        if kind != "function":
+            raise tool.wrong("type", f"must be function, not {shown(kind)}")
+        function = JsonFields(tool.take("function"), f"{tool.place}function.")
+        described: dict[str, Any] = {"name": _tool_name(function), "description": function.text("description") or ""}
+        parameters = function.take("parameters")
+        if parameters is not None:
+            if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+                raise function.wrong("parameters", "must be a JSON schema of an object")
+            described["parameters"] = {"type": "object", **parameters}
+        strict = function.flag("strict")
+        function.finish()
+        tool.finish()
+        tools.append({"type": "function", "function": {**described, **({"strict": True} if strict else {})}})
+    return tools
+
+
+def _tool_name(function: JsonFields) -> str:
+    name = function.text("name")
+    if name is None or not NAME.fullmatch(name):
+        raise function.wrong("name", "must have 1 to 64 letters, digits, dots, dashes or underscores")
+    return name
+
+
+def _tool_choice(fields: JsonFields, tools: list[Tool]) -> tuple[list[Tool], list[Tool]]:
+    """Return the tools that the model is told of, and those of which it must call one."""
+    choice = fields.take("tool_choice")
+    if choice is None or choice == "auto":
+        return tools, []
+    if choice == "none":
+        return [], []
+    if choice == "required" and tools:
+        return tools, tools
+    if not isinstance(choice, dict):
+        raise fields.wrong("tool_choice", "must be none, auto, or with tools required or a function")
+    given = JsonFields(choice, "tool_choice.")
+    kind = given.text("type")
+    name = _tool_name(JsonFields(given.take("function"), "tool_choice.function."))
+    given.finish()
+    forced = [tool for tool in tools if tool["function"]["name"] == name]
+    if kind != "function" or not forced:
+        raise fields.wrong("tool_choice", "must name a function of tools")
+    return tools, forced
+
+
+def _content(fields: JsonFields, optional: bool) -> str:
     content = fields.take("content")
+    if content is None and optional:
+        return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list) or not content:
@@ -219,6 +323,34 @@ def _stream_options(fields: JsonFields, stream: bool) -> bool:
     include = options.flag("include_usage") or False
     options.finish(("include_obfuscation",))
     return include
+
+
+def _response_format(fields: JsonFields, thinks: bool) -> Grammar | None:
+    """The grammar that the answer must match."""
+    given = fields.take("response_format")
+    if given is None:
+        return None
+    form = JsonFields(given, "response_format.")
+    kind = form.text("type")
+    if kind not in ("text", "json_object", "json_schema"):
+        raise form.wrong("type", f"must be text, json_object or json_schema, not {shown(kind)}")
+    schema: Any = ANY_OBJECT if kind == "json_object" else None
+    strict: bool | None = None
+    if kind == "json_schema":
+        described = JsonFields(form.take("json_schema"), "response_format.json_schema.")
+        schema, strict = described.take("schema"), described.flag("strict")
+        described.finish(("name", "description"))
+        if not isinstance(schema, dict | bool):
+            raise described.wrong("schema", "must be a JSON schema")
+    form.finish()
+    return None if schema is None else _grammar_of(schema, strict is not False, thinks, "response_format")
+
+
+def _grammar_of(schema: Any, strict: bool, thinks: bool, param: str) -> Grammar:
+    try:
+        return schema_grammar(schema, strict, thinks)
+    except GrammarError as error:
+        raise RequestError(error.message, param) from None
 
 
 def _stop(fields: JsonFields) -> tuple[str, ...]:

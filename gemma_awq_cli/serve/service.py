@@ -8,8 +8,11 @@ from pathlib import PurePath
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.generate.constraints import CompiledGrammar, GrammarCompiler
 from gemma_awq_cli.generate.generation import GenerationOptions
+from gemma_awq_cli.generate.grammar import GrammarError
 from gemma_awq_cli.generate.sampling import resolve
+from gemma_awq_cli.generate.tool_choice import forced_call
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from gemma_awq_cli.serve.engine_thread import EngineThread, RowRequest
 from gemma_awq_cli.serve.json_fields import RequestError
@@ -29,7 +32,7 @@ class Service:
     """A model and the engine that runs it.
 
     name: what it is called in requests. declared: its generation_config. vocabulary: how many tokens it has. timeout:
-    seconds that a request may take.
+    seconds that a request may take. grammars: compiles the grammars of requests.
     """
 
     name: str
@@ -38,13 +41,19 @@ class Service:
     vocabulary: int
     engine: EngineThread
     timeout: float
+    grammars: GrammarCompiler
     # the prompter renders one conversation at a time, and a long text takes a while
     _preparing: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "prompts"))
+    _compiling: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1, "grammars"))
 
     async def prepare(self, request: GenerationRequest) -> Prepared:
         """Return the rows of a request. Raises RequestError if the model cannot be given them."""
         self.require_name(request.model)
-        return await asyncio.get_running_loop().run_in_executor(self._preparing, self._prepare, request)
+        loop = asyncio.get_running_loop()
+        compiled = None
+        if request.grammar is not None or request.forced:
+            compiled = await loop.run_in_executor(self._compiling, self._compile, request)
+        return await loop.run_in_executor(self._preparing, self._prepare, request, compiled)
 
     def require_name(self, name: str | None) -> None:
         """Raise RequestError for the name of another model."""
@@ -53,11 +62,30 @@ class Service:
                 f"This server has no model of that name; it serves {self.name}.", "model", 404, "model_not_found"
             )
 
-    def close(self) -> None:
-        """End the thread that prepares prompts; what it has begun is completed."""
-        self._preparing.shutdown(wait=False, cancel_futures=True)
+    def start(self) -> None:
+        """Start the engine, and get ready for grammars."""
+        self.engine.start()
+        if self.grammars.available:
+            self._compiling.submit(self.grammars.prepare)
 
-    def _prepare(self, request: GenerationRequest) -> Prepared:
+    def close(self) -> None:
+        """End the engine and the threads that prepare requests; what they have begun is completed."""
+        self.engine.stop()
+        for executor in (self._preparing, self._compiling):
+            executor.shutdown(wait=False, cancel_futures=True)
+
+    def _compile(self, request: GenerationRequest) -> CompiledGrammar:
+        try:
+            grammar = request.grammar
+            if grammar is None:
+                tokenizer, form = self.prompter.tokenizer, self.prompter.tool_format
+                grammar = forced_call(request.forced, form, tokenizer, request.think or False)
+            return self.grammars.compile(grammar)
+        except GrammarError as error:
+            param = "response_format" if request.grammar else "tools"
+            raise RequestError(error.message, param, code="invalid_grammar") from None
+
+    def _prepare(self, request: GenerationRequest, compiled: CompiledGrammar | None) -> Prepared:
         most = self.engine.rows + self.engine.max_waiting
         if len(request.prompts) * request.n > most:
             raise RequestError(f"The request asks for more than {most} answers, the most that this server holds.", "n")
@@ -71,9 +99,11 @@ class Service:
                 resolve(request.sampling, self.declared),
                 request.stop,
                 request.logprobs,
+                tools=self.prompter.tool_format if request.tools else None,
             )
             for number in range(request.n):
-                rows.append(RowRequest(ids, options, number, request.stream, request.ignore_eos))
+                constraint = None if compiled is None else compiled.constraint()
+                rows.append(RowRequest(ids, options, number, request.stream, request.ignore_eos, constraint))
         return Prepared(rows, prompt_tokens)
 
     def _ids(self, request: GenerationRequest, prompt: PromptLike) -> list[int]:
@@ -105,7 +135,9 @@ class Service:
                 raise RequestError(f"{self.name} does not think before it answers.", "reasoning_effort")
             think = None
         messages = [message for message in prompt if isinstance(message, dict)]
-        return self.prompter.prompt_ids(self.prompter.chat(messages, answer_next=True, think=think))
+        return self.prompter.prompt_ids(
+            self.prompter.chat(messages, answer_next=True, think=think, tools=request.tools)
+        )
 
     def _without_folder(self, error: GemmaAwqError) -> str:
         """Its message, which may name a file of the model, without the place on this machine."""

@@ -5,6 +5,7 @@ from contextlib import closing
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.events import Note, Warned
+from gemma_awq_cli.generate.constraints import GrammarCompiler
 from gemma_awq_cli.generate.finding import FoundModel
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens, generation_config
 from gemma_awq_cli.generate.opening import choose_sampling, open_local, read_checkpoint
@@ -53,10 +54,11 @@ def open_service(request: ServeRequest, found: FoundModel, on_event: OnEvent) ->
     with memory_errors("allocating the rows", FEWER):
         session = opened.session(plan.rows, plan.context)
     assert isinstance(session, CachedSession)
+    ends = end_tokens(checkpoint, opened.prompter)
     engine = EngineThread(
         session,
         opened.prompter.tokenizer,
-        end_tokens(checkpoint, opened.prompter),
+        ends,
         plan.rows,
         plan.context,
         request.max_waiting,
@@ -65,7 +67,8 @@ def open_service(request: ServeRequest, found: FoundModel, on_event: OnEvent) ->
     )
     declared = generation_config(checkpoint)
     name = name_of(request.model, found.folder)
-    return Service(name, opened.prompter, declared, checkpoint.vocabulary, engine, request.timeout)
+    grammars = GrammarCompiler(opened.prompter.tokenizer, checkpoint.vocabulary, ends)
+    return Service(name, opened.prompter, declared, checkpoint.vocabulary, engine, request.timeout, grammars)
 
 
 def _plan(request: ServeRequest, opened: OpenModel) -> MemoryPlan:

@@ -75,22 +75,23 @@ def _require_plain(name: Any) -> None:
 
 def render(
     template: str,
-    messages: Sequence[Mapping[str, str]],
+    messages: Sequence[Mapping[str, Any]],
     answer_next: bool,
     tokens: Mapping[str, str],
     limit: int | None = None,
     switches: Mapping[str, bool] | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
     """Return the messages as text of at most `limit` characters.
 
-    tokens: texts of `bos_token` and the like. switches: further variables of the template.
+    tokens: texts of `bos_token` and the like. switches: further variables of the template. tools: as in OpenAI's API.
 
     Raises whatever the template raises: `Refusal` if it refuses the messages, jinja2.exceptions.TemplateSyntaxError if
     it is not a template.
     """
     pieces = _compiled(template).generate(
         messages=[dict(message) for message in messages],
-        tools=None,
+        tools=tools or None,
         documents=None,
         add_generation_prompt=answer_next,
         **tokens,
@@ -134,9 +135,9 @@ def _to_json(
 def serve() -> None:
     """Render until the requests end: they come as JSON lines on file 0, the answers go to file 1.
 
-    The first request is {template, tokens, seconds}, every other {messages, answer_next, switches}. An answer is one of
-    {text}, {refused: why}, {damaged: why, line}, {failed: why, line} and {exhausted: why}; before all others comes
-    {ready}.
+    The first request is {template, tokens, seconds}, every other {messages, answer_next, switches, tools}. An answer is
+    one of {text}, {refused: why}, {damaged: why, line}, {failed: why, line} and {exhausted: why}; before all others
+    comes {ready}.
     seconds: after twice that time this process ends by itself, if its parent has not ended it.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent
@@ -159,7 +160,8 @@ def _answer(template: str, tokens: Mapping[str, str], request: Mapping[str, Any]
     try:
         _compiled(template)
         failing = "failed"
-        text = render(template, request["messages"], request["answer_next"], tokens, limit, request["switches"])
+        messages, answer_next = request["messages"], request["answer_next"]
+        text = render(template, messages, answer_next, tokens, limit, request["switches"], request["tools"])
         return json.dumps({"text": text}, ensure_ascii=False).encode() + b"\n"
     except Refusal as error:
         answer: dict[str, Any] = {"refused": _message_of(error)}

@@ -24,7 +24,12 @@ class StreamingDetokenizer:
     def add(self, token: int) -> bool:
         """Decode one more token. Return whether that completed a stop string."""
         with tokenizer_errors("The tokenizer cannot decode tokens one by one"):
-            self._text += self._stream.step(self._backend, token) or ""
+            text = self._stream.step(self._backend, token) or ""
+        return self.add_text(text)
+
+    def add_text(self, text: str) -> bool:
+        """Add text that was decoded elsewhere. Return whether that completed a stop string."""
+        self._text += text
         places = [place for string in self._stop if (place := self._text.find(string)) >= 0]
         if places:
             self._text = self._text[: min(places)]

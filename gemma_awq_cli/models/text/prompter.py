@@ -3,24 +3,31 @@
 The ids fit the model: none of them is beyond its embedding.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.text import tool_calls
 from gemma_awq_cli.models.text.template_worker import PromptError, TemplateWorker
 from gemma_awq_cli.models.text.tokenizer import COPY, load_tokenizer
 
 __all__ = ["Message", "PromptError", "Prompter", "begin_loading", "located"]
 
-Message = dict[str, str]
+Message = dict[
+    str, Any
+]  # role and content, both texts; with tools also tool_calls and tool_call_id, as in OpenAI's API
+Tool = Mapping[str, Any]  # as in OpenAI's API: {"type": "function", "function": {"name", "description", "parameters"}}
 THINKING = "enable_thinking"  # the variable of a chat template that turns thinking on or off
 
 
 class Prompter:
-    """A model folder's tokenizer and chat template. can_think: whether the template turns thinking on and off.
+    """A model folder's tokenizer and chat template.
+
+    can_think: whether the template turns thinking on and off. tool_format: how the model calls tools.
 
     A text or a conversation that the model cannot be given raises `PromptError`; the next one may be fine.
     """
@@ -35,6 +42,7 @@ class Prompter:
         template = self.tokenizer.chat_template
         self._templates = TemplateWorker(template, self.tokenizer.special) if template else None
         self.can_think = template is not None and THINKING in template.text
+        self.tool_format = tool_calls.format_of(template.text if template else "")
 
     @cached_property
     def vocabulary(self) -> int | None:
@@ -97,21 +105,27 @@ class Prompter:
         ids = self.ids(text)
         return ids if ids[:1] == [self.bos] else [self.bos, *ids]
 
-    def chat(self, messages: Sequence[Message], answer_next: bool, think: bool | None = None) -> str:
+    def chat(
+        self, messages: Sequence[Message], answer_next: bool, think: bool | None = None, tools: Sequence[Tool] = ()
+    ) -> str:
         """Return the text that the chat template renders, up to where the next answer begins if `answer_next`.
 
-        think: whether the model is to think before it answers; None for the template's own default.
+        think: whether the model is to think before it answers; None for the template's own default. tools: that it may
+        call.
         """
         assert self._templates is not None, "messages need a model with a chat template"
         switches = {} if think is None else {THINKING: think}
+        called = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
+        if called and self.tool_format.prompted:
+            messages, tools = tool_calls.prompted(messages, tools), ()
         try:
-            return self._templates.render(messages, answer_next, switches)
+            return self._templates.render(messages, answer_next, switches, tools)
         except PromptError:
             if [message["role"] for message in messages[:2]] != ["system", "user"]:
                 raise
             # Gemma 1 and 2 have no system role: its text goes before the first user message
             first = {"role": "user", "content": f"{messages[0]['content']}\n\n{messages[1]['content']}"}
-            return self._templates.render([first, *messages[2:]], answer_next, switches)
+            return self._templates.render([first, *messages[2:]], answer_next, switches, tools)
 
 
 @contextmanager

@@ -58,9 +58,13 @@ class TemplateWorker:
             self._process = _Process(self._template, self._tokens)
 
     def render(
-        self, messages: Sequence[Mapping[str, str]], answer_next: bool, switches: Mapping[str, bool] | None = None
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        answer_next: bool,
+        switches: Mapping[str, bool] | None = None,
+        tools: Sequence[Mapping[str, Any]] = (),
     ) -> str:
-        """Return the messages as text. switches: further variables of the template.
+        """Return the messages as text. switches: further variables of the template. tools: as in OpenAI's API.
 
         Raises PromptError if the messages are the cause, and GemmaAwqError if the template cannot be used at all.
         """
@@ -68,7 +72,12 @@ class TemplateWorker:
         assert self._process is not None
         try:
             answer = self._process.ask(
-                {"messages": list(messages), "answer_next": answer_next, "switches": dict(switches or {})}
+                {
+                    "messages": list(messages),
+                    "answer_next": answer_next,
+                    "switches": dict(switches or {}),
+                    "tools": list(tools),
+                }
             )
         except BaseException:  # the process may be half-way through an answer
             self._process.end()
