@@ -412,7 +412,8 @@ def _settle_activation(where: Path, prefix: str, values: dict[str, Any]) -> None
 def _rope(where: Path, name: str, given: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Rotary parameters, or one set of them per layer type, which Gemma 3 has under `rope_parameters`."""
     if family.rope_per_kind and name.endswith("rope_parameters"):
-        if given.keys() & _ROPE.keys():
+        # GPTQModel writes one set for all beside those of the kinds, which is what transformers reads
+        if given.keys() & _ROPE.keys() and not all(isinstance(given.get(kind), dict) for kind in family.layer_kinds):
             raise GemmaAwqError(f"{where}: {name} must hold one object per layer type: {', '.join(LAYER_TYPES)}.", HINT)
         kinds = dict.fromkeys(LAYER_TYPES, optional(OBJECT))
         types = _checked(where, f"{name}.", given, kinds)

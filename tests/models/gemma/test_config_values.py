@@ -280,6 +280,18 @@ def test_every_rotary_embedding_is_transformers(kind: str, rope_type: str, chang
         assert float(((given - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()) < 1e-4
 
 
+def test_gptqmodel_adds_one_rotary_set_to_those_of_the_kinds(changed: Callable[..., Path]) -> None:
+    """GPTQModel 7.7 saves Gemma 3 so. transformers reads the sets of the kinds, which differ here."""
+    rope = {
+        "full_attention": {"rope_type": "default", "rope_theta": 300.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 20.0},
+        "rope_theta": {"global": 1e6, "local": 1e4}, "rope_type": "default",
+    }  # fmt: skip
+    theirs, *others = logits_of(changed("gemma3_text", {"rope_parameters": rope}))
+    for given in others:
+        assert float(((given - theirs).norm(dim=-1) / theirs.norm(dim=-1)).median()) < 1e-4
+
+
 @pytest.mark.parametrize(
     "text",
     [
