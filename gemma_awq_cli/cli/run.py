@@ -1,5 +1,6 @@
 """`gemma-awq run`: complete a prompt, chat, or complete a file of prompts, from an artifact or a 16-bit Gemma."""
 
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -185,6 +186,15 @@ def command(
             rich_help_panel=STRUCTURE,
         ),
     ] = None,
+    tools: Annotated[
+        Path | None,
+        typer.Option(
+            help="Let an instruct model call the tools in FILE, a JSON list as in OpenAI's API. Calls are printed, not "
+            "carried out.",
+            metavar="FILE",
+            rich_help_panel=STRUCTURE,
+        ),
+    ] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
@@ -266,6 +276,7 @@ def command(
     from gemma_awq_cli.generate.grammar import read_grammar
     from gemma_awq_cli.generate.request import BatchFiles, EngineOptions, RunRequest
     from gemma_awq_cli.generate.sampling import Sampling
+    from gemma_awq_cli.generate.tool_file import read_tools
 
     out, stages = Output(quiet), Stages()
     _require_consistent(prompt, input_file, output_file, resume, verbose, engine)
@@ -293,11 +304,24 @@ def command(
     chatting = files is None and prompt is None and sys.stdin.isatty()
     if chatting and as_json:
         raise UsageError("--json cannot be used in a chat.", "Give a prompt.")
+    if tools is not None and (chatting or files is not None or engine is EngineName.vllm):
+        raise UsageError("--tools needs a prompt, and this tool's own engine.", "Give one prompt.")
+    if tools is not None and form is not None:
+        raise UsageError("--tools cannot be combined with a schema or a grammar.", "Leave one of them out.")
     text = "" if chatting or files else read_prompt(prompt)
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     limit = max_new_tokens or (NEW_TOKENS_THINKING if think else NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
     generation = GenerationOptions(limit, sampling, stop or (), logprobs, form)
-    request = RunRequest(model or default_model(out), revision, opening, generation, system, raw, think)
+    request = RunRequest(
+        model or default_model(out),
+        revision,
+        opening,
+        generation,
+        system,
+        raw,
+        think,
+        () if tools is None else read_tools(tools),
+    )
     stages.end("command line")
 
     from gemma_awq_cli.generate.finding import find_model
@@ -362,10 +386,12 @@ def _unseen(piece: str) -> None:
 def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> None:
     """End the streamed text, or print the JSON document. Note the speed."""
     completion = result.completion
+    calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in completion.calls]
     if as_json:
         out.document(
             {
-                "model": model, **completion.texts, **result.logprobs, "finish": completion.finish,
+                "model": model, **completion.texts, **result.logprobs, **({"tool_calls": calls} if calls else {}),
+                "finish": completion.finish,
                 "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
                 "sampling": result.sampling.summary(),
                 "prompt_tokens_per_second": round(completion.prefill_rate, 2),
@@ -373,7 +399,10 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
             }
         )  # fmt: skip
     else:
-        out.result("")
+        if completion.text or not calls:
+            out.result("")
+        for call in calls:
+            out.result(json.dumps(call, ensure_ascii=False))
     out.note(
         f"{completion.prompt_tokens} prompt tokens at {completion.prefill_rate:.1f}/s, "
         f"{len(completion.tokens)} new tokens at {completion.decode_rate:.1f}/s ({completion.finish})"

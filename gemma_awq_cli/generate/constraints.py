@@ -17,6 +17,7 @@ from gemma_awq_cli.generate.grammar import JSON_SCHEMA, Grammar, GrammarError
 from gemma_awq_cli.generate.sampler import Constraint
 from gemma_awq_cli.models.text.thoughts import CLOSES, OPENS
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
+from gemma_awq_cli.models.text.tool_calls import FORMATS
 from gemma_awq_cli.system.failures import first_line
 
 INSTALL = "Install it: pip install 'gemma-awq[grammar]'."
@@ -169,7 +170,11 @@ class _Vocabulary:
         self.eos_token_id = ends[0]
         self.bos_token_id = tokenizer.special_id("bos_token")
         added = tokenizer.backend.get_added_tokens_decoder()
-        self.special_token_ids = sorted({*ends, *(i for i, token in added.items() if token.special and i < vocabulary)})
+        special = {index for index, token in added.items() if token.special}
+        # no text of an answer contains those of tool calls, whatever the tokenizer calls them
+        marks = {tokenizer.id_of(mark) for form in FORMATS for mark in (form.opens, form.closes, form.quote, form.ends)}
+        special |= {mark for mark in marks if mark is not None}
+        self.special_token_ids = sorted({*ends, *(index for index in special if index < vocabulary)})
         self.tokens = [self._bytes(tokenizer.token_of(index), index in added) for index in range(vocabulary)]
 
     @cached_property

@@ -3,32 +3,39 @@
 from collections.abc import Sequence
 
 from gemma_awq_cli.errors import UsageError
-from gemma_awq_cli.models.text.prompter import THINKING, Message, Prompter
+from gemma_awq_cli.models.text.prompter import THINKING, Message, Prompter, Tool
 
 Prompt = str | list[Message]
 
 
 def prompt_ids(
-    prompter: Prompter, prompt: str | Sequence[Message], system: str | None, raw: bool, think: bool | None = None
+    prompter: Prompter,
+    prompt: str | Sequence[Message],
+    system: str | None,
+    raw: bool,
+    think: bool | None = None,
+    tools: Sequence[Tool] = (),
 ) -> list[int]:
     """Return the token ids of a prompt or a conversation, BOS included.
 
-    They go through the chat template of an instruct model, unless `raw`. think: see `Prompter.chat`. Raises UsageError
-    for messages, a system message or a `think` that no chat template takes, and PromptError for a text that the model
-    cannot be given.
+    They go through the chat template of an instruct model, unless `raw`. think, tools: see `Prompter.chat`. Raises
+    UsageError for messages, a system message, tools or a `think` that no chat template takes, and PromptError for a
+    text that the model cannot be given.
     """
     require_switch(prompter, raw, think)
     if raw or not prompter.is_chat:
         unused = ", which --raw turns off." if raw and prompter.is_chat else "."
         if system:
             raise UsageError(f"--system needs a model with a chat template{unused}")
+        if tools:
+            raise UsageError(f"--tools needs a model with a chat template{unused}")
         if not isinstance(prompt, str):
             raise UsageError(f"Messages need a model with a chat template{unused}")
         return prompter.prompt_ids(prompt)
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
     if system and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": system}, *messages]
-    return prompter.prompt_ids(prompter.chat(messages, answer_next=True, think=think))
+    return prompter.prompt_ids(prompter.chat(messages, answer_next=True, think=think, tools=tools))
 
 
 def require_switch(prompter: Prompter, raw: bool, think: bool | None) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.generate.generation import GenerationOptions
+from gemma_awq_cli.models.text.prompter import Tool
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 LOCAL, VLLM = "local", "vllm"
@@ -72,7 +73,7 @@ class RunRequest:
     model: a folder, a hub id or `demo`. revision: branch, tag or commit of a hub id. generation: its sampling is what
     the user asked for; the model's generation_config completes it. system: a system message for an instruct model. raw:
     leave out the chat template. think: whether the model is to think before it answers; None for its template's own
-    default.
+    default. tools: that the model may call.
     """
 
     model: str
@@ -82,6 +83,7 @@ class RunRequest:
     system: str | None = None
     raw: bool = False
     think: bool | None = None
+    tools: tuple[Tool, ...] = ()
 
 
 @dataclass(frozen=True)

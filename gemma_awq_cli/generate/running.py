@@ -74,7 +74,7 @@ def run_prompt(
     """
 
     def ids_of(prompter: Prompter) -> list[int]:
-        return prompt_ids(prompter, prompt, request.system, request.raw, request.think)
+        return prompt_ids(prompter, prompt, request.system, request.raw, request.think, request.tools)
 
     checkpoint = read_checkpoint(found, on_event)
     options = _options(request, checkpoint, on_event)
@@ -83,6 +83,8 @@ def run_prompt(
         checkpoint, found, request.engine, 1, lambda prompter: len(ids_of(prompter)) + options.max_new_tokens, on_event
     )
     ids = ids_of(engine.prompter)
+    if request.tools:
+        options = replace(options, tools=engine.prompter.tool_format)
     on_event(StageEnded("waiting for the tokenizer"))
     (completion,) = engine.complete(
         [ids], options, lambda _, piece: on_text(piece), on_thought=lambda _, piece: on_thought(piece)
