@@ -32,6 +32,6 @@ def test_it_does_not_depend_on_the_terminal(monkeypatch: pytest.MonkeyPatch) -> 
 def test_it_is_what_a_terminal_shows(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setenv("COLUMNS", "100")
     text = command_reference()
-    for command in ([], ["quantize"], ["run"], ["bench"], ["inspect"], ["push"]):
+    for command in ([], ["quantize"], ["run"], ["serve"], ["bench"], ["inspect"], ["push"]):
         assert main([*command, "--help"]) == 0
         assert f"```text\n{capsys.readouterr().out}```" in text
