@@ -4,6 +4,7 @@ A grammar is compiled once, for a model's vocabulary; each row that follows it h
 """
 
 import importlib.util
+import json
 import re
 from collections.abc import Iterable
 from functools import cached_property
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.generate.grammar import JSON_SCHEMA, Grammar, GrammarError
+from gemma_awq_cli.generate.grammar import JSON_SCHEMA, Grammar, GrammarError, has_finite_value
 from gemma_awq_cli.generate.sampler import Constraint
 from gemma_awq_cli.models.text.thoughts import CLOSES, OPENS
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
@@ -75,6 +76,10 @@ class GrammarCompiler:
         what = "JSON schema" if grammar.kind == JSON_SCHEMA else "grammar"
         try:
             if grammar.kind == JSON_SCHEMA:
+                if not has_finite_value(json.loads(grammar.text)):
+                    raise GrammarError(
+                        "The JSON schema cannot be used: all that matches it contains itself, endlessly."
+                    )
                 options = {
                     "lenient": not grammar.strict, "coerce_one_of": not grammar.strict, "whitespace_flexible": True,
                     "whitespace_pattern": SPACE,

@@ -4,6 +4,7 @@
 """
 
 import json
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,60 @@ def _most_members(value: Any) -> int:
     if isinstance(value, dict):
         return max(len(value), *(_most_members(item) for item in value.values()), 0)
     return max(map(_most_members, value), default=0) if isinstance(value, list) else 0
+
+
+def has_finite_value(schema: dict[str, Any]) -> bool:
+    """Return False if whatever a schema accepts would have to contain itself, through references, without end.
+
+    A thousand references take two seconds if each waits for the next.
+    A reference counts as finite once what it leads to is known to be; the rest is the least fixed point.
+    """
+    waiting = {pointer: _at(schema, pointer) for pointer in _pointers(schema)}
+    finite = {pointer for pointer, target in waiting.items() if target is None}  # unknown: llguidance says why
+    while True:
+        found = {pointer for pointer, target in waiting.items() if pointer not in finite and _is_finite(target, finite)}
+        if not found:
+            return _is_finite(schema, finite)
+        finite |= found
+
+
+def _is_finite(schema: Any, finite: Set[str]) -> bool:
+    if not isinstance(schema, dict):
+        return True
+    if isinstance(pointer := schema.get("$ref"), str) and pointer not in finite:
+        return False
+    for name in ("anyOf", "oneOf"):
+        if isinstance(choices := schema.get(name), list) and not any(_is_finite(each, finite) for each in choices):
+            return False
+    if isinstance(parts := schema.get("allOf"), list) and not all(_is_finite(each, finite) for each in parts):
+        return False
+    kinds = schema.get("type")
+    kinds = kinds if isinstance(kinds, list) else [kinds]
+    if "enum" in schema or "const" in schema or any(kind not in ("object", "array") for kind in kinds):
+        return True
+    properties, required = schema.get("properties"), schema.get("required")
+    if "object" in kinds:
+        names = [name for name in required if isinstance(name, str)] if isinstance(required, list) else []
+        inner = [properties.get(name) for name in names] if isinstance(properties, dict) else []
+        if all(_is_finite(each, finite) for each in inner):
+            return True
+    return "array" in kinds and (not schema.get("minItems") or _is_finite(schema.get("items"), finite))
+
+
+def _pointers(value: Any) -> set[str]:
+    """Return the references in a JSON value to other parts of it."""
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    own = value.get("$ref") if isinstance(value, dict) else None
+    return ({own} if isinstance(own, str) else set[str]()).union(*map(_pointers, inner))
+
+
+def _at(root: Any, pointer: str) -> Any:
+    """Return what a JSON pointer such as `#/$defs/name` leads to, or None."""
+    if not pointer.startswith("#"):
+        return None
+    for step in pointer[1:].split("/")[1:]:
+        root = root.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(root, dict) else None
+    return root
 
 
 def _bounded(text: str, what: str) -> str:

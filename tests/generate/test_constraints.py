@@ -56,6 +56,10 @@ SCHEMAS: dict[str, Json] = {
         "$defs": {"leaf": {"enum": ["x", "y"]}}, "type": "array", "items": {"$ref": "#/$defs/leaf"}, "minItems": 1,
         "maxItems": 3,
     },
+    "recursive-object": {
+        "type": "object", "properties": {"a": {"anyOf": [{"$ref": "#"}, {"type": "null"}]}},
+        "additionalProperties": False,
+    },
     "recursive": {"anyOf": [{"enum": [0, 1, 2, 3]}, {"type": "array", "items": {"$ref": "#"}, "maxItems": 2}]},
     "optional": {
         "type": "object", "properties": {name: {"type": "boolean"} for name in "abc"}, "additionalProperties": False,
@@ -71,6 +75,15 @@ IMPOSSIBLE: dict[str, Json] = {
     "pattern": {"type": "string", "pattern": "^a{10}$", "maxLength": 3},
     "required": {"type": "object", "properties": {"a": False}, "required": ["a"]},
     "itself": {"$ref": "#"},
+    "endless": {"type": "object", "properties": {"a": {"$ref": "#"}}, "required": ["a"]},
+    "endless-array": {"type": "array", "items": {"anyOf": [{"$ref": "#"}, {"$ref": "#/items"}]}, "minItems": 1},
+    "endless-in-turns": {
+        "$defs": {
+            name: {"type": "object", "properties": {"x": {"$ref": f"#/$defs/{other}"}}, "required": ["x"]}
+            for name, other in ("ab", "ba")
+        },
+        "allOf": [{"$ref": "#/$defs/a"}],
+    },
     "missing": {"$ref": "#/$defs/none"},
     "remote": {"$ref": "http://127.0.0.1:9/schema.json"},
     "unknown-type": {"type": "frob"},

@@ -17,6 +17,7 @@ from gemma_awq_cli.models.text.tool_calls import (
     format_of,
     read_call,
     read_calls,
+    with_named_results,
 )
 from tests.serve.conftest import Json, Serve, Served
 from tests.tiny import GEMMA4_SPECIAL, make_checkpoint, make_tokenizer
@@ -165,6 +166,7 @@ def test_results_go_through_the_template(caller: Served, script: Script) -> None
     assert seen[0].endswith('<|tool_response>response:get_weather{value:<|"|>sunny<|"|>}<tool_response|>')
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["caller", "prompted"])
 @pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str)
 def test_a_forced_call_matches_its_schema(model: str, choice: Any, request: pytest.FixtureRequest) -> None:
@@ -321,6 +323,17 @@ def test_formats_are_known_by_their_template() -> None:
     assert format_of("{% if tools %}<|tool_call>call:") == GEMMA4
     assert format_of("{% for t in tools %}<start_function_call>") == FUNCTION_GEMMA
     assert format_of("<start_of_turn>") == PROMPTED
+
+
+def test_function_gemmas_results() -> None:
+    result = {"role": "tool", "name": "f", "tool_call_id": "c"}
+    texts = ['{"a": 1}', "[1]", "sunny", '"x"', "{"]
+    found = with_named_results([*USER, *({**result, "content": text} for text in texts)])
+    assert found[0] == USER[0]
+    assert [message["content"][0]["response"] for message in found[1:]] == [
+        {"a": 1}, {"value": [1]}, {"value": "sunny"}, {"value": "x"}, {"value": "{"},
+    ]  # fmt: skip
+    assert {message["content"][0]["name"] for message in found[1:]} == {"f"}
 
 
 def test_function_gemmas_tokens(tmp_path: Path) -> None:

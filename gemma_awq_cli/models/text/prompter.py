@@ -118,6 +118,8 @@ class Prompter:
         called = tools or any(message["role"] == "tool" or "tool_calls" in message for message in messages)
         if called and self.tool_format.prompted:
             messages, tools = tool_calls.prompted(messages, tools), ()
+        elif self.tool_format.named_results:
+            messages = tool_calls.with_named_results(messages)
         try:
             return self._templates.render(messages, answer_next, switches, tools)
         except PromptError:

@@ -26,13 +26,15 @@ _FENCE = re.compile(r"```[a-z_]*\n?(.*?)\n?```", re.DOTALL)
 class ToolFormat:
     """The tokens around a call, the one around each string of it, and the one with which a model waits for results.
 
-    Without them, calls are JSON in the text.
+    Without them, calls are JSON in the text. named_results: whether the chat template takes a result as a list of
+    {"name", "response"} rather than as text.
     """
 
     opens: str = ""
     closes: str = ""
     quote: str = ""
     ends: str = ""
+    named_results: bool = False
 
     @property
     def prompted(self) -> bool:
@@ -42,7 +44,7 @@ class ToolFormat:
 
 GEMMA4 = ToolFormat("<|tool_call>", "<tool_call|>", '<|"|>', "<|tool_response>")
 FUNCTION_GEMMA = ToolFormat(
-    "<start_function_call>", "<end_function_call>", "<escape>", "<start_function_response>"
+    "<start_function_call>", "<end_function_call>", "<escape>", "<start_function_response>", named_results=True
 )  # fmt: skip
 PROMPTED = ToolFormat()
 FORMATS = (GEMMA4, FUNCTION_GEMMA)
@@ -208,6 +210,24 @@ def _python_call(item: ast.expr) -> ToolCall | None:
     if not NAME.fullmatch(name):
         return None
     return ToolCall(name, json.dumps(arguments, ensure_ascii=False, allow_nan=False))
+
+
+def with_named_results(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return the messages with each result as a list of its tool's name and an object, whatever text it was."""
+    return [
+        {**message, "content": [{"name": message["name"], "response": _response(message["content"])}]}
+        if message["role"] == "tool"
+        else dict(message)
+        for message in messages
+    ]
+
+
+def _response(content: str) -> dict[str, Any]:
+    try:
+        value = parse_json(content, "", "")
+    except GemmaAwqError:
+        value = content
+    return value if isinstance(value, dict) else {"value": value}
 
 
 INTRODUCTION = (
