@@ -15,10 +15,13 @@ from gemma_awq_cli.awq.gptq import residuals
 from gemma_awq_cli.awq.round_group import round_and_compare, round_nearest
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_common_scale, search_scale
 from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, GroupRecord
+from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Place
 from gemma_awq_cli.quantize.expert_inputs import SEARCHED, ExpertInputs
 from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_rows
 from gemma_awq_cli.quantize.layer import COMPENSATED, DESCENDED, NEAREST, QuantizedLayer
+
+TIDIED = 8  # experts
 
 
 def quantize_experts(
@@ -44,6 +47,7 @@ def quantize_experts(
         sample = gate_up[:: -(-gate_up.shape[0] // sample_rows)].clone()
         searched.append(([sample], residuals(inputs.gate_up(expert))))
         del gate_up
+        _tidy(expert)
     choice = search_common_scale(
         searched,
         inputs.mean_abs,
@@ -61,6 +65,8 @@ def quantize_experts(
         rounded, own, own_rtn = round_and_compare(gate_up, scale, rows, gram, group_size, effort)
         error, rtn_error, block = error + own, rtn_error + own_rtn, gram.shape[1]
         layer.add(_named(expert, experts.gate_up.linears, gate_up), scale, rows, rounded)
+        del gate_up, rows, gram, rounded
+        _tidy(expert)
     if not error <= rtn_error:  # also if it is NaN
         method, exponents, error = NEAREST, (0.0, 0.0), rtn_error
         folded, scale = fold_norm(experts.gate_up, torch.ones_like(scale), weights, gain_offset)
@@ -108,6 +114,12 @@ def _quantize_down(
     layer.add({name: weight}, scale, rows, rounded)
     layer.rows[f"experts.{expert}.{group.source}"] = source_rows(layout, group, scale)
     return GroupRecord(group.name, (name,), method, (), error, rtn_error, statistics.gram.shape[1])
+
+
+def _tidy(expert: int) -> None:
+    """Return freed memory to the system after every few experts: their results lie between larger freed blocks."""
+    if expert % TIDIED == TIDIED - 1:
+        return_freed_memory()
 
 
 def _sum(name: str, linears: tuple[str, ...], records: list[GroupRecord]) -> GroupRecord:

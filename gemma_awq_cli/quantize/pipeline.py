@@ -28,6 +28,7 @@ from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, writ
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, ignore
 from gemma_awq_cli.quantize.kept_grid import kept_groups
@@ -188,6 +189,7 @@ def _quantize_layers(
         record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
         journal.add(record)
         del layer
+        return_freed_memory()
         on_event(LayerDone(index, plan.layers, record.error, record.rtn_error, record.seconds))
     if starved := sum(len(g.starved) for r in journal.records for g in r.groups if isinstance(g, ExpertsRecord)):
         experts = sum(layout.experts.count for layout in plan.layouts if layout.experts is not None)
