@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.files import CONFIG
@@ -17,11 +18,12 @@ from gemma_awq_cli.models.checkpoints.foreign import (
     explain_no_adapter,
     explain_no_config,
 )
-from gemma_awq_cli.models.checkpoints.headers import find_weights
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID, fetch_errors
-from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights, weights_on_hub
 from gemma_awq_cli.system.failures import system_errors
 from gemma_awq_cli.system.reading import home_path
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights
 
 DEMO = "demo"
 _GIVE = "Give a checkpoint folder or a hub id"
@@ -50,7 +52,7 @@ class Source:
     asked: str
     name: str
     revision: str | None = None
-    on_hub: HubWeights | None = None
+    on_hub: "HubWeights | None" = None
 
 
 def find_source(asked: str, revision: str | None, note: Callable[[str], None], weights: bool = True) -> Source:
@@ -80,7 +82,7 @@ def find_source(asked: str, revision: str | None, note: Callable[[str], None], w
             raise explain_no_config(folder, asked)
         raise GemmaAwqError(f"{asked} has no {CONFIG} on the hub.", "Give a repository with a safetensors checkpoint.")
     commit = folder.name
-    on_hub = None if weights or _has_weights(folder) else weights_on_hub(asked, commit)
+    on_hub = None if weights or _has_weights(folder) else _weights_on_hub(asked, commit)
     return Source(folder, asked, asked.split("/")[1], commit, on_hub)
 
 
@@ -175,8 +177,16 @@ def _fetch(repo: str, revision: str | None, files: list[str]) -> Path:
         return Path(snapshot_download(repo, revision=revision, allow_patterns=files))
 
 
+def _weights_on_hub(repo: str, commit: str) -> "HubWeights":
+    from gemma_awq_cli.models.checkpoints.hub_headers import weights_on_hub  # it imports safetensors
+
+    return weights_on_hub(repo, commit)
+
+
 def _has_weights(folder: Path) -> bool:
     """Whether a complete set of weights lies in the folder, from an earlier fetch."""
+    from gemma_awq_cli.models.checkpoints.headers import find_weights
+
     try:
         return bool(find_weights(folder).files)
     except GemmaAwqError:
