@@ -131,7 +131,7 @@ def test_on_16_bits_it_is_the_torch_decoder(
 def test_greedy_tokens_are_those_of_torch_and_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
     """Free-running: each token is read before the next is chosen."""
     text, checkpoint = native_text(checkpoints(kind)), Checkpoint(checkpoints(kind))
-    exact = read_torch_text(checkpoint, text.arch, None, CPU, torch.float32)
+    exact = read_torch_text(checkpoint, text.arch, CPU, torch.float32)
     theirs = TransformersSession(build_model(checkpoint, CPU, torch.float32), 3, CAPACITY, CPU)
     expected = greedy(theirs, prompts())
     assert torch.equal(greedy(DecoderSession(exact, 3, CAPACITY), prompts()), expected)
@@ -151,7 +151,7 @@ def test_streams_that_hardly_anything_is_projected_to_are_not_blown_up(
     folder = shutil.copytree(checkpoints("gemma3n_text"), tmp_path / "small")
     edit_weights(folder, shrink)
     text, checkpoint = native_text(folder), Checkpoint(folder)
-    exact = read_torch_text(checkpoint, text.arch, None, CPU, torch.float32)
+    exact = read_torch_text(checkpoint, text.arch, CPU, torch.float32)
     model = build_model(checkpoint, CPU, torch.float32)
     theirs = read_by(TransformersSession(model, 3, CAPACITY, CPU), random_turns())
     by_torch = read_by(DecoderSession(exact, 3, CAPACITY), random_turns())
