@@ -14,7 +14,8 @@ import transformers
 from exchange import Opened, Request, serve
 from safetensors import safe_open
 
-PACKED = (".qweight", ".weight_packed")  # what a packed linear has in the files in place of `.weight`
+# what a packed linear has in place of `.weight`, in the files and the model; compressed-tensors may unpack on loading
+PACKED = ".qweight"
 METHODS = {
     "awq": "gptqmodel", "gptq": "gptqmodel", "compressed-tensors": "compressed-tensors", "auto-round": "auto-round",
 }  # fmt: skip
@@ -32,7 +33,7 @@ def open_model(request: Request) -> Opened:
     )  # fmt: skip
     faults = [f"{kind}: {len(names)}, {sorted(names)[:2]}" for kind, names in info.items() if names]
     stored = packed_linears(folder)
-    packed = sum(hasattr(module, kind[1:]) for module in model.modules() for kind in PACKED)
+    packed = sum(hasattr(module, PACKED[1:]) for module in model.modules())
     if packed != len(stored):
         faults.append(f"{len(stored)} packed linears in the files, {packed} in the model")
     method = METHODS.get(config.get("quantization_config", {}).get("quant_method"))
@@ -45,7 +46,7 @@ def packed_linears(folder: Path) -> set[str]:
     for file in sorted(folder.glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             names = tensors.keys()
-        stems |= {name.removesuffix(kind) for name in names for kind in PACKED if name.endswith(kind)}
+        stems |= {name.removesuffix(PACKED) for name in names if name.endswith(PACKED)}
     return stems
 
 
