@@ -7,8 +7,6 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-import torch
-
 from gemma_awq_cli.awq import known_grid
 from gemma_awq_cli.awq.gram import block_width
 from gemma_awq_cli.awq.round_group import PART
@@ -31,6 +29,9 @@ KEPT_WEIGHT = 6  # of a weight of the linear whose grid is kept: integers, and t
 KEPT_PART_WEIGHT = 48  # of a weight of the rows whose grids are found at a time: twelve float32 matrices
 PART_WEIGHT = 32  # of a weight of the rows that are rounded at a time: eight float32 matrices
 PROVED_WEIGHT = 6.6  # of a weight of experts whose folds are proved: 16-bit, packed, and float32 in the module
+# of a weight of experts that are observed: freed blocks between others, which the C library keeps from the second layer
+# on (measured at the shape of Gemma 4 26B-A4B)
+FREED_WEIGHT = 0.9
 HEAD_WEIGHT = 2  # of a weight of the head, read in 16 bits
 HIDDEN_COPIES = 8  # float32 hidden states of a token inside a layer: residual, norms, attention's inputs and output
 STREAM_COPIES = 5  # of the same for each further stream (AltUp): input, predictions, innovations, corrected, their copy
@@ -114,6 +115,7 @@ def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     scores = max(1, tokens // work.seq_len) * layout.heads * work.seq_len**2 * FLOAT32
     if layout.experts is not None:  # an expert may get all of them
         activations += tokens * FLOAT32 * (2 * layout.hidden + 4 * layout.experts.intermediate)
+        activations += int(FREED_WEIGHT * _expert_weights(layout.experts))
     weights = OBSERVED_WEIGHT * _weights(layout) + UNPACKED_WEIGHT * _kept(layout)
     return weights + _grams(work, fit, layout) + _expert_inputs(work, fit, layout) + activations + scores
 
@@ -171,8 +173,12 @@ def _weights(layout: LayerLayout) -> int:
     """Number of all parameters of a layer."""
     linears = sum(linear.outputs * linear.inputs for linear in layout.linears.values())
     if layout.experts is not None:
-        linears += sum(torch.Size(shape).numel() for shape in layout.experts.stacked().values())
+        linears += _expert_weights(layout.experts)
     return linears + sum(norm.size for norm in layout.norms.values())
+
+
+def _expert_weights(experts: Experts) -> int:
+    return sum(math.prod(shape) for shape in experts.stacked().values())
 
 
 def _kept(layout: LayerLayout) -> int:

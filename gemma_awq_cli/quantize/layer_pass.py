@@ -52,6 +52,7 @@ def process_layer(
                 experts.finish(index)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
+    return_freed_memory()
     gain_offset = checkpoint.family.gain_offset
     if observer is None:
         layer = keep_layer(layout, weights, stack.device, plan.effort)

@@ -15,8 +15,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.publish.foreign_model import prepare_foreign
-from tests.models.packed_formats.foreign import compressed_tensors, gptq, rewrite
-from tests.models.packed_formats.test_foreign import AUTO_ROUND, GPTQ, pack_quantized
+from tests.models.packed_formats.foreign import compressed_tensors, gptq, pack_quantized, rewrite
+from tests.models.packed_formats.test_foreign import AUTO_ROUND, GPTQ, GROUP
 from tests.publish.test_push import client, hub  # noqa: F401 (fixtures)
 from tests.tiny import edit_weights
 from tests.writing_hub import WritingHub
@@ -32,7 +32,6 @@ def foreign(artifacts: Artifacts, tmp_path: Path) -> Path:
     """A GPTQ model as GPTQModel leaves it, with a linear in 16 bits."""
     section = {**GPTQ, "sym": False, "meta": QUANTIZER}
     folder = rewrite(artifacts("gemma3_text"), tmp_path / "foreign", gptq(1), section, lambda n: "0.mlp.up" in n)
-    (folder / REPORT).unlink()
     (folder / "README.md").write_text(MADE, encoding="utf-8")
     (folder / "quantize_config.json").write_text(json.dumps(section), encoding="utf-8")
     return folder
@@ -105,8 +104,7 @@ def test_who_quantized_it(section: dict[str, Any], tool: str, foreign: Path) -> 
 
 
 def test_llm_compressor_leaves_a_recipe(artifacts: Artifacts, tmp_path: Path) -> None:
-    folder = rewrite(artifacts("gemma"), tmp_path / "foreign", compressed_tensors(False), pack_quantized(False))
-    (folder / REPORT).unlink()
+    folder = rewrite(artifacts("gemma"), tmp_path / "foreign", compressed_tensors(False), pack_quantized(False, GROUP))
     (folder / "recipe.yaml").write_text("default_stage: {}\n")
     made = prepare_foreign(folder, "me/tiny", "org/tiny", "gemma", None)
     assert "quantized with llm-compressor, and not" in words(made.card)
