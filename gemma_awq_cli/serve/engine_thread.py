@@ -7,8 +7,9 @@ than the tokens.
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 
 import torch
 
@@ -20,7 +21,7 @@ from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
 from gemma_awq_cli.models.text.tool_calls import ToolCall
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
-from gemma_awq_cli.serve.scheduler import Scheduler, Task
+from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
 
 _JOIN_SECONDS = 30.0  # a step of the slowest model is over by then
 
@@ -53,14 +54,12 @@ class Delta:
 class RowRequest:
     """A row to be generated.
 
-    ids: the prompt's, BOS included. number: tells its random numbers from those of the request's other rows. streams:
-    whether each piece is wanted as soon as it is certain; if not, one delta has it all. ignore_eos: whether no token
-    ends it.
+    ids: the prompt's, BOS included; rows of one prompt that follow each other read it once. streams: whether each piece
+    is wanted as soon as it is certain; if not, one delta has it all. ignore_eos: whether no token ends it.
     """
 
     ids: Sequence[int]
     options: GenerationOptions
-    number: int
     streams: bool
     ignore_eos: bool = False
     constraint: Constraint | None = None
@@ -201,7 +200,10 @@ class EngineThread:
         if self.live + len(requests) > self.rows + self.max_waiting:
             raise BusyError(max(1, min(600, round(self._row_seconds * (1 + self.waiting / self.rows)))))
         deltas: asyncio.Queue[tuple[int, Delta]] = asyncio.Queue()
-        tickets = [self._ticket(index, request, deltas) for index, request in enumerate(requests)]
+        tickets = [
+            self._ticket(index, request, deltas, shared)
+            for index, (request, shared) in enumerate(_with_shared_prompts(requests))
+        ]
         self._live.update(tickets)
         with self._changed:
             self._incoming += [ticket.task for ticket in tickets]
@@ -226,15 +228,18 @@ class EngineThread:
         if self._thread is not None:
             self._thread.join(_JOIN_SECONDS)
 
-    def _ticket(self, index: int, request: RowRequest, deltas: "asyncio.Queue[tuple[int, Delta]]") -> Ticket:
+    def _ticket(
+        self, index: int, request: RowRequest, deltas: "asyncio.Queue[tuple[int, Delta]]", shared: SharedPrompt | None
+    ) -> Ticket:
         answer: list[str] = []
         thought: list[str] = []
         ids, options = request.ids, request.options
         text = TurnDetokenizer(self._tokenizer, options.stop, answer.append, thought.append, options.tools)
         limit = min(options.max_new_tokens, self.capacity - len(ids))
         ends = frozenset[int]() if request.ignore_eos else with_tool_ends(self._ends, self._tokenizer, options.tools)
-        row = Row(0, request.number, ids, limit, ends, text, Completion(len(ids)), options.logprobs)
-        task = Task(row, Sampler(options.sampling, request.number, ids, request.constraint), lambda task: None)
+        row = Row(0, 0, ids, limit, ends, text, Completion(len(ids)), options.logprobs)
+        sampler = Sampler(options.sampling, 0, ids, request.constraint)
+        task = Task(row, sampler, lambda task: None, shared)
         return Ticket(task, index, request.streams, answer, thought, deltas)
 
     def _run(self) -> None:
@@ -292,3 +297,12 @@ class EngineThread:
                 if ticket.ended is not None:
                     self._row_seconds += 0.1 * (ticket.ended - ticket.submitted - self._row_seconds)
             ticket.deltas.put_nowait((ticket.index, delta))
+
+
+def _with_shared_prompts(requests: Iterable[RowRequest]) -> Iterator[tuple[RowRequest, SharedPrompt | None]]:
+    """Each row with the prompt that it shares with those next to it, or None."""
+    for _, group in groupby(requests, key=lambda request: request.ids):
+        rows = list(group)
+        shared = SharedPrompt(len(rows)) if len(rows) > 1 else None
+        for row in rows:
+            yield row, shared

@@ -7,7 +7,8 @@ wrong in one row ends that row alone.
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +18,7 @@ from gemma_awq_cli.generate.generation import Row
 from gemma_awq_cli.generate.local_engine import require_finite_logits, take_next
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.kv_cache import SavedRow
 from gemma_awq_cli.models.forward.prefill import CHUNK
 from gemma_awq_cli.serve.prefix_cache import WORTH_KEEPING, PrefixCache
 
@@ -26,17 +28,39 @@ _SMOOTHING = 0.1  # weight of the newest measurement
 
 
 @dataclass(eq=False)
+class SharedPrompt:
+    """A prompt that several tasks begin with: one of them reads it, and the others go on from what it leaves here.
+
+    left: how many tasks have not gone on from it. reader: the task that reads it, or has failed to. read: the state
+    after the prompt and the logits [V] of the next token, until no task is left that needs them.
+    """
+
+    left: int
+    reader: "Task | None" = None
+    read: tuple[SavedRow, Tensor] | None = None
+
+    def used(self) -> None:
+        """One more task has gone on from it."""
+        self.left -= 1
+        if not self.left:
+            self.read = None
+
+
+@dataclass(eq=False)
 class Task:
     """A row on its way through the scheduler.
 
-    on_done: called when the row has ended by itself or has failed. cached_tokens: how many tokens of the prompt came
-    out of the prefix cache. cancelled: set by whoever no longer wants it; the next step drops it. error: why it failed.
-    keep_at: after how many tokens its state is worth keeping for others.
+    on_done: called when the row has ended by itself or has failed. shared: its prompt, if other tasks have the same.
+    cached_tokens: how many tokens of the prompt it did not have to read. cancelled: set by whoever no longer wants it;
+    the next step drops it. error: why it failed. keep_at: after how many tokens its state is worth keeping for others.
+    begun: whether its slot of the session holds anything of it.
     """
 
     row: Row
     sampler: Sampler
     on_done: Callable[["Task"], None]
+    shared: SharedPrompt | None = None
+    begun: bool = False
     cancelled: bool = False
     cached_tokens: int = 0
     error: Exception | None = None
@@ -97,21 +121,43 @@ class Scheduler:
         return True
 
     def _admit(self) -> None:
-        """Give free rows to tasks that wait, in their order."""
+        """Give free rows to tasks that wait, in their order, and begin those whose prompt nobody else is reading."""
         for index, slot in enumerate(self._slots):
-            if slot is not None or not self.waiting:
+            if slot is None and self.waiting:
+                self._slots[index] = self.waiting.popleft()
+        for index, task in enumerate(self._slots):
+            if task is None or task.begun:
                 continue
-            task = self.waiting.popleft()
-            found = self._cache.find(task.row.ids)
-            self._session.reset_row(index)
-            if found.saved is not None:
-                self._session.load_row(index, found.saved, found.length)
-            task.cached_tokens = found.length
-            task.unread = task.row.ids[found.length :]
-            # what a second prompt begins with, a third one will too
-            task.keep_at = found.shared if found.shared >= found.length + WORTH_KEEPING else None
-            task.row.begin(len(task.unread))
-            self._slots[index] = task
+            shared = task.shared
+            if shared is not None and shared.read is not None:
+                with self._own_failure(index, task):
+                    self._go_on(index, task, shared, *shared.read)
+            elif shared is None or shared.reader is None or shared.reader not in self._slots:
+                self._begin(index, task)
+
+    def _begin(self, index: int, task: Task) -> None:
+        """Let a task read its prompt, from where the cache knows it."""
+        found = self._cache.find(task.row.ids)
+        self._session.reset_row(index)
+        if found.saved is not None:
+            self._session.load_row(index, found.saved, found.length)
+        if task.shared is not None:
+            task.shared.reader = task
+        task.begun = True
+        task.cached_tokens = found.length
+        task.unread = task.row.ids[found.length :]
+        # what a second prompt begins with, a third one will too
+        task.keep_at = found.shared if found.shared >= found.length + WORTH_KEEPING else None
+        task.row.begin(len(task.unread))
+
+    def _go_on(self, index: int, task: Task, shared: SharedPrompt, saved: SavedRow, logits: Tensor) -> None:
+        """Let a task go on from the prompt that another has read. saved, logits: of `SharedPrompt.read`."""
+        self._session.load_row(index, saved, saved.length)
+        task.begun = True
+        task.cached_tokens = saved.length
+        task.row.begin(0)
+        shared.used()
+        self._take(index, task, logits)
 
     def _next_tokens(self) -> list[Sequence[int]]:
         """The tokens that each row reads in this step."""
@@ -156,12 +202,18 @@ class Scheduler:
                 continue
             row_logits = logits[place] if wanted[index] else None
             place += wanted[index]
-            try:
+            with self._own_failure(index, task):
                 self._advance(index, task, len(tokens[index]), row_logits)
-            except Exception as error:  # noqa: BLE001 (one row's failure, whatever it was, is not the others')
-                self._slots[index] = None
-                task.error = error
-                task.on_done(task)
+
+    @contextmanager
+    def _own_failure(self, index: int, task: Task) -> Iterator[None]:
+        """End a task that fails: one row's failure, whatever it was, is not the others'."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001
+            self._slots[index] = None
+            task.error = error
+            task.on_done(task)
 
     def _advance(self, index: int, task: Task, read: int, logits: Tensor | None) -> None:
         """Bring a task forward that has read some tokens. logits: [V] after the last of them, or None."""
@@ -172,6 +224,14 @@ class Scheduler:
         if logits is None:
             return
         require_finite_logits(logits)
+        if task.shared is not None and task.prefilling:
+            if task.shared.left > 1:
+                task.shared.read = self._session.save_row(index), logits.clone()
+            task.shared.used()
+        self._take(index, task, logits)
+
+    def _take(self, index: int, task: Task, logits: Tensor) -> None:
+        """Sample a task's next token from logits [V]."""
         task.unread = [take_next(task.row, task.sampler, logits)]
         if task.row.done:
             self._free(index)
@@ -196,7 +256,7 @@ class Scheduler:
         """Take a task out of its row, and keep what it has read for requests that continue it."""
         task = self._slots[index]
         assert task is not None
-        read = [*task.row.ids, *task.row.completion.tokens][: self._session.length(index)]
+        read = [*task.row.ids, *task.row.completion.tokens][: self._session.length(index) if task.begun else 0]
         if len(read) >= WORTH_KEEPING:
             self._cache.add(read, self._session.save_row(index))
         self._slots[index] = None

@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -11,7 +11,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.constraints import CompiledGrammar, GrammarCompiler
 from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.grammar import GrammarError
-from gemma_awq_cli.generate.sampling import resolve
+from gemma_awq_cli.generate.sampling import Sampling, resolve
 from gemma_awq_cli.generate.tool_choice import forced_call
 from gemma_awq_cli.models.text.prompter import Prompter, PromptError
 from gemma_awq_cli.serve.engine_thread import EngineThread, RowRequest
@@ -102,8 +102,9 @@ class Service:
                 tools=self.prompter.tool_format if request.tools else None,
             )
             for number in range(request.n):
+                own = replace(options, sampling=_seeded(options.sampling, number))
                 constraint = None if compiled is None else compiled.constraint()
-                rows.append(RowRequest(ids, options, number, request.stream, request.ignore_eos, constraint))
+                rows.append(RowRequest(ids, own, request.stream, request.ignore_eos, constraint))
         return Prepared(rows, prompt_tokens)
 
     def _ids(self, request: GenerationRequest, prompt: PromptLike) -> list[int]:
@@ -147,3 +148,8 @@ class Service:
         for text in sorted(texts, key=len, reverse=True):
             message = message.replace(text, self.name)
         return message
+
+
+def _seeded(sampling: Sampling, number: int) -> Sampling:
+    """The settings of an answer of several: those of a request for one answer with the seed + `number`, as in vLLM."""
+    return sampling if sampling.seed is None else replace(sampling, seed=sampling.seed + number)

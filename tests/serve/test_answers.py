@@ -29,7 +29,7 @@ def alone(chat_folder: Path) -> LocalEngine:
     return LocalEngine(open_model(chat_folder, torch.device("cpu"), Precision(torch.float32)))
 
 
-def expected(engine: LocalEngine, asked: Json, number: int = 0) -> Completion:
+def expected(engine: LocalEngine, asked: Json) -> Completion:
     """What the engine answers to a request that comes alone."""
     from gemma_awq_cli.serve.protocol import read_chat, read_completion
 
@@ -40,7 +40,7 @@ def expected(engine: LocalEngine, asked: Json, number: int = 0) -> Completion:
     ids = prompter.prompt_ids(prompter.chat(prompt, True, request.think) if is_chat else prompt)
     limit = min(request.max_tokens or 128, 128 - len(ids))
     options = GenerationOptions(limit, resolve(request.sampling, {}), request.stop)
-    return engine.complete([ids], options, numbers=[number])[0]
+    return engine.complete([ids], options)[0]
 
 
 def random_request(draw: random.Random) -> Json:
@@ -99,7 +99,7 @@ def test_several_answers_and_several_prompts(chat: Served, alone: LocalEngine) -
     reply = chat.complete(**asked).json
     assert [choice["index"] for choice in reply["choices"]] == [0, 1, 2, 3]
     places = [(prompt, number) for prompt in ("Hello", "the quick") for number in (0, 1)]
-    wanted = [expected(alone, {**asked, "prompt": prompt}, number) for prompt, number in places]
+    wanted = [expected(alone, {**asked, "prompt": prompt, "seed": 4 + number}) for prompt, number in places]
     assert [choice["text"] for choice in reply["choices"]] == [completion.text for completion in wanted]
     assert reply["usage"]["completion_tokens"] == sum(len(completion.tokens) for completion in wanted)
     assert reply["usage"]["prompt_tokens"] == (1 + 5) + (1 + 9)
@@ -111,6 +111,32 @@ def test_several_answers_and_several_prompts(chat: Served, alone: LocalEngine) -
     ids = chat.complete(**{**asked, "prompt": [[2, 71, 100], [2, 80]], "n": 1}).json
     assert len(ids["choices"]) == 2
     assert ids["usage"]["prompt_tokens"] == 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("temperature", [0, 1.2])
+@pytest.mark.parametrize("n", [3, 11])  # fewer and more than the server has rows
+def test_the_answers_to_one_prompt_read_it_once(
+    n: int, temperature: float, serve: Serve, chat_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served = serve(chat_folder, max_memory=2 * 10**6)
+    asked = {"prompt": "the answers to one prompt", "temperature": temperature, "max_tokens": 12, "ignore_eos": True}
+    session, reads = served.scheduler._session, []
+    last_logits = session.last_logits
+
+    def counted(tokens: Any, wanted: Any) -> Any:
+        reads.append(sum(map(len, tokens)))
+        return last_logits(tokens, wanted)
+
+    monkeypatch.setattr(session, "last_logits", counted)
+    reply = served.complete(**asked, seed=20, n=n).json
+    usage = reply["usage"]
+    assert usage["completion_tokens"] == 12 * n
+    assert sum(reads) == usage["prompt_tokens"] + 11 * n  # each answer's last token is not read
+    separate = [served.complete(**asked, seed=20 + number).json["choices"][0] for number in range(n)]
+    assert [choice["text"] for choice in reply["choices"]] == [choice["text"] for choice in separate]
+    assert len({choice["text"] for choice in reply["choices"]}) == (n if temperature else 1)
+    until(served.idle)
 
 
 def test_a_prompt_that_begins_like_an_earlier_one_is_cached(chat: Served) -> None:

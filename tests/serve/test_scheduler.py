@@ -16,7 +16,7 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
-from gemma_awq_cli.serve.scheduler import Scheduler, Task
+from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
 
 CAPACITY = 96
 
@@ -62,8 +62,12 @@ def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
     while left or scheduler.running or scheduler.waiting:
         while left and draw.random() < 0.5:
             number, (ids, tokens) = left.pop(0)
-            tasks.append(task_of(engine, number, ids, tokens, done.append))
-            scheduler.waiting.append(tasks[-1])
+            alike = draw.choice([1, 1, 4])
+            shared = SharedPrompt(alike) if alike > 1 else None
+            for _ in range(alike):
+                tasks.append(task_of(engine, number, ids, tokens, done.append))
+                tasks[-1].shared = shared
+                scheduler.waiting.append(tasks[-1])
         if tasks and draw.random() < 0.05:
             draw.choice(tasks).cancelled = True
         scheduler.step()
@@ -75,5 +79,34 @@ def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
         alone = engine.complete([ids], options, numbers=[task.row.number])[0]
         assert task.row.completion.tokens == alone.tokens
         assert task.row.completion.text == alone.text
-    cached = sum(task.cached_tokens for task in tasks)
+    cached = sum(task.cached_tokens for task in tasks if task.shared is None)
     assert (cached > 100) == (limit > 0)
+
+
+def test_a_shared_prompt_outlives_its_reader(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its reader fails or is cancelled half-way: the next task reads it, and all the others are answered."""
+    engine = LocalEngine(opened)
+    session = opened.session(3, CAPACITY)
+    assert isinstance(session, CachedSession)
+    scheduler = Scheduler(session, 3, CAPACITY, PrefixCache(0))
+    ids = [2, *range(10, 60)]
+    done: list[Task] = []
+    shared = SharedPrompt(6)
+    tasks = [task_of(engine, 1, ids, 5, done.append) for _ in range(6)]
+    for task in tasks:
+        task.shared = shared
+    scheduler.waiting.extend(tasks)
+    monkeypatch.setattr("gemma_awq_cli.serve.scheduler.CHUNK", 20)
+    scheduler.step()
+    tasks[0].cancelled = True
+    scheduler.step()  # the second begins to read; the fourth takes the place of the first
+    monkeypatch.setattr(session, "last_logits", lambda *_: 1 / 0)
+    scheduler.step()
+    monkeypatch.undo()
+    assert [bool(task.error) for task in tasks] == [False, True, True, True, False, False]
+    while scheduler.step() or scheduler.waiting:
+        pass
+    wanted = engine.complete([ids], GenerationOptions(5, sampling_of(1)), numbers=[1])[0]
+    assert [task.row.completion.tokens for task in tasks[4:]] == [wanted.tokens] * 2
+    assert shared.read is not None  # tasks that failed did not use it; the request's end frees it
+    assert len(done) == 5
