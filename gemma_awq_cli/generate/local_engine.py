@@ -13,7 +13,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.constraints import GrammarCompiler
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
-from gemma_awq_cli.generate.sampler import Sampler
+from gemma_awq_cli.generate.sampler import Sampler, largest
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
@@ -163,7 +163,7 @@ def take_next(row: Row, sampler: Sampler, logits: Tensor) -> int:
 def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
     """Return the log probability of a token and those of the `count` most likely ones. logits: [V] float32."""
     total = float(logits.logsumexp(0))
-    values, tokens = logits.topk(min(count, len(logits)))
+    values, tokens = largest(logits, count)
     top = tuple((index, value - total) for index, value in zip(tokens.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, float(logits[token]) - total, top)
 

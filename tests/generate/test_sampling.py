@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.sampler import Sampler, biased, distribution, penalized
+from gemma_awq_cli.generate.sampler import Sampler, biased, distribution, largest, penalized
 from gemma_awq_cli.generate.sampling import Sampling, resolve
 
 GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
@@ -196,3 +196,18 @@ def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -
     logits = torch.tensor([-30.0, 29.9, 30.0, -1.0])
     for extra in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
         assert Sampler(Sampling(temperature=temperature, seed=1, **extra), 0, ()).sample(logits) == 2
+
+
+@pytest.mark.parametrize("kind", ["spread", "ties", "forbidden", "odd size"])
+@pytest.mark.parametrize("count", [1, 64, 1024])
+def test_the_largest_are_those_of_topk(count: int, kind: str) -> None:
+    torch.manual_seed(count)
+    scores = torch.randn(262144 if kind != "odd size" else 262207) * 5
+    if kind == "ties":
+        scores = scores.round()
+    if kind == "forbidden":
+        scores[200:] = float("-inf")
+    found, tokens = largest(scores, count)
+    assert torch.equal(found, scores.topk(count).values)
+    assert torch.equal(scores[tokens], found)
+    assert len(set(tokens.tolist())) == count

@@ -16,7 +16,7 @@
 enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2, INT4_BY_INPUT = 3 };  // the last is by_input.h's
 constexpr int BLOCK = 32;
 constexpr int VECTORS = BLOCK / LANES;     // per block
-constexpr int MANY = LANES == 16 ? 8 : 2;  // rows per block at once, as many as the registers hold
+constexpr int MANY = LANES == 16 ? 6 : 2;  // rows per block at once, as many whose two sums each the registers hold
 constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. Of bf16, `parts` are row-major weights [rows, K] whose outputs are joined; they
@@ -86,6 +86,8 @@ static void block_rows(const LinearSpec& w, int64_t block, const Activations& a,
     const uint8_t* data = w.data + block * groups * bytes;
     const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
     Floats result[R][VECTORS];
+    const float *scales[R], *totals[R];
+    for (int r = 0; r < R; r++) scales[r] = a.scale + (row + r) * groups, totals[r] = a.total + (row + r) * groups;
     for (int r = 0; r < R; r++)
         for (int h = 0; h < VECTORS; h++) result[r][h] = splat(0.0f);
     for (int64_t g = 0; g < groups; g++, data += bytes) {
@@ -98,8 +100,7 @@ static void block_rows(const LinearSpec& w, int64_t block, const Activations& a,
                 for (int h = 0; h < VECTORS; h++) acc[r][c][h] = splat(0);
         const uint8_t* p = data + 2 * BLOCK;
         for (int64_t k = 0; k < w.group; k += 8, p += KIND == INT4 ? 128 : 256) {
-            // for one row the processor's own prefetching is enough, and many rows read each byte only once
-            if (R == 2 || R == 4)
+            if (R > 1)  // for one row the processor's own prefetching is enough
                 for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
             Bytes first[VECTORS], second[VECTORS];  // inputs k .. k+3 and k+4 .. k+7
             for (int h = 0; h < VECTORS; h++) {
@@ -123,12 +124,13 @@ static void block_rows(const LinearSpec& w, int64_t block, const Activations& a,
         for (int h = 0; h < VECTORS; h++) {
             const Floats scale = load_half((const uint16_t*)data + LANES * h);
             const Floats zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + LANES * h) : splat(128.0f);
+#pragma GCC unroll 8  // or else gcc keeps the sums in memory
             for (int r = 0; r < R; r++) {
                 Ints dots = acc[r][0][h];
                 if (CHAINS == 2) dots += acc[r][1][h];
                 // all integers below 2^24: exact in float
-                const Floats exact = fma(zero, splat(-a.total[(row + r) * groups + g]), to_float(dots));
-                result[r][h] = fma(exact, scale * a.scale[(row + r) * groups + g], result[r][h]);
+                const Floats exact = fma(zero, splat(-totals[r][g]), to_float(dots));
+                result[r][h] = fma(exact, scale * scales[r][g], result[r][h]);
             }
         }
     }
@@ -147,7 +149,7 @@ template <int KIND>
 static void block_all_rows(const LinearSpec& w, int64_t block, const Activations& a, float* out, int64_t stride) {
     int64_t row = 0;
     for (; row + MANY <= a.rows; row += MANY) block_rows<KIND, MANY>(w, block, a, row, out, stride);
-    if (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
+    while (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
     if (MANY > 2 && row + 2 <= a.rows) block_rows<KIND, 2>(w, block, a, row, out, stride), row += 2;
     if (row < a.rows) block_rows<KIND, 1>(w, block, a, row, out, stride);
 }
