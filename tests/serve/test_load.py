@@ -30,11 +30,17 @@ def test_loops_and_a_soak_with_clients_that_vanish(
     serve: Serve, chat_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     served = serve(chat_folder, keys=("key",))
-    results = run(
-        monkeypatch, capsys, f"{served.url}/v1", "--key", "key", "--model", "gemma-4-tiny-it", "--streams", "1,3",
-        "--rate", "20", "--requests", "6", "--prompt", "1,4", "--answer", "2,20", "--common", "4", "--soak", "60",
-        "--vanish", "0.4", "--compare", "20", "--pid", str(os.getpid()),
+    url = f"{served.url}/v1"
+    common = [
+        "--url", url, "--key", "key", "--model", "gemma-4-tiny-it", "--prompt", "1,4", "--answer", "2,20",
+        "--common", "4",
+    ]  # fmt: skip
+    loops = run(monkeypatch, capsys, "decode", *common, "--streams", "1,3", "--rate", "20", "--requests", "6")
+    soaked = run(
+        monkeypatch, capsys, "soak", *common, "--requests", "60", "--vanish", "0.4", "--compare", "20",
+        "--pid", str(os.getpid()),
     )  # fmt: skip
+    results = {**loops[url], **soaked[url]}
     assert list(results) == ["streams 1", "streams 3", "rate 20", "soak"]
     for name in ("streams 1", "streams 3", "rate 20"):
         assert results[name]["outcomes"] == {"ok": 6}
@@ -43,5 +49,6 @@ def test_loops_and_a_soak_with_clients_that_vanish(
     soak = results["soak"]
     assert set(soak["outcomes"]) == {"ok", "left"}
     assert (soak["lost"], soak["different"], soak["compared"]) == (0, 0, 20)
-    assert len(soak["memory_mb"]) >= 30
+    assert len(soak["memory_over_time"]) >= 30
+    assert list(soak["memory_mb"]) == ["start", "quarter", "half", "end"]
     until(served.idle)
