@@ -7,13 +7,16 @@ import sys
 from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 
+import torch
+
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.finding import FoundModel
 from gemma_awq_cli.generate.generation_config import context_of
 from gemma_awq_cli.generate.opening import read_checkpoint
 from gemma_awq_cli.generate.vllm_engine import INSTALL, engine_arguments
+from gemma_awq_cli.models.forward.memory import available_memory
 from gemma_awq_cli.serve.events import OnEvent
-from gemma_awq_cli.serve.planning import CONTEXT
+from gemma_awq_cli.serve.planning import CONTEXT, SHARE
 from gemma_awq_cli.serve.request import ServeRequest, name_of
 
 ROWS = 256  # vLLM's own default
@@ -36,12 +39,25 @@ def vllm_server(request: ServeRequest, found: FoundModel, on_event: OnEvent) -> 
         options.dtype,
     )
     arguments |= {"served_model_name": name_of(request.model, found.folder), "host": request.host, "port": request.port}
+    if (share := _memory_share()) is not None:
+        arguments["gpu_memory_utilization"] = share
     if request.origins:
         arguments["allowed_origins"] = list(request.origins)
     environment = {**os.environ, "VLLM_NO_USAGE_STATS": "1"}
     if request.keys:
         environment["VLLM_API_KEY"] = request.keys[0]  # not an argument, which other users of the machine can read
     return [sys.executable, "-m", *_program(), *_flags(arguments)], environment
+
+
+def _memory_share() -> float | None:
+    """The share of the main memory that vLLM takes where it runs on the CPU; None where it runs on something else.
+
+    Its own default is nearly all, and it does not start if other programs have some of that.
+    """
+    free = available_memory()
+    if torch.accelerator.is_available() or free is None:
+        return None
+    return max(0.01, round(SHARE * free / (os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")), 2))
 
 
 def _program() -> list[str]:

@@ -34,6 +34,9 @@ def test_the_same_command_starts_vllm(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("GEMMA_AWQ_API_KEY", "secret-key")
+    monkeypatch.setattr("torch.accelerator.is_available", lambda: False)
+    monkeypatch.setattr("gemma_awq_cli.serve.vllm_server.available_memory", lambda: 3 * 10**9)
+    monkeypatch.setattr("os.sysconf", {"SC_PHYS_PAGES": 10**6, "SC_PAGE_SIZE": 10**4}.__getitem__)
     folder = checkpoints("gemma3")
     options = ["--port", "81", "--tensor-parallel", "2", "--max-rows", "9", "--cors-origin", "https://a.example"]
     assert main(["serve", str(folder), "--engine", "vllm", *options]) == 0
@@ -46,6 +49,7 @@ def test_the_same_command_starts_vllm(
     assert (flags["--tensor-parallel-size"], flags["--max-num-seqs"], flags["--max-model-len"]) == ("2", "9", "256")
     assert flags["--allowed-origins"] == '["https://a.example"]'
     assert flags["--limit-mm-per-prompt"] == '{"image": 0}'
+    assert flags["--gpu-memory-utilization"] == "0.15"  # of the 10 GB, half of the 3 GB that are free
     assert "--no-use-tqdm-on-load" in command
     assert environment["VLLM_API_KEY"] == "secret-key"
     assert not any("secret" in argument for argument in command)
