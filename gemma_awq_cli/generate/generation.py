@@ -27,7 +27,8 @@ class GenerationOptions:
     max_new_tokens: the most tokens that a row is given. sampling: how each token is chosen. stop: strings; a row ends
     before the first that its text, which thoughts are no part of, would contain. logprobs: of how many of the most
     likely tokens the log probabilities are recorded, beside the chosen one's; None: nothing is. grammar: what every
-    answer must match, unless its limit or a stop string ends it earlier. tools: how the model calls tools, if it may.
+    answer must match, unless its limit or a stop string ends it earlier. tools: how the model calls tools, if it may;
+    most_calls: after how many calls a row ends, None for any number.
     """
 
     max_new_tokens: int
@@ -36,6 +37,7 @@ class GenerationOptions:
     logprobs: int | None = None
     grammar: Grammar | None = None
     tools: ToolFormat | None = None
+    most_calls: int | None = None
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,7 @@ class Engine(ABC):
                 lambda piece: on_text(index, piece),
                 lambda piece: on_thought(index, piece),
                 options.tools,
+                options.most_calls,
             )
             limit = min(options.max_new_tokens, self.context - len(ids))
             number = numbers[index] if numbers else index

@@ -6,10 +6,9 @@ from typing import Any
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.grammar import read_text
 from gemma_awq_cli.models.text.prompter import Tool
-from gemma_awq_cli.models.text.tool_calls import NAME
+from gemma_awq_cli.models.text.tool_calls import MOST_TOOLS, read_tool
 from gemma_awq_cli.system.json_input import parse_json
 
-MOST_TOOLS = 128  # OpenAI's own bound
 HINT = 'Give a JSON list of tools as in OpenAI\'s API: {"type": "function", "function": {"name": ...}}.'
 
 
@@ -22,18 +21,6 @@ def read_tools(path: Path) -> tuple[Tool, ...]:
 
 
 def _tool(item: Any, where: str) -> Tool:
-    function = item.get("function", item) if isinstance(item, dict) else None
-    if not isinstance(function, dict):
-        raise GemmaAwqError(f"{where}: It is not a JSON object.", HINT)
-    name, parameters = function.get("name"), function.get("parameters")
-    if not isinstance(name, str) or not NAME.fullmatch(name):
-        raise GemmaAwqError(f"{where}: Its name must have 1 to 64 letters, digits, dots, dashes or underscores.", HINT)
-    description = function.get("description", "")
-    if not isinstance(description, str):
-        raise GemmaAwqError(f"{where}: Its description is not a text.", HINT)
-    described: dict[str, Any] = {"name": name, "description": description}
-    if parameters is not None:
-        if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-            raise GemmaAwqError(f"{where}: Its parameters are not a JSON schema of an object.", HINT)
-        described["parameters"] = {"type": "object", **parameters}
-    return {"type": "function", "function": described}
+    is_function = isinstance(item, dict) and "function" not in item and "name" in item
+    whole = {"type": "function", "function": item} if is_function else item
+    return read_tool(whole, lambda place, why: GemmaAwqError(f"{where}: {place or 'It'} {why}.", HINT))

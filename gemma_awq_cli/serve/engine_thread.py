@@ -234,7 +234,9 @@ class EngineThread:
         answer: list[str] = []
         thought: list[str] = []
         ids, options = request.ids, request.options
-        text = TurnDetokenizer(self._tokenizer, options.stop, answer.append, thought.append, options.tools)
+        text = TurnDetokenizer(
+            self._tokenizer, options.stop, answer.append, thought.append, options.tools, options.most_calls
+        )
         limit = min(options.max_new_tokens, self.capacity - len(ids))
         ends = frozenset[int]() if request.ignore_eos else with_tool_ends(self._ends, self._tokenizer, options.tools)
         row = Row(0, 0, ids, limit, ends, text, Completion(len(ids)), options.logprobs)

@@ -12,7 +12,7 @@ from gemma_awq_cli.generate import MOST_LOGPROBS
 from gemma_awq_cli.generate.grammar import ANY_OBJECT, Grammar, GrammarError, schema_grammar
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.text.prompter import Message, Tool
-from gemma_awq_cli.models.text.tool_calls import NAME
+from gemma_awq_cli.models.text.tool_calls import MOST_TOOLS, NAME, NAME_RULE, read_tool
 from gemma_awq_cli.serve.json_fields import JsonFields, RequestError, shown
 from gemma_awq_cli.system.json_input import parse_json, parse_json_object
 
@@ -21,14 +21,12 @@ MOST_STOPS = 16
 LONGEST_STOP = 1000  # characters
 MOST_PROMPTS = 128
 MOST_MESSAGES = 10_000
-MOST_TOOLS = 128  # OpenAI's own bound
 MOST_BIASES = 1024  # OpenAI takes 300
 COMPLETION_TOKENS = 16  # OpenAI's default for completions; a chat's answer may fill the context
 LARGEST = 2**63 - 1
 # They change nothing in an answer: bookkeeping of OpenAI's service.
 HARMLESS = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "parallel_tool_calls",
 )  # fmt: skip
 _EFFORTS = {"none": False, "minimal": False, "low": True, "medium": True, "high": True, "xhigh": True}
 _ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
@@ -44,6 +42,7 @@ class GenerationRequest:
     prompts as token ids. model: the name that was asked for. n: answers per prompt. max_tokens: None for as many as the
     context holds. logprobs, grammar: see `GenerationOptions`. think: see `Prompter.chat`. ignore_eos: whether answers
     go on after a token that ends them, for load tests. tools: that may be called. forced: one of these must be.
+    most_calls: of tools, per answer; None for as many as the model wants.
     """
 
     chat: bool
@@ -58,6 +57,7 @@ class GenerationRequest:
     grammar: Grammar | None
     tools: Sequence[Tool]
     forced: Sequence[Tool]
+    most_calls: int | None
     stream: bool
     include_usage: bool
     ignore_eos: bool
@@ -98,6 +98,7 @@ def read_chat(body: bytes, vocabulary: int) -> GenerationRequest:
         grammar=grammar,
         tools=tools,
         forced=forced,
+        most_calls=1 if fields.flag("parallel_tool_calls") is False else None,
         prompts=[messages],
         max_tokens=next((value for value in longest if value is not None), None),
         logprobs=(count or 0) if wants else None,
@@ -119,6 +120,7 @@ def read_completion(body: bytes, vocabulary: int) -> GenerationRequest:
         grammar=_response_format(fields, False),
         tools=(),
         forced=(),
+        most_calls=None,
         prompts=prompts,
         max_tokens=fields.integer("max_tokens", 1, LARGEST) or COMPLETION_TOKENS,
         logprobs=fields.integer("logprobs", 0, MOST_LOGPROBS),
@@ -138,6 +140,7 @@ def _request(
     grammar: Grammar | None,
     tools: Sequence[Tool],
     forced: Sequence[Tool],
+    most_calls: int | None,
     vocabulary: int,
 ) -> GenerationRequest:
     """Read what both kinds of requests have, and refuse what is left."""
@@ -159,6 +162,7 @@ def _request(
         grammar,
         tools,
         forced,
+        most_calls,
         stream,
         include_usage,
         ignore_eos,
@@ -222,30 +226,20 @@ def _past_calls(fields: JsonFields) -> list[dict[str, Any]]:
 
 
 def _tools(fields: JsonFields) -> list[Tool]:
-    tools: list[Tool] = []
-    for index, item in enumerate(fields.items("tools", MOST_TOOLS)):
-        tool = JsonFields(item, f"tools[{index}].")
-        kind = tool.text("type")
-        if kind != "function":
-            raise tool.wrong("type", f"must be function, not {shown(kind)}")
-        function = JsonFields(tool.take("function"), f"{tool.place}function.")
-        described: dict[str, Any] = {"name": _tool_name(function), "description": function.text("description") or ""}
-        parameters = function.take("parameters")
-        if parameters is not None:
-            if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
-                raise function.wrong("parameters", "must be a JSON schema of an object")
-            described["parameters"] = {"type": "object", **parameters}
-        strict = function.flag("strict")
-        function.finish()
-        tool.finish()
-        tools.append({"type": "function", "function": {**described, **({"strict": True} if strict else {})}})
-    return tools
+    def read(index: int, item: Any) -> Tool:
+        def wrong(place: str, why: str) -> RequestError:
+            param = f"tools[{index}]" + (f".{place}" if place else "")
+            return RequestError(f"{param} {why}.", param)
+
+        return read_tool(item, wrong)
+
+    return [read(index, item) for index, item in enumerate(fields.items("tools", MOST_TOOLS))]
 
 
 def _tool_name(function: JsonFields) -> str:
     name = function.text("name")
     if name is None or not NAME.fullmatch(name):
-        raise function.wrong("name", "must have 1 to 64 letters, digits, dots, dashes or underscores")
+        raise function.wrong("name", NAME_RULE)
     return name
 
 

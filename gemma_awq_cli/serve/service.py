@@ -100,6 +100,7 @@ class Service:
                 request.stop,
                 request.logprobs,
                 tools=self.prompter.tool_format if request.tools else None,
+                most_calls=request.most_calls,
             )
             for number in range(request.n):
                 own = replace(options, sampling=_seeded(options.sampling, number))

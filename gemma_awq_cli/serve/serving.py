@@ -49,6 +49,11 @@ def open_service(request: ServeRequest, found: FoundModel, on_event: OnEvent) ->
     checkpoint = read_checkpoint(found, on_event)
     choose_sampling(checkpoint, Sampling(), on_event)  # what requests do not say
     opened = open_local(checkpoint, found, request.engine, on_event)
+    if opened.forward.text is None:
+        raise GemmaAwqError(
+            f"This tool's own server does not run a model in transformers' modules: {opened.forward.report[0]}.",
+            "Add --engine vllm, or --device cpu.",
+        )
     plan = _plan(request, opened)
     on_event(Note(plan.summary()))
     with memory_errors("allocating the rows", FEWER):
@@ -74,11 +79,7 @@ def open_service(request: ServeRequest, found: FoundModel, on_event: OnEvent) ->
 def _plan(request: ServeRequest, opened: OpenModel) -> MemoryPlan:
     def row_bytes(context: int) -> int:
         session = opened.session(1, context)
-        if not isinstance(session, CachedSession):
-            raise GemmaAwqError(
-                "This tool's own engine does not serve a model that runs in transformers.",
-                "Add --engine vllm, or --device cpu.",
-            )
+        assert isinstance(session, CachedSession)
         return session.cache_bytes
 
     return plan_memory(

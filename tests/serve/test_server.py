@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 
 from gemma_awq_cli.cli.app import main
-from tests.serve.conftest import SECONDS, Json, Serve, Served, until
+from gemma_awq_cli.errors import GemmaAwqError
+from tests.serve.conftest import FLOAT32, SECONDS, Json, Serve, Served, until
 
 pytest.importorskip("uvicorn")
 
@@ -471,3 +473,27 @@ def test_memory_is_planned() -> None:
         plan_memory(row, 131072, 10**12, 64, 8192, 100_000_000)
     with pytest.raises(GemmaAwqError, match="that are free"):
         plan_memory(row, 131072, 10**6, None, None, 10**7)
+
+
+def test_a_model_in_transformers_modules_is_refused(serve: Serve, chat_folder: Path) -> None:
+    """Its session shares one cache among all rows: they cannot join and leave."""
+    with pytest.raises(GemmaAwqError, match=r"does not run a model in transformers' modules.*--attn") as refused:
+        serve(chat_folder, engine=replace(FLOAT32, attention="eager"))
+    assert "--engine vllm" in str(refused.value.hint)
+
+
+def test_a_prompt_past_the_context_is_an_error(chat: Served) -> None:
+    for stream in (False, True):
+        reply = chat.complete(prompt="word " * 100, stream=stream, max_tokens=3)
+        assert (reply.status, reply.json["error"]["code"]) == (400, "context_length_exceeded")
+    assert chat.complete(prompt="word", max_tokens=3).status == 200
+
+
+def test_others_go_on_beside_a_reader_of_one_byte_a_second(chat: Served) -> None:
+    slow = chat.begin(prompt="slow", stream=True, max_tokens=100, temperature=0, ignore_eos=True)
+    try:
+        slow.recv(1)
+        assert chat.complete(prompt="others", max_tokens=8).status == 200
+        until(chat.idle)  # its row has ended, though hardly any of it was read
+    finally:
+        slow.close()

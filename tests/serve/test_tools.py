@@ -137,6 +137,23 @@ def test_a_call_that_is_none_is_text(caller: Served, script: Script) -> None:
     assert message == {"role": "assistant", "content": "<|tool_call>call:get weather(1)<tool_call|>Hm"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_call_at_a_time(stream: bool, caller: Served, prompted: Served, script: Script) -> None:
+    """Answers with more calls end after the first, unless they may be parallel."""
+    call = '{"name": "stop", "parameters": {}}'
+    for served, text in (
+        (caller, f"{CALL}<|tool_call>call:stop{{}}<tool_call|><|tool_response>"),
+        (prompted, f"[{call}, {call}]<end_of_turn>"),
+    ):
+        for parallel in (False, True, None):
+            script(served, text)
+            reply = served.chat(tools=TOOLS, parallel_tool_calls=parallel, stream=stream)
+            choices = [event["choices"][0] for event in reply.events] if stream else [reply.json["choices"][0]]
+            parts = [choice["delta" if stream else "message"] for choice in choices]
+            assert sum(len(part.get("tool_calls", [])) for part in parts) == (1 if parallel is False else 2)
+            assert choices[-1]["finish_reason"] == "tool_calls"
+
+
 def test_without_tools_nothing_is_called(caller: Served, script: Script) -> None:
     script(caller, "[1]<turn|>")
     for fields in ({}, {"tools": TOOLS, "tool_choice": "none"}):

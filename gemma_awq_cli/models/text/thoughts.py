@@ -19,7 +19,8 @@ class TurnDetokenizer:
     on_text, on_thought: called with each piece of the answer and of the thoughts once, as soon as no later token can
     change it. Stop strings do not end thoughts. With a tokenizer that lacks the channel's tokens, all is answer.
     tools: how the model calls tools, if it may. Text that may become a call is held back; what turns out not to be one,
-    such as a call without its end, is text of the answer.
+    such as a call without its end, is text of the answer. most_calls: after how many of them the row ends; further ones
+    of a prompted format, which are read at its end, are dropped. None: any number.
 
     calls: those that are whole.
     last_was_thought: whether the last token belongs to the thoughts, their marks included.
@@ -32,9 +33,11 @@ class TurnDetokenizer:
         on_text: Callable[[str], None],
         on_thought: Callable[[str], None],
         tools: ToolFormat | None = None,
+        most_calls: int | None = None,
     ) -> None:
         self._tokenizer = tokenizer
         self._tools = tools
+        self._most_calls = most_calls
         self.calls: list[ToolCall] = []
         marked = tools is not None and not tools.prompted
         self._call_opens = tokenizer.id_of(tools.opens) if tools and marked else None
@@ -53,7 +56,7 @@ class TurnDetokenizer:
         self._thoughts = ""
 
     def add(self, token: int) -> bool:
-        """Decode one more token. Return whether that completed a stop string."""
+        """Decode one more token. Return whether that completed a stop string, or the last call."""
         self.last_was_thought = self._channel is not None or token == self._opens
         if token == self._opens:
             self._close()
@@ -88,14 +91,14 @@ class TurnDetokenizer:
             self._on_thought(text)
 
     def _end_call(self) -> bool:
-        """Read the call that was written. What is not one is text. Return whether that completed a stop string."""
+        """Read the call that was written. What is not one is text. Return whether the row ends with it."""
         tokens, self._call = self._call or [], None
         assert self._tools is not None
         if tokens[-1] == self._call_closes:
             call = read_call(self._tokenizer.decode(tokens[1:-1]), self._tools)
             if call is not None:
                 self.calls.append(call)
-                return False
+                return len(self.calls) == self._most_calls
         return self._answer.add_text(self._tokenizer.decode(tokens))
 
     def _speak(self, piece: str) -> None:
@@ -118,7 +121,7 @@ class TurnDetokenizer:
             self._end_call()
         text = self._answer.finish()
         if self._holds:
-            self.calls = read_calls(text)
+            self.calls = read_calls(text)[: self._most_calls]
             text = "" if self.calls else text
             self._on_text(text) if text else None
         return text, self._thoughts

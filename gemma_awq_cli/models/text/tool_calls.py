@@ -8,7 +8,7 @@ tools go into the prompt, in the words of Google's guide, and a call is JSON.
 import ast
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.json_input import parse_json
 
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # of a tool, as in OpenAI's API, and a dot
+NAME_RULE = "must have 1 to 64 letters, digits, dots, dashes or underscores"
+MOST_TOOLS = 128  # OpenAI's own bound
 _DEPTH = 32  # of the values of a call
 _BARE = re.compile(r"[^,{}\[\]:]*")
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
@@ -53,6 +55,40 @@ FORMATS = (GEMMA4, FUNCTION_GEMMA)
 def format_of(template: str) -> ToolFormat:
     """Return the format of the models that have this chat template."""
     return next((form for form in FORMATS if form.opens in template and "tools" in template), PROMPTED)
+
+
+def read_tool(item: Any, wrong: Callable[[str, str], Exception]) -> dict[str, Any]:
+    """Return one of OpenAI's tools as chat templates take it. A field that is null counts as absent.
+
+    wrong: makes the error that is raised, of a field's place in the tool, "" for the tool itself, and what it must be.
+    """
+    tool = _fields(item, "", ("type", "function"), wrong)
+    if tool.get("type") != "function":
+        raise wrong("type", "must be function")
+    function = _fields(tool.get("function"), "function", ("name", "description", "parameters", "strict"), wrong)
+    name, description = function.get("name"), function.get("description", "")
+    parameters, strict = function.get("parameters"), function.get("strict", False)
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise wrong("function.name", NAME_RULE)
+    if not isinstance(description, str):
+        raise wrong("function.description", "must be a string")
+    if not isinstance(strict, bool):
+        raise wrong("function.strict", "must be true or false")
+    described: dict[str, Any] = {"name": name, "description": description}
+    if parameters is not None:
+        if not isinstance(parameters, dict) or parameters.get("type", "object") != "object":
+            raise wrong("function.parameters", "must be a JSON schema of an object")
+        described["parameters"] = {"type": "object", **parameters}
+    return {"type": "function", "function": {**described, **({"strict": True} if strict else {})}}
+
+
+def _fields(value: Any, place: str, known: Sequence[str], wrong: Callable[[str, str], Exception]) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise wrong(place, "must be a JSON object")
+    given = {name: item for name, item in value.items() if item is not None}
+    if unknown := [name for name in given if name not in known]:
+        raise wrong(f"{place}.{unknown[0][:80]}".lstrip("."), "is unknown")
+    return given
 
 
 @dataclass(frozen=True)
