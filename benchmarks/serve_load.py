@@ -13,8 +13,8 @@ must be the same.
 --serve starts `gemma-awq serve` on a free port, for as long as the load lasts; --llama a llama.cpp server with the
 Python of --llama-python: its own (`xllamacpp`, which has requests answered together) or else llama-cpp-python's
 (`llama_cpp.server`, one request at a time). --url asks a server that runs already. Each option of the three loads can
-be set. For a soak of a 16-bit model add --serve-options="--dtype float32": in other types a row's sums may round
-differently beside other rows.
+be set. For a soak of a 16-bit model give --serve-options="--max-memory 400MB --dtype float32": in other types a row's
+sums may round differently beside other rows.
 
 Prompts and answers are drawn from --seed alone; some begin with a common text. ttft: seconds to the first piece of
 text, from when the request was due. tpot: seconds per further token of a request. gap: between two pieces of a stream.
@@ -45,8 +45,10 @@ from urllib.parse import urlsplit
 LOADS: dict[str, dict[str, Any]] = {
     "decode": {"streams": [1, 16], "requests": 32, "prompt": [8, 8], "answer": [128, 128], "share": 0.0},
     "open": {"rate": [0.5, 1.0, 2.0], "requests": 60, "prompt": [16, 256], "answer": [16, 128], "common": 100},
-    "soak": {"requests": 10_000, "prompt": [2, 8], "answer": [2, 12], "common": 16, "vanish": 0.2},
-}
+    # a small prefix cache, which is full soon: what grows after that is lost
+    "soak": {"requests": 10_000, "prompt": [2, 8], "answer": [2, 12], "common": 16, "vanish": 0.2,
+             "serve_options": "--max-memory 400MB"},
+}  # fmt: skip
 LLAMA_SERVER = """
 import sys, time
 model, rows, context, port, threads = sys.argv[1], *map(int, sys.argv[2:])
@@ -411,7 +413,7 @@ def main() -> int:
 
 DEFAULTS: dict[str, Any] = {
     "streams": [], "rate": [], "requests": 100, "prompt": [16, 512], "answer": [16, 256], "common": 200, "share": 0.5,
-    "vanish": 0.0,
+    "vanish": 0.0, "serve_options": "",
 }  # fmt: skip
 
 
@@ -420,7 +422,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("load", choices=LOADS, help="what is measured; it sets the options that are not given")
     servers = parser.add_argument_group("servers")
     servers.add_argument("--serve", metavar="MODEL", help="start gemma-awq serve with it")
-    servers.add_argument("--serve-options", default="", metavar="TEXT", help="further options of gemma-awq serve")
+    servers.add_argument("--serve-options", metavar="TEXT", help="further options of gemma-awq serve")
     servers.add_argument("--llama", metavar="FILE.gguf", help="start a llama.cpp server with it")
     servers.add_argument("--llama-python", default=sys.executable, metavar="FILE", help="Python that has llama.cpp")
     servers.add_argument("--threads", type=int, default=os.cpu_count(), help="of the llama.cpp server")
