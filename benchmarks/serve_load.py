@@ -66,6 +66,8 @@ server = xllamacpp.Server(params)
 time.sleep(1e6)
 """
 
+LOADING_SECONDS = 120.0
+
 WORDS = """
 time year people way day man thing woman life child world school state family student group country
 problem hand part place case week company system program question work government number night point
@@ -365,7 +367,11 @@ def show(name: str, result: dict[str, Any]) -> None:
 async def measure(target: Target, options: argparse.Namespace) -> dict[str, Any]:
     """Put the loads on one server."""
     client = Client(target.url, options.model, options.key, options.timeout)
+    end = time.monotonic() + LOADING_SECONDS
     warm = await client.complete(Asked("Hello", 4, None), time.perf_counter())
+    while warm.outcome == "503" and time.monotonic() < end:  # some take connections before their model is loaded
+        await asyncio.sleep(0.5)
+        warm = await client.complete(Asked("Hello", 4, None), time.perf_counter())
     if warm.outcome != "ok":
         sys.exit(f"{target.name} does not answer: {warm.outcome}")
     results: dict[str, Any] = {}
