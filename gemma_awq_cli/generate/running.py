@@ -97,7 +97,7 @@ def open_chat(request: RunRequest, found: FoundModel, on_event: OnEvent) -> Chat
     checkpoint = read_checkpoint(found, on_event)
     options = _options(request, checkpoint, on_event)
     engine = open_engine(checkpoint, found, request.engine, 1, None, on_event)
-    return Chat(engine, options, request.system, request.raw, request.think)
+    return Chat(engine, options, request.system, request.raw, request.think, request.tools)
 
 
 def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_event: OnEvent) -> BatchResult:
