@@ -222,6 +222,14 @@ def command(
         bool,
         typer.Option("--resume", help="Skip the prompts of --input that --output has already.", rich_help_panel=FILES),
     ] = False,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history/--no-history",
+            help="Remember the messages of a chat for the arrow keys of later chats.",
+            rich_help_panel=FILES,
+        ),
+    ] = True,
     device: Annotated[
         str,
         typer.Option(
@@ -304,8 +312,8 @@ def command(
     chatting = files is None and prompt is None and sys.stdin.isatty()
     if chatting and as_json:
         raise UsageError("--json cannot be used in a chat.", "Give a prompt.")
-    if tools is not None and (chatting or files is not None or engine is EngineName.vllm):
-        raise UsageError("--tools needs a prompt, and this tool's own engine.", "Give one prompt.")
+    if tools is not None and engine is EngineName.vllm:
+        raise UsageError("--tools cannot be used with --engine vllm.", "Leave --engine out.")
     if tools is not None and form is not None:
         raise UsageError("--tools cannot be combined with a schema or a grammar.", "Leave one of them out.")
     text = "" if chatting or files else read_prompt(prompt)
@@ -337,7 +345,7 @@ def command(
     if files is not None:
         batch.complete_file(out, request, found, files, show, as_json)
     elif chatting:
-        chat_screen.talk(out, open_chat(request, found, show), request.model)
+        chat_screen.talk(out, open_chat(request, found, show), request.model, history)
     else:
         view = Thinking(out)
         shown = (_unseen, _unseen) if as_json else (view.answer, view.thought)

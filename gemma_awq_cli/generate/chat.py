@@ -93,6 +93,11 @@ class Chat:
         return list(self._state.messages)
 
     @property
+    def is_greedy(self) -> bool:
+        """Whether an answer that is generated again is the same."""
+        return self._options.sampling.greedy
+
+    @property
     def waiting_calls(self) -> list[str]:
         """The names of the tools that the last answer called and whose results come next."""
         last = self._state.messages[-1] if self._state.messages else {}

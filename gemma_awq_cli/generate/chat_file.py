@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.calibration_text.document_forms import read_messages, require_sound
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.text.prompter import Message
 from gemma_awq_cli.models.text.tool_calls import NAME, ToolCall
@@ -59,18 +58,17 @@ def read_chat(path: Path) -> tuple[str | None, list[Message]]:
         place = f"{path}, message {number}"
         role = item.get("role") if isinstance(item, dict) else None
         if role == "system" and number == 1:
-            system = _plain(item, place)["content"]
+            system = _message(item, place)["content"]
         elif role == "user" and not asked and not waiting:
-            messages.append(_plain(item, place))
+            messages.append(_message(item, place))
             asked = True
         elif role == "assistant" and asked:
             calls = _calls(item, place)
-            messages.append({**_plain(item, place), **({"tool_calls": calls} if calls else {})})
+            messages.append(_message(item, place, **({"tool_calls": calls} if calls else {})))
             asked, waiting = False, list(calls)
         elif role == "tool" and waiting:
             call = waiting.pop(0)
-            result = {**_plain(item, place, "user"), "role": "tool", "tool_call_id": call["id"]}
-            messages.append({**result, "name": call["function"]["name"]})
+            messages.append(_message(item, place, tool_call_id=call["id"], name=call["function"]["name"]))
             asked = not waiting
         else:
             raise GemmaAwqError(
@@ -82,9 +80,10 @@ def read_chat(path: Path) -> tuple[str | None, list[Message]]:
     return system, messages
 
 
-def _plain(item: dict[str, Any], place: str, role: str | None = None) -> Message:
-    (message,) = read_messages([{"role": role or item["role"], "content": item.get("content")}], place)
-    return message
+def _message(item: dict[str, Any], place: str, **more: Any) -> Message:
+    if not isinstance(item.get("content"), str):
+        raise GemmaAwqError(f"{place} has no text as its content.", HINT)
+    return {"role": item["role"], "content": item["content"], **more}
 
 
 def as_tool_call(number: int, call: ToolCall) -> dict[str, Any]:
@@ -105,5 +104,4 @@ def _call(number: int, call: Any, place: str) -> dict[str, Any]:
     name, arguments = (function.get("name"), function.get("arguments")) if isinstance(function, dict) else (None, None)
     if not isinstance(name, str) or not NAME.fullmatch(name) or not isinstance(arguments, dict):
         raise GemmaAwqError(f"{place}: Call {number + 1} has no function with a name and arguments.", HINT)
-    require_sound(text := json.dumps(arguments, ensure_ascii=False), place)
-    return as_tool_call(number, ToolCall(name, text))
+    return as_tool_call(number, ToolCall(name, json.dumps(arguments)))
