@@ -21,26 +21,23 @@ def first_token_seconds(folder: Path, device: str, threads: int | None) -> float
     more = [] if threads is None else ["--threads", str(threads)]
     command = [sys.executable, "-P", "-m", "gemma_awq_cli", "run", PROMPT, "-m", str(folder), *options, *more]
     own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    with scratch_file() as errors:
+    read, write = os.pipe()
+    with scratch_file() as errors, os.fdopen(read, "rb", buffering=0) as text:
         started = time.perf_counter()
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            env={**os.environ, **own},
-            bufsize=0,
-        )
         try:
-            assert process.stdout is not None
-            first = process.stdout.read(1)
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=write, stderr=errors, env={**os.environ, **own}
+            )
+        finally:
+            os.close(write)
+        try:
+            first = text.read(1)
             seconds = time.perf_counter() - started
-            process.stdout.read()
+            text.read()
             code = process.wait()
         finally:
             process.kill()
             process.wait()
-            process.stdout.close()  # type: ignore[union-attr]
         errors.seek(0)
         said = errors.read().decode(errors="replace").strip()
     if code or not first:

@@ -139,8 +139,8 @@ class ChatScreen:
         completion = answer.completion
         if completion.text or not completion.calls:
             self._out.result("")
-        for call in completion.calls:
-            self._out.result(json.dumps({"name": call.name, "arguments": json.loads(call.arguments)}))
+        for call in completion.call_documents.get("tool_calls", ()):
+            self._out.result(json.dumps(call, ensure_ascii=False))
         if answer.dropped:
             self._out.note(f"(The context is full; the oldest {answer.dropped} messages were dropped.)")
         unanswered = (

@@ -195,6 +195,7 @@ def command(
             rich_help_panel=STRUCTURE,
         ),
     ] = None,
+    image: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
@@ -286,6 +287,11 @@ def command(
     from gemma_awq_cli.generate.sampling import Sampling
     from gemma_awq_cli.generate.tool_file import read_tools
 
+    if image:
+        raise UsageError(
+            "--image cannot be used: a multimodal Gemma is run as a language model here.",
+            "Show images to the same folder or hub id with transformers (image-text-to-text) or `vllm serve`.",
+        )
     out, stages = Output(quiet), Stages()
     _require_consistent(prompt, input_file, output_file, resume, verbose, engine)
     _require_shown(logprobs, as_json or output_file is not None, engine)
@@ -394,11 +400,11 @@ def _unseen(piece: str) -> None:
 def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> None:
     """End the streamed text, or print the JSON document. Note the speed."""
     completion = result.completion
-    calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in completion.calls]
+    calls = completion.call_documents
     if as_json:
         out.document(
             {
-                "model": model, **completion.texts, **result.logprobs, **({"tool_calls": calls} if calls else {}),
+                "model": model, **completion.texts, **result.logprobs, **calls,
                 "finish": completion.finish,
                 "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
                 "sampling": result.sampling.summary(),
@@ -409,7 +415,7 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
     else:
         if completion.text or not calls:
             out.result("")
-        for call in calls:
+        for call in calls.get("tool_calls", ()):
             out.result(json.dumps(call, ensure_ascii=False))
     out.note(
         f"{completion.prompt_tokens} prompt tokens at {completion.prefill_rate:.1f}/s, "

@@ -364,3 +364,34 @@ def test_a_chat_file_that_is_too_large_or_no_file(model: OpenModel, tmp_path: Pa
     for path in (tmp_path / "large", tmp_path, tmp_path / "absent", Path("/dev/zero")):
         with pytest.raises(GemmaAwqError):
             chat.load(path)
+
+
+def test_a_called_tool_waits_for_its_result(model: OpenModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": name, "description": ""}} for name in "fg"]
+    engine = LocalEngine(model)
+    engine.context = 2048
+    encode = model.prompter.tokenizer.encode
+    calls = '[{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {}}]'
+    monkeypatch.setattr("gemma_awq_cli.generate.sampler.Sampler._draw", lambda *_: next(drawn))
+    drawn = iter([*(encode(letter)[0] for letter in calls), 5, *encode("Two."), 5, *encode("Three."), 5])
+    options = GenerationOptions(100, Sampling(temperature=1.0))
+    chat = Chat(engine, options, None, False, tools=tools)
+    assert [call.name for call in chat.ask("Go", lambda _: None).completion.calls] == ["f", "g"]
+    assert chat.waiting_calls == ["f", "g"]
+    chat.give_results(["one", "two"], lambda _: None)
+    roles = [(message["role"], message.get("name"), message["content"]) for message in chat.messages]
+    assert roles == [
+        ("user", None, "Go"), ("assistant", None, ""), ("tool", "f", "one"), ("tool", "g", "two"),
+        ("assistant", None, "Two."),
+    ]  # fmt: skip
+    assert not chat.waiting_calls
+    chat.save(tmp_path / "chat.jsonl")
+    chat.regenerate(lambda _: None)
+    assert [message["content"] for message in chat.messages][2:] == ["one", "two", "Three."]
+    assert chat.undo() == "two"
+    assert chat.waiting_calls == ["f", "g"]  # the results can be given again
+    assert chat.undo() == "Go"
+    chat.load(tmp_path / "chat.jsonl")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    with pytest.raises(UsageError, match="--tools needs"):
+        Chat(engine, options, None, True, tools=tools)
