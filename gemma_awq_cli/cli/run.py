@@ -195,7 +195,7 @@ def command(
             rich_help_panel=STRUCTURE,
         ),
     ] = None,
-    image: Annotated[list[str] | None, typer.Option(hidden=True)] = None,
+    image: Annotated[list[str] | None, typer.Option(hidden=True, rich_help_panel=FILES)] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
