@@ -53,13 +53,14 @@ def full_report() -> dict[str, Any]:
 def full_bench() -> dict[str, Any]:
     spread = {"median": 10.0, "min": 9.0, "max": 11.0, "samples": [9.0, 10.0, 11.0]}
     run = {
-        "batch": 1, "repetitions": 3, "prompt_tokens_per_second": spread, "decode_tokens_per_second": spread,
-        "ttft_seconds": spread, "tpot_seconds": {"mean": 0.1, "p50": 0.1, "p90": 0.1, "p99": 0.1},
+        "batch": 1, "depth": 0, "repetitions": 3, "prompt_tokens_per_second": spread,
+        "decode_tokens_per_second": spread, "ttft_seconds": spread,
+        "tpot_seconds": {"mean": 0.1, "p50": 0.1, "p90": 0.1, "p99": 0.1},
         "bytes_per_second": 1e9, "bandwidth_share": 0.5,
     }  # fmt: skip
     speed = {
         "device": "cpu", "threads": 2, "dtype": "bfloat16", "load_seconds": 1.0, "weight_bytes_per_token": 10**8,
-        "peak_rss_bytes": 10**9, "peak_vram_bytes": None, "runs": [run],
+        "peak_rss_bytes": 10**9, "peak_vram_bytes": None, "first_token_seconds": spread, "runs": [run],
         "relative_to_first": {"prompt_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
     }  # fmt: skip
     fidelity = {
@@ -85,9 +86,9 @@ def full_bench() -> dict[str, Any]:
         "complete": True,
         "started": "2026-11-26T07:34:23+00:00",
         "settings": {
-            "speed": True, "fidelity": True, "prompt_tokens": 512, "new_tokens": 128, "batches": [1], "repetitions": 3,
-            "warmup": 1, "threads": 2, "device": "cpu", "tasks": ["arc"], "task_limit": 5,
-            "confirm_run_unsafe_code": False, "text": "embedded", "window": 64, "windows": 2,
+            "speed": True, "fidelity": True, "prompt_tokens": 512, "new_tokens": 128, "batches": [1], "depths": [0],
+            "first_token": True, "repetitions": 3, "warmup": 1, "threads": 2, "device": "cpu", "tasks": ["arc"],
+            "task_limit": 5, "confirm_run_unsafe_code": False, "text": "embedded", "window": 64, "windows": 2,
             "reference": "google/gemma-2b", "compare": ["bf16"],
         },
         "environment": {

@@ -90,12 +90,13 @@ def speed_record(model: BenchModel, options: BenchOptions, bandwidth: float | No
     if model.loaded is None or not model.samples:
         return None
     loaded, runs = model.loaded, []
-    for batch, samples in model.samples.items():
+    for (batch, depth), samples in model.samples.items():
         decode = _spread([batch * options.new_tokens / sample["decode"] for sample in samples])
         used = loaded["weight_bytes"] * decode["median"] / batch
         runs.append(
             {
                 "batch": batch,
+                "depth": depth,
                 "repetitions": len(samples),
                 "prompt_tokens_per_second": _spread([batch * options.prompt_tokens / s["first"] for s in samples]),
                 "decode_tokens_per_second": decode,
@@ -115,6 +116,7 @@ def speed_record(model: BenchModel, options: BenchOptions, bandwidth: float | No
         "weight_bytes_per_token": loaded["weight_bytes"],
         "peak_rss_bytes": max(sample["peak_rss"] or 0 for sample in last) or None,
         "peak_vram_bytes": max(vram, default=None),
+        "first_token_seconds": _spread(model.first_tokens) if model.first_tokens else None,
         "runs": runs,
     }
 
@@ -131,7 +133,7 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def _ratios(speed: Mapping[str, Any], first: Mapping[str, Any]) -> dict[str, float]:
-    """Median rates of the first batch size, as multiples of the first model's."""
+    """Median rates of the first batch size and depth, as multiples of the first model's."""
     return {
         name: speed["runs"][0][name]["median"] / first["runs"][0][name]["median"]
         for name in ("prompt_tokens_per_second", "decode_tokens_per_second")

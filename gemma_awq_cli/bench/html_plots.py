@@ -58,7 +58,7 @@ def label_of(name: str) -> str:
 
 def _speed_bars(models: Models, names: Sequence[str], settings: Mapping[str, Any], rate: str) -> Plot | None:
     bars = [
-        (name, run["batch"], run[rate], COLOURS[index % len(COLOURS)])
+        (name, _run_label(run), run[rate], COLOURS[index % len(COLOURS)])
         for index, (model, name) in enumerate(zip(models, names, strict=True))
         if model["speed"]
         for run in model["speed"]["runs"]
@@ -72,12 +72,12 @@ def _speed_bars(models: Models, names: Sequence[str], settings: Mapping[str, Any
         [spread["median"] - spread["min"] for _, _, spread, _ in bars],
         [spread["max"] - spread["median"] for _, _, spread, _ in bars],
     ]
-    several = len({batch for _, batch, _, _ in bars}) > 1
+    several = len({run for _, run, _, _ in bars}) > 1
     axes.barh(
         range(len(bars)), medians, xerr=extremes, color=[bar[3] for bar in bars], height=0.62,
         error_kw={"ecolor": "#1c2430", "elinewidth": 1, "capsize": 3},
     )  # fmt: skip
-    axes.set_yticks(range(len(bars)), [f"{name} x {batch}" if several else name for name, batch, _, _ in bars])
+    axes.set_yticks(range(len(bars)), [f"{name}{run}" if several else name for name, run, _, _ in bars])
     for index, (_, _, spread, _) in enumerate(bars):
         axes.annotate(
             f"{spread['median']:.1f}", (spread["max"], index), xytext=(6, 0), textcoords="offset points", va="center"
@@ -89,6 +89,11 @@ def _speed_bars(models: Models, names: Sequence[str], settings: Mapping[str, Any
     decoding = rate.startswith("decode")
     title = f"Decoding, tg{settings['new_tokens']}" if decoding else f"Reading a prompt, pp{settings['prompt_tokens']}"
     return _plot(figure, title, "Median of the repetitions. The line spans the slowest and the fastest one.")
+
+
+def _run_label(run: Mapping[str, Any]) -> str:
+    depth = f" @ {run['depth']}" if run.get("depth") else ""
+    return f"{depth} x {run['batch']}"
 
 
 def _kl_along(models: Models, names: Sequence[str]) -> Plot | None:

@@ -23,7 +23,8 @@ class BenchModel:
 
     role: `model`, or `compare` for a competitor. kind: how it is opened (`model_kinds`). checkpoint: of the first model
     for vLLM, which runs its weights, and for a GGUF file. file: the GGUF file. loaded: the worker's answer to `load`.
-    samples: the worker's answers to `sample` by batch size.
+    samples: the worker's answers to `sample` by batch size and depth. first_tokens: seconds from the start of the
+    command to its first token.
     """
 
     name: str
@@ -32,7 +33,8 @@ class BenchModel:
     checkpoint: Checkpoint
     file: Path | None = None
     loaded: dict[str, Any] | None = None
-    samples: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    samples: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
+    first_tokens: list[float] = field(default_factory=list)
     fidelity: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
 

@@ -13,9 +13,11 @@ from gemma_awq_cli.errors import UsageError
 class BenchOptions:
     """What is measured, and how; the `settings` of the document.
 
-    batches: prompts at once. threads: None for torch's choice. tasks: names for lm-evaluation-harness. task_limit: the
-    most questions of each task, None for all. text, window, windows: see `read_evaluation_text`. reference: a MODEL
-    argument for the 16-bit original, None for the one that an artifact's report names. compare: the competitors.
+    batches: prompts at once. depths: tokens that each has read before. first_token: whether to time the command line
+    from its start to the first token. threads: None for torch's choice. tasks: names for lm-evaluation-harness.
+    task_limit: the most questions of each task, None for all. text, window, windows: see `read_evaluation_text`.
+    reference: a MODEL argument for the 16-bit original, None for the one that an artifact's report names. compare: the
+    competitors.
     """
 
     speed: bool = True
@@ -23,6 +25,8 @@ class BenchOptions:
     prompt_tokens: int = 512
     new_tokens: int = 128
     batches: tuple[int, ...] = (1,)
+    depths: tuple[int, ...] = (0,)
+    first_token: bool = False
     repetitions: int = 3
     warmup: int = 1
     threads: int | None = None
@@ -71,7 +75,9 @@ class BenchRequest:
         return {figure: limit for figure, limit in given.items() if limit is not None}
 
     def require_consistent(self) -> None:
-        """Raise a usage error for a limit of what is not measured."""
+        """Raise a usage error for a limit, or an option, of what is not measured."""
+        if self.options.first_token and not self.options.speed:
+            raise UsageError("--first-token needs --speed.", "Add --speed.")
         for figure in self.limits:
             if not getattr(self.options, figure.part):
                 raise UsageError(f"A limit for {figure.title} needs --{figure.part}.")

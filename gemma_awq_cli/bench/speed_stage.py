@@ -5,11 +5,15 @@ So whatever else the machine does meanwhile affects all of them alike.
 
 import random
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 from gemma_awq_cli.bench import process
 from gemma_awq_cli.bench.events import StageStarted, counted
+from gemma_awq_cli.bench.first_token import first_token_seconds
 from gemma_awq_cli.bench.measurements import BenchModel, Measurements
+from gemma_awq_cli.bench.model_kinds import OWN
+from gemma_awq_cli.bench.request import BenchOptions
 from gemma_awq_cli.errors import GemmaAwqError
 
 WARM_UP_TOKENS = 16
@@ -22,14 +26,17 @@ def measure_speed(measured: Measurements) -> None:
     options = measured.options
     measured.on_event(StageStarted("Speed"))
     repetitions = range(-options.warmup, options.repetitions)  # the negative ones do not count
-    steps = len(measured.models) * (1 + len(options.batches) * len(repetitions))
+    runs = list(product(options.batches, options.depths))
+    steps = len(measured.models) * (1 + len(runs) * len(repetitions) + options.first_token * options.repetitions)
     step = counted(steps, measured.on_progress)
     workers: Workers = {}
+    if options.first_token:
+        _time_command_line(measured, step)
     try:
         _load(measured, workers, step)
-        for batch in options.batches:
+        for batch, depth in runs:
             for repetition in repetitions:
-                _repeat(measured, workers, batch, repetition, step)
+                _repeat(measured, workers, batch, depth, repetition, step)
                 answer = next(iter(workers.values())).ask(do="bandwidth")
                 measured.bandwidths.append(answer["bytes_per_second"])
     finally:
@@ -37,30 +44,55 @@ def measure_speed(measured: Measurements) -> None:
             worker.end()
 
 
+def _time_command_line(measured: Measurements, step: Callable[[], None]) -> None:
+    """Time the first token of each model that `gemma-awq run` opens as the bench does, one after the other."""
+    options = measured.options
+    for _ in range(options.repetitions):
+        for model in measured.models:
+            if model.kind == OWN and model.adapter is None:
+                model.first_tokens.append(first_token_seconds(model.path, options.device, options.threads))
+            step()
+
+
 def _load(measured: Measurements, workers: Workers, step: Callable[[], None]) -> None:
     options = measured.options
+    longest = max(options.depths) + options.prompt_tokens + options.new_tokens
     for model in measured.models:
         workers[model] = process.Worker(model.name, options.threads)
         model.loaded = _ask(
             measured, workers, model, do="load", kind=model.kind, path=str(model.path), adapter=model.adapter,
             device=options.device, threads=options.threads, rows=max(options.batches),
-            tokens=options.prompt_tokens + options.new_tokens + 1,
+            tokens=longest + 1,
         )  # fmt: skip
+        if model.loaded is not None and longest > model.loaded["context"]:
+            _failed(measured, workers, model, _too_long(options, model.loaded["context"]))
         step()
 
 
-def _repeat(measured: Measurements, workers: Workers, batch: int, repetition: int, step: Callable[[], None]) -> None:
+def _too_long(options: BenchOptions, context: int) -> GemmaAwqError:
+    deepest = max(options.depths)
+    depth = f"A depth of {deepest}, " if deepest else ""
+    return GemmaAwqError(
+        f"{depth}{options.prompt_tokens} prompt tokens and {options.new_tokens} new ones exceed this model's context "
+        f"of {context}.",
+        "Give smaller --depth, --pp and --tg." if deepest else "Give smaller --pp and --tg.",
+    )
+
+
+def _repeat(
+    measured: Measurements, workers: Workers, batch: int, depth: int, repetition: int, step: Callable[[], None]
+) -> None:
     """One repetition of every model, each time another one first."""
     options = measured.options
     counts = repetition >= 0
     new_tokens = options.new_tokens if counts else min(options.new_tokens, WARM_UP_TOKENS)
-    prompts = _prompts(measured, batch, repetition)
+    before, prompts = _prompts(measured, batch, depth, repetition)
     models = list(workers)
     first = repetition % len(models)
     for model in (*models[first:], *models[:first]):
-        sample = _ask(measured, workers, model, do="sample", prompts=prompts, new_tokens=new_tokens)
+        sample = _ask(measured, workers, model, do="sample", before=before, prompts=prompts, new_tokens=new_tokens)
         if sample is not None and counts:
-            model.samples.setdefault(batch, []).append(sample)
+            model.samples.setdefault((batch, depth), []).append(sample)
         step()
 
 
@@ -69,18 +101,30 @@ def _ask(measured: Measurements, workers: Workers, model: BenchModel, **request:
     try:
         return workers[model].ask(**request)
     except GemmaAwqError as error:
-        if model.role == "model":
-            raise
-        workers.pop(model).end()
-        model.samples.pop(len(request.get("prompts", ())), None)  # of the batch size that it failed at
-        measured.leave_out(model.name, "speed", error)
+        if prompts := request.get("prompts"):
+            model.samples.pop((len(prompts), len(request["before"][0])), None)  # of the run that it failed at
+        _failed(measured, workers, model, error)
         return None
 
 
-def _prompts(measured: Measurements, batch: int, repetition: int) -> list[list[int]]:
-    """Prompts [batch, prompt_tokens] of random tokens: the same for every model, and in every bench."""
+def _failed(measured: Measurements, workers: Workers, model: BenchModel, error: GemmaAwqError) -> None:
+    """Leave a competitor out from now on; raise the error of a model."""
+    if model.role == "model":
+        raise error
+    workers.pop(model).end()
+    measured.leave_out(model.name, "speed", error)
+
+
+def _prompts(
+    measured: Measurements, batch: int, depth: int, repetition: int
+) -> tuple[list[list[int]], list[list[int]]]:
+    """What is read before, [batch, depth], and prompts [batch, prompt_tokens], of random tokens with BOS first.
+
+    They are the same for every model, and in every bench.
+    """
     rng = random.Random(f"{batch} {repetition}")
     loaded = [model.loaded for model in measured.models if model.loaded is not None]
     bos, vocabulary = loaded[0]["bos"], min(facts["vocabulary"] for facts in loaded)
-    length = measured.options.prompt_tokens - 1
-    return [[bos, *(rng.randrange(vocabulary) for _ in range(length))] for _ in range(batch)]
+    length = depth + measured.options.prompt_tokens - 1
+    rows = [[bos, *(rng.randrange(vocabulary) for _ in range(length))] for _ in range(batch)]
+    return [row[:depth] for row in rows], [row[depth:] for row in rows]

@@ -2,10 +2,11 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import PurePath
 from typing import Any
 
-from gemma_awq_cli.bench.thresholds import task_key, tasks_of
+from gemma_awq_cli.bench.thresholds import depths_of, task_key, tasks_of
 from gemma_awq_cli.reports.markup import one_line
 from gemma_awq_cli.system.sizes import format_bytes
 
@@ -17,8 +18,8 @@ NOTHING = "-"  # was measured
 class Row:
     """A figure of each model.
 
-    title: may hold settings and `batch` in braces. key: of the figure in its record. show: (this model's figure, the
-    first model's or None) -> text. optional: left out if no model has the figure.
+    title: may hold settings and `batch`, the depth and the batch size, in braces. key: of the figure in its record.
+    show: (this model's figure, the first model's or None) -> text. optional: left out if no model has the figure.
     """
 
     title: str
@@ -48,11 +49,12 @@ def column_names(document: Mapping[str, Any]) -> list[str]:
 
 def _speed_rows(settings: Record, speeds: Sequence[Record | None]) -> list[tuple[str, ...]]:
     rows = []
-    batches = settings["batches"]
-    for index, batch in enumerate(batches):
+    batches, depths = settings["batches"], depths_of(settings)
+    for index, (batch, depth) in enumerate(product(batches, depths)):
         runs = [speed["runs"][index] if speed and index < len(speed["runs"]) else None for speed in speeds]
+        depth_title = f" @ {depth}" if len(depths) > 1 or depth else ""
         batch_title = f" x {batch}" if len(batches) > 1 or batch > 1 else ""
-        rows += _rows(RUN_ROWS, runs, {**settings, "batch": batch_title})
+        rows += _rows(RUN_ROWS, runs, {**settings, "batch": depth_title + batch_title})
     return rows + _rows(SPEED_ROWS, speeds, {})
 
 
@@ -64,7 +66,7 @@ def _rows(
         return []
     rows = []
     for row in definitions:
-        figures = [record[row.key] if record else None for record in records]
+        figures = [record.get(row.key) if record else None for record in records]
         if row.optional and not any(figures):
             continue
         cells = [NOTHING if figure is None else row.show(figure, figures[0]) for figure in figures]
@@ -80,6 +82,10 @@ def _rate(spread: Any, first: Any) -> str:
     """Median, extremes, and the multiple of the first model's median."""
     text = f"{spread['median']:.1f} ({spread['min']:.1f} - {spread['max']:.1f})"
     return text if first is None or first is spread else f"{text} {spread['median'] / first['median']:.2f}x"
+
+
+def _seconds(spread: Any, first: Any) -> str:
+    return f"{spread['median']:.2f} ({spread['min']:.2f} - {spread['max']:.2f})"
 
 
 def _milliseconds(spread: Any, first: Any) -> str:
@@ -103,6 +109,7 @@ RUN_ROWS = (
     Row("share of memory bandwidth{batch}", "bandwidth_share", lambda share, first: f"{100 * share:.0f} %"),
 )
 SPEED_ROWS = (
+    Row("first token from the command line, s", "first_token_seconds", _seconds, optional=True),
     Row("weights read per token", "weight_bytes_per_token", _bytes),
     Row("load time, s", "load_seconds", _formatted("{:.1f}")),
     Row("peak RSS", "peak_rss_bytes", _bytes),

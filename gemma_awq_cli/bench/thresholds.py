@@ -30,11 +30,17 @@ def _rate(name: str) -> Callable[[Model], float | None]:
     return lambda model: float(model["speed"]["runs"][0][name]["median"]) if model["speed"] else None
 
 
+def _first_token(model: Model) -> float | None:
+    spread = model["speed"].get("first_token_seconds") if model["speed"] else None
+    return float(spread["median"]) if spread else None
+
+
 KL = Figure("KL divergence (nats per token)", "fidelity", _fidelity("kl"))
 PERPLEXITY_RATIO = Figure("perplexity, as a multiple of the original's", "fidelity", _fidelity("perplexity_ratio"))
 DECODE = Figure("decoding speed (tokens/s)", "speed", _rate("decode_tokens_per_second"), more_is_worse=False)
 PROMPT = Figure("prompt speed (tokens/s)", "speed", _rate("prompt_tokens_per_second"), more_is_worse=False)
 RSS = Figure("peak RSS (bytes)", "speed", lambda model: model["speed"]["peak_rss_bytes"] if model["speed"] else None)
+FIRST_TOKEN = Figure("time to the first token from the command line (s)", "first_token", _first_token)
 
 
 def tasks_of(model: Model) -> list[Mapping[str, Any]]:
@@ -60,8 +66,37 @@ def _task_figures(then: Model) -> list[Figure]:
     ]
 
 
-COMPARED = (KL, PERPLEXITY_RATIO, DECODE, PROMPT, RSS)
-SAME_SETTINGS = ("prompt_tokens", "new_tokens", "batches", "threads", "device")  # for speeds to be compared
+def depths_of(settings: Mapping[str, Any]) -> list[int]:
+    """Return the depths that speeds were measured at; a document may be older than they are."""
+    return list(settings.get("depths", (0,)))
+
+
+def _run_figures(then: Model) -> list[Figure]:
+    """The speeds of an earlier document's runs after the first one, which `COMPARED` has."""
+
+    def finder(index: int, name: str) -> Callable[[Model], float | None]:
+        def find(model: Model) -> float | None:
+            runs = model["speed"]["runs"] if model["speed"] else []
+            return float(runs[index][name]["median"]) if index < len(runs) else None
+
+        return find
+
+    return [
+        Figure(
+            f"{title} (tokens/s), depth {run.get('depth', 0)}, batch {run['batch']},",
+            "speed", finder(index, name), more_is_worse=False,
+        )
+        for index, run in enumerate(then["speed"]["runs"] if then["speed"] else [])
+        if index
+        for title, name in (
+            ("decoding speed", "decode_tokens_per_second"), ("prompt speed", "prompt_tokens_per_second"),
+        )
+    ]  # fmt: skip
+
+
+COMPARED = (KL, PERPLEXITY_RATIO, DECODE, PROMPT, RSS, FIRST_TOKEN)
+# for speeds to be compared
+SAME_SETTINGS = ("prompt_tokens", "new_tokens", "batches", "depths", "threads", "device")
 
 
 def violations(document: Mapping[str, Any], limits: Mapping[Figure, float]) -> Iterator[str]:
@@ -106,7 +141,7 @@ def regressions(
                 f"{model['name']}: the baseline's fidelity was measured on another text or other windows.",
                 "Measure the baseline again with the same --text, --window and --windows.",
             )
-        for figure in (*COMPARED, *_task_figures(then)):
+        for figure in (*COMPARED, *_run_figures(then), *_task_figures(then)):
             before, now = figure.find(then), figure.find(model)
             if before is None or (now is None and not document["settings"].get(figure.part)):
                 continue
@@ -119,7 +154,9 @@ def require_comparable(document: Mapping[str, Any], baseline: Mapping[str, Any])
     if not any(model["speed"] for model in _models(document)) or not any(m["speed"] for m in _models(baseline)):
         return
     for name in SAME_SETTINGS:
-        then, now = baseline["settings"][name], document["settings"][name]
+        then, now = (
+            depths_of(one["settings"]) if name == "depths" else one["settings"][name] for one in (baseline, document)
+        )
         if then != now:
             raise GemmaAwqError(
                 f"The baseline's speed was measured with {name} {then}, this one with {now}.",

@@ -24,12 +24,13 @@ HEAD_BYTES = {"int8": 1.0, "int4": 0.5}  # per entry of a quantized head
 class TimedModel:
     """A loaded model.
 
-    time: times one repetition of (prompts [R, P], new tokens). vocabulary: entries. context: the most tokens that the
-    model was trained for. weight_bytes: bytes of the layers, the final norm and the head as they are held, which is
-    what decoding reads for every token beside the KV cache. load_seconds: from the start of loading to a first token.
+    time: times one repetition of (tokens read before [R, D], prompts [R, P], new tokens). vocabulary: entries. context:
+    the most tokens that the model was trained for. weight_bytes: bytes of the layers, the final norm and the head as
+    they are held, which is what decoding reads for every token beside the KV cache. load_seconds: from the start of
+    loading to a first token.
     """
 
-    time: Callable[[Sequence[Sequence[int]], int], Sample]
+    time: Callable[[Sequence[Sequence[int]], Sequence[Sequence[int]], int], Sample]
     vocabulary: int
     context: int
     bos: int
@@ -37,15 +38,9 @@ class TimedModel:
     weight_bytes: int
     load_seconds: float
 
-    def sample(self, prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
-        """Time one repetition with prompts [R, P] of token ids that begin with BOS."""
-        if len(prompts[0]) + new_tokens > self.context:
-            raise GemmaAwqError(
-                f"{len(prompts[0])} prompt tokens and {new_tokens} new ones exceed this model's context of "
-                f"{self.context}.",
-                "Give smaller --pp and --tg.",
-            )
-        return self.time(prompts, new_tokens)
+    def sample(self, before: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        """Time one repetition with prompts [R, P] of token ids, after `before` [R, D]; their first token is BOS."""
+        return self.time(before, prompts, new_tokens)
 
 
 def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int, adapter: str | None = None) -> TimedModel:
@@ -101,7 +96,9 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
     engine.timed([[bos]], 1)
     seconds = time.perf_counter() - started
 
-    def timed(prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+    def timed(before: Sequence[Sequence[int]], prompts: Sequence[Sequence[int]], new_tokens: int) -> Sample:
+        if before[0]:
+            raise GemmaAwqError("vLLM cannot be measured at a depth.", "Leave --depth out to measure it.")
         first, steps = engine.timed(prompts, new_tokens + 1)
         _, decoding = engine.timed([[bos]] * len(prompts), new_tokens + 1)
         return Sample(first, steps, sum(decoding))

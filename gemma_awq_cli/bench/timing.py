@@ -1,8 +1,8 @@
 """One repetition of a speed measurement, and what else a process measures of itself: memory and the memory's bandwidth.
 
-A repetition is two sessions. One answers a prompt, as a server does: the time to the first token, then each further
-one. The other decodes from BOS alone, as llama-bench's tg does. Every time ends when the next token is known on the
-host, which also waits for the device.
+A repetition is two parts. One answers a prompt, as a server does: the time to the first token, then each further one.
+The other decodes from BOS alone, as llama-bench's tg does. Both may come after tokens that were read before, as
+llama-bench's -d has it. Every time ends when the next token is known on the host, which also waits for the device.
 """
 
 import time
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.generate.local_engine import require_finite_logits
+from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.memory import peak_memory
 from gemma_awq_cli.models.forward.session import Session
 
@@ -26,7 +27,7 @@ class Sample:
     """One repetition, in seconds.
 
     first: from the prompt to the first token. steps: each further token after it. decode: decoding as many tokens from
-    BOS alone.
+    BOS alone, or from the tokens that were read before.
     """
 
     first: float
@@ -36,13 +37,23 @@ class Sample:
 
 @torch.inference_mode()
 def time_sessions(
-    open_session: Callable[[int, int], Session], bos: int, prompts: Sequence[Sequence[int]], new_tokens: int
+    open_session: Callable[[int, int], Session],
+    bos: int,
+    before: Sequence[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
+    new_tokens: int,
 ) -> Sample:
-    """Time one repetition. open_session: (rows, capacity) -> a new session. prompts: [R, P] token ids.
+    """Time one repetition. open_session: (rows, capacity) -> a new session. before, prompts: [R, D], [R, P] token ids.
 
-    Raises an error if the model's output is NaN or infinite.
+    before: what the rows have read already; D may be 0. Raises an error if the model's output is NaN or infinite.
     """
-    session = open_session(len(prompts), len(prompts[0]) + new_tokens)
+    rows, depth = len(prompts), len(before[0])
+    session = open_session(rows, depth + len(prompts[0]) + new_tokens)
+    marks = None
+    if depth:
+        session.next_logits(before)
+        if isinstance(session, CachedSession):
+            marks = [session.mark_row(row) for row in range(rows)]
     started = time.perf_counter()
     tokens = _most_likely(session.next_logits(prompts))
     first = time.perf_counter() - started
@@ -51,9 +62,14 @@ def time_sessions(
         started = time.perf_counter()
         tokens = _most_likely(session.next_logits(tokens))
         steps.append(time.perf_counter() - started)
-    del session  # its cache, before the next session makes one
-    session = open_session(len(prompts), 1 + new_tokens)
-    tokens = _most_likely(session.next_logits([[bos]] * len(prompts)))
+    if marks is not None and isinstance(session, CachedSession):
+        for row, mark in enumerate(marks):
+            session.shorten_row(row, depth, mark)
+        tokens = [[bos]] * rows  # any token: `before` is not read a second time only to know the next one
+    else:
+        del session  # its cache, before the next session makes one
+        session = open_session(rows, max(depth, 1) + new_tokens)
+        tokens = _most_likely(session.next_logits(before if depth else [[bos]] * rows))
     started = time.perf_counter()
     for _ in range(new_tokens):
         logits = session.next_logits(tokens)

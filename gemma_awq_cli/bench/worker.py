@@ -1,7 +1,7 @@
 """The process that `bench` starts for each model: JSON lines in, JSON lines out, one answer per request.
 
     {"do": "load", "kind": "own", "path": "...", "device": "cpu", "threads": 2, "rows": 1, "tokens": 640}
-    {"do": "sample", "prompts": [[2, 17, ...]], "new_tokens": 128}
+    {"do": "sample", "before": [[]], "prompts": [[2, 17, ...]], "new_tokens": 128}
     {"do": "bandwidth"}
     {"do": "open", "kind": "own", "path": "...", "device": "cpu", "threads": 2}
     {"do": "task", "spec": {...}, "limit": null, "unsafe_code": false}
@@ -46,7 +46,7 @@ class Server:
             case "load":
                 return self._load(request)
             case "sample":
-                sample = self.timed.sample(request["prompts"], request["new_tokens"])
+                sample = self.timed.sample(request["before"], request["prompts"], request["new_tokens"])
                 memory = {"peak_rss": timing.peak_rss(), "peak_vram": timing.peak_vram(self.device)}
                 return {**asdict(sample), **memory}
             case "bandwidth":

@@ -51,6 +51,12 @@ def command(
     batch: Annotated[list[int] | None, typer.Option(
         help="Number of prompts to run at once. Can be repeated.  [default: 1]", min=1, max=4096, show_default=False,
         rich_help_panel=SPEED)] = None,
+    depth: Annotated[str, typer.Option(
+        help="Measure after N tokens that were read before; several, separated by commas: 0,4096.", metavar="N,...",
+        rich_help_panel=SPEED)] = "0",
+    first_token: Annotated[bool, typer.Option(
+        "--first-token", help="Also time `gemma-awq run` from its start to its first token, each time in a new "
+        "process.", rich_help_panel=SPEED)] = False,
     repetitions: Annotated[int, typer.Option(
         "--repetitions", "-r", help="Number of repetitions that count.", min=1, rich_help_panel=SPEED)] = 3,
     warmup: Annotated[int, typer.Option(
@@ -118,7 +124,8 @@ def command(
 
     options = BenchOptions(
         speed=speed or everything, fidelity=fidelity or everything, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        batches=tuple(batch or [1]), repetitions=repetitions, warmup=warmup, threads=threads, device=device.value,
+        batches=tuple(batch or [1]), depths=_depths(depth), first_token=first_token, repetitions=repetitions,
+        warmup=warmup, threads=threads, device=device.value,
         tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,
         text=reported_name(text), window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
     )  # fmt: skip
@@ -133,6 +140,14 @@ def command(
         out.violation(line)
     if result.unmet:
         raise typer.Exit(3)
+
+
+def _depths(text: str) -> tuple[int, ...]:
+    """Return the numbers of --depth."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isascii() and part.isdigit() and len(part) <= 7 for part in parts):
+        raise UsageError(f"Invalid --depth: {text!r}.", "Give one or more numbers, separated by commas: 0,4096.")
+    return tuple(dict.fromkeys(int(part) for part in parts))
 
 
 class _Screen:

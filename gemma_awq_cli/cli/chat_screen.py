@@ -1,149 +1,203 @@
 """`gemma-awq run` on a terminal without a prompt: a chat on the screen."""
 
-import contextlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import typer
 
+from gemma_awq_cli.cli.chat_history import ChatHistory, history_path
 from gemma_awq_cli.cli.console import Output
+from gemma_awq_cli.cli.plain_input import PlainInput
 from gemma_awq_cli.cli.thinking import Thinking
+from gemma_awq_cli.cli.typed_message import SEVERAL_LINES
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.chat import Chat, MessageTooLongError
-from gemma_awq_cli.models.text.prompter import PromptError
+from gemma_awq_cli.generate.chat import Answer, Chat, OnText
 
-PROMPT, MORE = ">>> ", "... "
-FENCE = '"""'
-HELP = '''/reset         forget the conversation
-/system TEXT   begin a new conversation with this system message; without TEXT, show the present one
-/save FILE     write the conversation to FILE as JSON lines
-/help          show this list
-/exit          end the chat (or Ctrl-D)
-For several lines, end each with \\, or put """ before the first and after the last.
-Ctrl-C stops the answer; at an empty prompt it ends the chat. Put a space before a message that begins with /.'''
+PROMPT = ">>> "
+SHOWN = 60  # characters of a message that is taken back
+HELP = f"""{SEVERAL_LINES}
+Alt-Enter begins a line too, and lines can be pasted. Arrow keys bring earlier messages back; Tab completes commands.
+Ctrl-C stops the answer; at an empty prompt it ends the chat. Put a space before a message that begins with /."""
 
 
-def talk(out: Output, chat: Chat, name: str) -> None:
+class Input(Protocol):
+    """Where messages come from."""
+
+    def read(self, prompt: str) -> str:
+        """Return one message. Raises EOFError at the end, and KeyboardInterrupt for Ctrl-C with nothing typed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Command:
+    """What a message that begins with / does. argument: its name for the help; act: gets it, "" without one."""
+
+    argument: str
+    help: str
+    act: Callable[[str], None]
+
+
+def talk(out: Output, chat: Chat, name: str, keep_history: bool) -> None:
     """Read messages and answer them until the user leaves. name: the model, as the user gave it."""
-    with contextlib.suppress(ImportError):  # Windows has none, and edits lines by itself
-        import readline  # noqa: F401  (input() then edits lines and remembers them)
     out.note(f"Chat with {Path(name).name}. /help lists the commands, Ctrl-D ends.")
     if not chat.answers:
         why = "--raw turns the chat template off" if chat.has_template else "this is a base model"
         out.note(f"It completes rather than answers ({why}): each prompt is continued by itself.")
-    while True:
+    screen = ChatScreen(out, chat)
+    screen.run(_input(out, screen, keep_history))
+
+
+def _input(out: Output, screen: "ChatScreen", keep_history: bool) -> Input:
+    drawn_on = out.drawn_on()
+    if drawn_on is None:
+        return PlainInput(out)
+    from gemma_awq_cli.cli.line_editor import LineEditor
+
+    arguments = {name: command.argument for name, command in screen.commands.items()}
+    history = ChatHistory(history_path(), out.warning) if keep_history else None
+    return LineEditor(arguments, history, drawn_on)
+
+
+class ChatScreen:
+    """A chat that shows its answers and obeys commands."""
+
+    def __init__(self, out: Output, chat: Chat) -> None:
+        self._out = out
+        self._chat = chat
+        self._results: list[str] = []  # of the calls that the model waits for, as far as they were typed
+        self._ended = False
+        self.commands = {
+            "/regenerate": Command("", "answer the last message once more", self._regenerate),
+            "/undo": Command("", "take back the last message and its answer", self._undo),
+            "/reset": Command("", "forget the conversation", self._reset),
+            "/system": Command(
+                "TEXT",
+                "begin a new conversation with this system message; without TEXT, show the present one",
+                self._system,
+            ),
+            "/save": Command("FILE", "write the conversation to FILE as JSON lines", self._save),
+            "/load": Command("FILE", "continue the conversation that /save wrote to FILE", self._load),
+            "/help": Command("", "show this list", self._help),
+            "/exit": Command("", "end the chat (or Ctrl-D)", self._exit),
+        }
+
+    def run(self, keys: Input) -> None:
+        """Read messages and answer them until the user leaves."""
+        while not self._ended:
+            try:
+                message = keys.read(self._prompt())
+            except EOFError:
+                self._out.note("")
+                return
+            except KeyboardInterrupt:
+                self._out.note("")
+                raise typer.Exit(130) from None
+            try:
+                self.respond(message)
+            except KeyboardInterrupt:  # before anything was generated
+                self._out.note("\n(stopped)")
+
+    def _prompt(self) -> str:
+        waiting = self._chat.waiting_calls
+        return f"result of {waiting[len(self._results)]}> " if waiting else PROMPT
+
+    def respond(self, message: str) -> None:
+        """Carry out a command, or answer a message. Shows an error, after which the conversation goes on without it."""
+        name, _, argument = message.partition(" ")
         try:
-            message = read_message(out)
-        except EOFError:
-            out.note("")
-            return
-        except KeyboardInterrupt:
-            out.note("")
-            raise typer.Exit(130) from None
-        if message.split(maxsplit=1)[:1] == ["/exit"]:
-            return
-        try:
-            _respond(out, chat, message)
-        except KeyboardInterrupt:  # before anything was generated
-            out.note("\n(stopped)")
-
-
-def _respond(out: Output, chat: Chat, message: str) -> None:
-    """Carry out a command, or answer a message."""
-    try:
-        if message.startswith("/"):
-            _command(out, chat, message)
-        elif message.strip():
-            _answer(out, chat, message)
-    except (MessageTooLongError, PromptError, UsageError) as error:  # the conversation continues without the message
-        out.error(error)
-
-
-def _answer(out: Output, chat: Chat, message: str) -> None:
-    view = Thinking(out)
-    answer = chat.ask(message, view.answer, view.thought)
-    view.end()
-    completion = answer.completion
-    out.result("")
-    if answer.dropped:
-        out.note(f"(The context is full; the oldest {answer.dropped} messages were dropped.)")
-    unanswered = (
-        "" if completion.text.strip() or not completion.thinking else " while thinking; the message is forgotten"
-    )
-    if completion.finish == "interrupted":
-        out.note(f"(stopped{unanswered})")
-    elif completion.finish == "length":
-        out.note(f"(cut at {len(completion.tokens)} tokens{unanswered}; --max-new-tokens sets the limit)")
-
-
-def _command(out: Output, chat: Chat, message: str) -> None:
-    word, _, rest = message.partition(" ")
-    rest = rest.strip()
-    if word == "/help":
-        out.note(HELP)
-    elif word == "/reset":
-        chat.start(chat.system)
-        out.note("The conversation is forgotten" + ("; the system message stays." if chat.system else "."))
-    elif word == "/system" and rest:
-        chat.start(rest)
-        out.note("A new conversation with this system message.")
-    elif word == "/system":
-        out.note(f"System message: {chat.system}" if chat.system else "There is no system message.")
-    elif word == "/save" and rest:
-        try:
-            chat.save(Path(rest))
+            if message.startswith("/"):
+                command = self.commands.get(name.strip())
+                if command is None:
+                    raise UsageError(
+                        f"Unknown command: {name}.",
+                        "/help lists them. Put a space before a message that begins with /.",
+                    )
+                command.act(argument.strip())
+            elif message.strip():
+                self._send(message)
         except GemmaAwqError as error:
-            out.error(error)
-        else:
-            out.note(f"{len(chat.messages)} messages -> {rest}")
-    elif word == "/save":
-        out.error(UsageError("/save needs a file name.", "For example: /save chat.jsonl"))
-    else:
-        out.error(
-            UsageError(
-                f"Unknown command: {word}.", "/help lists them. Put a space before a message that begins with /."
-            )
+            self._out.error(error)
+
+    def _send(self, message: str) -> None:
+        waiting = self._chat.waiting_calls
+        if not waiting:
+            self._show(lambda *on: self._chat.ask(message, *on))
+            return
+        self._results.append(message)
+        if len(self._results) == len(waiting):
+            results, self._results = self._results, []
+            self._show(lambda *on: self._chat.give_results(results, *on))
+
+    def _show(self, answering: Callable[[OnText, OnText], Answer]) -> None:
+        """Show an answer while it is generated."""
+        view = Thinking(self._out)
+        answer = answering(view.answer, view.thought)
+        view.end()
+        completion = answer.completion
+        if completion.text or not completion.calls:
+            self._out.result("")
+        for call in completion.call_documents.get("tool_calls", ()):
+            self._out.result(json.dumps(call, ensure_ascii=False))
+        if answer.dropped:
+            self._out.note(f"(The context is full; the oldest {answer.dropped} messages were dropped.)")
+        unanswered = (
+            "" if completion.text.strip() or not completion.thinking else " while thinking; the message is forgotten"
         )
+        if completion.finish == "interrupted":
+            self._out.note(f"(stopped{unanswered})")
+        elif completion.finish == "length":
+            self._out.note(f"(cut at {len(completion.tokens)} tokens{unanswered}; --max-new-tokens sets the limit)")
+        if self._chat.waiting_calls:
+            self._out.note("(The model calls a tool. Type or paste its result, or /undo the message.)")
 
+    def _regenerate(self, _: str) -> None:
+        self._results = []
+        if self._chat.is_greedy:
+            self._out.note("(At temperature 0 the answer is the same each time.)")
+        self._show(self._chat.regenerate)
 
-def read_message(out: Output) -> str:
-    """Return one message, of one line or several. Ctrl-C drops the typed text; if there is none, it is passed on."""
-    while True:
-        lines: list[str] = []
-        try:
-            line = _line(out, PROMPT)
-            if line.lstrip().startswith(FENCE):
-                line = line.lstrip().removeprefix(FENCE)
-                # a line that opens and closes a fence of its own, as a docstring does, belongs to the message
-                while not line.rstrip().endswith(FENCE) or line.count(FENCE) % 2 == 0:
-                    lines.append(line)
-                    line = _line(out, MORE)
-                lines.append(line.rstrip().removesuffix(FENCE))
-                return "\n".join(lines).strip("\n")
-            while line.endswith("\\"):
-                lines.append(line.removesuffix("\\"))
-                line = _line(out, MORE)
-            return "\n".join([*lines, line])
-        except KeyboardInterrupt:
-            if not lines and not _typed():
-                raise
-            out.note("")
+    def _undo(self, _: str) -> None:
+        message = " ".join(self._chat.undo().split())
+        self._results = []
+        shown = message if len(message) <= SHOWN else f"{message[: SHOWN - 3]}..."
+        self._out.note(f"Taken back: {shown}")
 
+    def _reset(self, _: str) -> None:
+        self._chat.start(self._chat.system)
+        self._results = []
+        self._out.note("The conversation is forgotten" + ("; the system message stays." if self._chat.system else "."))
 
-def _line(out: Output, prompt: str) -> str:
-    while True:
-        try:
-            line = out.ask(prompt)
-            line.encode("utf-8")
-        except UnicodeError:
-            out.error(UsageError("That line is not UTF-8.", "Check the terminal's encoding."))
+    def _system(self, text: str) -> None:
+        if text:
+            self._chat.start(text)
+            self._results = []
+            self._out.note("A new conversation with this system message.")
         else:
-            return line
+            system = self._chat.system
+            self._out.note(f"System message: {system}" if system else "There is no system message.")
 
+    def _save(self, name: str) -> None:
+        if not name:
+            raise UsageError("/save needs a file name.", "For example: /save chat.jsonl")
+        self._chat.save(Path(name))
+        self._out.note(f"{len(self._chat.messages)} messages -> {name}")
 
-def _typed() -> bool:
-    """Return whether the interrupted line had text in it, as far as the line editor knows."""
-    try:
-        import readline
-    except ImportError:
-        return False
-    return bool(readline.get_line_buffer())
+    def _load(self, name: str) -> None:
+        if not name:
+            raise UsageError("/load needs a file name.", "For example: /load chat.jsonl")
+        self._chat.load(Path(name))
+        self._results = []
+        system = ", and a system message" if self._chat.system else ""
+        self._out.note(f"{len(self._chat.messages)} messages{system} from {name}; the conversation goes on after them.")
+
+    def _help(self, _: str) -> None:
+        width = max(len(f"{name} {command.argument}") for name, command in self.commands.items())
+        for name, command in self.commands.items():
+            self._out.note(f"{f'{name} {command.argument}':{width}}  {command.help}")
+        self._out.note(HELP)
+
+    def _exit(self, _: str) -> None:
+        self._ended = True

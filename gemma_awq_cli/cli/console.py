@@ -58,6 +58,11 @@ class Output:
         sys.stderr.flush()
         return input()
 
+    def drawn_on(self) -> TextIO | None:
+        """Return stdout for a line editor, whose sequences must not be filtered; None unless it is such a terminal."""
+        capable = os.environ.get("TERM", "") not in ("dumb", "unknown")
+        return cast(TextIO, AsIs(sys.stdout)) if sys.stdin.isatty() and sys.stdout.isatty() and capable else None
+
     def document(self, value: Any) -> None:
         """Write exactly one JSON document to stdout."""
         text = terminal.json_escaped(json.dumps(value, indent=2, ensure_ascii=False))

@@ -195,6 +195,7 @@ def command(
             rich_help_panel=STRUCTURE,
         ),
     ] = None,
+    image: Annotated[list[str] | None, typer.Option(hidden=True, rich_help_panel=FILES)] = None,
     input_file: Annotated[
         Path | None,
         typer.Option(
@@ -222,6 +223,14 @@ def command(
         bool,
         typer.Option("--resume", help="Skip the prompts of --input that --output has already.", rich_help_panel=FILES),
     ] = False,
+    history: Annotated[
+        bool,
+        typer.Option(
+            "--history/--no-history",
+            help="Remember the messages of a chat for the arrow keys of later chats.",
+            rich_help_panel=FILES,
+        ),
+    ] = True,
     device: Annotated[
         str,
         typer.Option(
@@ -278,6 +287,11 @@ def command(
     from gemma_awq_cli.generate.sampling import Sampling
     from gemma_awq_cli.generate.tool_file import read_tools
 
+    if image:
+        raise UsageError(
+            "--image cannot be used: a multimodal Gemma is run as a language model here.",
+            "Show images to the same folder or hub id with transformers (image-text-to-text) or `vllm serve`.",
+        )
     out, stages = Output(quiet), Stages()
     _require_consistent(prompt, input_file, output_file, resume, verbose, engine)
     _require_shown(logprobs, as_json or output_file is not None, engine)
@@ -304,8 +318,8 @@ def command(
     chatting = files is None and prompt is None and sys.stdin.isatty()
     if chatting and as_json:
         raise UsageError("--json cannot be used in a chat.", "Give a prompt.")
-    if tools is not None and (chatting or files is not None or engine is EngineName.vllm):
-        raise UsageError("--tools needs a prompt, and this tool's own engine.", "Give one prompt.")
+    if tools is not None and engine is EngineName.vllm:
+        raise UsageError("--tools cannot be used with --engine vllm.", "Leave --engine out.")
     if tools is not None and form is not None:
         raise UsageError("--tools cannot be combined with a schema or a grammar.", "Leave one of them out.")
     text = "" if chatting or files else read_prompt(prompt)
@@ -337,7 +351,7 @@ def command(
     if files is not None:
         batch.complete_file(out, request, found, files, show, as_json)
     elif chatting:
-        chat_screen.talk(out, open_chat(request, found, show), request.model)
+        chat_screen.talk(out, open_chat(request, found, show), request.model, history)
     else:
         view = Thinking(out)
         shown = (_unseen, _unseen) if as_json else (view.answer, view.thought)
@@ -386,11 +400,11 @@ def _unseen(piece: str) -> None:
 def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> None:
     """End the streamed text, or print the JSON document. Note the speed."""
     completion = result.completion
-    calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in completion.calls]
+    calls = completion.call_documents
     if as_json:
         out.document(
             {
-                "model": model, **completion.texts, **result.logprobs, **({"tool_calls": calls} if calls else {}),
+                "model": model, **completion.texts, **result.logprobs, **calls,
                 "finish": completion.finish,
                 "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
                 "sampling": result.sampling.summary(),
@@ -401,7 +415,7 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
     else:
         if completion.text or not calls:
             out.result("")
-        for call in calls:
+        for call in calls.get("tool_calls", ()):
             out.result(json.dumps(call, ensure_ascii=False))
     out.note(
         f"{completion.prompt_tokens} prompt tokens at {completion.prefill_rate:.1f}/s, "

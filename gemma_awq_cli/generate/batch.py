@@ -9,14 +9,14 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, require_room
 from gemma_awq_cli.generate.prompting import Prompt, prompt_ids
-from gemma_awq_cli.models.text.prompter import Prompter, located
+from gemma_awq_cli.models.text.prompter import Prompter, Tool, located
 from gemma_awq_cli.system.json_input import parse_json
 from gemma_awq_cli.system.locking import Lock
 from gemma_awq_cli.system.reading import read_bytes
@@ -31,7 +31,8 @@ ROW_BEGINS = b'{"index": '
 class Batch:
     """The prompts to complete and how.
 
-    system, raw, think: as for `prompt_ids`. made_with: all that the completions depend on, by the names of the options.
+    system, raw, think, tools: as for `prompt_ids`. made_with: all that the completions depend on, by the names of
+    the options.
     """
 
     prompts: Sequence[Prompt]
@@ -40,6 +41,7 @@ class Batch:
     options: GenerationOptions
     made_with: Mapping[str, Any]
     think: bool | None = None
+    tools: Sequence[Tool] = ()
 
 
 def recorded_seed(path: Path) -> int | None:
@@ -147,6 +149,7 @@ def complete_batch(
         require_room(len(ids), engine.context, f"Prompt {index + 1}")
     left = [index for index in range(len(rows)) if index not in finished]
     order = list(finished)
+    options = replace(batch.options, tools=engine.prompter.tool_format) if batch.tools else batch.options
     with writing(path), path.open("a", encoding="utf-8", newline="\n") as file:
 
         def on_done(place: int, completion: Completion) -> None:
@@ -158,7 +161,7 @@ def complete_batch(
             on_row(index, completion)
 
         with contextlib.suppress(KeyboardInterrupt):
-            engine.complete([rows[index] for index in left], batch.options, on_done=on_done, numbers=left)
+            engine.complete([rows[index] for index in left], options, on_done=on_done, numbers=left)
     if order != sorted(order):
         with writing(path):
             _sort(path)
@@ -170,7 +173,7 @@ def token_rows(prompter: Prompter, batch: Batch) -> list[list[int]]:
     rows = []
     for number, prompt in enumerate(batch.prompts, 1):
         with located(f"Prompt {number}"):
-            rows.append(prompt_ids(prompter, prompt, batch.system, batch.raw, batch.think))
+            rows.append(prompt_ids(prompter, prompt, batch.system, batch.raw, batch.think, batch.tools))
     return rows
 
 
@@ -181,7 +184,7 @@ def writing(path: Path) -> AbstractContextManager[None]:
 
 def _row(index: int, batch: Batch, completion: Completion, prompter: Prompter) -> dict[str, Any]:
     return {
-        "index": index, "prompt": batch.prompts[index], **completion.texts,
+        "index": index, "prompt": batch.prompts[index], **completion.texts, **completion.call_documents,
         **completion.logprob_documents(prompter.tokenizer), "finish": completion.finish,
         "prompt_tokens": completion.prompt_tokens, "tokens": len(completion.tokens),
         "made_with": dict(batch.made_with),

@@ -4,6 +4,7 @@ An `Engine` continues rows; a single prompt, a chat and a batch are all built on
 own engine, `vllm_engine.py` has vLLM's. Imports no torch.
 """
 
+import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Iterator, Sequence, Set
@@ -80,6 +81,12 @@ class Completion:
     def texts(self) -> dict[str, str]:
         """The text and, if there are any, the thoughts before it, by their names in a document."""
         return {"text": self.text, **({"thinking": self.thinking} if self.thinking else {})}
+
+    @property
+    def call_documents(self) -> dict[str, Any]:
+        """The calls by their name in a document; empty if there are none."""
+        calls = [{"name": call.name, "arguments": json.loads(call.arguments)} for call in self.calls]
+        return {"tool_calls": calls} if calls else {}
 
     def logprob_documents(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """The log probabilities by their name in a document: those of each token, thoughts and end included, in order.

@@ -4,7 +4,7 @@ It knows a model by its sessions only.
 """
 
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOpti
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler, largest
 from gemma_awq_cli.generate.sampling import Sampling
+from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.kv_cache import Mark
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.forward.session import Session
@@ -38,11 +40,41 @@ def complete(
 
 @dataclass(eq=False)
 class LiveRow:
-    """A session of one row that is kept for the next turn. capacity: its room in tokens; read: the ids it has read."""
+    """A session of one row that is kept for the next turn.
+
+    capacity: its room in tokens; read: the ids it has read; starts: how many of them it had read when each turn began;
+    mark: of the last of these. A row that parts from what was read goes back to where a turn began, so that the same
+    tokens are read in the same steps, which round alike.
+    """
 
     session: Session
     capacity: int
     read: list[int]
+    starts: list[int] = field(default_factory=list)
+    mark: Mark | None = None
+
+    def continue_with(self, row: Row) -> bool:
+        """Keep what the session has read of the row's prompt. Return whether there is any, and room for the row."""
+        common = 0
+        for read, wanted in zip(self.read, row.ids[:-1], strict=False):  # of the last one the logits are needed
+            if read != wanted:
+                break
+            common += 1
+        if common < len(self.read):
+            common = max((start for start in self.starts if start <= common), default=0)
+            common = self._go_back(common) if common else 0
+        if not common or _needed(row) > self.capacity:
+            return False
+        if isinstance(self.session, CachedSession):
+            self.starts = [*(start for start in self.starts if start < common), common]
+            self.mark = self.session.mark_row(0)
+        return True
+
+    def _go_back(self, length: int) -> int:
+        assert isinstance(self.session, CachedSession), "only its turns are marked"
+        length = self.session.shorten_row(0, length, self.mark)
+        del self.read[length:]
+        return length
 
 
 @dataclass(eq=False)
@@ -135,9 +167,9 @@ class LocalEngine(Engine):
             yield
 
     def _continue_live(self, row: Row, begin: Begin, on_done: Callable[[Row], None]) -> Generator[None, None, None]:
-        """Run a single row in the session that was kept, if the row continues what it has read; else in a new one."""
+        """Run a single row in the session that was kept, from where their tokens part; or in a new one."""
         live, self._live = self._live, None
-        if live is None or not _continues(row, live):
+        if live is None or not live.continue_with(row):
             capacity = min(self.context, max(2 * _needed(row), KEPT_TOKENS))  # room for the next turns
             live = LiveRow(self._opened.session(1, capacity), capacity, [])
         slot = begin(row, row.ids[len(live.read) :])
@@ -171,12 +203,6 @@ def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
 def _needed(row: Row) -> int:
     """Return how many tokens its slot must have room for."""
     return len(row.ids) + row.limit
-
-
-def _continues(row: Row, live: LiveRow) -> bool:
-    """Return whether the row fits the kept session and begins with all that the session has read."""
-    read = len(live.read)
-    return _needed(row) <= live.capacity and 0 < read < len(row.ids) and live.read == list(row.ids[:read])
 
 
 def require_finite_logits(logits: Tensor) -> None:

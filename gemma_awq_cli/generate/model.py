@@ -1,7 +1,7 @@
 """The Python API for running a model: `load_model`, and the `Model` that it returns."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gemma_awq_cli.calibration_text.document_forms import read_messages
@@ -12,15 +12,19 @@ from gemma_awq_cli.generate.events import OnEvent, ignore
 from gemma_awq_cli.generate.finding import find_model
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
 from gemma_awq_cli.generate.generation_config import generation_config
+from gemma_awq_cli.generate.grammar import lark_grammar, schema_grammar
 from gemma_awq_cli.generate.opening import open_engine, read_checkpoint
 from gemma_awq_cli.generate.prompting import prompt_ids
 from gemma_awq_cli.generate.request import EngineOptions
 from gemma_awq_cli.generate.sampling import Sampling, resolve
+from gemma_awq_cli.generate.tool_file import checked_tools
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.text.prompter import Message
+from gemma_awq_cli.models.text.prompter import Message, Tool
 
 if TYPE_CHECKING:
     import torch
+
+STRUCTURES = ("json_schema", "grammar", "tools")
 
 
 def load_model(
@@ -55,13 +59,16 @@ def load_model(
 
 
 class MoreOptions(TypedDict, total=False):
-    """Further options of `generate`, `stream` and `chat`: as in `Sampling`, and as in `GenerationOptions`."""
+    """Further options of `generate`, `stream` and `chat`: as in `Sampling`, and as `Model` says."""
 
     min_p: float
     repetition_penalty: float
     presence_penalty: float
     frequency_penalty: float
     logprobs: int
+    json_schema: Mapping[str, Any]
+    grammar: str
+    tools: Sequence[Tool]
 
 
 class Model:
@@ -76,7 +83,9 @@ class Model:
     stop: one or more strings; the text ends before the first of them. think: whether the model is to think before it
     answers; by default what its chat template does. What it thought is in `Completion.thinking`, never in the text.
     min_p, repetition_penalty, presence_penalty, frequency_penalty: see `Sampling`. logprobs: record each token's log
-    probability and those of this many of the most likely tokens in `Completion.logprobs`.
+    probability and those of this many of the most likely tokens in `Completion.logprobs`. json_schema, grammar (in
+    llguidance's Lark): what the text must match. tools: functions, as in OpenAI's API, that an instruct model may call;
+    its calls are in `Completion.calls`. These three exclude each other.
     """
 
     def __init__(self, checkpoint: Checkpoint, engine: Engine) -> None:
@@ -111,8 +120,8 @@ class Model:
         Raises UsageError for an invalid option, PromptError for a text that the model cannot be given, and
         GemmaAwqError if the prompt fills the context.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
-        return self._engine.complete([prompt_ids(self._engine.prompter, prompt, system, raw, think)], options)[0]
+        options, tools = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
+        return self._engine.complete([prompt_ids(self._engine.prompter, prompt, system, raw, think, tools)], options)[0]
 
     def stream(
         self,
@@ -134,8 +143,8 @@ class Model:
         Wrong arguments are an error at once; the text is generated while the iterator is read, and no further than it
         is read.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
-        return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw, think), options)
+        options, tools = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
+        return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw, think, tools), options)
 
     def chat(
         self,
@@ -155,9 +164,10 @@ class Model:
         messages: dicts with `role` (`system`, `user`, `assistant`) and `content`; the last one is the user's. The
         answer is not added to them.
         """
-        options = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
+        options, tools = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
         conversation = read_messages(list(messages), "The conversation")
-        return self._engine.complete([prompt_ids(self._engine.prompter, conversation, None, False, think)], options)[0]
+        ids = prompt_ids(self._engine.prompter, conversation, None, False, think, tools)
+        return self._engine.complete([ids], options)[0]
 
     def _options(
         self,
@@ -169,7 +179,8 @@ class Model:
         stop: str | Sequence[str],
         think: bool | None,
         more: MoreOptions,
-    ) -> GenerationOptions:
+    ) -> tuple[GenerationOptions, tuple[Tool, ...]]:
+        """Return the options of a call, and the tools that the model may call."""
         if max_new_tokens is None:
             max_new_tokens = NEW_TOKENS_THINKING if think else NEW_TOKENS
         if max_new_tokens < 1:
@@ -180,6 +191,18 @@ class Model:
             raise UsageError(f"Invalid logprobs: {logprobs}.", f"Give a number from 0 to {MOST_LOGPROBS}.")
         if unknown := settings.keys() - MoreOptions.__annotations__:
             raise TypeError(f"unexpected keyword argument {min(unknown)!r}")
-        asked = Sampling(temperature, top_k, top_p, seed, **settings)
-        sampling = resolve(asked, generation_config(self._checkpoint))
-        return GenerationOptions(max_new_tokens, sampling, (stop,) if isinstance(stop, str) else tuple(stop), logprobs)
+        schema, lark, given = (settings.pop(name, None) for name in STRUCTURES)
+        if sum(value is not None for value in (schema, lark, given)) > 1:
+            raise UsageError(f"{', '.join(STRUCTURES[:-1])} and {STRUCTURES[-1]} exclude each other.", "Give one.")
+        tools = () if given is None else checked_tools(list(given), "tools")
+        thinks = think or False
+        form = lark_grammar(lark, thinks) if lark is not None else None
+        options = GenerationOptions(
+            max_new_tokens,
+            resolve(Sampling(temperature, top_k, top_p, seed, **settings), generation_config(self._checkpoint)),
+            (stop,) if isinstance(stop, str) else tuple(stop),
+            logprobs,
+            form if schema is None else schema_grammar(schema, thinks=thinks),
+            self._engine.prompter.tool_format if tools else None,
+        )
+        return options, tools

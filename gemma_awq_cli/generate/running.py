@@ -97,7 +97,7 @@ def open_chat(request: RunRequest, found: FoundModel, on_event: OnEvent) -> Chat
     checkpoint = read_checkpoint(found, on_event)
     options = _options(request, checkpoint, on_event)
     engine = open_engine(checkpoint, found, request.engine, 1, None, on_event)
-    return Chat(engine, options, request.system, request.raw, request.think)
+    return Chat(engine, options, request.system, request.raw, request.think, request.tools)
 
 
 def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_event: OnEvent) -> BatchResult:
@@ -112,7 +112,7 @@ def run_batch(request: RunRequest, found: FoundModel, files: BatchFiles, on_even
         checkpoint = read_checkpoint(found, on_event)
         options = _options(request, checkpoint, on_event)
         made_with = _made_with(request, checkpoint, options)
-        batch = Batch(prompts, request.system, request.raw, options, made_with, request.think)
+        batch = Batch(prompts, request.system, request.raw, options, made_with, request.think, request.tools)
         finished = read_finished(files.output, batch)
         if finished:
             on_event(BatchResumed(len(finished), len(prompts), files.output))
@@ -167,7 +167,7 @@ def _made_with(request: RunRequest, checkpoint: Checkpoint, options: GenerationO
     # what earlier versions did not know is left out unless it is used, so that their output can be continued
     later = {
         "presence_penalty": sampling.presence_penalty or None, "frequency_penalty": sampling.frequency_penalty or None,
-        "logprobs": options.logprobs,
+        "logprobs": options.logprobs, "tools": list(request.tools) or None,
         **({} if options.grammar is None else {options.grammar.kind: options.grammar.text}),
     }  # fmt: skip
     return {

@@ -14,10 +14,14 @@ HINT = 'Give a JSON list of tools as in OpenAI\'s API: {"type": "function", "fun
 
 def read_tools(path: Path) -> tuple[Tool, ...]:
     """Return the tools of a JSON file: a list of OpenAI's tools, or of their functions alone."""
-    given = parse_json(read_text(path, HINT), str(path), HINT)
+    return checked_tools(parse_json(read_text(path, HINT), str(path), HINT), str(path))
+
+
+def checked_tools(given: Any, where: str) -> tuple[Tool, ...]:
+    """Return the tools of a list as in OpenAI's API, or of their functions alone. Raises GemmaAwqError for others."""
     if not isinstance(given, list) or not 0 < len(given) <= MOST_TOOLS:
-        raise GemmaAwqError(f"{path} is not a list of 1 to {MOST_TOOLS} tools.", HINT)
-    return tuple(_tool(item, f"{path}, tool {number}") for number, item in enumerate(given, 1))
+        raise GemmaAwqError(f"{where} is not a list of 1 to {MOST_TOOLS} tools.", HINT)
+    return tuple(_tool(item, f"{where}, tool {number}") for number, item in enumerate(given, 1))
 
 
 def _tool(item: Any, where: str) -> Tool:

@@ -15,6 +15,7 @@ import pytest
 
 from gemma_awq_cli.bench import model_search, process
 from gemma_awq_cli.bench.document import percentiles
+from gemma_awq_cli.bench.first_token import first_token_seconds
 from gemma_awq_cli.bench.process import Worker, WorkerEndedError
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
@@ -95,6 +96,48 @@ def test_the_document(artifacts: Callable[[str], Path], capsys: Capture) -> None
     assert along[-1]["end"] == 255
     mean = sum(part["mean"] * (part["end"] - part["first"]) for part in along) / 255
     assert mean == pytest.approx(fidelity["kl"], rel=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_speed_after_tokens_that_were_read_before(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    speed = ["bench", str(artifact), "--speed", "--json", "--quiet", *QUICK, "--batch", "1", "--batch", "2"]
+    assert main([*speed, "--depth", "0,40"]) == 0
+    document = documented(capsys.readouterr())
+    assert document["settings"]["depths"] == [0, 40]
+    runs = document["models"][0]["speed"]["runs"]
+    assert [(run["batch"], run["depth"]) for run in runs] == [(1, 0), (1, 40), (2, 0), (2, 40)]
+    assert document["models"][0]["speed"]["first_token_seconds"] is None
+    # every run is compared with the baseline's
+    baseline = tmp_path / "baseline.json"
+    for index, place in ((1, "depth 40, batch 1"), (3, "depth 40, batch 2")):
+        earlier = json.loads(json.dumps(document))
+        earlier["models"][0]["speed"]["runs"][index]["decode_tokens_per_second"]["median"] *= 1e6
+        baseline.write_text(json.dumps(earlier))
+        assert main([*speed, "--depth", "0,40", "--baseline", str(baseline), "--tolerance", "0.99"]) == 3
+        assert f"decoding speed (tokens/s), {place}, is" in capsys.readouterr().err
+    assert main([*speed, "--baseline", str(baseline)]) == 1
+    assert "was measured with depths [0, 40]" in capsys.readouterr().err
+    assert main([*speed, "--depth", "0,250"]) == 1
+    assert "A depth of 250, 12 prompt tokens and 3 new ones exceed" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("depth", ["", "-1", "1,", "1.5", "x", "1" * 8, "²"])
+def test_depths_are_numbers(depth: str, capsys: Capture) -> None:
+    assert main(["bench", "somewhere", f"--depth={depth}"]) == 2
+    assert "--depth" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_the_first_token_of_the_command_line(artifact: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert main(["bench", str(artifact), "--speed", "--json", *QUICK, "--first-token"]) == 0
+    document = documented(capsys.readouterr())
+    assert len(document["models"][0]["speed"]["first_token_seconds"]["samples"]) == 2
+    assert main(["bench", str(artifact), "--fidelity", "--first-token"]) == 2
+    assert "--first-token needs --speed" in capsys.readouterr().err
+    with pytest.raises(GemmaAwqError, match=f"`gemma-awq run` of {tmp_path.name} failed: error"):
+        first_token_seconds(tmp_path, "cpu", 1)
 
 
 @pytest.mark.slow

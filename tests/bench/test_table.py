@@ -22,6 +22,7 @@ def test_every_figure() -> None:
         "TTFT, ms": ("10000", "10000"),
         "TPOT p50 / p90 / p99, ms": ("100.0 / 100.0 / 100.0", "100.0 / 100.0 / 100.0"),
         "share of memory bandwidth": ("50 %", "50 %"),
+        "first token from the command line, s": ("10.00 (9.00 - 11.00)", "10.00 (9.00 - 11.00)"),
         "weights read per token": ("100.0 MB", "100.0 MB"),
         "load time, s": ("1.0", "1.0"),
         "peak RSS": ("1.0 GB", "1.0 GB"),
@@ -60,6 +61,23 @@ def test_batches_have_rows_of_their_own_as_far_as_they_came() -> None:
     rows = rows_of(document)
     assert rows["TTFT x 1, ms"] == ("10000", "10000")
     assert rows["TTFT x 4, ms"] == ("-", "10000")
+
+
+def test_depths_have_rows_of_their_own() -> None:
+    document = full_bench()
+    document["settings"]["depths"] = [0, 4096]
+    for model in document["models"]:
+        runs = model["speed"]["runs"]
+        runs.append({**runs[0], "depth": 4096})
+        model["speed"].pop("first_token_seconds")
+    rows = rows_of(document)
+    assert rows["TTFT @ 0, ms"] == rows["TTFT @ 4096, ms"] == ("10000", "10000")
+    assert "tg128 @ 4096, tokens/s" in rows
+    assert not any(title.startswith("first token") for title in rows)  # nor in documents that are older than it
+
+
+def test_the_first_token_of_the_command_line_has_a_row() -> None:
+    assert rows_of(full_bench())["first token from the command line, s"] == ("10.00 (9.00 - 11.00)",) * 2
 
 
 def test_columns_are_named_without_folders_where_that_tells_them_apart() -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import select
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -32,12 +33,20 @@ sys.exit(main(sys.argv[1:]))
 class Terminal:
     """A chat in its own pseudo-terminal."""
 
-    def __init__(self, folder: Path, *more: str, program: tuple[str, str] = ("-m", "gemma_awq_cli")) -> None:
+    def __init__(
+        self, folder: Path, *more: str, program: tuple[str, str] = ("-m", "gemma_awq_cli"), state: Path | None = None
+    ) -> None:
+        """state: where the history lies. With it the terminal is one that can do more than show lines."""
+        import fcntl
         import pty
+        import termios
 
         self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 100, 0, 0))
         command = [sys.executable, *program, "run", "-m", str(folder), "--device", "cpu", *more]
         environment = {**os.environ, "TERM": "dumb", "NO_COLOR": "1", "OMP_NUM_THREADS": "1"}
+        if state is not None:  # and one that does not say where its cursor is
+            environment |= {"TERM": "xterm", "XDG_STATE_HOME": str(state), "PROMPT_TOOLKIT_NO_CPR": "1"}
         self.process = subprocess.Popen(
             command, stdin=slave, stdout=slave, stderr=slave, env=environment, start_new_session=True,
             preexec_fn=lambda: __import__("fcntl").ioctl(0, __import__("termios").TIOCSCTTY, 0),
@@ -50,7 +59,7 @@ class Terminal:
             time.sleep(0.2)
         os.write(self._master, keys)
 
-    def wait(self, text: str, seconds: float = 120) -> str:
+    def wait(self, text: str, seconds: float = 60) -> str:
         """What came since the last wait, up to and with `text`."""
         deadline = time.monotonic() + seconds
         while text not in self._read:
@@ -63,6 +72,18 @@ class Terminal:
         end = self._read.index(text) + len(text)
         seen, self._read = self._read[:end], self._read[end:]
         return seen
+
+    def wait_for_editor(self) -> None:
+        """Wait until the line editor listens: what it draws when a line ends has a prompt too."""
+        self.wait("\x1b[?2004h")  # pastes are marked from here on
+        self.wait(">>>")
+
+    def is_cooked(self) -> bool:
+        """Whether the terminal shows what is typed, line by line, as it does for a shell."""
+        import termios
+
+        flags = termios.tcgetattr(self._master)[3]
+        return bool(flags & termios.ECHO and flags & termios.ICANON)
 
     def end(self) -> int:
         try:
@@ -153,6 +174,33 @@ def test_a_chat_from_the_first_message_to_the_last(terminal: Terminal, tmp_path:
 
 
 @pytest.mark.slow
+def test_messages_are_taken_back_answered_again_and_loaded(terminal: Terminal, tmp_path: Path) -> None:
+    def say(text: str) -> str:
+        terminal.type(f"{text}\n".encode())
+        terminal.wait(f"{text}\n")
+        return terminal.wait(">>> ")
+
+    terminal.wait(">>> ")
+    assert "error: There is no answer yet." in say("/undo")
+    answer = say("Hello")
+    again = say("/regenerate")
+    assert again == "(At temperature 0 the answer is the same each time.)\n" + answer
+    say("Second " + "x" * 58)
+    saved = tmp_path / "chat.jsonl"
+    assert "4 messages" in say(f"/save {saved}")
+    assert "Taken back: Second xxx" in (undone := say("/undo"))
+    assert "x..." in undone
+    assert "Taken back: Hello" in say("/undo")
+    assert say("Hello") == answer
+    assert "/load needs a file name" in say("/load")
+    assert "error: " in say(f"/load {tmp_path}")
+    assert f"4 messages, and a system message from {saved}" in say(f"/load {saved}")
+    assert "Taken back: Second" in say("/undo")
+    terminal.type(CTRL_D)
+    assert terminal.end() == 0
+
+
+@pytest.mark.slow
 def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path) -> None:
     # transformers' modules: the decode paths of our own are done with 200 tokens before the key is pressed
     slow = Terminal(folder, "--max-new-tokens", "200", "--stop", "no such text", "--attn", "eager")
@@ -166,6 +214,46 @@ def test_ctrl_c_stops_the_answer_and_not_the_chat(folder: Path) -> None:
     assert "exists" in slow.wait(">>> ")
     slow.type(CTRL_C)  # at an empty prompt it ends the chat
     assert slow.end() == 130
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_a_line_editor_with_history(folder: Path, tmp_path: Path) -> None:
+    """Lines are pasted as one message, and the next chat remembers it."""
+    chat = Terminal(folder, "--max-new-tokens", "9", "--temperature", "2", "--seed", "1", state=tmp_path)
+    chat.wait_for_editor()
+    chat.type(b"\x1b[200~first\nsecond\\\n\x1b[201~third\r")
+    assert "cut at 9 tokens" in chat.wait("limit)")
+    chat.wait_for_editor()
+    chat.type(b"/sa")
+    chat.wait("/save FILE")  # the only command that begins so
+    chat.type(b"\t")
+    chat.wait("ve")
+    chat.type(f"{tmp_path / 'saved.jsonl'}\r".encode())
+    chat.wait("2 messages")
+    chat.wait_for_editor()
+    chat.type(b"half a message")
+    chat.wait("half a message")
+    chat.type(CTRL_C)
+    chat.wait_for_editor()
+    chat.type(CTRL_D)
+    assert chat.end() == 0
+    message = "first\nsecond\\\nthird"
+    assert json.loads((tmp_path / "saved.jsonl").read_text())["messages"][0]["content"] == message
+    (history,) = (path for path in tmp_path.rglob("*") if "history" in path.name)
+    assert history.stat().st_mode & 0o777 == 0o600
+    remembered = [json.loads(line) for line in history.read_text().splitlines()]
+    assert remembered == [message, f"/save {tmp_path / 'saved.jsonl'}"]
+    second = Terminal(folder, "--max-new-tokens", "9", "--no-history", state=tmp_path)
+    second.wait_for_editor()
+    second.type(b"secret\r")
+    second.wait("limit)")
+    second.wait_for_editor()
+    assert not second.is_cooked()
+    second.process.send_signal(signal.SIGTERM)
+    second.wait("terminated")
+    assert second.is_cooked()
+    assert second.end() == 143
+    assert "secret" not in history.read_text()
 
 
 @pytest.mark.slow

@@ -73,6 +73,31 @@ def test_tools_are_called_and_printed(
     assert document["text"] == ""
 
 
+def test_calls_in_the_completions_of_a_file(
+    run: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    tools = write(tmp_path / "tools.json", [{"name": "f"}])
+    output = tmp_path / "out.jsonl"
+    files = ["--input", write(tmp_path / "prompts.txt", "a\n"), "--output", str(output)]
+    from gemma_awq_cli.models.text.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(run[2]))
+    call = iter([*(tokenizer.encode(letter)[0] for letter in '{"name": "f", "parameters": {"a": 1}}'), 5])
+    monkeypatch.setattr("gemma_awq_cli.generate.sampler.Sampler._draw", lambda *_: next(call))
+    assert main([*run, *files, "--tools", tools]) == 0
+    (row,) = map(json.loads, output.read_text().splitlines())
+    assert (row["text"], row["tool_calls"]) == ("", [{"name": "f", "arguments": {"a": 1}}])
+    assert row["made_with"]["tools"][0]["function"]["name"] == "f"
+    capsys.readouterr()
+    assert main([*run, *files, "--resume"]) == 1  # without the tools it is another run
+    assert "tools" in capsys.readouterr().err
+
+
+def test_images_are_refused(run: list[str], capsys: Capture) -> None:
+    assert main([*run, "--image", "photo.png", "What is this?"]) == 2
+    assert "--image cannot be used" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("option", "content", "message"),
     [

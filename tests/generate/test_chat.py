@@ -13,6 +13,7 @@ from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.chat import Answer, Chat, MessageTooLongError
+from gemma_awq_cli.generate.chat_file import CHAT_BYTES
 from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import Sampling
@@ -211,3 +212,186 @@ def test_a_saved_chat_is_a_calibration_text(raw: bool, model: OpenModel, tmp_pat
             chat.save(name)
     with pytest.raises(GemmaAwqError, match="NUL"):
         chat.save(tmp_path / "a\0b")
+
+
+LONG = "How many roads must a man walk down?"  # longer than the sliding window
+
+
+def fresh(opened: OpenModel, *questions: str) -> list[str]:
+    """The answers of a chat that is asked nothing else."""
+    _, ask = talk(opened)
+    return [ask(question).completion.text for question in questions]
+
+
+@pytest.fixture(scope="module", params=["ours", "transformers"])
+def any_forward(request: pytest.FixtureRequest, model: OpenModel) -> OpenModel:
+    """Sessions that can go back to an earlier turn, and some that cannot."""
+    if request.param == "ours":
+        return model
+    return open_model(model.checkpoint.folder, torch.device("cpu"), Precision(torch.float32, attention="eager"))
+
+
+@pytest.mark.parametrize("first", ["Hi", LONG])
+def test_an_undone_turn_leaves_no_trace(first: str, any_forward: OpenModel) -> None:
+    chat, ask = talk(any_forward)
+    for question in (first, LONG, "Once more"):
+        ask(question)
+    assert chat.undo() == "Once more"
+    assert ask("Another").completion.text == fresh(any_forward, first, LONG, "Another")[-1]
+    assert [chat.undo(), chat.undo()] == ["Another", LONG]
+    assert [message["content"] for message in chat.messages][::2] == [first]
+    assert ask("Last").completion.text == fresh(any_forward, first, "Last")[-1]
+    assert [chat.undo(), chat.undo()] == ["Last", first]
+    assert chat.messages == []
+    assert ask(LONG).completion.text == fresh(any_forward, LONG)[0]
+    chat.undo()
+    for take_back in (chat.undo, lambda: chat.regenerate(lambda _: None)):
+        with pytest.raises(UsageError, match="no answer yet"):
+            take_back()
+
+
+@pytest.mark.parametrize("first", ["Hi", LONG])
+def test_an_answer_is_generated_again_from_the_same_state(first: str, any_forward: OpenModel) -> None:
+    chat, ask = talk(any_forward)
+    ask(first)
+    answer = ask(LONG).completion
+    before = chat.messages
+    for _ in range(2):
+        again = chat.regenerate(lambda _: None).completion
+        assert again.tokens == answer.tokens  # greedy
+        assert chat.messages == before
+    if any_forward.forward.text is not None:  # only the question was read again
+        assert again.read_tokens == answer.read_tokens < answer.prompt_tokens
+    assert ask("Then?").completion.text == fresh(any_forward, first, LONG, "Then?")[-1]
+
+
+def test_an_answer_that_is_generated_again_differs_when_it_is_drawn(model: OpenModel) -> None:
+    chat, ask = talk(model, GenerationOptions(6, Sampling(temperature=2.0, seed=1)))
+    texts = [ask("Hi").completion.text, *(chat.regenerate(lambda _: None).completion.text for _ in range(3))]
+    assert len(set(texts)) == 4
+    assert chat.messages[-1]["content"] == texts[-1].strip()
+    assert len(chat.messages) == 2
+
+
+def test_the_old_answer_stays_if_the_new_one_never_begins(model: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    chat, ask = talk(model)
+    ask("Hi")
+    ask("Again")
+    before = chat.messages
+
+    def interrupted(*_: object) -> Tensor:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("gemma_awq_cli.models.forward.torch_decoder.DecoderSession.next_logits", interrupted)
+        assert chat.regenerate(lambda _: None).completion.finish == "interrupted"
+    assert chat.messages == before
+    assert chat.undo() == "Again"
+    assert ask("More").completion.text == fresh(model, "Hi", "More")[-1]
+
+
+def test_turns_that_were_dropped_come_back(model: OpenModel) -> None:
+    chat, ask = talk(model)
+    for number in range(5):
+        before = chat.messages
+        if ask(f"{number}: " + "x" * 60).dropped:
+            break
+    assert chat.messages[: len(before)] != before
+    chat.undo()
+    assert chat.messages == before
+
+
+def test_a_loaded_chat_goes_on_as_the_saved_one(model: OpenModel, tmp_path: Path) -> None:
+    chat, ask = talk(model, system="Be brief.")
+    ask("Hi")
+    chat.save(tmp_path / "chat.jsonl")
+    loaded, ask_loaded = talk(model)
+    ask_loaded("Something else")
+    loaded.load(tmp_path / "chat.jsonl")
+    assert (loaded.system, loaded.messages) == ("Be brief.", chat.messages)
+    assert ask_loaded("Again").completion.text == ask("Again").completion.text
+    assert [loaded.undo(), loaded.undo()] == ["Again", "Hi"]
+    with pytest.raises(UsageError, match="chat template"):
+        talk(model, raw=True)[0].load(tmp_path / "chat.jsonl")
+
+
+QUESTION, ANSWER = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}
+CALL = {"function": {"name": "f", "arguments": {}}}
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "not valid JSON"),
+        (b"\xff", "not UTF-8"),
+        (b"[" * 100_000, "nested too deeply"),
+        (b'{"messages": [NaN]}', "not valid JSON"),
+        ([QUESTION, ANSWER], "not a saved chat"),
+        ({"messages": []}, "not a saved chat"),
+        ({"messages": [QUESTION, ANSWER] * 5001}, "not a saved chat"),
+        ({"messages": [QUESTION]}, "last message is no answer"),
+        ({"messages": [ANSWER]}, "message 1 does not follow"),
+        ({"messages": [QUESTION, QUESTION]}, "message 2 does not follow"),
+        ({"messages": [QUESTION, {"role": "system", "content": "x"}]}, "message 2 does not follow"),
+        ({"messages": [QUESTION, {"role": "root", "content": "x"}]}, "message 2 does not follow"),
+        ({"messages": [QUESTION, {"role": ["assistant"], "content": "x"}]}, "message 2 does not follow"),
+        ({"messages": [QUESTION, {"role": "assistant", "content": 3}]}, "message 2 has no text"),
+        (b'{"messages": [{"role": "user", "content": "\\ud800"}]}', "half of a surrogate pair"),
+        ({"messages": [QUESTION, "x"]}, "message 2 does not follow"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": 3}]}, "message 2: Its tool_calls"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [{"function": {"name": "a b"}}]}]}, "Call 1 has no function"),
+        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [CALL]}, QUESTION, ANSWER]}, "message 3 does not follow"),
+    ],
+    ids=str,
+)
+def test_a_file_that_is_no_saved_chat_changes_nothing(
+    content: object, message: str, model: OpenModel, tmp_path: Path
+) -> None:
+    chat, ask = talk(model, system="Be brief.")
+    ask("Hi")
+    before = chat.messages
+    path = tmp_path / "chat.jsonl"
+    path.write_bytes(content if isinstance(content, bytes) else json.dumps(content).encode())
+    with pytest.raises(GemmaAwqError, match=message):
+        chat.load(path)
+    assert (chat.system, chat.messages) == ("Be brief.", before)
+
+
+def test_a_chat_file_that_is_too_large_or_no_file(model: OpenModel, tmp_path: Path) -> None:
+    chat, _ = talk(model)
+    with (tmp_path / "large").open("wb") as file:
+        file.truncate(CHAT_BYTES + 1)
+    for path in (tmp_path / "large", tmp_path, tmp_path / "absent", Path("/dev/zero")):
+        with pytest.raises(GemmaAwqError):
+            chat.load(path)
+
+
+def test_a_called_tool_waits_for_its_result(model: OpenModel, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tools = [{"type": "function", "function": {"name": name, "description": ""}} for name in "fg"]
+    engine = LocalEngine(model)
+    engine.context = 2048
+    encode = model.prompter.tokenizer.encode
+    calls = '[{"name": "f", "parameters": {"a": 1}}, {"name": "g", "parameters": {}}]'
+    monkeypatch.setattr("gemma_awq_cli.generate.sampler.Sampler._draw", lambda *_: next(drawn))
+    drawn = iter([*(encode(letter)[0] for letter in calls), 5, *encode("Two."), 5, *encode("Three."), 5])
+    options = GenerationOptions(100, Sampling(temperature=1.0))
+    chat = Chat(engine, options, None, False, tools=tools)
+    assert [call.name for call in chat.ask("Go", lambda _: None).completion.calls] == ["f", "g"]
+    assert chat.waiting_calls == ["f", "g"]
+    chat.give_results(["one", "two"], lambda _: None)
+    roles = [(message["role"], message.get("name"), message["content"]) for message in chat.messages]
+    assert roles == [
+        ("user", None, "Go"), ("assistant", None, ""), ("tool", "f", "one"), ("tool", "g", "two"),
+        ("assistant", None, "Two."),
+    ]  # fmt: skip
+    assert not chat.waiting_calls
+    chat.save(tmp_path / "chat.jsonl")
+    chat.regenerate(lambda _: None)
+    assert [message["content"] for message in chat.messages][2:] == ["one", "two", "Three."]
+    assert chat.undo() == "two"
+    assert chat.waiting_calls == ["f", "g"]  # the results can be given again
+    assert chat.undo() == "Go"
+    chat.load(tmp_path / "chat.jsonl")
+    assert [message["role"] for message in chat.messages] == ["user", "assistant", "tool", "tool", "assistant"]
+    with pytest.raises(UsageError, match="--tools needs"):
+        Chat(engine, options, None, True, tools=tools)

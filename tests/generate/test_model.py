@@ -55,6 +55,26 @@ def test_it_generates_what_the_command_prints(
     assert sampled != completion.text
 
 
+def test_structured_answers_as_on_the_command_line(instruct: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llguidance")
+    monkeypatch.setattr(instruct._engine, "context", 2048)  # room for the description of a tool
+    assert instruct.generate("Go", json_schema={"enum": ["a", 12]}).text in ('"a"', "12")
+    assert instruct.chat([{"role": "user", "content": "Go"}], json_schema={"const": 12}).text == "12"
+    assert set("".join(instruct.stream("Go", grammar="start: /[ab]{3}/"))) <= {"a", "b"}
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    told = instruct.generate("Go", tools=tools, max_new_tokens=1).prompt_tokens
+    assert told > instruct.generate("Go", max_new_tokens=1).prompt_tokens + 50
+    for wrong, message in (
+        ({"json_schema": {}, "tools": tools}, "exclude each other"),
+        ({"json_schema": 3}, "not a JSON object"),
+        ({"grammar": "start: missing"}, "cannot be used"),
+        ({"tools": [{"name": "a b"}]}, "tools, tool 1: Its name"),
+        ({"tools": []}, "tools is not a list"),
+    ):
+        with pytest.raises(GemmaAwqError, match=message):
+            instruct.generate("Go", **wrong)
+
+
 def test_log_probabilities_are_transformers_whatever_the_sampling(checkpoints: Callable[[str], Path]) -> None:
     folder = checkpoints("gemma3_text")
     model = load_model(folder, device="cpu", dtype="float32")
@@ -97,7 +117,7 @@ def test_a_longer_prompt_reads_only_what_is_new(artifact: Model) -> None:
     assert longer.prompt_tokens == len("Hello there") + 1
     assert longer.read_tokens == len(" there")
     again = artifact.generate("Hello there", max_new_tokens=4)
-    assert again.read_tokens == again.prompt_tokens
+    assert again.read_tokens == longer.read_tokens  # from where the last prompt began
     assert again.tokens == longer.tokens
 
 

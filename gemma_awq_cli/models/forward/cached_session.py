@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from gemma_awq_cli.models.forward.kv_cache import KVCache, SavedRow
+from gemma_awq_cli.models.forward.kv_cache import KVCache, Mark, SavedRow
 from gemma_awq_cli.models.forward.prefill import FlatBatch, flat_batches
 
 
@@ -50,6 +50,14 @@ class CachedSession(ABC):
     def load_row(self, row: int, saved: SavedRow, length: int) -> None:
         """Go on in a row from the first `length` tokens of a saved one, which must hold them."""
         self._cache.load(row, saved, length)
+
+    def mark_row(self, row: int) -> Mark:
+        """What `shorten_row` needs to bring a row back to what it has read now."""
+        return self._cache.mark(row)
+
+    def shorten_row(self, row: int, length: int, mark: Mark | None = None) -> int:
+        """Forget what a row has read after its first `length` tokens; see `KVCache.shorten`."""
+        return self._cache.shorten(row, length, mark)
 
     def repeat_row(self, rows: int) -> None:
         """See `Session.repeat_row`."""

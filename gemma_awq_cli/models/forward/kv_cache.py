@@ -38,6 +38,18 @@ class SavedRow:
 
 
 @dataclass(frozen=True)
+class Mark:
+    """What brings one row back to an earlier end although its rings have wrapped around since.
+
+    rings: copies of the layers whose slots are fewer than the cache's capacity; length: how many tokens the row had
+    read. All other slots of that time are still there while the row only reads on.
+    """
+
+    rings: tuple[Tensor, ...]
+    length: int
+
+
+@dataclass(frozen=True)
 class KVCache:
     """keys, values: [R, kv_heads, slots, head_dim] per layer, one tensor for all layers that share it.
 
@@ -56,6 +68,30 @@ class KVCache:
     @property
     def _own(self) -> list[Tensor]:
         return list({id(layer): layer for layer in (*self.keys, *self.values)}.values())
+
+    @property
+    def _rings(self) -> list[Tensor]:
+        return [layer for layer in self._own if layer.shape[2] < self.capacity]
+
+    def mark(self, row: int) -> Mark:
+        """What `shorten` needs to come back to the row as it is now."""
+        length = self.lengths[row]
+        return Mark(tuple(ring[row, :, : min(length, ring.shape[2])].clone() for ring in self._rings), length)
+
+    def shorten(self, row: int, length: int, mark: Mark | None = None) -> int:
+        """Forget what a row has read after its first `length` tokens; return `length`, or 0 if it had to forget all.
+
+        mark: of this row, which has only read on since then. While no ring has wrapped around, any length is possible;
+        after that only the mark's.
+        """
+        if length < self.lengths[row] and self.lengths[row] > min(layer.shape[2] for layer in self._own):
+            if mark is None or mark.length != length:
+                length = 0
+            else:
+                for ring, copy in zip(self._rings, mark.rings, strict=True):
+                    ring[row, :, : copy.shape[1]] = copy
+        self.lengths[row] = length
+        return length
 
     def save(self, row: int) -> SavedRow:
         """A copy of one row, as long as it is."""
