@@ -107,9 +107,9 @@ def test_images_are_refused(run: list[str], capsys: Capture) -> None:
         ("--json-schema", "false", "cannot be used"),
         ("--grammar", "start: missing", "cannot be used"),
         ("--tools", "[]", "not a list of 1 to 128 tools"),
-        ("--tools", '[{"name": "a b"}]', "tool 1: Its name"),
-        ("--tools", '[{"name": "a", "parameters": {"type": "string"}}]', "tool 1: Its parameters"),
-        ("--tools", "[3]", "tool 1: It is not a JSON object"),
+        ("--tools", '[{"name": "a b"}]', "tool 1: function.name"),
+        ("--tools", '[{"name": "a", "parameters": {"type": "string"}}]', "tool 1: function.parameters"),
+        ("--tools", "[3]", "tool 1: It must be a JSON object"),
     ],
 )
 def test_wrong_files(option: str, content: str, message: str, run: list[str], tmp_path: Path, capsys: Capture) -> None:
