@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 from exchange import Opened, Request, serve
+from mlx_lm.models.cache import make_prompt_cache
 from mlx_lm.utils import load_model
 
 mx.set_default_device(mx.cpu)
@@ -18,10 +19,11 @@ def open_model(request: Request) -> Opened:
         yield from np.array(model(mx.array([[*ids]]))[0].astype(mx.float32))
 
     def greedy(prompt: Sequence[int], count: int) -> list[int]:
-        ids = [*prompt]
-        while len(ids) < len(prompt) + count:
-            ids.append(int([*logits(ids)][-1].argmax()))
-        return ids[len(prompt) :]
+        cache, chosen, unread = make_prompt_cache(model), list[int](), [*prompt]
+        while len(chosen) < count:
+            chosen.append(int(model(mx.array([unread]), cache=cache)[0, -1].argmax()))
+            unread = chosen[-1:]
+        return chosen
 
     return Opened(logits, greedy, ("mlx-lm", "mlx"))
 

@@ -223,7 +223,7 @@ def _look_at_double(contents: Contents, stored: Stored, language: LanguageModel,
             problems.add(
                 f"The head is the embedding and is stored a second time ({size}). Older versions of vLLM reject such "
                 "files.",
-                f"Remove {layout.head} from the files.",
+                f"`gemma-awq export MODEL --to awq` writes a 4-bit model without it; of others remove {layout.head}.",
             )
             return
     problems.add(

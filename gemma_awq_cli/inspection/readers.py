@@ -99,7 +99,10 @@ _FORMATS: Mapping[str, tuple[str, ...]] = {
     LLAMA_CPP: (),
     MLX_LM: (BITS16, BITS32, AWQ, MLX),
 }
-_NO_CODE = {LLAMA_CPP: "It reads GGUF files only.", THIS: f"It does not read this format. {ORIGINAL}"}
+_NO_CODE = {
+    LLAMA_CPP: "It reads GGUF files only: `gemma-awq export --to gguf` writes one of a 4-bit model.",
+    THIS: f"It does not read this format. {ORIGINAL}",
+}
 
 RULES = (
     # transformers
