@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-fast lint check fuzz sanitize clean
+.PHONY: demo test test-fast lint check fuzz sanitize wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/gemma-awq quantize --force
@@ -34,6 +34,15 @@ fuzz: $(INSTALLED)
 
 sanitize: $(INSTALLED)
 	$(BIN)/python -m tests.fuzz.sanitizers --cases $(CASES) --seed $(SEED)
+
+# dist: the source archive, a wheel for every platform, and one with compiled kernels for each of these (in minutes)
+PLATFORMS ?= linux-x86_64 linux-arm64 macos-arm64 windows-x86_64
+BUILD = env -u CXX $(BIN)/python -m hatchling build -d dist
+
+wheels: $(INSTALLED)
+	$(BIN)/python -m pip install --quiet ziglang==0.17.1
+	$(BUILD)
+	for platform in $(PLATFORMS); do GEMMA_AWQ_WHEEL=$$platform $(BUILD) -t wheel || exit 1; done
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)

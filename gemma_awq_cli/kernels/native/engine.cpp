@@ -602,7 +602,17 @@ class Forward {
     const float* tabled = nullptr;  // the inv_freq whose angles are in the buffers
 };
 
+#pragma GCC visibility push(default)
 extern "C" {
+
+// The hash of the sources of a prebuilt library; empty of one that is compiled where it runs.
+const char* gaq_sources() {
+#if defined(GAQ_SOURCES)
+    return GAQ_SOURCES;
+#else
+    return "";
+#endif
+}
 
 // The instruction set that the arithmetic was compiled for.
 const char* gaq_instructions() {
@@ -612,6 +622,10 @@ const char* gaq_instructions() {
     return "AVX-VNNI";
 #elif defined(__AVX2__)
     return "AVX2";
+#elif defined(__ARM_FEATURE_MATMUL_INT8)
+    return "NEON i8mm";
+#elif defined(__ARM_FEATURE_DOTPROD)
+    return "NEON dot products";
 #else
     return "";  // portable C++: correct, but slower than PyTorch's own kernels
 #endif
@@ -668,3 +682,4 @@ void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t 
     else quantize_weight<INT8>(pool_of(threads), weight, inputs, outputs, group, data, zeros);
 }
 }
+#pragma GCC visibility pop

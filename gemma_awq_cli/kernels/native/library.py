@@ -1,7 +1,7 @@
-"""The compiled library: built on first use into the cache folder, and loaded from there.
+"""The compiled library: one that came with the package, or one built on first use into the cache folder.
 
-Code in that folder gets executed, so the folder must be the user's own, and a file in it must be what was built: its
-name carries the hash of its bytes, and a damaged one is built again.
+Code in the cache folder gets executed, so the folder must be the user's own, and a file in it must be what was built:
+its name carries the hash of its bytes, and a damaged one is built again.
 """
 
 import ctypes
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+from gemma_awq_cli.kernels.native import prebuilt
 from gemma_awq_cli.kernels.native.structures import ARGUMENTS, layout_mismatch
 from gemma_awq_cli.system.failures import first_line, reason_of
 from gemma_awq_cli.system.processor import processor_features
@@ -27,7 +28,7 @@ SOURCES = Path(__file__).parent
 COMPILE_SECONDS = 600  # it takes about twenty
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
-    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w",
+    "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w", "-fvisibility=hidden",
     # NaN and infinity keep their meaning: a damaged weight must show in the logits
     "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast",
 )  # fmt: skip
@@ -41,6 +42,7 @@ class Library:
     """The functions of engine.cpp.
 
     instructions: the instruction set that it was compiled for; empty if it has no fast kernels for this processor.
+    sources: `sources_hash` of a prebuilt library; empty of one that was compiled on this machine.
     Raises LayoutMismatchError if the library lays out its structures differently from structures.py.
     """
 
@@ -50,10 +52,12 @@ class Library:
             function = getattr(handle, name)
             function.argtypes = arguments
             function.restype = None
-        handle.gaq_instructions.restype = handle.gaq_layout.restype = c_char_p
+        for name in ("gaq_instructions", "gaq_layout", "gaq_sources"):
+            getattr(handle, name).restype = c_char_p
         if difference := layout_mismatch(handle.gaq_layout().decode()):
             raise LayoutMismatchError(difference)
         self.instructions: str = handle.gaq_instructions().decode()
+        self.sources: str = handle.gaq_sources().decode()
         self.forward = handle.gaq_forward
         self.large_pages = handle.gaq_large_pages
         self.linear = handle.gaq_linear
@@ -73,10 +77,19 @@ class Unavailable:
 
 @cache
 def load(folder: Path) -> Library | Unavailable:
-    """Return the library, compiled into `folder` unless it is there already; or why it is unavailable."""
+    """Return the library, or why it is unavailable.
+
+    A prebuilt one where this processor runs it, unless `CXX` asks for a compiler; else one that is compiled into
+    `folder`, unless it is there already.
+    """
+    if not asked_compiler() and (shipped := load_prebuilt()):
+        return shipped
     compiler = find_compiler()
     if compiler is None:
-        return Unavailable("no C++ compiler was found (CXX, c++, g++ or clang++)")
+        return Unavailable(
+            "no C++ compiler was found (CXX, c++, g++ or clang++), and the package was installed without compiled "
+            "kernels for this processor"
+        )
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         if distrust := _why_distrusted(folder):
@@ -87,13 +100,28 @@ def load(folder: Path) -> Library | Unavailable:
     except OSError as error:
         return Unavailable(f"they cannot be compiled into {folder} ({reason_of(error)})")
     if isinstance(library, Library) and not library.instructions:
-        return Unavailable("this processor has neither AVX-512 VNNI nor AVX2")
+        return Unavailable("this processor has neither AVX2 nor NEON dot products")
     return library
+
+
+def load_prebuilt(folder: Path = prebuilt.FOLDER) -> Library | None:
+    """Load the fastest library of `folder` that runs here and was made from the sources beside this file."""
+    for path in prebuilt.runnable(folder):
+        with suppress(OSError, AttributeError, LayoutMismatchError):
+            library = Library(path)
+            if library.sources == sources_hash():
+                return library
+    return None
+
+
+def asked_compiler() -> str:
+    """What the environment variable `CXX` says: a compiler, which then compiles the library on this machine."""
+    return os.environ.get("CXX", "").strip()
 
 
 def find_compiler() -> list[str] | None:
     """The words of `CXX` (`ccache g++`, `g++ -O2`) if it is set, else the first compiler that is installed, or None."""
-    asked = os.environ.get("CXX", "").strip()
+    asked = asked_compiler()
     if not asked:
         return next(([path] for path in map(shutil.which, COMPILERS) if path), None)
     if whole := shutil.which(asked):  # a path with spaces
@@ -111,11 +139,17 @@ def processor_flags() -> list[str]:
     return ["-mcpu=native"] if platform.machine() in ("arm64", "aarch64") else ["-march=native"]
 
 
-def build_key(command: list[str]) -> str:
-    """A hash that changes with the sources, the compiler, its flags and the processor."""
+def sources_hash() -> str:
+    """The hash of the C++ sources, which a prebuilt library repeats."""
     digest = hashlib.sha256()
     for source in sorted([*SOURCES.glob("*.h"), *SOURCES.glob("*.cpp")]):
         digest.update(source.read_bytes())
+    return digest.hexdigest()
+
+
+def build_key(command: list[str]) -> str:
+    """A hash that changes with the sources, the compiler, its flags and the processor."""
+    digest = hashlib.sha256(sources_hash().encode())
     digest.update(f"{command} {platform.machine()}".encode())
     for program in filter(None, map(shutil.which, command)):  # ccache, and the compiler that it calls
         real = Path(program).resolve()

@@ -9,9 +9,12 @@
 
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
-#if defined(__AVX512F__)
+// The first processors with AVX-512 have no dot products of bytes for it: AVX2 serves them as well.
+#if defined(__AVX512VNNI__)
 constexpr int LANES = 16;
 #else
 constexpr int LANES = 8;
@@ -39,7 +42,7 @@ INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 INLINE Floats smaller(Floats a, Floats b) { return a < b ? a : b; }
 INLINE Floats absolute(Floats a) { return (Floats)((Ints)a & splat(0x7fffffff)); }
 INLINE Floats fma(Floats a, Floats b, Floats c) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
 #else
     return a * b + c;
@@ -47,7 +50,7 @@ INLINE Floats fma(Floats a, Floats b, Floats c) {
 }
 
 INLINE float sum(Floats v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     return _mm512_reduce_add_ps((__m512)v);
 #else
     float s[LANES];
@@ -58,7 +61,7 @@ INLINE float sum(Floats v) {
 #endif
 }
 INLINE float largest(Floats v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     return _mm512_reduce_max_ps((__m512)v);
 #endif
     float m = v[0];
@@ -68,7 +71,7 @@ INLINE float largest(Floats v) {
 
 // Compilers split convertvector between lanes of different widths into single lanes: hence the intrinsics.
 INLINE Floats load_bf16(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     return (Floats)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(p)), 16);
 #elif defined(__AVX2__)
     return (Floats)_mm256_slli_epi32(_mm256_cvtepu16_epi32(load_as<__m128i>(p)), 16);
@@ -77,7 +80,7 @@ INLINE Floats load_bf16(const uint16_t* p) {
 #endif
 }
 INLINE Floats load_u8(const uint8_t* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     return to_float((Ints)_mm512_cvtepu8_epi32(load_as<__m128i>(p)));
 #elif defined(__AVX2__)
     return to_float((Ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)));
@@ -87,7 +90,7 @@ INLINE Floats load_u8(const uint8_t* p) {
 }
 // Stores the low byte of each lane.
 INLINE void store_bytes(int8_t* p, Ints v) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     const __m128i narrow = _mm512_cvtepi32_epi8((__m512i)v);
     memcpy(p, &narrow, 16);
 #else
@@ -99,7 +102,7 @@ INLINE void store_bf16(uint16_t* p, Floats x) {
     const Words bits = (Words)x;
     const Words rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
     const Words result = x == x ? rounded : (Words{} + 0x7fc0);
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     const __m256i narrow = _mm512_cvtepi32_epi16((__m512i)result);
     memcpy(p, &narrow, 32);
 #else
@@ -132,6 +135,11 @@ INLINE float half_to_float(uint16_t h) {
 INLINE uint16_t half_of(float x) {  // x: a finite scale that float16 can hold
 #if defined(__F16C__)
     return (uint16_t)_cvtss_sh(x, 0);
+#elif defined(__aarch64__)
+    const __fp16 half = (__fp16)x;
+    uint16_t bits;
+    memcpy(&bits, &half, 2);
+    return bits;
 #else
     int exponent;
     float fraction = frexpf(fabsf(x), &exponent);  // |x| = fraction * 2^exponent, fraction in [0.5, 1)
@@ -142,10 +150,13 @@ INLINE uint16_t half_of(float x) {  // x: a finite scale that float16 can hold
 #endif
 }
 INLINE Floats load_half(const uint16_t* p) {
-#if defined(__AVX512F__)
+#if defined(__AVX512VNNI__)
     return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 #elif defined(__F16C__)
     return (Floats)_mm256_cvtph_ps(load_as<__m128i>(p));
+#elif defined(__aarch64__)
+    const float32x4_t eight[2] = {vcvt_f32_f16(load_as<float16x4_t>(p)), vcvt_f32_f16(load_as<float16x4_t>(p + 4))};
+    return load_as<Floats>(eight);
 #else
     Floats v;
     for (int i = 0; i < LANES; i++) v[i] = half_to_float(p[i]);
@@ -168,6 +179,23 @@ template <bool SMALL> INLINE Ints dot4(Ints acc, Bytes w, int32_t a) {
     const Ints lows = (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)low, as), ones);
     const Ints highs = (Ints)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)high, as), ones);
     return acc + lows + (highs << 4);
+#elif defined(__ARM_FEATURE_DOTPROD)
+    int32x4_t sums[2];
+    uint8x16_t bytes[2];
+    memcpy(sums, &acc, sizeof sums);
+    memcpy(bytes, &w, sizeof bytes);
+    const int8x16_t as = vreinterpretq_s8_s32(vdupq_n_s32(a));
+    for (int i = 0; i < 2; i++) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+        sums[i] = vusdotq_s32(sums[i], bytes[i], as);
+#else
+        // products of signed bytes only: of w - 128, and 128 times the sum of a
+        const int8x16_t shifted = vreinterpretq_s8_u8(SMALL ? bytes[i] : veorq_u8(bytes[i], vdupq_n_u8(128)));
+        sums[i] = vdotq_s32(sums[i], shifted, as);
+        if (!SMALL) sums[i] = vaddq_s32(sums[i], vshlq_n_s32(vdotq_s32(vdupq_n_s32(0), vdupq_n_s8(1), as), 7));
+#endif
+    }
+    return load_as<Ints>(sums);
 #else
     int8_t bytes[4];
     memcpy(bytes, &a, 4);

@@ -211,8 +211,9 @@ def native_report(text: NativeText) -> list[str]:
     exact = "; the largest logits recomputed in bfloat16" if text.spec.exact else ""
     experts = next((layout.experts for layout in text.arch.layouts if layout.experts), None)
     names = JOINED if experts is None else (*JOINED, f"{experts.active} of {experts.count} experts per token")
+    origin = "prebuilt, " if text.library.sources else ""
     lines = [
-        f"forward: compiled C++ ({text.library.instructions}, {torch.get_num_threads()} threads){long}",
+        f"forward: compiled C++ ({text.library.instructions}, {origin}{torch.get_num_threads()} threads){long}",
         f"{', '.join(names)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
         f"head: compiled {_arithmetic(text.head.spec)}{exact}, {text.head.nbytes / 1e6:.1f} MB",
     ]
