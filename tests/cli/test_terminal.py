@@ -101,7 +101,7 @@ RESULTS = {"piece", "result"}  # exact bytes where they do not go to a terminal
 
 
 def test_every_method_is_walked() -> None:
-    assert {name for name in vars(Output) if not name.startswith("_")} == {*SAID, "console"}
+    assert {name for name in vars(Output) if not name.startswith("_")} == {*SAID, "console", "drawn_on"}
 
 
 @pytest.mark.parametrize("seen", [True, False])
