@@ -17,6 +17,7 @@ from prompt_toolkit.output import create_output
 from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.cli.chat_history import ChatHistory
 from gemma_awq_cli.cli.typed_message import FENCE, is_open, without_fence
+from gemma_awq_cli.system import interruption
 
 MORE = "... "
 
@@ -56,12 +57,22 @@ class LineEditor:
         """
         while True:
             try:
-                text = self._session.prompt(terminal.line(prompt))
+                with interruption.handed_to(self._end):
+                    text = self._session.prompt(terminal.line(prompt))
             except KeyboardInterrupt:
                 if not self._session.default_buffer.text:
                     raise
             else:
                 return without_fence(text)
+
+    def _end(self, error: BaseException) -> bool:
+        """End `prompt` with a signal's exception, the terminal restored; return whether it is running."""
+        app = self._session.app
+        if app.loop is None or app.future is None or app.future.done():
+            return False
+        # the signal came between two instructions of the loop's own thread, but must also wake it
+        app.loop.call_soon_threadsafe(lambda: app.exit(exception=error) if app.is_running else None)
+        return True
 
     def _is_command(self) -> bool:
         return self._session.default_buffer.text.startswith("/")

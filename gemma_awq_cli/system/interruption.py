@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ _AGAIN_SECONDS = 0.05  # after which a signal that came during an import is sent
 _REPLACED_SECONDS = 1.0  # in which an exception that took the place of a signal's arrives
 _raised: tuple[int, float] | None = None  # the last signal that raised, and when
 _returns = False  # whether the next signal is one that waited
+_receive: Callable[[BaseException], bool] | None = None  # what takes a signal's exception instead of its being raised
 
 
 def heed() -> dict[int, Any]:
@@ -71,6 +72,30 @@ def finishing() -> Iterator[None]:
         raise _exception(number)
 
 
+@contextmanager
+def handed_to(receive: Callable[[BaseException], bool]) -> Iterator[None]:
+    """Hand the exception of a signal to `receive`, which says whether it takes it, instead of raising it inside.
+
+    For an event loop: what is raised wherever its code happens to be may end one of its tasks, and nothing else. What
+    was taken is raised at the latest when the block ends.
+    """
+    global _receive
+    taken: list[BaseException] = []
+
+    def take(error: BaseException) -> bool:
+        if receive(error):
+            taken.append(error)
+        return bool(taken)
+
+    _receive = take
+    try:
+        yield
+    finally:
+        _receive = None
+    if taken:
+        raise taken[0]
+
+
 def end() -> None:
     """Mark that only the process's end is left: from here on a signal waits, and a second one ends the process."""
     global _depth
@@ -106,7 +131,9 @@ def _on_signal(number: int, frame: FrameType | None) -> None:
         _send_again(number)
     else:
         _held = None
-        raise _exception(number)
+        error = _exception(number)
+        if _receive is None or not _receive(error):
+            raise error
 
 
 def _is_importing(frame: FrameType | None) -> bool:

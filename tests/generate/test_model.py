@@ -68,7 +68,7 @@ def test_structured_answers_as_on_the_command_line(instruct: Model, monkeypatch:
         ({"json_schema": {}, "tools": tools}, "exclude each other"),
         ({"json_schema": 3}, "not a JSON object"),
         ({"grammar": "start: missing"}, "cannot be used"),
-        ({"tools": [{"name": "a b"}]}, "tools, tool 1: Its name"),
+        ({"tools": [{"name": "a b"}]}, "tools, tool 1: function.name"),
         ({"tools": []}, "tools is not a list"),
     ):
         with pytest.raises(GemmaAwqError, match=message):

@@ -263,6 +263,33 @@ def test_handlers_are_as_before_after_it() -> None:
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
+def test_one_may_be_handed_to_an_event_loop() -> None:
+    """What is taken is raised when the block ends; what is not taken, at once."""
+    got: list[BaseException] = []
+
+    def take(error: BaseException) -> bool:
+        got.append(error)
+        return True
+
+    def inside(receive: Callable[[BaseException], bool]) -> None:
+        with interruption.handed_to(receive):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0)
+            reached.append(True)
+
+    reached: list[bool] = []
+    with interruption.heeded():
+        with pytest.raises(Terminated) as raised:
+            inside(take)
+        assert got == [raised.value]
+        assert reached
+        with pytest.raises(Terminated):
+            inside(lambda error: False)
+        with pytest.raises(Terminated):
+            os.kill(os.getpid(), signal.SIGTERM)
+    assert len(got) == len(reached) == 1
+
+
 @pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
 @pytest.mark.parametrize("error", ["ValueError('shape')", "GemmaAwqError('unreadable', 'hint')", "OSError(5, 'x')"])
 def test_one_whose_exception_a_library_replaces_is_that_signal(number: signal.Signals, error: str) -> None:
