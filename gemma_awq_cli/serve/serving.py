@@ -12,7 +12,7 @@ from gemma_awq_cli.generate.opening import choose_sampling, open_local, read_che
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.loading import OpenModel
-from gemma_awq_cli.models.forward.memory import free_memory, memory_errors
+from gemma_awq_cli.models.forward.memory import free_memory, memory_errors, use_one_heap
 from gemma_awq_cli.serve.app import make_app
 from gemma_awq_cli.serve.engine_thread import EngineThread
 from gemma_awq_cli.serve.events import Finishing, Listening, OnEvent, RequestFailed
@@ -28,6 +28,7 @@ FEWER = "Lower --max-rows, --max-context or --max-memory."
 
 def serve(request: ServeRequest, found: FoundModel, on_event: OnEvent) -> None:
     """Serve a model until the first signal, and finish what runs then."""
+    use_one_heap()
     with closing(bind(request.host, request.port)) as bound:
         if request.host not in LOOPBACK and not request.keys:
             on_event(
