@@ -88,7 +88,7 @@ def has_finite_value(schema: dict[str, Any]) -> bool:
     A thousand references take two seconds if each waits for the next.
     A reference counts as finite once what it leads to is known to be; the rest is the least fixed point.
     """
-    waiting = {pointer: _at(schema, pointer) for pointer in _pointers(schema)}
+    waiting = {pointer: pointed_at(schema, pointer) for pointer in _pointers(schema)}
     finite = {pointer for pointer, target in waiting.items() if target is None}  # unknown: llguidance says why
     while True:
         found = {pointer for pointer, target in waiting.items() if pointer not in finite and _is_finite(target, finite)}
@@ -127,7 +127,7 @@ def _pointers(value: Any) -> set[str]:
     return ({own} if isinstance(own, str) else set[str]()).union(*map(_pointers, inner))
 
 
-def _at(root: Any, pointer: str) -> Any:
+def pointed_at(root: Any, pointer: str) -> Any:
     """Return what a JSON pointer such as `#/$defs/name` leads to, or None."""
     if not pointer.startswith("#"):
         return None

@@ -11,6 +11,7 @@ from gemma_awq_cli.generate.grammar import (
     GrammarError,
     has_finite_value,
     lark_grammar,
+    pointed_at,
     schema_grammar,
 )
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
@@ -19,6 +20,7 @@ from gemma_awq_cli.models.text.tool_calls import ToolFormat
 _KEY = re.compile(r"[^\s:,{}\[\]\"<>]{1,200}")
 _MOST_CHARACTERS = 100_000
 _LEVELS = 4  # of values that a schema leaves open
+_MOST_REFERENCES = 1000  # that are followed in one tool's schema
 _DIGITS = "[0-9]{0,17}"
 _INTEGER = rf"-?(0|[1-9]{_DIGITS})"
 _DATE = (
@@ -90,7 +92,11 @@ def forced_call(tools: Sequence[Mapping[str, Any]], form: ToolFormat, tokenizer:
         if not has_finite_value(schema):
             raise GrammarError(f"All arguments of {function['name']} contain themselves, endlessly.")
         arguments = _Arguments(schema, f"f{index}", form, quote, rules, strict)
-        calls_of.append(f"{json.dumps('call:' + function['name'])} {arguments.root()}")
+        try:
+            root = arguments.root()
+        except RecursionError:
+            raise GrammarError(f"The parameters of {function['name']} are nested too deeply.") from None
+        calls_of.append(f"{json.dumps('call:' + function['name'])} {root}")
     start = f"start: <[{opens}]> ({' | '.join(calls_of)}) <[{closes}]>"
     return lark_grammar("\n".join([start, *rules]), thinks)
 
@@ -136,7 +142,7 @@ class _Arguments:
     ) -> None:
         self._schema, self._prefix, self._form, self._quote = schema, prefix, form, quote
         self._rules, self._strict = rules, strict
-        self._count = 0
+        self._count = self._followed = 0
         self._named: dict[str, str] = {}  # JSON pointer -> rule
 
     def root(self) -> str:
@@ -331,10 +337,11 @@ class _Arguments:
         return self._rule(f'"{{" "}}" | "{{" WORD ":" {value} ("," WORD ":" {value})* "}}"')
 
     def _found(self, pointer: str) -> Any:
-        found: Any = self._schema
-        for step in pointer.removeprefix("#").split("/")[1:]:
-            found = found.get(step.replace("~1", "/").replace("~0", "~")) if isinstance(found, Mapping) else None
-        if not pointer.startswith("#") or found is None:
+        self._followed += 1
+        if self._followed > _MOST_REFERENCES:  # what refers to itself beside other keywords is written out without end
+            raise GrammarError("A tool's parameters refer to each other too often.")
+        found = pointed_at(self._schema, pointer)
+        if found is None:
             raise GrammarError(f"A tool's parameters refer to {pointer[:80]!r}, which is not there.")
         return found
 

@@ -140,3 +140,26 @@ def test_a_schema_that_nothing_meets_is_an_error(
 ) -> None:
     with pytest.raises(GrammarError):
         compiler.compile(forced_call([tool(properties)], form, tokenizer, False))
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS.values() if not form.prompted], ids=lambda form: form.opens)
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"$ref": "#/properties/a", "minLength": 1},
+        {"allOf": [{"$ref": "#/properties/a"}]},
+        {"anyOf": [{"$ref": "#/properties/a"}, {"type": "string"}], "minLength": 1},
+        # each level is written out twice by the one above it
+        {"allOf": [{"$ref": "#/$defs/20"}]},
+    ],
+    ids=["beside", "all_of", "any_of", "doubled"],
+)
+def test_references_that_never_end_are_an_error(schema: dict[str, Any], form: ToolFormat, tokenizer: Tokenizer) -> None:
+    """What may be left out has a finite value, but would be written out without end, or nearly."""
+    levels = {
+        str(n): {"properties": {key: {"allOf": [{"$ref": f"#/$defs/{n - 1}"}]} for key in "xy"}} for n in range(1, 21)
+    }
+    made = tool({"a": schema})
+    made["function"]["parameters"] |= {"required": [], "$defs": {"0": {}, **levels}}
+    with pytest.raises(GrammarError, match="too"):
+        forced_call([made], form, tokenizer, False)
