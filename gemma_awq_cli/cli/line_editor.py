@@ -16,10 +16,8 @@ from prompt_toolkit.output import create_output
 
 from gemma_awq_cli.cli import terminal
 from gemma_awq_cli.cli.chat_history import ChatHistory
-from gemma_awq_cli.cli.typed_message import FENCE, is_open, without_fence
+from gemma_awq_cli.cli.typed_message import FENCE, MORE, is_open, without_fence
 from gemma_awq_cli.system import interruption
-
-MORE = "... "
 
 
 class LineEditor:

@@ -3,10 +3,8 @@
 import contextlib
 
 from gemma_awq_cli.cli.console import Output
-from gemma_awq_cli.cli.typed_message import FENCE, is_open, without_fence
+from gemma_awq_cli.cli.typed_message import FENCE, MORE, is_open, without_fence
 from gemma_awq_cli.errors import UsageError
-
-MORE = "... "
 
 
 class PlainInput:

@@ -1,6 +1,7 @@
 """How a message of several lines is typed: a line that ends with a backslash goes on, and so does an open fence."""
 
 FENCE = '"""'
+MORE = "... "  # stands before each further line
 SEVERAL_LINES = 'For several lines, end each with \\, or put """ before the first and after the last.'
 
 

@@ -62,9 +62,7 @@ def return_freed_memory() -> None:
 
     Results of an expert that stay lie between larger blocks that were freed: 13 MB per expert of Gemma 4 26B-A4B.
     """
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
-    if trim is not None:
-        trim(0)
+    _tell_allocator("malloc_trim", 0)
 
 
 def use_one_heap() -> None:
@@ -73,9 +71,14 @@ def use_one_heap() -> None:
     What one thread frees, another can then have: the memory of a server whose prefix cache is full stays as it is,
     where it grew by 3 kB with each request. Heaps that threads have by then stay.
     """
-    set_option = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if set_option is not None:
-        set_option(_M_ARENA_MAX, 1)
+    _tell_allocator("mallopt", _M_ARENA_MAX, 1)
+
+
+def _tell_allocator(function: str, *arguments: int) -> None:
+    """Call a function of the C library that only some have (glibc)."""
+    found = getattr(ctypes.CDLL(None), function, None) if sys.platform == "linux" else None
+    if found is not None:
+        found(*arguments)
 
 
 def peak_memory() -> int | None:
