@@ -17,6 +17,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.quantize.preparation import require_quantizable
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import quantize_arguments
 from tests.models.checkpoints.test_checkpoint import edit_config, open_stack
 from tests.tiny import edit_weights
@@ -301,8 +302,12 @@ OURS = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 32, "
 def test_the_same_quantization_by_other_keys(artifacts: Callable[[str], Path], tmp_path: Path, section: object) -> None:
     folder = Path(shutil.copytree(artifacts("gemma3_text"), tmp_path / "artifact"))
     spelled(folder, section)
-    expected = open_model(artifacts("gemma3_text"), torch.device("cpu")).session(1, 8).next_logits([[2, 7, 9]])
-    assert torch.equal(open_model(folder, torch.device("cpu")).session(1, 8).next_logits([[2, 7, 9]]), expected)
+    expected = as_tensor(
+        open_model(artifacts("gemma3_text"), torch.device("cpu")).session(1, 8).next_logits([[2, 7, 9]])
+    )
+    assert torch.equal(
+        as_tensor(open_model(folder, torch.device("cpu")).session(1, 8).next_logits([[2, 7, 9]])), expected
+    )
 
 
 def test_a_quantization_that_a_file_beside_the_config_tells(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
