@@ -13,7 +13,7 @@ SHORTEST = 60  # slots of the smallest layer: a longer row has wrapped around
 
 def saved(ids: list[int]) -> SavedRow:
     """A row whose state is its ids, so that a wrong one shows."""
-    return SavedRow((torch.tensor(ids, dtype=torch.int32)[None, :, None],), len(ids), SHORTEST)
+    return SavedRow((torch.tensor(ids, dtype=torch.int32)[None, :, None],), len(ids), len(ids), SHORTEST)
 
 
 def common(one: list[int], other: list[int]) -> int:

@@ -575,14 +575,16 @@ class Forward {
             for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head.group);
         apply(pool, m.head, in, logits, m.head.outputs);
         if (m.final_softcap > 0) {
-            const int64_t all = rows * m.head.outputs, step = 16384;
-            pool.run((all + step - 1) / step, [&](int64_t item, int) {
-                const int64_t end = std::min(all, (item + 1) * step);
-                int64_t i = item * step;
+            // row by row, so that the rest behind the vectors is the same in each
+            const int64_t entries = m.head.outputs, step = 16384, pieces = (entries + step - 1) / step;
+            pool.run(rows * pieces, [&](int64_t item, int) {
+                float* row = logits + item / pieces * entries;
+                int64_t i = item % pieces * step;
+                const int64_t end = std::min(entries, i + step);
                 // the exact function takes a twentieth of a token's time; it is for the logits that are made exact
                 for (; m.exact && i + LANES <= end; i += LANES)
-                    store(logits + i, soft_cap(load(logits + i), m.final_softcap));
-                for (; i < end; i++) logits[i] = soft_cap(logits[i], m.final_softcap);
+                    store(row + i, soft_cap(load(row + i), m.final_softcap));
+                for (; i < end; i++) row[i] = soft_cap(row[i], m.final_softcap);
             });
         }
         if (m.exact)

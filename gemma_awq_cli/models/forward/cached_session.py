@@ -10,9 +10,16 @@ from gemma_awq_cli.models.forward.session import Logits
 
 
 class CachedSession(ABC):
-    """A `Session` whose rows are independent. vocabulary: how many tokens the model knows."""
+    """A `Session` whose rows are independent, and can take back the last tokens that they have read.
+
+    vocabulary: how many tokens the model knows. reading_costs: what reading 1, 2, 3 ... tokens of one row at once costs,
+    in readings of one token; of no more tokens than can be taken back but the first. exact_reading: whether so many
+    tokens at once have bit for bit the logits that they have one by one.
+    """
 
     independent_rows = True
+    reading_costs: Sequence[float]
+    exact_reading: bool
 
     def __init__(self, cache: KVCache, vocabulary: int) -> None:
         self._cache = cache
@@ -37,7 +44,7 @@ class CachedSession(ABC):
 
     def reset_row(self, row: int) -> None:
         """See `Session.reset_row`."""
-        self._cache.lengths[row] = 0
+        self._cache.reset(row)
 
     @property
     def cache_bytes(self) -> int:

@@ -1,7 +1,8 @@
-"""Keys and values of the tokens that were read, in memory allocated once: sliding layers keep only their window.
+"""Keys and values of the tokens that were read, in memory allocated once: sliding layers keep little but their window.
 
-A layer's slots are a ring: position p is in slot p % slots. A layer without a window has a slot for every position, so
-its ring never wraps around. A layer without keys and values of its own has the arrays of the layer whose it reads.
+A layer's slots are a ring: position p is in slot p % slots. It has SPARE slots more than its window, so that the last
+tokens can be taken back: what they have overwritten, no token sees any more. A layer without a window has a slot for
+every position, so its ring never wraps around. A layer without keys and values of its own has the arrays of the layer whose it reads.
 """
 
 from collections.abc import Sequence
@@ -13,17 +14,20 @@ import numpy as np
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.system.arrays import Array
 
+SPARE = 16  # tokens that can be taken back at any time
+
 
 @dataclass(frozen=True)
 class SavedRow:
     """A copy of what one row of a cache holds.
 
     layers: keys and values of each layer with a cache of its own, [kv_heads, used slots, head_dim]; length: how many
-    tokens the row had read; shortest: the slots of the smallest layer.
+    tokens the row had read; reached: as in `KVCache`; shortest: the slots of the smallest layer.
     """
 
     layers: tuple[Array, ...]
     length: int
+    reached: int
     shortest: int
 
     @property
@@ -35,7 +39,7 @@ class SavedRow:
 
         A ring that has wrapped around has lost tokens that an earlier end would still see.
         """
-        return 0 < length <= self.length and (length == self.length or self.length <= self.shortest)
+        return 0 < length <= self.length and (length == self.length or self.reached <= self.shortest)
 
 
 @dataclass(frozen=True)
@@ -43,23 +47,26 @@ class Mark:
     """What brings one row back to an earlier end although its rings have wrapped around since.
 
     rings: copies of the layers whose slots are fewer than the cache's capacity; length: how many tokens the row had
-    read. All other slots of that time are still there while the row only reads on.
+    read; reached: as in `KVCache`. All other slots of that time are still there while the row only reads on.
     """
 
     rings: tuple[Array, ...]
     length: int
+    reached: int
 
 
 @dataclass(frozen=True)
 class KVCache:
     """keys, values: [R, kv_heads, slots, head_dim] per layer, one array for all layers that share it.
 
-    lengths: how many tokens each row has read.
+    lengths: how many tokens each row has read. reached: the most that it had read, of those that were taken back since;
+    so far its slots have been overwritten.
     """
 
     keys: tuple[Array, ...]
     values: tuple[Array, ...]
     lengths: list[int]
+    reached: list[int]
     capacity: int
 
     @property
@@ -77,41 +84,51 @@ class KVCache:
     def mark(self, row: int) -> Mark:
         """What `shorten` needs to come back to the row as it is now."""
         length = self.lengths[row]
-        return Mark(tuple(ring[row, :, : min(length, ring.shape[2])].copy() for ring in self._rings), length)
+        rings = tuple(ring[row, :, : min(length, ring.shape[2])].copy() for ring in self._rings)
+        return Mark(rings, length, self._reached(row))
 
     def shorten(self, row: int, length: int, mark: Mark | None = None) -> int:
         """Forget what a row has read after its first `length` tokens; return `length`, or 0 if it had to forget all.
 
-        mark: of this row, which has only read on since then. While no ring has wrapped around, any length is possible;
-        after that only the mark's.
+        mark: of this row, which has only read on since then, except for tokens that were taken back. While no ring has
+        wrapped around, any length is possible; after that only the mark's, and the last SPARE tokens can be taken back.
         """
-        if length < self.lengths[row] and self.lengths[row] > min(layer.shape[2] for layer in self._own):
-            if mark is None or mark.length != length:
-                length = 0
-            else:
+        reached = self._reached(row)
+        if length < self.lengths[row] and reached > min(layer.shape[2] for layer in self._own):
+            if mark is not None and mark.length == length:
                 for ring, copy in zip(self._rings, mark.rings, strict=True):
                     ring[row, :, : copy.shape[1]] = copy
-        self.lengths[row] = length
+                reached = mark.reached
+            elif reached - length > SPARE:
+                length = reached = 0
+        self.lengths[row], self.reached[row] = length, reached
         return length
+
+    def reset(self, row: int) -> None:
+        """Forget all that a row has read."""
+        self.lengths[row] = self.reached[row] = 0
+
+    def _reached(self, row: int) -> int:
+        return max(self.lengths[row], self.reached[row])
 
     def save(self, row: int) -> SavedRow:
         """A copy of one row, as long as it is."""
         length = self.lengths[row]
         layers = tuple(layer[row, :, : min(length, layer.shape[2])].copy() for layer in self._own)
-        return SavedRow(layers, length, min(layer.shape[2] for layer in self._own))
+        return SavedRow(layers, length, self._reached(row), min(layer.shape[2] for layer in self._own))
 
     def load(self, row: int, saved: SavedRow, length: int) -> None:
         """Bring one row to the state after the first `length` tokens of a saved one. `saved` must hold it."""
         assert saved.holds(length)
         for layer, copy in zip(self._own, saved.layers, strict=True):
             layer[row, :, : copy.shape[1]] = copy
-        self.lengths[row] = length
+        self.lengths[row], self.reached[row] = length, saved.reached
 
     def repeated(self, rows: int) -> "KVCache":
         """A cache of `rows` equal rows, from this cache of one row."""
         repeated = {id(layer): np.repeat(layer, rows, 0) for layer in (*self.keys, *self.values)}
         keys, values = (tuple(repeated[id(layer)] for layer in part) for part in (self.keys, self.values))
-        return KVCache(keys, values, self.lengths * rows, self.capacity)
+        return KVCache(keys, values, self.lengths * rows, self.reached * rows, self.capacity)
 
     def require_room(self, tokens: Sequence[Sequence[int]], vocabulary: int) -> None:
         """Raise ValueError for rows, tokens or positions that do not exist: the compiled code checks nothing."""
@@ -134,8 +151,8 @@ def make_cache(layouts: Sequence[LayerLayout], rows: int, capacity: int, dtype: 
             if layout.kv_source is not None:
                 made.append(made[layout.kv_source])
                 continue
-            slots = min(layout.window or capacity, capacity)
+            slots = min(layout.window + SPARE, capacity) if layout.window else capacity
             made.append(np.zeros((rows, layout.kv_heads, slots, layout.head_dim), dtype))
         return tuple(made)
 
-    return KVCache(layers(), layers(), [0] * rows, capacity)
+    return KVCache(layers(), layers(), [0] * rows, [0] * rows, capacity)

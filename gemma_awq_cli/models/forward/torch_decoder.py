@@ -33,7 +33,7 @@ from gemma_awq_cli.models.forward.cached_attention import (
 )
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.experts import Experts
-from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache
+from gemma_awq_cli.models.forward.kv_cache import SPARE, KVCache, make_cache
 from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
 from gemma_awq_cli.models.forward.prefill import FlatBatch
 from gemma_awq_cli.models.forward.rms_norm import rms_norm
@@ -124,8 +124,15 @@ class _Tokens:
         return replace(self, queries=queries, embedded=self.embedded[kept], per_layer=per_layer, angles={})
 
 
+# Measured as those of the compiled decoder, in float32: from two tokens on, it costs little how many there are.
+READING_COSTS = (1.0, *(2.0 + 0.02 * more for more in range(SPARE)))
+
+
 class DecoderSession(CachedSession):
     """A `Session` over `TextWeights` on the CPU, with a cache of its own unless it gets one."""
+
+    reading_costs = READING_COSTS
+    exact_reading = False  # torch sums products of one row and of several up in different orders
 
     def __init__(self, weights: TextWeights, rows: int, capacity: int, cache: KVCache | None = None) -> None:
         arch = weights.arch
