@@ -63,7 +63,8 @@ class Completion:
     string), `length` (the limit or the end of the context) or `interrupted` (Ctrl-C). read_tokens: how many of the
     prompt's tokens had to be read; the others were in the cache of an earlier turn. prefill_seconds: time to the first
     token. decode_seconds: time from the first token to the last. logprobs: of each token, if they were asked for.
-    calls: the tools that it asks for, which are not in `text`.
+    calls: the tools that it asks for, which are not in `text`. drafted_tokens, accepted_tokens: how many tokens were
+    guessed before the model had to say them, and how many of these guesses were right.
     """
 
     prompt_tokens: int
@@ -76,6 +77,13 @@ class Completion:
     decode_seconds: float = 0.0
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     calls: list[ToolCall] = field(default_factory=list)
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+
+    def count_draft(self, drafted: int, accepted: int) -> None:
+        """Count a draft of `drafted` tokens, of which `accepted` were right."""
+        self.drafted_tokens += drafted
+        self.accepted_tokens += accepted
 
     @property
     def texts(self) -> dict[str, str]:

@@ -10,6 +10,7 @@ import numpy as np
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.constraints import GrammarCompiler
+from gemma_awq_cli.generate.drafting import Drafter, LookupDrafter
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler, largest, logsumexp
@@ -78,32 +79,74 @@ class LiveRow:
 
 @dataclass(eq=False)
 class Slot:
-    """A row in its slot of a session. unread: the token ids that the session reads next."""
+    """A row in its slot of a session.
+
+    unread: the token ids that the session reads next. drafter: drafts what may follow them; None until it is needed.
+    draft: the tokens behind the unread ones that the session reads at once, to be checked.
+    """
 
     row: Row
     sampler: Sampler
     unread: Sequence[int]
+    drafter: Drafter | None = None
+    draft: Sequence[int] = ()
 
-    def advance(self, logits: Logits) -> None:
-        """Sample the row's next token from logits [V] float32."""
-        self.unread = [take_next(self.row, self.sampler, logits)]
+    def advance(self, logits: Logits) -> list[int]:
+        """Sample the row's next tokens from logits [1 + drafted, V] float32, as long as they are those of the draft.
+
+        Each token is chosen as without a draft, from the same logits with the same random numbers. Returns the tokens
+        that the row has read now; the rest of the draft has to be taken back from the session.
+        """
+        taken: list[int] = []
+        for place, row_logits in enumerate(logits):
+            taken.append(take_next(self.row, self.sampler, row_logits))
+            if self.row.done or (place < len(self.draft) and taken[-1] != self.draft[place]):
+                break
+        read = [*self.unread, *taken[:-1]]
+        if self.drafter is not None:
+            self.drafter.take(taken)
+            self.row.completion.count_draft(len(self.draft), len(taken) - 1)
+        self.unread, self.draft = taken[-1:], ()
+        return read
 
 
 Begin = Callable[[Row, Sequence[int]], Slot]  # of the tokens that its session has to read
+BeginDraft = Callable[[Row, CachedSession], Drafter | None]  # what drafts the tokens of a row; None for nothing
+
+
+def lookup_drafts(row: Row, session: CachedSession) -> Drafter:
+    """Drafts from the row itself: see `BeginDraft`."""
+    return LookupDrafter(session.reading_costs, [*row.ids, *row.completion.tokens])
+
+
+def exact_lookup_drafts(row: Row, session: CachedSession) -> Drafter | None:
+    """Drafts from the row itself where they cannot change it, not even by the rounding of a sum: see `BeginDraft`."""
+    return lookup_drafts(row, session) if session.exact_reading else None
+
+
+def no_drafts(row: Row, session: CachedSession) -> None:
+    """No drafts at all: see `BeginDraft`."""
 
 
 class LocalEngine(Engine):
     """Generates with this tool's own sessions.
 
     batch_size: the most rows that run at once. keep: keep the session of a single row, so that a prompt that continues
-    the last one reads only its new tokens.
+    the last one reads only its new tokens. begin_draft: what drafts the tokens of a row while no other row runs.
     """
 
-    def __init__(self, opened: OpenModel, batch_size: int = 8, keep: bool = False) -> None:
+    def __init__(
+        self,
+        opened: OpenModel,
+        batch_size: int = 8,
+        keep: bool = False,
+        begin_draft: BeginDraft = exact_lookup_drafts,
+    ) -> None:
         super().__init__(opened.prompter, context_of(opened.checkpoint), end_tokens(opened.checkpoint, opened.prompter))
         self._opened = opened
         self._batch_size = batch_size
         self._keep = keep
+        self._begin_draft = begin_draft
         self._live: LiveRow | None = None
         self._grammars = GrammarCompiler(opened.prompter.tokenizer, opened.checkpoint.vocabulary, self.ends)
 
@@ -155,10 +198,8 @@ class LocalEngine(Engine):
             taken = [(index, slot) for index, slot in enumerate(slots) if slot is not None]
             if not taken:
                 return
-            logits = session.next_logits([slot.unread if slot is not None else [] for slot in slots])
-            require_finite_logits(logits)
-            for (index, slot), row_logits in zip(taken, logits, strict=True):
-                slot.advance(row_logits)
+            self._read_next(session, slots)
+            for index, slot in taken:
                 if slot.row.done:
                     slots[index] = None
                     on_done(slot.row)
@@ -172,13 +213,43 @@ class LocalEngine(Engine):
             live = LiveRow(self._opened.session(1, capacity), capacity, [])
         slot = begin(row, row.ids[len(live.read) :])
         while not row.done:
-            logits = live.session.next_logits([slot.unread])
-            live.read += slot.unread
-            require_finite_logits(logits)
-            slot.advance(logits[0])
+            (read,) = self._read_next(live.session, [slot])
+            live.read += read
             yield
         self._live = live
         on_done(row)
+
+    def _read_next(self, session: Session, slots: Sequence[Slot | None]) -> list[list[int]]:
+        """Let the rows in a session's slots, of which there are any, read and sample; return what each has read."""
+        taken = [slot for slot in slots if slot is not None]
+        if len(taken) == 1 and isinstance(session, CachedSession):
+            self._draft(taken[0], session)
+        if not taken[0].draft:
+            logits = session.next_logits([slot.unread if slot is not None else [] for slot in slots])
+            require_finite_logits(logits)
+            return [slot.advance(logits[place : place + 1]) for place, slot in enumerate(taken)]
+        assert isinstance(session, CachedSession)
+        (slot,), index = taken, slots.index(taken[0])
+        tokens = [*slot.unread, *slot.draft]
+        logits = session.last_logits(
+            [tokens if other is slot else [] for other in slots],
+            [1 + len(slot.draft) if other is slot else 0 for other in slots],
+        )
+        require_finite_logits(logits)
+        read = slot.advance(logits)
+        session.shorten_row(index, session.length(index) - len(tokens) + len(read))
+        return [read]
+
+    def _draft(self, slot: Slot, session: CachedSession) -> None:
+        """Draft what may follow the only row's last token, if it is worth it."""
+        row = slot.row
+        if len(slot.unread) != 1:  # a prompt is read as it always is: what it rounds to may depend on its length
+            return
+        if slot.drafter is None:
+            slot.drafter = self._begin_draft(row, session)
+        if slot.drafter is not None:
+            # one token more comes from the logits behind the draft
+            slot.draft = slot.drafter.draft(row.limit - len(row.completion.tokens) - 1)
 
 
 def take_next(row: Row, sampler: Sampler, logits: Logits) -> int:
