@@ -1,4 +1,5 @@
-"""Drafts of a row's next tokens, guessed from the row itself: what followed the last tokens where they stood before.
+"""Drafts of a row's next tokens: how long they pay, and those that the row itself has, from where its last tokens stood
+before.
 
 A model checks a draft by reading all of it at once, which costs less than reading its tokens one by one. How long a
 draft is worth being depends on what such a reading costs and on how many of this row's drafts were right so far. All of
@@ -40,6 +41,14 @@ class Drafter(Protocol):
         ...
 
 
+def matching(draft: Sequence[int], tokens: Sequence[int]) -> int:
+    """Return how many tokens of a draft came."""
+    count = 0
+    while count < min(len(draft), len(tokens)) and draft[count] == tokens[count]:
+        count += 1
+    return count
+
+
 class Chances:
     """How likely drafted tokens are right, by kind, learned from those that were read."""
 
@@ -59,29 +68,50 @@ class Chances:
         self._read[kind] = TRUST + (self._read[kind] - TRUST) * _FADING + 1
 
 
+class Speed:
+    """How many tokens the last steps of a row have brought in the time of reading one."""
+
+    def __init__(self) -> None:
+        self._tokens = self._spent = 1 / (1 - _RECENT)  # as if each step so far had brought one token
+
+    @property
+    def value(self) -> float:
+        return self._tokens / self._spent
+
+    def learn(self, taken: int, cost: float) -> None:
+        """Count a step that brought `taken` tokens. cost: in readings of one token."""
+        self._tokens = self._tokens * _RECENT + taken
+        self._spent = self._spent * _RECENT + cost
+
+
 class Worth:
     """How long drafts pay.
 
-    costs: what the model's reading of 1, 2, 3 ... tokens at once costs, in readings of one token. A drafted token is
-    worth its cost if the tokens that it is expected to bring are more than that time would bring elsewhere in the row.
+    costs: what a draft of 0, 1, 2 ... tokens costs with its reading, in readings of one token. A drafted token is worth
+    its cost if the tokens that it is expected to bring are more than that time would bring elsewhere in the row. speed:
+    of the row, which is learned here.
     """
 
-    def __init__(self, costs: Sequence[float]) -> None:
+    def __init__(self, costs: Sequence[float], speed: Speed) -> None:
         self._costs = costs
-        self._tokens = self._spent = 1 / (1 - _RECENT)  # as if each step so far had brought one token
+        self._speed = speed
 
     @property
     def longest(self) -> int:
         """The most tokens that a draft may have."""
         return len(self._costs) - 1
 
+    def may_gain(self, whole: float, count: int) -> bool:
+        """Return whether a draft of `count` tokens, all right with the chance `whole`, could gain by further ones."""
+        left = self.longest - count
+        return left > 0 and whole > self._speed.value * (self._costs[-1] - self._costs[count]) / left
+
     def length(self, chances: Iterable[float]) -> int:
         """Return how many tokens of a draft to read, given each one's chance; takes no more chances than are needed."""
-        speed = self._tokens / self._spent
         whole, gain, best, length = 1.0, 0.0, 0.0, 0
         for count, chance in enumerate(chances, 1):
             whole *= chance
-            gain += whole - speed * (self._costs[count] - self._costs[count - 1])
+            gain += whole - self._speed.value * (self._costs[count] - self._costs[count - 1])
             if gain > best:
                 best, length = gain, count
             if count == self.longest:
@@ -90,8 +120,7 @@ class Worth:
 
     def learn(self, drafted: int, taken: int) -> None:
         """Count a step that read `drafted` tokens beside the one that was certain, and brought `taken`."""
-        self._tokens = self._tokens * _RECENT + taken
-        self._spent = self._spent * _RECENT + self._costs[drafted]
+        self._speed.learn(taken, self._costs[drafted])
 
 
 @dataclass(frozen=True)
@@ -105,11 +134,11 @@ class Place:
 class LookupDrafter:
     """Drafts what followed the last tokens of the row, prompt included, where they stood before.
 
-    costs: see `Worth`. prompt: what stands before the first token that is generated.
+    costs, speed: see `Worth`. row: its tokens so far.
     """
 
-    def __init__(self, costs: Sequence[float], prompt: Sequence[int]) -> None:
-        self._worth = Worth(costs)
+    def __init__(self, costs: Sequence[float], row: Sequence[int], speed: Speed | None = None) -> None:
+        self._worth = Worth(costs, speed or Speed())
         self._chances = Chances(FIRST_CHANCES)
         self._tokens: list[int] = []
         self._last: dict[tuple[int, int], int] = {}  # the index behind the last occurrence of two tokens
@@ -118,8 +147,7 @@ class LookupDrafter:
         self._draft: list[int] = []
         self._changed: int | None = None  # where the copy was when the row departed from it
         self._since = 0  # steps since then
-        for token in prompt:
-            self._add(token)
+        self.follow(row)
 
     def draft(self, most: int) -> Sequence[int]:
         """See `Drafter`."""
@@ -135,15 +163,17 @@ class LookupDrafter:
     def take(self, tokens: Sequence[int]) -> None:
         """See `Drafter`."""
         draft, place = self._draft, self._place
-        right = 0
-        while right < min(len(draft), len(tokens)) and draft[right] == tokens[right]:
-            right += 1
+        right = matching(draft, tokens)
         self._since += 1
         if place is not None and draft:
             for count, kind in enumerate(self._kinds(place, min(right + 1, len(draft)))):
                 self._chances.learn(kind, count < right)
             self._changed, self._since = place.start + right, 0
         self._worth.learn(len(draft), len(tokens))
+        self.follow(tokens)
+
+    def follow(self, tokens: Sequence[int]) -> None:
+        """Take notice of tokens that came without a draft from here."""
         for token in tokens:
             self._add(token)
 

@@ -10,7 +10,8 @@ import numpy as np
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.constraints import GrammarCompiler
-from gemma_awq_cli.generate.drafting import Drafter, LookupDrafter
+from gemma_awq_cli.generate.draft_choice import BeginDraft, exact_lookup
+from gemma_awq_cli.generate.drafting import Drafter
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler, largest, logsumexp
@@ -111,21 +112,6 @@ class Slot:
 
 
 Begin = Callable[[Row, Sequence[int]], Slot]  # of the tokens that its session has to read
-BeginDraft = Callable[[Row, CachedSession], Drafter | None]  # what drafts the tokens of a row; None for nothing
-
-
-def lookup_drafts(row: Row, session: CachedSession) -> Drafter:
-    """Drafts from the row itself: see `BeginDraft`."""
-    return LookupDrafter(session.reading_costs, [*row.ids, *row.completion.tokens])
-
-
-def exact_lookup_drafts(row: Row, session: CachedSession) -> Drafter | None:
-    """Drafts from the row itself where they cannot change it, not even by the rounding of a sum: see `BeginDraft`."""
-    return lookup_drafts(row, session) if session.exact_reading else None
-
-
-def no_drafts(row: Row, session: CachedSession) -> None:
-    """No drafts at all: see `BeginDraft`."""
 
 
 class LocalEngine(Engine):
@@ -140,7 +126,7 @@ class LocalEngine(Engine):
         opened: OpenModel,
         batch_size: int = 8,
         keep: bool = False,
-        begin_draft: BeginDraft = exact_lookup_drafts,
+        begin_draft: BeginDraft = exact_lookup,
     ) -> None:
         super().__init__(opened.prompter, context_of(opened.checkpoint), end_tokens(opened.checkpoint, opened.prompter))
         self._opened = opened
@@ -246,7 +232,7 @@ class LocalEngine(Engine):
         if len(slot.unread) != 1:  # a prompt is read as it always is: what it rounds to may depend on its length
             return
         if slot.drafter is None:
-            slot.drafter = self._begin_draft(row, session)
+            slot.drafter = self._begin_draft([*row.ids, *row.completion.tokens], _needed(row), session)
         if slot.drafter is not None:
             # one token more comes from the logits behind the draft
             slot.draft = slot.drafter.draft(row.limit - len(row.completion.tokens) - 1)

@@ -6,7 +6,7 @@ from itertools import accumulate
 
 import pytest
 
-from gemma_awq_cli.generate.drafting import LookupDrafter, Worth
+from gemma_awq_cli.generate.drafting import LookupDrafter, Speed, Worth
 
 COSTS = [1.0, 1.1, 1.3, 1.4, *(1.65 + 0.23 * more for more in range(11))]
 
@@ -100,11 +100,11 @@ def test_the_length_is_the_one_that_gains_most(seed: int) -> None:
     whole = list(accumulate(chances, lambda one, other: one * other))
     # at the start a step has brought one token, so that a reading of one token is worth one
     gains = [sum(whole[:length]) - (costs[length] - 1) for length in range(11)]
-    assert gains[Worth(costs).length(chances)] == pytest.approx(max(gains))
+    assert gains[Worth(costs, Speed()).length(chances)] == pytest.approx(max(gains))
 
 
 def test_where_steps_bring_much_a_draft_has_to_bring_more() -> None:
-    worth = Worth(COSTS)
+    worth = Worth(COSTS, Speed())
     chances = [0.6, 0.6, 0.6, 0.6]
     before = worth.length(chances)
     for _ in range(100):
