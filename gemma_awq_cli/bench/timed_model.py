@@ -15,9 +15,9 @@ from gemma_awq_cli.bench.model_kinds import GGUF, VLLM, open_kind
 from gemma_awq_cli.bench.timing import Sample, time_sessions
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.token_bytes import stored_bytes_per_token
 
 VLLM_ROOM = 3_000_000_000  # bytes beside the weights
-HEAD_BYTES = {"int8": 1.0, "int4": 0.5}  # per entry of a quantized head
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int, ad
     if kind in ("int8", "nf4"):
         weight_bytes = held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
     else:
-        weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype, opened.forward.head)
+        weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype_name, opened.forward.head)
     return TimedModel(
         partial(time_sessions, opened.session, bos), int(config.vocab_size), int(config.max_position_embeddings), bos,
         _name_of(opened.dtype), weight_bytes, seconds,
@@ -106,7 +106,7 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
     dtype = torch.float16 if default_vllm_dtype(checkpoint) == "float16" else torch.bfloat16
     return TimedModel(
         timed, int(config.vocab_size), int(config.max_position_embeddings), bos, _name_of(dtype),
-        stored_bytes_per_token(checkpoint, dtype, "16bit"), seconds,
+        stored_bytes_per_token(checkpoint, _name_of(dtype), "16bit"), seconds,
     )  # fmt: skip
 
 
@@ -119,23 +119,6 @@ def _total_memory() -> int:
     if torch.cuda.is_available():
         return int(torch.cuda.mem_get_info()[1])
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # vLLM runs on Linux only
-
-
-def stored_bytes_per_token(checkpoint: Checkpoint, dtype: torch.dtype, head: str) -> int:
-    """Return the bytes of a checkpoint's weights that decoding reads per token: layers, final norm and head.
-
-    dtype: what floats are held in. head: how the head is held; the scales of a quantized head do not count. Of an
-    embedding that is not the head one row is read, which does not count either.
-    """
-    layers = checkpoint.key("model.layers.0.x").removesuffix("0.x")
-    head_key = checkpoint.key("model.embed_tokens.weight" if checkpoint.tied_head else "lm_head.weight")
-    norm = checkpoint.key("model.norm.weight")
-    needed = [info for name, info in checkpoint.tensors.items() if name.startswith(layers) or name == norm]
-    entries = torch.Size(checkpoint.tensors[head_key].shape).numel()
-    return int(entries * HEAD_BYTES.get(head, dtype.itemsize)) + sum(
-        torch.Size(info.shape).numel() * (dtype if info.dtype.is_floating_point else info.dtype).itemsize
-        for info in needed
-    )
 
 
 def held_bytes_per_token(model: nn.Module, tied_head: bool) -> int:

@@ -257,6 +257,15 @@ def command(
     ] = None,
     head: HeadOption = None,
     threads: ThreadsOption = None,
+    draft: Annotated[
+        str | None,
+        typer.Option(
+            help="Guess tokens ahead and check several at once; no text changes by it. lookup: copy from the text so "
+            "far; MODEL: a faster model of the same tokenizer; none.  [default: lookup on compiled CPU kernels]",
+            metavar="lookup|MODEL|none",
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
     engine: Annotated[
         EngineName,
         typer.Option(help="Engine to run the model with: this tool's own, or vLLM.", rich_help_panel=WITH_VLLM),
@@ -305,6 +314,7 @@ def command(
         tensor_parallel,
         pipeline_parallel,
         threads,
+        draft,
     )
     opening.require_consistent()
     form = read_grammar(json_schema, grammar, think or False)
@@ -410,6 +420,7 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
                 "sampling": result.sampling.summary(),
                 "prompt_tokens_per_second": round(completion.prefill_rate, 2),
                 "decode_tokens_per_second": round(completion.decode_rate, 2),
+                "drafted_tokens": completion.drafted_tokens, "accepted_tokens": completion.accepted_tokens,
             }
         )  # fmt: skip
     else:
@@ -417,7 +428,8 @@ def _report(out: Output, result: "PromptResult", model: str, as_json: bool) -> N
             out.result("")
         for call in calls.get("tool_calls", ()):
             out.result(json.dumps(call, ensure_ascii=False))
+    guessed = f", {completion.accepted_tokens} of them guessed ahead" if completion.accepted_tokens else ""
     out.note(
         f"{completion.prompt_tokens} prompt tokens at {completion.prefill_rate:.1f}/s, "
-        f"{len(completion.tokens)} new tokens at {completion.decode_rate:.1f}/s ({completion.finish})"
+        f"{len(completion.tokens)} new tokens at {completion.decode_rate:.1f}/s ({completion.finish}){guessed}"
     )

@@ -2,10 +2,17 @@
 
 from collections.abc import Callable, Sequence
 
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.generate.drafting import Drafter, LookupDrafter
+from gemma_awq_cli.generate.finding import find_model
+from gemma_awq_cli.generate.generation_config import context_of
+from gemma_awq_cli.generate.model_drafting import ModelDrafts
+from gemma_awq_cli.generate.request import LOOKUP, NO_DRAFT
 from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.token_bytes import stored_bytes_per_token
 
-# Of a row's tokens so far, the most that it can have, and the session that reads it: what drafts the next ones, or None.
+# Of a row's tokens so far, the most that it can have and the session that reads it: what drafts the next ones, or None.
 BeginDraft = Callable[[Sequence[int], int, CachedSession], Drafter | None]
 
 
@@ -21,3 +28,44 @@ def exact_lookup(tokens: Sequence[int], most: int, session: CachedSession) -> Dr
 
 def nothing(tokens: Sequence[int], most: int, session: CachedSession) -> None:
     """Draft nothing: see `BeginDraft`."""
+
+
+def open_drafts(choice: str | None, opened: OpenModel, note: Callable[[str], None]) -> BeginDraft:
+    """Return what drafts for an open model. choice: see `EngineOptions.draft`.
+
+    Raises UsageError if the model cannot check drafts or the other one cannot make them, and what opening that raises.
+    """
+    if choice is None:
+        return exact_lookup
+    if choice == NO_DRAFT:
+        return nothing
+    if opened.forward.text is None:
+        raise UsageError(
+            "--draft cannot be used with this model, device and precision: they take transformers' own forward, which "
+            "cannot take tokens back.",
+            "Leave it out.",
+        )
+    return lookup if choice == LOOKUP else _by_model(choice, opened, note)
+
+
+def _by_model(name: str, opened: OpenModel, note: Callable[[str], None]) -> BeginDraft:
+    found = find_model(name, None, note)
+    drafting = open_model(found.folder, "cpu", loading=found.prompter)
+    if drafting.forward.text is None:
+        raise UsageError(f"{name} cannot draft: {drafting.kernel_report()[0]}.", "Give another model to --draft.")
+    if _vocabulary(drafting) != _vocabulary(opened):
+        raise GemmaAwqError(
+            f"{name} cannot draft for {opened.checkpoint.folder.name}: their tokenizers differ.",
+            "Give --draft a smaller model of the same generation of Gemma, or an artifact of the model itself.",
+        )
+    own, its = (
+        stored_bytes_per_token(model.checkpoint, model.dtype_name, model.forward.head) for model in (opened, drafting)
+    )
+    vocabulary = min(opened.checkpoint.vocabulary, drafting.checkpoint.vocabulary)
+    return ModelDrafts(drafting.session, vocabulary, its / own, context_of(drafting.checkpoint))
+
+
+def _vocabulary(opened: OpenModel) -> dict[str, int]:
+    """Return the ids of all tokens by their text."""
+    ids: dict[str, int] = opened.prompter.tokenizer.backend.get_vocab(with_added_tokens=True)
+    return ids

@@ -36,6 +36,7 @@ def load_model(
     quantization: str | None = None,
     attention: str | None = None,
     head: str | None = None,
+    draft: str | None = None,
     on_event: OnEvent = ignore,
 ) -> "Model":
     """Open an artifact or a 16-bit Gemma checkpoint to generate text with it.
@@ -44,14 +45,16 @@ def load_model(
     `mps`. revision: branch, tag or commit of a hub id. head: how the output head is held in memory, `16bit`, `int8` or
     `int4`; by default int4 for an artifact. For a 16-bit checkpoint only: dtype (`bfloat16`, `float16`, `float32`),
     quantization on loading by bitsandbytes (`int8`, `nf4`) and attention (`sdpa`, `eager`, `flash_attention_2`); by
-    default what suits the device and the model. on_event: called with the events of `generate.events`, such as warnings
-    about the model.
+    default what suits the device and the model. draft: what guesses tokens ahead, several of which the model then
+    checks at once, without any change of the text: `lookup`, the text itself; another model of the same tokenizer; or
+    `none`; by default `lookup` where it is exact to the last bit. on_event: called with the events of
+    `generate.events`, such as warnings about the model.
 
     Raises UsageError for options that are invalid or exclude each other, and GemmaAwqError if the model cannot be
     opened.
     """
     name = None if dtype is None else str(dtype).removeprefix("torch.")
-    options = EngineOptions(device, name, quantization, attention, head)
+    options = EngineOptions(device, name, quantization, attention, head, draft=draft)
     options.require_consistent()
     found = find_model(os.fspath(model), revision, lambda text: on_event(Note(text)))
     checkpoint = read_checkpoint(found, on_event)

@@ -3,14 +3,13 @@
 The other model reads each row as far as the first does and keeps its cache from row to row, as a chat needs.
 """
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 
 from gemma_awq_cli.generate.drafting import Chances, Drafter, LookupDrafter, Speed, Worth, matching
 from gemma_awq_cli.models.forward.cached_session import CachedSession
-from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.models.forward.session import Logits, Session
 
 ROOM = 512  # the least room, in tokens, of its session
 SURE = 3  # tokens of a draft from the row itself from which on the model is not asked
@@ -22,23 +21,15 @@ BINS = 10  # of the probability that the drafting model gives its token
 FIRST_CHANCES = {number: (number + 0.5) / BINS for number in range(BINS)}
 
 
-class DraftingModel(Protocol):
-    """The model that drafts, as `OpenModel`."""
-
-    def session(self, rows: int, capacity: int) -> CachedSession:
-        """Return a new session."""
-        ...
-
-
 class ModelDrafts:
     """Begins the drafts of rows by a model: a `BeginDraft`.
 
-    vocabulary: of which ids both models know the logits. cost: of one token of it, in readings of one token by the model
-    that checks the draft. context: the most tokens that it can read.
+    open_session: of the drafting model, as `OpenModel.session`. vocabulary: of which ids both models know the logits.
+    cost: of one token of it, in readings of one token by the model that checks. context: the most tokens that it reads.
     """
 
-    def __init__(self, model: DraftingModel, vocabulary: int, cost: float, context: int) -> None:
-        self._model = model
+    def __init__(self, open_session: Callable[[int, int], Session], vocabulary: int, cost: float, context: int) -> None:
+        self._open_session = open_session
         self._vocabulary = vocabulary
         self._cost = cost
         self._context = context
@@ -51,7 +42,9 @@ class ModelDrafts:
         if self._kept is None or self._kept.capacity < most:
             capacity = min(self._context, max(2 * most, ROOM))
             self._kept = None  # before there is another
-            self._kept = Reader(self._model.session(1, capacity), capacity, self._vocabulary)
+            drafting = self._open_session(1, capacity)
+            assert isinstance(drafting, CachedSession), "others are refused when they are opened"
+            self._kept = Reader(drafting, capacity, self._vocabulary)
         speed, costs = Speed(), session.reading_costs
         with_drafting = [cost + count * self._cost for count, cost in enumerate(costs)]
         model = ModelDrafter(self._kept, with_drafting, tokens, speed)

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from gemma_awq_cli.events import Note, Warned
+from gemma_awq_cli.generate.draft_choice import open_drafts
 from gemma_awq_cli.generate.events import ModelOpened, OnEvent, SamplingChosen, StageEnded
 from gemma_awq_cli.generate.finding import FoundModel
 from gemma_awq_cli.generate.generation import Engine
@@ -51,7 +52,9 @@ def open_engine(
     None if the rows are not known yet, as in a chat, whose turns continue each other.
     """
     if options.engine != VLLM:
-        return LocalEngine(open_local(checkpoint, found, options, on_event), batch_size, keep=longest is None)
+        opened = open_local(checkpoint, found, options, on_event)
+        begin_draft = open_drafts(options.draft, opened, lambda text: on_event(Note(text)))
+        return LocalEngine(opened, batch_size, longest is None, begin_draft)
     from gemma_awq_cli.generate.vllm_engine import VllmEngine
 
     prompter = found.prompter.result()

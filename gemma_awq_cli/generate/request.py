@@ -10,6 +10,7 @@ from gemma_awq_cli.models.text.prompter import Tool
 
 DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 LOCAL, VLLM = "local", "vllm"
+LOOKUP, NO_DRAFT = "lookup", "none"  # for `draft`, beside a model
 # The values that an option of `EngineOptions` may have, beside None.
 CHOICES = {
     "dtype": ("float16", "bfloat16", "float32"),
@@ -28,7 +29,8 @@ class EngineOptions:
     device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`. dtype, quantization, attention: for a 16-bit checkpoint only; None
     lets the device and the model decide. head: how the head is held in memory; None for int4 in an artifact and 16 bits
     in a 16-bit checkpoint. engine: `local` or `vllm`; only vLLM takes tensor_parallel and pipeline_parallel. threads:
-    of the CPU; None for one per core.
+    of the CPU; None for one per core. draft: what guesses tokens ahead, which changes no text: `lookup`, for the text
+    so far; a model of the same tokenizer; or `none`. None: `lookup` where it is exact to the last bit.
     """
 
     device: str = "auto"
@@ -40,6 +42,7 @@ class EngineOptions:
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     threads: int | None = None
+    draft: str | None = None
 
     def require_consistent(self) -> None:
         """Raise UsageError for an unknown value and for options that exclude each other."""
@@ -53,7 +56,9 @@ class EngineOptions:
             raise UsageError(f"Invalid threads: {self.threads}.", "Give 1 or more.")
         if self.engine == VLLM:
             given = [
-                name for name in ("quantization", "attention", "head", "threads") if getattr(self, name) is not None
+                name
+                for name in ("quantization", "attention", "head", "threads", "draft")
+                if getattr(self, name) is not None
             ]
             given += [] if self.device == "auto" else ["device"]
             if given:

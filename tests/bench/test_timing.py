@@ -29,7 +29,9 @@ class GoingBack(CachedSession):
     """A session that can."""
 
     def __init__(self, fed: Fed, rows: int, capacity: int) -> None:
-        super().__init__(KVCache((np.zeros((rows, 1, 2, 1)),), (np.zeros((rows, 1, 2, 1)),), [0] * rows, [0] * rows, capacity), 99)
+        super().__init__(
+            KVCache((np.zeros((rows, 1, 2, 1)),), (np.zeros((rows, 1, 2, 1)),), [0] * rows, [0] * rows, capacity), 99
+        )
         self.fed = fed
 
     def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:

@@ -12,7 +12,7 @@ from gemma_awq_cli.models.forward.session import Logits
 class CachedSession(ABC):
     """A `Session` whose rows are independent, and can take back the last tokens that they have read.
 
-    vocabulary: how many tokens the model knows. reading_costs: what reading 1, 2, 3 ... tokens of one row at once costs,
+    vocabulary: how many tokens the model knows. reading_costs: what reading 1, 2, 3 ... tokens of a row at once costs,
     in readings of one token; of no more tokens than can be taken back but the first. exact_reading: whether so many
     tokens at once have bit for bit the logits that they have one by one.
     """

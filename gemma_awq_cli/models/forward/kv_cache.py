@@ -2,7 +2,8 @@
 
 A layer's slots are a ring: position p is in slot p % slots. It has SPARE slots more than its window, so that the last
 tokens can be taken back: what they have overwritten, no token sees any more. A layer without a window has a slot for
-every position, so its ring never wraps around. A layer without keys and values of its own has the arrays of the layer whose it reads.
+every position, so its ring never wraps around. A layer without keys and values of its own has the arrays of the layer
+whose it reads.
 """
 
 from collections.abc import Sequence

@@ -14,7 +14,6 @@ from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.system.arrays import BFLOAT16, address
 from gemma_awq_cli.system.threads import thread_count
 
-
 # Measured with `benchmarks/drafted_tokens.py --costs` on two cores with AVX-512 VNNI, alike with 4 and with 16 bits. No
 # longer than what torch is not faster at: its products round differently.
 READING_COSTS = (1.0, 1.1, 1.3, 1.4, 1.6, 1.8, 2.0, 2.2, 2.45, 2.7, 2.95, 3.15, 3.4, 3.6, 3.85)
