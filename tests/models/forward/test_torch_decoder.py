@@ -16,7 +16,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import native_weights, prefill, torch_decoder, transformers_session
 from gemma_awq_cli.models.forward.cached_attention import slot_positions
-from gemma_awq_cli.models.forward.kv_cache import make_cache
+from gemma_awq_cli.models.forward.kv_cache import SPARE, make_cache
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
@@ -179,11 +179,12 @@ def test_without_a_compiler_torch_decodes(
     assert apart(theirs, ours).median() < 0.15  # what is unlikely is four bits in one, and 16 in the other
 
 
-def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str], Path]) -> None:
+def test_sliding_layers_keep_their_window_and_what_may_be_taken_back(checkpoints: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint(checkpoints("gemma2"))
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
     cache = make_cache(arch.layouts, 2, 100, BFLOAT16)
-    assert [layer.shape[2] for layer in cache.keys] == [16, 100, 16]
+    assert [layer.shape[2] for layer in cache.keys] == [16 + SPARE, 100, 16 + SPARE]
+    assert [layer.shape[2] for layer in make_cache(arch.layouts, 2, 20, BFLOAT16).keys] == [20, 20, 20]
     assert slot_positions(torch.tensor([3, 21]), 4).tolist() == [[0, 1, 2, -1], [20, 17, 18, 19]]
 
 
@@ -198,7 +199,7 @@ def test_layers_that_read_another_layers_keys_have_no_cache_of_their_own(
         own = {id(layer): layer for layer in (*held.keys, *held.values)}.values()
         assert held.nbytes == sum(layer.size * 2 for layer in own)
         assert len({address(layer) for layer in own}) == 8
-    sliding, full = 2 * 16 * 32, 2 * 100 * 64  # numbers: kv heads x slots x head size
+    sliding, full = 2 * (16 + SPARE) * 32, 2 * 100 * 64  # numbers: kv heads x slots x head size
     assert cache.nbytes == 2 * 2 * (2 * sliding + 2 * full)
 
 

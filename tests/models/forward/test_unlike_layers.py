@@ -17,7 +17,7 @@ from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.awq.packing import PackedWeight, as_packed_arrays, pack_weight
 from gemma_awq_cli.kernels.native.library import Library, Unavailable, load
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.kv_cache import make_cache
+from gemma_awq_cli.models.forward.kv_cache import SPARE, make_cache
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import native_refusal, read_native_text
 from gemma_awq_cli.models.forward.session import Session
@@ -240,7 +240,8 @@ def in_4_bits(weight: Tensor) -> tuple[PackedWeight, Tensor]:
 
 def test_each_layer_has_a_cache_of_its_own_size(model: Model) -> None:
     cache = make_cache(model.arch.layouts, 3, CAPACITY, BFLOAT16)
-    shapes = [(3, 2, 16, 32), (3, 1, 80, 64), (3, 4, 7, 16), (3, 2, 16, 32), (3, 2, 80, 48)]
+    wide, narrow = 16 + SPARE, 7 + SPARE
+    shapes = [(3, 2, wide, 32), (3, 1, 80, 64), (3, 4, narrow, 16), (3, 2, wide, 32), (3, 2, 80, 48)]
     assert [tuple(layer.shape) for layer in cache.keys] == shapes
     assert [tuple(layer.shape) for layer in cache.values] == shapes
 
