@@ -1,9 +1,11 @@
 """What drafted tokens gain: decoding speed with and without, and how many of the drafted tokens were right.
 
-python benchmarks/drafted_tokens.py MODEL [--draft lookup|MODEL] [--tokens 128] [--rounds 3] [--texts FILE] [--costs]
+python benchmarks/drafted_tokens.py MODEL [--draft lookup|MODEL] [--way written|generated] [--tokens 128] [--rounds 3]
+    [--texts FILE] [--dtype float32] [--costs]
 
-FILE (default: drafted_tokens.json beside this script) is a list of {"kind", "name", "prompt", "answer", "stop"}: summaries,
-edits and code, which copy spans of their prompts, and other texts, which copy nothing. Each is decoded in two ways.
+FILE (default: drafted_tokens.json beside this script) is a list of {"kind", "name", "prompt", "answer", "stop"}:
+summaries, edits and code, which copy spans of their prompts, and other texts, which copy nothing. Each is decoded in
+two ways.
 
 written: the model reads the answer of the file, as if it had chosen each of its tokens: what a model gains that writes
 such answers. All else is done as in decoding, the choice of a token included.
@@ -45,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--draft", default=LOOKUP)
+    parser.add_argument("--way", choices=["written", "generated"])
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--texts", type=Path, default=TEXTS)
@@ -60,6 +63,8 @@ def main() -> None:
     begin = lookup if args.draft == LOOKUP else open_drafts(args.draft, opened, print)
     print(f"{'':10} {'':12} {'':14} {'tokens':>6} {'drafted':>8} {'right':>6} {'without':>8} {'with':>8} tokens/s")
     for way in (written, generated):
+        if args.way not in (None, way.__name__):
+            continue
         totals: dict[str, list[float]] = {}
         for text in texts:
             plain, drafted = measure(way, opened, text, begin, args.tokens, args.rounds)
@@ -118,9 +123,8 @@ def generated(engine: LocalEngine, text: dict[str, Any], tokens: int) -> Complet
 
 
 def add(totals: dict[str, list[float]], kind: str, plain: Completion, drafted: Completion) -> None:
-    numbers = (
-        len(plain.tokens), drafted.drafted_tokens, drafted.accepted_tokens, plain.decode_seconds, drafted.decode_seconds,
-    )  # fmt: skip
+    counts = (len(plain.tokens), drafted.drafted_tokens, drafted.accepted_tokens)
+    numbers = (*counts, plain.decode_seconds, drafted.decode_seconds)
     totals[kind] = [old + new for old, new in zip(totals.get(kind, [0.0] * 5), numbers, strict=True)]
 
 
@@ -141,10 +145,12 @@ def show_costs(opened: OpenModel, texts: Sequence[dict[str, Any]], rounds: int) 
     seconds: dict[int, list[float]] = {}
     for _ in range(10 * rounds):
         for count in range(1, SPARE + 1):
-            started = time.perf_counter()
-            session.last_logits([ids[COSTS_AT : COSTS_AT + count]], [count])
-            seconds.setdefault(count, []).append(time.perf_counter() - started)
-            session.shorten_row(0, COSTS_AT)
+            for reading in (1, 1, count):  # after readings of one token, as in use: one after many is slower
+                started = time.perf_counter()
+                session.last_logits([ids[COSTS_AT : COSTS_AT + reading]], [reading])
+                elapsed = time.perf_counter() - started
+                session.shorten_row(0, COSTS_AT)
+            seconds.setdefault(count, []).append(elapsed)
     one = statistics.median(seconds[1])
     for count, measured in seconds.items():
         print(f"{count:3} {1000 * statistics.median(measured):8.2f} ms {statistics.median(measured) / one:6.2f}")

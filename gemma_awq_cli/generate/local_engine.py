@@ -100,6 +100,7 @@ class Slot:
         """
         taken: list[int] = []
         for place, row_logits in enumerate(logits):
+            require_finite_logits(row_logits)
             taken.append(take_next(self.row, self.sampler, row_logits))
             if self.row.done or (place < len(self.draft) and taken[-1] != self.draft[place]):
                 break
@@ -212,7 +213,6 @@ class LocalEngine(Engine):
             self._draft(taken[0], session)
         if not taken[0].draft:
             logits = session.next_logits([slot.unread if slot is not None else [] for slot in slots])
-            require_finite_logits(logits)
             return [slot.advance(logits[place : place + 1]) for place, slot in enumerate(taken)]
         assert isinstance(session, CachedSession)
         (slot,), index = taken, slots.index(taken[0])
@@ -221,7 +221,6 @@ class LocalEngine(Engine):
             [tokens if other is slot else [] for other in slots],
             [1 + len(slot.draft) if other is slot else 0 for other in slots],
         )
-        require_finite_logits(logits)
         read = slot.advance(logits)
         session.shorten_row(index, session.length(index) - len(tokens) + len(read))
         return [read]
