@@ -1,7 +1,8 @@
-"""The scripts under benchmarks/ still fit the package: their imports exist, and two of them run on tiny models."""
+"""The scripts under benchmarks/ still fit the package: their imports exist, and some of them run on tiny models."""
 
 import ast
 import importlib
+import json
 import runpy
 import sys
 from collections.abc import Callable
@@ -38,6 +39,32 @@ def test_rounding_to_nearest_writes_a_model(
     run("round_to_nearest.py", monkeypatch, checkpoints("gemma2"), tmp_path / "out", "--group-size", 32)
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}\n")
     assert Checkpoint(tmp_path / "out").quantization is not None
+
+
+@pytest.mark.parametrize("draft", ["lookup", "itself"])
+def test_drafted_tokens_compares_with_and_without(
+    draft: str, tmp_path: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    texts = tmp_path / "texts.json"
+    text = {"prompt": "A text that is short. ", "answer": "A text that is short. A text.", "stop": []}
+    kinds = ["edit", "other"]
+    texts.write_text(json.dumps([{**text, "kind": kind, "name": f"one {kind}"} for kind in kinds]), encoding="utf-8")
+    folder = checkpoints("gemma3_text")
+    named = ["--draft", folder] if draft == "itself" else []
+    run("drafted_tokens.py", monkeypatch, folder, *named, "--texts", texts, "--tokens", 24, "--rounds", 1)
+    lines = capsys.readouterr().out.splitlines()
+    assert not any("DIFFER" in line for line in lines)
+    assert [line.split()[1] for line in lines if "times as fast" in line] == kinds * 2
+    (copied,) = [line.split() for line in lines if line.startswith("written") and "one edit" in line]
+    assert int(copied[5]) > 3  # drafted
+    assert int(copied[6]) > 3  # right
+
+
+def test_the_texts_of_drafted_tokens_are_whole() -> None:
+    texts = json.loads((FOLDER / "drafted_tokens.json").read_text(encoding="utf-8"))
+    assert len({text["name"] for text in texts}) == len(texts)
+    assert {text["kind"] for text in texts} == {"summary", "edit", "code", "other"}
+    assert all(text.keys() == {"kind", "name", "prompt", "answer", "stop"} for text in texts)
 
 
 def test_decode_fidelity_compares_every_way_to_run(

@@ -260,9 +260,10 @@ def command(
     draft: Annotated[
         str | None,
         typer.Option(
-            help="Guess tokens ahead and check several at once; no text changes by it. lookup: copy from the text so "
-            "far; MODEL: a faster model of the same tokenizer; none.  [default: lookup on compiled CPU kernels]",
-            metavar="lookup|MODEL|none",
+            help="What guesses tokens ahead, several of which are then checked at once; no text changes by it: a "
+            "faster MODEL of the same tokenizer, `lookup` (the text so far) or `none`.  [default: lookup on compiled "
+            "CPU kernels]",
+            metavar="MODEL",
             rich_help_panel=MEMORY,
         ),
     ] = None,
