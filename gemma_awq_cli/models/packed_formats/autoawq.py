@@ -2,14 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemma_awq_cli.awq.packed_arrays import PackedArrays, exact_scales
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.packed_format import PACK, SCALES, WORDS, Expected, declared_group_size
-from gemma_awq_cli.models.packed_formats.unpacking import from_gemv, from_gemv_fast, from_marlin, without_zeros
-from gemma_awq_cli.system.arrays import Array
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 _MARLIN_TILE = 16
 
@@ -43,8 +44,10 @@ class Gemm(_AutoAwq):
             ".scales": Expected((groups, linear.outputs), SCALES),
         }
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
+        from gemma_awq_cli.awq.packed_arrays import PackedArrays, exact_scales
+
         return PackedArrays(tensors[".qweight"], tensors[".qzeros"], exact_scales(tensors[".scales"]))
 
 
@@ -59,8 +62,10 @@ class SymmetricGemm(Gemm):
         expected = super().expected(linear, group_size, there)
         return {name: one for name, one in expected.items() if name != ".qzeros" or name in there}
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
+        from gemma_awq_cli.models.packed_formats.unpacking import without_zeros
+
         if ".qzeros" in tensors:
             return super().read(name, linear, tensors)
         return without_zeros(tensors[".qweight"], tensors[".scales"])
@@ -81,8 +86,10 @@ class Gemv(_AutoAwq):
             ".scales": Expected((linear.outputs, words * PACK), SCALES),
         }
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
+        from gemma_awq_cli.models.packed_formats.unpacking import from_gemv
+
         groups = linear.inputs // declared_group_size(self.group_size, linear)
         return from_gemv(tensors[".qweight"], tensors[".qzeros"], tensors[".scales"], groups)
 
@@ -103,8 +110,10 @@ class GemvFast(_AutoAwq):
             ".scales": Expected((rows, linear.outputs), SCALES),
         }
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
+        from gemma_awq_cli.models.packed_formats.unpacking import from_gemv_fast
+
         groups = linear.inputs // declared_group_size(self.group_size, linear)
         return from_gemv_fast(name, tensors[".qweight"], tensors[".qzeros"], tensors[".scales"], groups)
 
@@ -127,8 +136,10 @@ class Marlin(_AutoAwq):
             expected[".workspace"] = Expected(tuple(there[".workspace"]), WORDS)
         return expected
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
+        from gemma_awq_cli.models.packed_formats.unpacking import from_marlin
+
         return from_marlin(tensors[".qweight"], tensors[".scales"])
 
 

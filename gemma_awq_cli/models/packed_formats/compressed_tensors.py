@@ -6,15 +6,16 @@ weight_scale [N, G]; weight_shape int64 [2]. Source: compressed-tensors 0.20, `c
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.gptq import ACT_ORDER
 from gemma_awq_cli.models.packed_formats.packed_format import PACK, SCALES, WORDS, Expected
-from gemma_awq_cli.models.packed_formats.unpacking import from_pack_quantized, is_in_order
-from gemma_awq_cli.system.arrays import Array
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 _SHAPES = ("I64", "I32")
 
@@ -49,8 +50,10 @@ class PackQuantized:
         optional = (".weight_zero_point", ".weight_shape", ".weight_g_idx")
         return {name: one for name, one in expected.items() if name not in optional or name in there}
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`. An error for act-order, and for a stated shape that is another."""
+        from gemma_awq_cli.models.packed_formats.unpacking import from_pack_quantized, is_in_order
+
         order, stated = tensors.get(".weight_g_idx"), tensors.get(".weight_shape")
         if order is not None and not is_in_order(order, tensors[".weight_scale"].shape[1]):
             raise GemmaAwqError(f"{name}.weight_g_idx is not in order.", ACT_ORDER)

@@ -7,14 +7,15 @@ Source: GPTQModel 7.7, `nn_modules/qlinear/__init__.py` (pack) and `utils/model.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.packed_format import PACK, SCALES, WORDS, Expected, declared_group_size
-from gemma_awq_cli.models.packed_formats.unpacking import from_gptq, is_in_order
-from gemma_awq_cli.system.arrays import Array
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 ACT_ORDER = (
     "Its groups hold inputs in order of activation (act-order), which no layout of consecutive groups can store. Give "
@@ -54,8 +55,10 @@ class Gptq:
         optional = {".g_idx"} | ({".qzeros"} if self.symmetric else set())
         return {name: one for name, one in expected.items() if name not in optional or name in there}
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, Array]) -> PackedArrays:
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`. An error for act-order."""
+        from gemma_awq_cli.models.packed_formats.unpacking import from_gptq, is_in_order
+
         order = tensors.get(".g_idx")
         if order is not None and not is_in_order(order, tensors[".scales"].shape[0]):
             raise GemmaAwqError(f"{name}.g_idx is not in order.", ACT_ORDER)

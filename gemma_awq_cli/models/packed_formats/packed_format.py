@@ -1,7 +1,8 @@
 """What a layout of packed linears answers, and the helpers that several layouts share.
 
 A layout is chosen once, from a config's quantization section (`choosing.py`). It knows which tensors of a linear it
-stores and how to bring them to AutoAWQ's GEMM layout (`awq/packing.py`); it opens no files and needs no torch.
+stores and how to bring them to AutoAWQ's GEMM layout (`awq/packing.py`); it opens no files. numpy is imported
+only to read weights (`unpacking.py`): what a model is can be said without it.
 """
 
 from collections.abc import Mapping
