@@ -64,7 +64,7 @@ class LiveRow:
         if common < len(self.read):
             common = max((start for start in self.starts if start <= common), default=0)
             common = self._go_back(common) if common else 0
-        if not common or _needed(row) > self.capacity:
+        if not common or needed_room(row) > self.capacity:
             return False
         if isinstance(self.session, CachedSession):
             self.starts = [*(start for start in self.starts if start < common), common]
@@ -79,36 +79,59 @@ class LiveRow:
 
 
 @dataclass(eq=False)
-class Slot:
-    """A row in its slot of a session.
+class Drafts:
+    """The drafts of one row, and what the model says to them.
 
-    unread: the token ids that the session reads next. drafter: drafts what may follow them; None until it is needed.
-    draft: the tokens behind the unread ones that the session reads at once, to be checked.
+    begin: see `BeginDraft`. draft: tokens that may follow the row's last one, which the session reads behind it.
     """
 
-    row: Row
-    sampler: Sampler
-    unread: Sequence[int]
-    drafter: Drafter | None = None
+    begin: BeginDraft
     draft: Sequence[int] = ()
+    _drafter: Drafter | None = None
+    _begun: bool = False
 
-    def advance(self, logits: Logits) -> list[int]:
+    def guess(self, row: Row, session: CachedSession) -> None:
+        """Draft what may follow the row's last token, if it is worth it."""
+        if not self._begun:
+            self._drafter = self.begin([*row.ids, *row.completion.tokens], needed_room(row), session)
+            self._begun = True
+        if self._drafter is not None:
+            # one token more comes from the logits behind the draft
+            self.draft = self._drafter.draft(row.limit - len(row.completion.tokens) - 1)
+
+    def check(self, row: Row, sampler: Sampler, logits: Logits) -> list[int]:
         """Sample the row's next tokens from logits [1 + drafted, V] float32, as long as they are those of the draft.
 
-        Each token is chosen as without a draft, from the same logits with the same random numbers. Returns the tokens
-        that the row has read now; the rest of the draft has to be taken back from the session.
+        Each token is chosen as without a draft, from the same logits with the same random numbers. Returns the tokens;
+        all but the last have been read now, and the rest of the draft has to be taken back.
         """
         taken: list[int] = []
         for place, row_logits in enumerate(logits):
             require_finite_logits(row_logits)
-            taken.append(take_next(self.row, self.sampler, row_logits))
-            if self.row.done or (place < len(self.draft) and taken[-1] != self.draft[place]):
+            taken.append(take_next(row, sampler, row_logits))
+            if row.done or (place < len(self.draft) and taken[-1] != self.draft[place]):
                 break
+        if self._drafter is not None:
+            self._drafter.take(taken)
+        row.completion.count_draft(len(self.draft), len(taken) - 1)
+        self.draft = ()
+        return taken
+
+
+@dataclass(eq=False)
+class Slot:
+    """A row in its slot of a session. unread: the token ids that the session reads next, before those of a draft."""
+
+    row: Row
+    sampler: Sampler
+    unread: Sequence[int]
+    drafts: Drafts
+
+    def advance(self, logits: Logits) -> list[int]:
+        """Sample the row's next tokens from logits [1 + drafted, V] float32; return those that it has read now."""
+        taken = self.drafts.check(self.row, self.sampler, logits)
         read = [*self.unread, *taken[:-1]]
-        if self.drafter is not None:
-            self.drafter.take(taken)
-            self.row.completion.count_draft(len(self.draft), len(taken) - 1)
-        self.unread, self.draft = taken[-1:], ()
+        self.unread = taken[-1:]
         return read
 
 
@@ -147,7 +170,8 @@ class LocalEngine(Engine):
         def begin(row: Row, unread: Sequence[int]) -> Slot:
             row.begin(len(unread))
             constraint = None if compiled is None else compiled.constraint()
-            return Slot(row, Sampler(options.sampling, row.number, row.ids, constraint), unread)
+            sampler = Sampler(options.sampling, row.number, row.ids, constraint)
+            return Slot(row, sampler, unread, Drafts(self._begin_draft))
 
         try:
             with memory_errors("generating", SMALLER):
@@ -156,7 +180,7 @@ class LocalEngine(Engine):
                 while waiting:
                     # a session has no more memory than its first rows need: a longer row that waits gets a new one
                     first = waiting[: self._batch_size]
-                    yield from self._run_session(waiting, len(first), max(map(_needed, first)), begin, on_done)
+                    yield from self._run_session(waiting, len(first), max(map(needed_room, first)), begin, on_done)
         except BaseException:
             self._live = None  # the cache may be half-way through a token
             raise
@@ -175,7 +199,7 @@ class LocalEngine(Engine):
         fresh = True
         while True:
             for index in range(count):
-                fitting = next((row for row in waiting if _needed(row) <= capacity), None)
+                fitting = next((row for row in waiting if needed_room(row) <= capacity), None)
                 if fitting is not None and slots[index] is None and (fresh or session.independent_rows):
                     if not fresh:
                         session.reset_row(index)
@@ -185,7 +209,7 @@ class LocalEngine(Engine):
             taken = [(index, slot) for index, slot in enumerate(slots) if slot is not None]
             if not taken:
                 return
-            self._read_next(session, slots)
+            _read_next(session, slots)
             for index, slot in taken:
                 if slot.row.done:
                     slots[index] = None
@@ -196,45 +220,41 @@ class LocalEngine(Engine):
         """Run a single row in the session that was kept, from where their tokens part; or in a new one."""
         live, self._live = self._live, None
         if live is None or not live.continue_with(row):
-            capacity = min(self.context, max(2 * _needed(row), KEPT_TOKENS))  # room for the next turns
+            capacity = min(self.context, max(2 * needed_room(row), KEPT_TOKENS))  # room for the next turns
             live = LiveRow(self._opened.session(1, capacity), capacity, [])
         slot = begin(row, row.ids[len(live.read) :])
         while not row.done:
-            (read,) = self._read_next(live.session, [slot])
+            (read,) = _read_next(live.session, [slot])
             live.read += read
             yield
         self._live = live
         on_done(row)
 
-    def _read_next(self, session: Session, slots: Sequence[Slot | None]) -> list[list[int]]:
-        """Let the rows in a session's slots, of which there are any, read and sample; return what each has read."""
-        taken = [slot for slot in slots if slot is not None]
-        if len(taken) == 1 and isinstance(session, CachedSession):
-            self._draft(taken[0], session)
-        if not taken[0].draft:
-            logits = session.next_logits([slot.unread if slot is not None else [] for slot in slots])
-            return [slot.advance(logits[place : place + 1]) for place, slot in enumerate(taken)]
-        assert isinstance(session, CachedSession)
-        (slot,), index = taken, slots.index(taken[0])
-        tokens = [*slot.unread, *slot.draft]
-        logits = session.last_logits(
-            [tokens if other is slot else [] for other in slots],
-            [1 + len(slot.draft) if other is slot else 0 for other in slots],
-        )
-        read = slot.advance(logits)
-        session.shorten_row(index, session.length(index) - len(tokens) + len(read))
-        return [read]
 
-    def _draft(self, slot: Slot, session: CachedSession) -> None:
-        """Draft what may follow the only row's last token, if it is worth it."""
-        row = slot.row
-        if len(slot.unread) != 1:  # a prompt is read as it always is: what it rounds to may depend on its length
-            return
-        if slot.drafter is None:
-            slot.drafter = self._begin_draft([*row.ids, *row.completion.tokens], _needed(row), session)
-        if slot.drafter is not None:
-            # one token more comes from the logits behind the draft
-            slot.draft = slot.drafter.draft(row.limit - len(row.completion.tokens) - 1)
+def _read_next(session: Session, slots: Sequence[Slot | None]) -> list[list[int]]:
+    """Let the rows in a session's slots, of which there are any, read and sample; return what each has read."""
+    taken = [slot for slot in slots if slot is not None]
+    if len(taken) == 1 and isinstance(session, CachedSession):
+        (alone,) = taken
+        if len(alone.unread) == 1:  # a prompt is read as it always is: what it rounds to may depend on its length
+            alone.drafts.guess(alone.row, session)
+        if alone.drafts.draft:
+            return [_read_drafted(session, slots.index(alone), len(slots), alone)]
+    logits = session.next_logits([slot.unread if slot is not None else [] for slot in slots])
+    return [slot.advance(logits[place : place + 1]) for place, slot in enumerate(taken)]
+
+
+def _read_drafted(session: CachedSession, index: int, rows: int, slot: Slot) -> list[int]:
+    """Let the row that alone is in one of the session's `rows` slots read its draft; return what it has read of it."""
+    tokens, count = [*slot.unread, *slot.drafts.draft], 1 + len(slot.drafts.draft)
+    logits = session.last_logits(
+        [tokens if place == index else [] for place in range(rows)],
+        [count if place == index else 0 for place in range(rows)],
+    )
+    read = slot.advance(logits)
+    if len(read) < len(tokens):
+        session.shorten_row(index, session.length(index) - len(tokens) + len(read))
+    return read
 
 
 def take_next(row: Row, sampler: Sampler, logits: Logits) -> int:
@@ -254,7 +274,7 @@ def token_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
     return TokenLogprobs(token, float(logits[token]) - total, top)
 
 
-def _needed(row: Row) -> int:
+def needed_room(row: Row) -> int:
     """Return how many tokens its slot must have room for."""
     return len(row.ids) + row.limit
 

@@ -11,8 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from gemma_awq_cli.generate.draft_choice import exact_lookup
 from gemma_awq_cli.generate.generation import Row
-from gemma_awq_cli.generate.local_engine import require_finite_logits, take_next
+from gemma_awq_cli.generate.local_engine import Drafts, needed_room
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import SavedRow
@@ -30,7 +31,7 @@ class SharedPrompt:
     """A prompt that several tasks begin with: one of them reads it, and the others go on from what it leaves here.
 
     left: how many tasks have not gone on from it. reader: the task that reads it, or has failed to. read: the state
-    after the prompt and the logits [V] of the next token, until no task is left that needs them.
+    after the prompt and the logits [1, V] of the next token, until no task is left that needs them.
     """
 
     left: int
@@ -51,7 +52,7 @@ class Task:
     on_done: called when the row has ended by itself or has failed. shared: its prompt, if other tasks have the same.
     cached_tokens: how many tokens of the prompt it did not have to read. cancelled: set by whoever no longer wants it;
     the next step drops it. error: why it failed. keep_at: after how many tokens its state is worth keeping for others.
-    begun: whether its slot of the session holds anything of it.
+    begun: whether its slot of the session holds anything of it. drafts: of its tokens, while it runs alone.
     """
 
     row: Row
@@ -64,6 +65,7 @@ class Task:
     error: Exception | None = None
     keep_at: int | None = None
     unread: Sequence[int] = field(default_factory=list)
+    drafts: Drafts = field(default_factory=lambda: Drafts(exact_lookup))
 
     @property
     def prefilling(self) -> bool:
@@ -73,7 +75,7 @@ class Task:
     @property
     def needed(self) -> int:
         """Tokens that its slot must have room for."""
-        return len(self.row.ids) + self.row.limit
+        return needed_room(self.row)
 
 
 class Scheduler:
@@ -105,8 +107,8 @@ class Scheduler:
             return False
         wanted = [0] * len(tokens)
         for index, task in enumerate(self._slots):
-            if task is not None and tokens[index] and len(tokens[index]) == len(task.unread):
-                wanted[index] = 1
+            if task is not None and tokens[index] and len(tokens[index]) >= len(task.unread):
+                wanted[index] = 1 + len(task.drafts.draft)
         started = time.perf_counter()
         try:
             logits = self._session.last_logits(tokens, wanted)
@@ -159,6 +161,9 @@ class Scheduler:
     def _next_tokens(self) -> list[Sequence[int]]:
         """The tokens that each row reads in this step."""
         decoding = any(task is not None and not task.prefilling for task in self._slots)
+        if decoding and self.running == 1:
+            (alone,) = (task for task in self._slots if task is not None)
+            alone.drafts.guess(alone.row, self._session)
         left = self._prompt_budget() if decoding else CHUNK
         tokens: list[Sequence[int]] = []
         for index, task in enumerate(self._slots):
@@ -166,7 +171,7 @@ class Scheduler:
                 tokens.append([])
                 continue
             if not task.prefilling:
-                tokens.append(task.unread)
+                tokens.append([*task.unread, *task.drafts.draft])
                 continue
             count = min(left, len(task.unread))
             if task.keep_at is not None:  # stop there once, to keep that state
@@ -197,7 +202,7 @@ class Scheduler:
         for index, task in enumerate(self._slots):
             if task is None:
                 continue
-            row_logits = logits[place] if wanted[index] else None
+            row_logits = logits[place : place + wanted[index]]
             place += wanted[index]
             with self._own_failure(index, task):
                 self._advance(index, task, len(tokens[index]), row_logits)
@@ -212,15 +217,14 @@ class Scheduler:
             task.error = error
             task.on_done(task)
 
-    def _advance(self, index: int, task: Task, read: int, logits: Logits | None) -> None:
-        """Bring a task forward that has read some tokens. logits: [V] after the last of them, or None."""
+    def _advance(self, index: int, task: Task, read: int, logits: Logits) -> None:
+        """Bring a task forward that has read some tokens. logits: [1 + drafted, V] after the last of them, or none."""
         task.unread = task.unread[read:]
         if task.keep_at is not None and self._session.length(index) == task.keep_at:
             self._cache.add(task.row.ids, self._session.save_row(index))
             task.keep_at = None
-        if logits is None:
+        if not len(logits):
             return
-        require_finite_logits(logits)
         if task.shared is not None and task.prefilling:
             if task.shared.left > 1:
                 task.shared.read = self._session.save_row(index), logits.copy()
@@ -228,8 +232,12 @@ class Scheduler:
         self._take(index, task, logits)
 
     def _take(self, index: int, task: Task, logits: Logits) -> None:
-        """Sample a task's next token from logits [V]."""
-        task.unread = [take_next(task.row, task.sampler, logits)]
+        """Sample a task's next tokens from logits [1 + drafted, V]."""
+        drafted = len(task.drafts.draft)
+        taken = task.drafts.check(task.row, task.sampler, logits)
+        task.unread = taken[-1:]
+        if (wrong := drafted - len(taken) + 1) > 0:
+            self._session.shorten_row(index, self._session.length(index) - wrong)
         if task.row.done:
             self._free(index)
             task.on_done(task)

@@ -1,14 +1,15 @@
 """Rows that join and leave between tokens get the tokens that each would get alone."""
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 
+from gemma_awq_cli.generate.draft_choice import BeginDraft, exact_lookup, lookup
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row
-from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.local_engine import Drafts, LocalEngine
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
@@ -49,8 +50,9 @@ def sampling_of(number: int) -> Sampling:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("drafts", [exact_lookup, lookup])
 @pytest.mark.parametrize("limit", [0, 500_000, 10**9], ids=["no cache", "small cache", "cache"])
-def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
+def test_rows_are_as_they_are_alone(limit: int, drafts: BeginDraft, opened: OpenModel) -> None:
     engine, draw = LocalEngine(opened), random.Random(limit)
     session = opened.session(3, CAPACITY)
     assert isinstance(session, CachedSession)
@@ -67,6 +69,7 @@ def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
             for _ in range(alike):
                 tasks.append(task_of(engine, number, ids, tokens, done.append))
                 tasks[-1].shared = shared
+                tasks[-1].drafts = Drafts(drafts)
                 scheduler.waiting.append(tasks[-1])
         if tasks and draw.random() < 0.05:
             draw.choice(tasks).cancelled = True
@@ -81,6 +84,44 @@ def test_rows_are_as_they_are_alone(limit: int, opened: OpenModel) -> None:
         assert task.row.completion.text == alone.text
     cached = sum(task.cached_tokens for task in tasks if task.shared is None)
     assert (cached > 100) == (limit > 0)
+
+
+def test_a_row_that_runs_alone_is_drafted(opened: OpenModel) -> None:
+    """And no longer as soon as another one comes."""
+    engine = LocalEngine(opened)
+    ids, options = [2, *[30, 40, 50] * 6], GenerationOptions(50, Sampling(temperature=0.0))
+    (alone,) = engine.complete([ids], options)
+
+    class Sure:
+        """Drafts three right tokens and a wrong one."""
+
+        def __init__(self, coming: list[int]) -> None:
+            self.coming = coming
+
+        def draft(self, most: int) -> list[int]:
+            return [*self.coming[:3], 5][:most]
+
+        def take(self, tokens: list[int]) -> None:
+            del self.coming[: len(tokens)]
+
+    def begin(tokens: Sequence[int], most: int, session: CachedSession) -> Sure:
+        return Sure(alone.tokens[len(tokens) - len(ids) :])
+
+    session = opened.session(2, CAPACITY)
+    assert isinstance(session, CachedSession)
+    scheduler = Scheduler(session, 2, CAPACITY, PrefixCache(0))
+    tasks = [task_of(engine, 1, ids, 50, lambda task: None) for _ in range(2)]
+    tasks[0].drafts = Drafts(begin)
+    scheduler.waiting.append(tasks[0])
+    for _ in range(4):
+        scheduler.step()
+    assert len(tasks[0].row.completion.tokens) == 1 + 3 * 4
+    assert tasks[0].row.completion.accepted_tokens == 9
+    scheduler.waiting.append(tasks[1])
+    while scheduler.step():
+        pass
+    assert tasks[0].row.completion.accepted_tokens == 9
+    assert [task.row.completion.tokens for task in tasks] == [alone.tokens] * 2
 
 
 def test_a_shared_prompt_outlives_its_reader(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
