@@ -6,14 +6,18 @@ that can occur in it: all that BPE ever forms are pieces of the text, so that th
 does not hold, or which are not plain, have no table.
 """
 
+import gc
 import json
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Iterable, Iterator, Sequence, Set
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import msgspec
 from tokenizers import Tokenizer as Backend
+
+from gemma_awq_cli.models.text.merge_search import Pairs, merges_between
 
 MOST_CHARACTERS = 8192  # of a text; for longer ones, the whole machine pays
 _REPLACEMENT = "\ufffd"  # what bytes that are no character yet decode to
@@ -103,7 +107,8 @@ class TokenTable:
             plain = plain.replace(old, new)
         pieces = self._pieces(plain)
         added = [one for one in self._added.values() if one.content in text or one.content in plain]
-        merges = _merges_of(self._merges, pieces, self._bytes - pieces)
+        with _uncollected():
+            merges = _merges_of(self._merges, pieces, self._bytes - pieces)
         self._merges = None  # a fifth of a gigabyte while they are parsed
         if merges is None:
             return None
@@ -172,7 +177,8 @@ class TableStream:
 def read_token_table(path: Path) -> TokenTable | None:
     """The table of a tokenizer.json; None if the file has to be read by the tokenizers library, or cannot be read."""
     try:
-        file = msgspec.json.decode(path.read_bytes(), type=_File)
+        with _uncollected():
+            file = msgspec.json.decode(path.read_bytes(), type=_File)
     except (msgspec.MsgspecError, OSError, RecursionError, UnicodeError):
         return None
     model = file.model
@@ -182,6 +188,18 @@ def read_token_table(path: Path) -> TokenTable | None:
     if not plain or not _ids_as_stated(file) or not model.vocab:
         return None
     return TokenTable(file, replaced or ())
+
+
+@contextmanager
+def _uncollected() -> Iterator[None]:
+    """Put off Python's search for garbage, which would go through half a million new tuples again and again."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _ids_as_stated(file: _File) -> bool:
@@ -218,20 +236,12 @@ def _only_splits(pre_tokenizer: Any) -> bool:
     return False
 
 
-def _merges_of(stored: msgspec.Raw, pieces: Set[str], others: Set[str]) -> list[tuple[str, str]] | None:
+def _merges_of(stored: msgspec.Raw, pieces: Set[str], others: Set[str]) -> Pairs | None:
     """The merges, in their order, that form pieces of a text from pieces of it. None if they cannot be told.
 
     others: tokens that every text may need; a merge of one of them would form what is no piece of the text.
     """
-    try:
-        if b"[" in bytes(memoryview(stored)[:64]).strip()[1:]:
-            pairs = msgspec.json.decode(stored, type=list[tuple[str, str]])
-        else:  # as older versions of the library wrote them
-            pairs = [tuple(line.split(" ")) for line in msgspec.json.decode(stored, type=list[str])]  # type: ignore[misc]
-    except msgspec.MsgspecError:
-        return None
-    known = pieces | others
-    found = [pair for pair in pairs if pair[0] in known and pair[-1] in known]
-    if any(len(pair) != 2 or not others.isdisjoint(pair) for pair in found):
+    found = merges_between(stored, pieces | others)
+    if found is None or any(not others.isdisjoint(pair) for pair in found):
         return None
     return [pair for pair in found if pair[0] + pair[1] in pieces]
