@@ -49,11 +49,13 @@ def open_drafts(choice: str | None, opened: OpenModel, note: Callable[[str], Non
 
 
 def _by_model(name: str, opened: OpenModel, note: Callable[[str], None]) -> BeginDraft:
-    found = find_model(name, None, note)
+    found = find_model(name, None, note, one_text=True)  # its tokens are compared, nothing else
     drafting = open_model(found.folder, "cpu", loading=found.prompter)
     if drafting.forward.text is None:
         raise UsageError(f"{name} cannot draft: {drafting.kernel_report()[0]}.", "Give another model to --draft.")
-    if _vocabulary(drafting) != _vocabulary(opened):
+    vocabulary = min(opened.checkpoint.vocabulary, drafting.checkpoint.vocabulary)
+    one, other = opened.prompter.tokenizer, drafting.prompter.tokenizer
+    if any(one.token_of(index) != other.token_of(index) for index in range(vocabulary)):
         raise GemmaAwqError(
             f"{name} cannot draft for {opened.checkpoint.folder.name}: their tokenizers differ.",
             "Give --draft a smaller model of the same generation of Gemma, or an artifact of the model itself.",
@@ -61,11 +63,4 @@ def _by_model(name: str, opened: OpenModel, note: Callable[[str], None]) -> Begi
     own, its = (
         stored_bytes_per_token(model.checkpoint, model.dtype_name, model.forward.head) for model in (opened, drafting)
     )
-    vocabulary = min(opened.checkpoint.vocabulary, drafting.checkpoint.vocabulary)
     return ModelDrafts(drafting.session, vocabulary, its / own, context_of(drafting.checkpoint))
-
-
-def _vocabulary(opened: OpenModel) -> dict[str, int]:
-    """Return the ids of all tokens by their text."""
-    ids: dict[str, int] = opened.prompter.tokenizer.backend.get_vocab(with_added_tokens=True)
-    return ids
