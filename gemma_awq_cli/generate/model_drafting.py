@@ -92,6 +92,7 @@ class ModelDrafter:
     def draft(self, most: int) -> Sequence[int]:
         """See `Drafter`."""
         self._draft, self._kinds = [], []
+        most = min(most, self._worth.longest)
         if self.waits or not most:
             return self._draft
         whole = 1.0

@@ -245,6 +245,12 @@ def test_a_row_longer_than_the_drafting_models_context_is_not_drafted(gemma3: Op
     assert complete(gemma3, ModelDrafts(gemma3.session, 40, 0.1, 256), greedy()).drafted_tokens == 0  # unknown ids
 
 
+def test_a_session_of_unknown_costs_is_not_drafted(gemma3: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(gemma3.session(1, 1)), "reading_costs", CachedSession.reading_costs)
+    for begin in (lookup, ModelDrafts(gemma3.session, 264, 0.1, 256)):
+        assert complete(gemma3, begin, greedy(20)).drafted_tokens == 0
+
+
 def test_another_tokenizer_is_refused(gemma3: OpenModel, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path / "other", "gemma3_text")
     path = folder / "tokenizer.json"

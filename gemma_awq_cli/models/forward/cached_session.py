@@ -18,8 +18,8 @@ class CachedSession(ABC):
     """
 
     independent_rows = True
-    reading_costs: Sequence[float]
-    exact_reading: bool
+    reading_costs: Sequence[float] = (1.0,)  # of more it is not known: nothing is drafted
+    exact_reading = False
 
     def __init__(self, cache: KVCache, vocabulary: int) -> None:
         self._cache = cache
