@@ -84,13 +84,14 @@ def test_tokens_one_by_one_are_those_of_the_librarys_stream(whole: Tokenizer, wr
     assert table is not None
     ours, theirs = TableStream(table), DecodeStream(skip_special_tokens=True)
     for index in known:
+        failed, expected = False, None
         try:
             expected = theirs.step(whole, index)
-        except Exception as error:  # noqa: BLE001 (it raises nothing more special)
-            assert "Invalid prefix" in str(error)  # bytes have changed what was certain: there is no more to compare
-            assert ours.step(index) is None
-            return
+        except Exception:  # noqa: BLE001 (it raises nothing more special where bytes change what was certain)
+            failed = True
         assert ours.step(index) == expected
+        if failed:
+            return
 
 
 @pytest.mark.parametrize("form", ["lines", "compact", "escaped", "strings"])
