@@ -8,7 +8,6 @@ import typer
 
 from gemma_awq_cli.cli.console import Output, Progress, human_seconds
 from gemma_awq_cli.cli.options import (
-    Device,
     DeviceOption,
     GroupSize,
     JsonOption,
@@ -131,7 +130,7 @@ def command(
             rich_help_panel=CALIBRATION,
         ),
     ] = False,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     max_memory: Annotated[
         str | None,
         typer.Option(help="Plan for at most this much memory, such as 6GB.", metavar="SIZE", rich_help_panel=MEMORY),
@@ -177,7 +176,7 @@ def command(
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,
-        device=device.value,
+        device=device,
         max_memory=_size(max_memory),
         resume=resume,
         force=force,
@@ -262,10 +261,12 @@ def _show_plan(out: Output, made: "PlanMade") -> None:
         f"{plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of {plan.group_size}, "
         f"the rest {plan.dtype_name}"
     )
-    out.note(
-        f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; about "
-        f"{format_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}"
-    )
+    needs = [f"{format_bytes(plan.memory_bytes)} of memory"]
+    if plan.device_bytes is not None:
+        needs.append(f"{format_bytes(plan.device_bytes)} of GPU memory")
+    if plan.seconds is not None:
+        needs.append(human_seconds(plan.seconds))
+    out.note(f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; about {' and '.join(needs)}")
 
 
 def _layer_line(done: "LayerDone") -> str:
@@ -285,9 +286,10 @@ def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
         "artifact": str(planned.folder), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
         "group_size": plan.group_size, "keeps_grid": plan.keeps_grid, "dtype": plan.dtype_name,
         "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
-        "memory_bytes": plan.memory_bytes, "tokens_per_batch": plan.fit.tokens_per_batch,
+        "memory_bytes": plan.memory_bytes, "device_bytes": plan.device_bytes,
+        "tokens_per_batch": plan.fit.tokens_per_batch,
         "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,
-        "estimated_seconds": round(plan.seconds),
+        "estimated_seconds": None if plan.seconds is None else round(plan.seconds),
     }  # fmt: skip
     out.document(document)
 
@@ -315,6 +317,7 @@ def _show_fidelity(out: Output, report: dict[str, Any]) -> None:
             ("top-1 agreement", "", f"{fidelity['top1_agreement']:.1%}"),
             ("time", "", human_seconds(run["seconds"])),
             ("peak memory", "", format_bytes(memory) if memory else "unknown"),
+            *((("peak GPU memory", "", format_bytes(run["peak_vram_bytes"])),) if run["peak_vram_bytes"] else ()),
         ),
         header=("", "16-bit", "4-bit"),
     )

@@ -24,6 +24,7 @@ from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.text.prompter import Prompter, begin_loading
+from gemma_awq_cli.system.devices import require_device_name
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,11 @@ class OpenModel:
 
 
 def pick_device(asked: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names; GemmaAwqError if it is not there."""
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names.
+
+    Raises UsageError for another name, and GemmaAwqError if the device is not there.
+    """
+    require_device_name(asked)
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     if asked.startswith("cuda"):
