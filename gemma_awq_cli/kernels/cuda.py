@@ -51,7 +51,7 @@ class CudaInt4Linear(nn.Module):
         self.register_buffer("scale_zero", scale_zero(grid), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if rows.shape[0] >= MANY_ROWS:
             return F.linear(x, self.dense())
         result = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scale_zero)
@@ -62,8 +62,9 @@ class CudaInt4Linear(nn.Module):
         order = _order(self.packed.device)
         tiles = _nibbles(self.packed).view(self.shape[0] // _TILE[0], self.shape[1] // _TILE[1], -1)[:, :, order]
         q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(self.shape[0], -1, self.group_size)
-        scale, zero = self.scale_zero.transpose(0, 1).unbind(-1)  # [N, G] each
-        return ((q.to(torch.bfloat16) - 8) * scale[:, :, None] + zero[:, :, None]).view(self.shape)
+        scale, zero = (part.t().contiguous() for part in self.scale_zero.unbind(-1))  # [N, G] each
+        # rounded once, as in the op
+        return torch.addcmul(zero[:, :, None], q.to(torch.bfloat16) - 8, scale[:, :, None]).reshape(self.shape)
 
 
 def _pack(q: Tensor) -> Tensor:

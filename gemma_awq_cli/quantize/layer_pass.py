@@ -26,7 +26,7 @@ def process_layer(
     checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: HiddenStates, index: int
 ) -> QuantizedLayer:
     """Quantize layer `index`, counted from 0, and write the hidden states of both paths behind it."""
-    weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
+    weights = {name: tensor.to(plan.dtype).to(stack.device) for name, tensor in stack.read_layer(index).items()}
     batch, paired = plan.rows_per_batch, plan.effort.paths == 2
     sample = hidden.read_batch(index, slice(0, 1))
 
@@ -91,14 +91,22 @@ def _expert_inputs(
 
 @contextmanager
 def layer_memory_errors(plan: Plan, index: int) -> Iterator[None]:
-    """Turn an allocator's refusal in layer `index` into an error that suggests a smaller setting."""
+    """Turn an allocator's refusal in layer `index` into an error that says how to go on.
+
+    A smaller plan sums in another order, so layers that are finished cannot be resumed with it.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_refusal(error):
             raise
-        smaller = f"Use --max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "Close other programs"
-        raise GemmaAwqError(
-            f"Out of memory in layer {index + 1} (planned: {plan.memory_bytes / 1e9:.1f} GB).",
-            f"{smaller}, use shorter rows (--seq-len), or use another machine.",
-        ) from None
+        smaller = f"--max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "shorter rows (--seq-len)"
+        if index:
+            hint = f"Close other programs and continue with --resume, or start over with --force and {smaller}."
+        else:
+            hint = f"Close other programs, or use {smaller}."
+        planned, whose = plan.memory_bytes, ""
+        if plan.device_bytes is not None:
+            planned, whose = plan.device_bytes, "of GPU memory "
+        where = f"layer {index + 1}" if index < plan.layers else "comparing the predictions"
+        raise GemmaAwqError(f"Out of memory in {where} ({planned / 1e9:.1f} GB {whose}were planned).", hint) from None

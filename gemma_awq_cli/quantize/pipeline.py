@@ -151,7 +151,7 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
             tuple(record.groups for record in journal.records),
             fingerprint,
             VersionsSection.now(),
-            RunSection.now(time.perf_counter() - started, journal.records),
+            RunSection.now(time.perf_counter() - started, journal.records, prepared.stack.device),
         ).to_json()
         write_json(work.model / REPORT, report)
     return QuantizedModel(target, report)

@@ -8,7 +8,14 @@ from typing import Any, Self
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.models.checkpoints.journal import ANEW, Fingerprint, Journal, has_finished_layers, require_same
+from gemma_awq_cli.models.checkpoints.journal import (
+    ANEW,
+    Fingerprint,
+    Journal,
+    differences,
+    has_finished_layers,
+    require_same,
+)
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, write_errors
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
@@ -95,6 +102,6 @@ class WorkFolder:
 
     def _is_same(self, then: Fingerprint | None, now: Fingerprint, where: Path) -> bool:
         """Whether two runs end in the same bytes. If not, raise with the differences, unless `force`."""
-        if then != now and not self._force:
+        if not self._force:
             require_same(then or {}, now, where)
-        return then == now
+        return then is not None and not differences(then, now)

@@ -18,6 +18,8 @@ JOURNAL = "journal.jsonl"
 ANEW = "Start over with --force."
 JOURNAL_BYTES = 64 * 1024 * 1024  # a layer takes a few kilobytes
 Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by names that a user understands
+# Arguments in it that change no byte by themselves: what is planned for a memory limit has entries of its own.
+WITHOUT_EFFECT = ("max_memory",)
 
 
 @dataclass(frozen=True)
@@ -199,7 +201,7 @@ def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
     """Return what changed between two runs, such as `seed: 0 then, 1 now`."""
     names = list(dict.fromkeys([*then, *now]))
     return [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names
-            if then.get(name) != now.get(name)]  # fmt: skip
+            if name not in WITHOUT_EFFECT and then.get(name) != now.get(name)]  # fmt: skip
 
 
 def require_same(then: Fingerprint, now: Fingerprint, where: Path) -> None:
