@@ -152,7 +152,11 @@ def command(
     The artifact's folder appears when it is complete, and is printed on stdout. An interrupted run keeps its finished
     layers.
     """
-    out = Output(quiet)
+    from gemma_awq_cli.quantize.processes import launched
+
+    process = launched()
+    is_first = process is None or process.is_first  # of several processes only one reports
+    out = Output(quiet or not is_first)
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli.quantize.pipeline import plan_model, quantize_model
@@ -182,13 +186,15 @@ def command(
         force=force,
     )
     if dry_run:
-        with _Screen(out) as screen:
-            planned = plan_model(request, on_event=screen.show)
-        _report_plan(out, planned, as_json)
+        if is_first:
+            with _Screen(out) as screen:
+                planned = plan_model(request, on_event=screen.show)
+            _report_plan(out, planned, as_json)
     else:
         with _Screen(out) as screen:
             result = quantize_model(request, on_event=screen.show)
-        _report_result(out, result, as_json)
+        if is_first:
+            _report_result(out, result, as_json)
 
 
 def _size(text: str | None) -> int | None:
@@ -240,12 +246,17 @@ class _Screen:
                 self._begin("Quantizing", layers)
             case events.LayerDone():
                 self._show_layer(event)
+            case events.MeasuringStarted(layers):
+                self._bar.close()
+                self._begin("Measuring", layers)
+            case events.LayerMeasured():
+                self._progress.step()
 
     def _begin(self, description: str, total: int) -> None:
         self._progress = self._bar.enter_context(self._out.progress(description, total))
 
     def _show_layer(self, done: "LayerDone") -> None:
-        self._finished = done.index + 1
+        self._finished += 1
         if done.resumed:
             self._progress.begin_at(self._finished, self._layers)
         else:
@@ -261,12 +272,14 @@ def _show_plan(out: Output, made: "PlanMade") -> None:
         f"{plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of {plan.group_size}, "
         f"the rest {plan.dtype_name}"
     )
-    needs = [f"{format_bytes(plan.memory_bytes)} of memory"]
+    needs = f"about {format_bytes(plan.memory_bytes)} of memory"
     if plan.device_bytes is not None:
-        needs.append(f"{format_bytes(plan.device_bytes)} of GPU memory")
+        needs += f" and {format_bytes(plan.device_bytes)} of GPU memory"
+    if plan.processes > 1:
+        needs += f" for each of {plan.processes} processes"
     if plan.seconds is not None:
-        needs.append(human_seconds(plan.seconds))
-    out.note(f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; about {' and '.join(needs)}")
+        needs += f" and {human_seconds(plan.seconds)}"
+    out.note(f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; {needs}")
 
 
 def _layer_line(done: "LayerDone") -> str:
@@ -288,7 +301,7 @@ def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
         "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
         "memory_bytes": plan.memory_bytes, "device_bytes": plan.device_bytes,
         "tokens_per_batch": plan.fit.tokens_per_batch,
-        "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,
+        "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes, "processes": plan.processes,
         "estimated_seconds": None if plan.seconds is None else round(plan.seconds),
     }  # fmt: skip
     out.document(document)

@@ -48,7 +48,8 @@ class Plan:
     device_bytes: of the memory of a GPU that has its own, else None; smaller: what the next smaller fit needs of the
     memory that is planned, the GPU's if it has its own; None if there is no such fit; state_bytes: on the disk while
     the work goes on; seconds: None on a GPU, where none was measured; keeps_grid: whether the weights stay on the 4-bit
-    grid that they are on, and nothing is searched.
+    grid that they are on, and nothing is searched; processes: how many share out the layers, each with the memory that
+    is planned.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -67,6 +68,7 @@ class Plan:
     seconds: float | None
     effort: Effort
     keeps_grid: bool = False
+    processes: int = 1
 
     @property
     def layers(self) -> int:
@@ -136,6 +138,7 @@ def make_plan(
     max_memory: int | None = None,
     quality: str = DEFAULT_QUALITY,
     keeps_grid: bool = False,
+    processes: int = 1,
 ) -> Plan:
     """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none.
 
@@ -162,6 +165,10 @@ def make_plan(
     linears = quantized_linears(layouts)
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
+    disk = state_bytes(checkpoint.shape, states)
+    if processes > 1:  # each has the calibration rows once more, and the layers lie in files of their own first
+        disk += processes * state_bytes(checkpoint.shape, work.calibration_tokens)
+        disk += sum(tensor.nbytes for tensor in tensors)
     return Plan(
         layouts=layouts,
         quantized_linears=len(linears),
@@ -175,10 +182,11 @@ def make_plan(
         memory_bytes=planned if device_total is None else host_peak_bytes(work),
         device_bytes=None if device_total is None else planned,
         smaller=smaller,
-        state_bytes=state_bytes(checkpoint.shape, states),
-        seconds=None if work.on_gpu else seconds(work, fit),
+        state_bytes=disk,
+        seconds=None if work.on_gpu else seconds(work, fit, processes),
         effort=effort,
         keeps_grid=keeps_grid,
+        processes=processes,
     )
 
 

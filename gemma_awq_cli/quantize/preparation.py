@@ -40,6 +40,7 @@ from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
 from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, grid_group_size
 from gemma_awq_cli.quantize.merged_adapter import MergedAdapter, adapter_warnings, open_asked_adapter
 from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
+from gemma_awq_cli.quantize.processes import Launched
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -94,11 +95,13 @@ class Prepared:
         }
 
 
-def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) -> Prepared:
+def prepare(
+    request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False, process: Launched | None = None
+) -> Prepared:
     """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
 
     dry_run: the target may be taken, weights stay on the hub, and rows that the model would sample are left zero, as
-    only their number matters.
+    only their number matters. process: one of several that share out the layers.
     """
     device = pick_device(request.device)
     recipe = find_recipe(
@@ -132,7 +135,10 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
         on_event(Note(reason))
     stack = TextStack(checkpoint, device)
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run, keeps_grid)
-    plan = make_plan(checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid)
+    processes = 1 if process is None else process.count
+    plan = make_plan(
+        checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes
+    )
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     if (problem := device_room_problem(plan, device)) is not None:
         if not dry_run:

@@ -338,9 +338,12 @@ class TextStack:
 
         return end, weight
 
-    def logit_chunks(self, head: Tensor, normed: Tensor) -> Iterator[Tensor]:
-        """Yield float32 logits [R, <= `logit_chunk`] of normed final states [R, hidden], some entries at a time."""
-        for part in head.split(logit_chunk(self.device)):
+    def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+        """Yield float32 logits [R, <= chunk] of normed final states [R, hidden], `chunk` entries at a time.
+
+        By default they are `logit_chunk` of the device.
+        """
+        for part in head.split(chunk or logit_chunk(self.device)):
             yield soft_cap(normed @ part.to(torch.float32).t(), self.softcap)
 
 
