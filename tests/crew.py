@@ -14,11 +14,14 @@ from pathlib import Path
 # Reads commands as JSON lines, answers with the exit code (or minus the signal) and the output of each process.
 SERVER = """
 import json, os, signal, sys
+os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 import torch
 torch.set_num_threads(1)  # no threads exist that a fork would lose
 import torch.distributed, gemma_awq_cli.quantize.pipeline, gemma_awq_cli.cli.quantize
 import transformers.models.gemma2.modeling_gemma2
 from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.quantize import processes
+processes.BEAT_SECONDS, processes.LOST_SECONDS = 0.1, 3.0  # a process that is killed says nothing
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 for line in sys.stdin:
     order = json.loads(line)

@@ -1,5 +1,6 @@
 """`gemma-awq quantize`: from a 16-bit Gemma to a 4-bit AWQ artifact."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -156,6 +157,8 @@ def command(
 
     process = launched()
     is_first = process is None or process.is_first  # of several processes only one reports
+    if process is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own words on a lost connection are a page long
     out = Output(quiet or not is_first)
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")

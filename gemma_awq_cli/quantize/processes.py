@@ -1,11 +1,13 @@
 """Several processes that quantize one model together, as torchrun, Slurm or another launcher starts them.
 
-They agree through PyTorch's gloo, which needs nothing but a network, and share a folder. Little is sent: results lie in
-the folder (see layer_files.py).
+They agree through the store of torch.distributed, which needs nothing but a network, and share a folder. Results lie
+in the folder (see layer_files.py). No collective operations are used: a process that waits in one heeds no signal.
 """
 
+import json
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -14,12 +16,16 @@ from datetime import timedelta
 from typing import Any, TypeVar
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.system.failures import first_line
 
 T = TypeVar("T")
 LAUNCH = "Start all processes with one launcher: torchrun --nproc-per-node N -m gemma_awq_cli quantize ..."
 POLL_SECONDS = 0.1
+BEAT_SECONDS = 2.0  # between two signs of life
+LOST_SECONDS = 60.0  # without one, after which a process is lost
 JOIN_SECONDS = 600.0  # in which all processes must have started
-PATIENCE = timedelta(days=30)  # one process may work for days while the others wait; a lost one closes its connection
+CONNECT_SECONDS = 5.0  # of one attempt to connect: signals are heeded between two
+LEAVE_SECONDS = 10.0  # that process 0 stays for the others at the end
 FIRST_PORT, PORTS = 10_000, 20_000  # of Slurm's jobs: below those that systems give away
 _HOST = re.compile(r"([^,\[\]]+)(?:\[(\d+)[^\]]*\])?([^,\[\]]*)")  # the first of a list such as node[01-04,7],big3
 
@@ -117,85 +123,149 @@ def own_device(asked: str, process: Launched) -> str:
 class Group:
     """The processes of one run, connected. Every method is called by all of them, in the same order.
 
-    A process that ends early closes its connections: the others then raise GemmaAwqError.
+    It waits by looking again and again, so that signals are heeded. GemmaAwqError is raised when a process is lost: it
+    has ended, has given no sign of life for LOST_SECONDS, or has not appeared within JOIN_SECONDS.
     """
 
-    def __init__(self, process: Launched) -> None:
+    def __init__(self, process: Launched, store: Any) -> None:
         self.process = process
+        self._store = store
+        self._calls = 0
+        self._ended = threading.Event()
+        self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of each process, and when it was new
+        self._looked = 0.0
+        self._started = time.monotonic()
+        self._beat()
+        threading.Thread(target=self._live, daemon=True).start()
 
     @property
     def is_first(self) -> bool:
         return self.process.is_first
 
-    def gather(self, value: T) -> list[T]:
-        """Return the values of all processes, by their numbers."""
-        import torch.distributed as dist
+    def gather(self, value: T, meanwhile: Callable[[], None] = lambda: None) -> list[T]:
+        """Return the values of all processes, by their numbers, when all have called this. They are plain data.
 
-        values: list[Any] = [None] * self.process.count
-        self.wait()  # which heeds signals, as the exchange does not
-        with _lost_processes():
-            dist.all_gather_object(values, value)
-        return values
+        meanwhile: called again and again until then.
+        """
+        self._calls += 1
+        keys = [f"{self._calls}/{rank}" for rank in range(self.process.count)]
+        with _lost_store():
+            self._store.set(keys[self.process.rank], json.dumps(value))
+            while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
+                meanwhile()
+                self._require_alive(missing)
+                time.sleep(POLL_SECONDS)
+            return [json.loads(self._store.get(key)) for key in keys]
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Return when all processes have called this. meanwhile: called again and again until then."""
-        import torch.distributed as dist
-
-        with _lost_processes():
-            everyone = dist.barrier(async_op=True)
-            while not everyone.is_completed():
-                meanwhile()
-                time.sleep(POLL_SECONDS)
-            everyone.wait()
+        """Return when all processes have called this."""
+        self.gather(None, meanwhile)
 
     def first_then_others(self, do: Callable[[], T]) -> T:
         """Return what `do` returns. Process 0 calls it alone, and the others when it is done."""
-        result = do() if self.is_first else None
-        self.wait()
-        result = result if result is not None or self.is_first else do()
-        self.wait()
-        return result  # type: ignore[return-value]
+        if self.is_first:
+            result = do()
+            self.wait()
+        else:
+            self.wait()
+            result = do()
+        return result
+
+    def leave(self, in_peace: bool) -> None:
+        """Tell the others that this process ends. in_peace: it needs nothing more, and neither do they from it."""
+        self._ended.set()
+        with suppress(RuntimeError):
+            self._store.set(f"left/{self.process.rank}", "")
+            if in_peace and self.is_first:  # whose store the others are still reading
+                deadline = time.monotonic() + LEAVE_SECONDS
+                left = [f"left/{rank}" for rank in range(self.process.count)]
+                while not self._store.check(left) and time.monotonic() < deadline:
+                    time.sleep(POLL_SECONDS)
+
+    def _live(self) -> None:
+        """Give signs of life until the end. Runs in a thread of its own."""
+        with suppress(RuntimeError):  # the store has ended, which the others' next call finds out
+            while not self._ended.wait(BEAT_SECONDS):
+                self._beat()
+
+    def _beat(self) -> None:
+        self._store.set(f"alive/{self.process.rank}", str(time.monotonic()))
+
+    def _require_alive(self, ranks: list[int]) -> None:
+        """Raise if one of some processes is lost."""
+        now = time.monotonic()
+        if now - self._looked < BEAT_SECONDS:
+            return
+        self._looked = now
+        for rank in ranks:
+            if self._store.check([f"left/{rank}"]):
+                raise lost(f"Process {rank} of this run has ended.")
+            sign = self._store.get(f"alive/{rank}") if self._store.check([f"alive/{rank}"]) else b""
+            if rank not in self._seen or self._seen[rank][0] != sign:
+                self._seen[rank] = sign, now
+            patience = LOST_SECONDS if sign else JOIN_SECONDS
+            if now - self._seen[rank][1] > patience:
+                never = "has given no sign of life for" if sign else "did not start within"
+                raise lost(f"Process {rank} of this run {never} {patience:.0f} seconds.")
+
+
+def lost(message: str) -> GemmaAwqError:
+    """Return the error of a run that has lost a process."""
+    return GemmaAwqError(
+        message, "Its own message says why. Finished layers are kept: start all processes again with --resume."
+    )
+
+
+@contextmanager
+def _lost_store() -> Iterator[None]:
+    """The store ends with process 0, or with torchrun."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise lost("Process 0 of this run has ended.") from error
 
 
 @contextmanager
 def joined(process: Launched) -> Iterator[Group]:
     """Connect the processes of a run, and part them at the end. Raises GemmaAwqError if they do not find each other."""
+    group = Group(process, _store(process))
+    in_peace = False
+    try:
+        group.wait()  # from here on nobody looks for a process that has ended early
+        yield group
+        in_peace = True
+    finally:
+        group.leave(in_peace)
+
+
+def _store(process: Launched) -> Any:
+    """PyTorch's store of keys and values, which process 0 serves, or torchrun for its processes."""
     import torch.distributed
 
     dist: Any = torch.distributed  # whose stores are exported without types
-    try:
-        within = timedelta(seconds=JOIN_SECONDS)
-        server = dist.TCPStore(process.address, process.port, process.count, _serves(process), within)
-        # torchrun keeps one store for all its attempts to run the processes
-        store = dist.PrefixStore(f"gemma-awq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", server)
-        dist.init_process_group("gloo", store=store, rank=process.rank, world_size=process.count, timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        raise GemmaAwqError(
-            f"The {process.count} processes did not find each other at {process.address}:{process.port}: "
-            f"{str(error).strip().splitlines()[0]}",
-            f"{LAUNCH} The machines must reach each other.",
-        ) from error
-    try:
-        yield Group(process)
-    finally:
-        with suppress(RuntimeError, ValueError):
-            dist.destroy_process_group()
-
-
-def _serves(process: Launched) -> bool:
-    """Whether this process runs the store. torchrun's agent does that for its processes."""
-    return process.is_first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-
-
-@contextmanager
-def _lost_processes() -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        raise GemmaAwqError(
-            "Another process of this run has ended.",
-            "Its message says why. Finished layers are kept: start all processes again with --resume.",
-        ) from error
+    by_torchrun = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    serves = process.is_first and not by_torchrun
+    deadline = time.monotonic() + JOIN_SECONDS
+    while True:
+        try:
+            store = dist.TCPStore(
+                process.address,
+                process.port,
+                process.count,
+                serves,
+                timedelta(seconds=CONNECT_SECONDS),
+                wait_for_workers=False,
+            )
+            break
+        except (RuntimeError, ValueError) as error:
+            if serves or time.monotonic() > deadline:
+                raise GemmaAwqError(
+                    f"Process {process.rank} cannot reach the others at {process.address}:{process.port}: "
+                    f"{first_line(error)}",
+                    f"{LAUNCH} The machines must reach each other, and the port must be free (MASTER_PORT).",
+                ) from error
+    # torchrun keeps one store for all its attempts to run the processes
+    return dist.PrefixStore(f"gemma-awq/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 def require_same_everywhere(values: list[Mapping[str, Any]], describe: Callable[[Any, Any], list[str]]) -> None:
