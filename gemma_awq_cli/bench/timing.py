@@ -12,12 +12,11 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch import Tensor
 
 from gemma_awq_cli.generate.local_engine import require_finite_logits
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.memory import free_memory, peak_memory
-from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.session import Logits, Session
 
 BANDWIDTH_BYTES = 256 << 20  # more than any processor's cache holds
 GPU_BANDWIDTH_BYTES = 4 << 30  # and enough that starting a kernel takes no time beside it
@@ -37,7 +36,6 @@ class Sample:
     decode: float
 
 
-@torch.inference_mode()
 def time_sessions(
     open_session: Callable[[int, int], Session],
     bos: int,
@@ -81,9 +79,9 @@ def time_sessions(
     return Sample(first, steps, decode)
 
 
-def _most_likely(logits: Tensor) -> list[list[int]]:
+def _most_likely(logits: Logits) -> list[list[int]]:
     """The most likely next token of each row. The end of text does not end a measurement."""
-    return [[int(token)] for token in logits.argmax(dim=-1).tolist()]
+    return [[int(token)] for token in logits.argmax(-1).tolist()]
 
 
 def bandwidth(device: torch.device) -> float:
