@@ -116,7 +116,8 @@ def test_run_and_score_every_family(
 ) -> None:
     for folder, packed in ((checkpoints(kind), False), (artifacts(kind), True)):
         with fake_device(place) as device:
-            opened = open_model(folder, torch.device(place, 0))
+            with torch.inference_mode():  # a fake tensor of that mode is no view of one that is not
+                opened = open_model(folder, torch.device(place, 0))
             session = opened.session(2, 40)
             session.next_logits([[2, 5, 6, 7], [2, 9]])
             device.reset()
