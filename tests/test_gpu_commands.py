@@ -200,6 +200,15 @@ def test_the_plan_knows_the_gpus_memory(
     assert not (tmp_path / "out").exists()
 
 
+def test_sampling_is_refused_by_the_gpus_free_memory(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
+) -> None:
+    ask = quick(checkpoints("gemma"), tmp_path / "out", text_file, "cuda", "--calibration", "self")
+    with fake_device(free=10**8):
+        assert main(ask) == 1
+    assert "only 0.1 GB are available" in capsys.readouterr().err
+
+
 def test_layers_spread_over_two_gpus_with_rows_that_end_early(checkpoints: Callable[[str], Path]) -> None:
     pytest.importorskip("accelerate")
     folder = checkpoints("gemma2")
