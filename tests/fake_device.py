@@ -408,6 +408,16 @@ class _Calls(TorchFunctionMode):
         return device._copied(ATEN._to_copy.default, source, {"dtype": dtype, "device": wanted})
 
 
+_RealGenerator = torch.Generator
+
+
+class _Generator(torch.Generator):
+    """A generator on the CPU for every device."""
+
+    def __new__(cls, device: Any = None) -> torch.Generator:  # type: ignore[misc]
+        return _RealGenerator("cpu" if device is None or _current().place(device) else device)
+
+
 class _Event:
     """A mark in the device's queue, which is always empty."""
 
@@ -432,11 +442,6 @@ def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
     torch._C._ensureCUDADeviceGuardSet()
     device = FakeDevice(kind, **facts)
     is_cuda = kind == "cuda"
-    real_generator = torch.Generator
-
-    def generator(device: Any = None) -> torch.Generator:
-        return real_generator("cpu" if device is None or _current().place(device) else device)
-
     patches: list[tuple[Any, str, Callable[..., Any]]] = [
         (torch.cuda, "is_available", lambda: is_cuda),
         (torch.cuda, "device_count", lambda: device.count if is_cuda else 0),
@@ -449,7 +454,7 @@ def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
         (torch.cuda, "current_stream", lambda *_: None),
         (torch.cuda, "Event", _Event),
         (torch.backends.mps, "is_available", lambda: not is_cuda),
-        (torch, "Generator", generator),
+        (torch, "Generator", _Generator),
     ]
     cuda_kernel._order.cache_clear()
     with ExitStack() as stack:
