@@ -436,6 +436,12 @@ class _Event:
         return 1000 * (other._at - self._at)
 
 
+def _forget() -> None:
+    """Forget what was found out about a device of the same name."""
+    cuda_kernel._order.cache_clear()
+    cuda_kernel._problem.cache_clear()
+
+
 @contextmanager
 def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
     """Give torch fake devices of a kind. facts: the fields of `FakeDevice`."""
@@ -456,13 +462,13 @@ def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
         (torch.backends.mps, "is_available", lambda: not is_cuda),
         (torch, "Generator", _Generator),
     ]
-    cuda_kernel._order.cache_clear()
+    _forget()
     with ExitStack() as stack:
         for owner, name, value in patches:
             stack.enter_context(mock.patch.object(owner, name, value))
         _ACTIVE.append(device)
         stack.callback(_ACTIVE.pop)
-        stack.callback(cuda_kernel._order.cache_clear)
+        stack.callback(_forget)
         stack.enter_context(_Calls())
         stack.enter_context(_Operations())
         yield device

@@ -1,18 +1,23 @@
 """The int4 product for CUDA on a fake device: how it prepares what PyTorch's operation gets, and what it returns."""
 
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
 import torch
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.kernels.cuda import MANY_ROWS, CudaInt4Linear
 from gemma_awq_cli.kernels.head import RefinedHead, make_head
-from gemma_awq_cli.kernels.packed_linear import make_linear
+from gemma_awq_cli.kernels.packed_linear import describe, make_linear
 from gemma_awq_cli.kernels.triton import MANY_ROWS as TRITON_MANY_ROWS
 from gemma_awq_cli.kernels.triton import TritonLinear
 from tests.fake_device import FakeDevice, fake_device
 from tests.kernels.test_kernels import packed_weight
 
 PLACE = torch.device("cuda", 0)
+OTHER = "; not PyTorch's int4 product for CPUs: it computes in bfloat16 on the CPU only"
 
 
 def on(device: FakeDevice, packed: PackedWeight) -> PackedWeight:
@@ -72,3 +77,30 @@ def test_a_prompt_does_not_take_the_split_product() -> None:
     found = TritonLinear(packed)(x)
     assert TRITON_MANY_ROWS <= 64
     torch.testing.assert_close(found, x @ dequantize(q, grid).half().t())
+
+
+@pytest.mark.parametrize("wrong", ["a nibble", "an error", "NaN"])
+def test_a_gpu_whose_product_is_wrong_gets_another_kernel(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = FakeDevice._int4
+
+    def broken(device: FakeDevice, name: str, args: Sequence[Any]) -> torch.Tensor | None:
+        result = right(device, name, args)
+        if name == "_weight_int4pack_mm" and result is not None:
+            if wrong == "an error":
+                raise RuntimeError("no kernel image is available for execution on the device")
+            result = result.clone()
+            result[:, 3] = torch.nan if wrong == "NaN" else result[:, 3] * 1.5
+        return result
+
+    packed, dense = packed_weight(32, 256, 64)
+    x = torch.randn(2, 256, dtype=torch.bfloat16)
+    with fake_device(capability=(8, 0)) as device:
+        assert describe(on(device, packed), PLACE, torch.bfloat16) == "PyTorch's int4 product for CUDA" + OTHER
+    monkeypatch.setattr(FakeDevice, "_int4", broken)
+    with fake_device(capability=(8, 0)) as device:
+        line = describe(on(device, packed), PLACE, torch.bfloat16)
+        assert line.startswith("unpack and multiply")
+        assert ("no kernel image" if wrong == "an error" else "multiplies known numbers wrongly") in line
+        found = make_linear(on(device, packed), PLACE, torch.bfloat16)(device.on(x)).cpu()
+    expected = x.float() @ dense.t()
+    assert (found.float() - expected).norm() < 0.01 * expected.norm()
