@@ -336,13 +336,14 @@ def command(
 
     from gemma_awq_cli.generate.finding import find_model
 
-    found = find_model(request.model, revision, out.note)  # its tokenizer loads while torch is imported
+    one_text = not chatting and files is None and form is None and tools is None
+    found = find_model(request.model, revision, out.note, one_text)
 
     from gemma_awq_cli.cli import batch, chat_screen
     from gemma_awq_cli.cli.run_notes import show_events
     from gemma_awq_cli.generate.running import open_chat, run_prompt
 
-    stages.end("importing torch")
+    stages.end("importing")
     show = show_events(out, stages, verbose)
     if files is not None:
         batch.complete_file(out, request, found, files, show, as_json)

@@ -1,6 +1,6 @@
 """The model of a request, found on this machine or fetched, and its tokenizer, which begins to load. Imports no torch.
 
-The tokenizer loads on a thread of its own, so that it is ready by the time torch is imported and the weights are read.
+The tokenizer loads on a thread of its own, while the weights are packed.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,10 @@ class FoundModel:
     prompter: Future[Prompter]
 
 
-def find_model(name: str, revision: str | None, note: Callable[[str], None]) -> FoundModel:
-    """Find a folder, a hub id or `demo`, and begin to load its tokenizer. `note` is told of what takes long."""
+def find_model(name: str, revision: str | None, note: Callable[[str], None], one_text: bool = False) -> FoundModel:
+    """Find a folder, a hub id or `demo`, and begin to load its tokenizer. `note` is told of what takes long.
+
+    one_text: whether the model will get a single prompt.
+    """
     folder = find_source(name, revision, note).folder
-    return FoundModel(folder, begin_loading(folder))
+    return FoundModel(folder, begin_loading(folder, one_text))

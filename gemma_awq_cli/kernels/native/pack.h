@@ -63,24 +63,39 @@ static uint16_t quantize8(const float* x, int64_t group, uint8_t* q) {
 // One group of one output to 4 bits with a zero point: of three ranges, the one with the least squared error. Returns
 // the scale's float16.
 static uint16_t quantize4(const float* x, int64_t group, uint8_t* q, uint8_t* zero) {
-    float low = 0, high = 0, best = INFINITY;
-    for (int64_t k = 0; k < group; k++) low = std::min(low, x[k]), high = std::max(high, x[k]);
+    constexpr int TRIES = 3;
+    Floats lows = splat(0.0f), highs = splat(0.0f);
+    for (int64_t k = 0; k < group; k += LANES) {
+        const Floats v = load(x + k);
+        lows = smaller(lows, v), highs = larger(highs, v);
+    }
+    const float low = -largest(splat(0.0f) - lows), high = largest(highs);
+    uint16_t halves[TRIES];
+    float scales[TRIES], inverses[TRIES], zeros[TRIES];
+    Floats errors[TRIES];
+    for (int step = 0; step < TRIES; step++) {
+        const float shrink = 1.0f - 0.07f * step;
+        halves[step] = half_of((high - low) * shrink / 15.0f);
+        scales[step] = half_to_float(halves[step]);
+        inverses[step] = scales[step] > 0 ? 1.0f / scales[step] : 0.0f;
+        zeros[step] = std::min(15.0f, std::max(0.0f, std::nearbyint(-low * shrink * inverses[step])));
+        errors[step] = splat(0.0f);
+    }
+    for (int64_t k = 0; k < group; k += LANES) {  // all tries side by side: each waits for its own last result
+        const Floats v = load(x + k);
+        for (int step = 0; step < TRIES; step++) {
+            const Floats z = splat(zeros[step]);
+            const Floats level = to_float(rounded(fma(v, splat(inverses[step]), z), 0.0f, 15.0f));
+            const Floats off = (level - z) * scales[step] - v;
+            errors[step] = fma(off, off, errors[step]);
+        }
+    }
+    float best = INFINITY;
     uint16_t chosen = 0;
     *zero = 0;
-    for (int step = 0; step < 3; step++) {
-        const float shrink = 1.0f - 0.07f * step;
-        const uint16_t half = half_of((high - low) * shrink / 15.0f);
-        const float scale = half_to_float(half);
-        if (!(scale > 0)) break;
-        const float inverse = 1.0f / scale, z = std::min(15.0f, std::max(0.0f, std::nearbyint(-low * shrink * inverse)));
-        Floats error = splat(0.0f);
-        for (int64_t k = 0; k < group; k += LANES) {
-            const Floats v = load(x + k);
-            const Floats level = to_float(rounded(fma(v, splat(inverse), splat(z)), 0.0f, 15.0f));
-            const Floats off = (level - splat(z)) * scale - v;
-            error = fma(off, off, error);
-        }
-        if (sum(error) < best) best = sum(error), chosen = half, *zero = (uint8_t)z;
+    for (int step = 0; step < TRIES && scales[step] > 0; step++) {
+        const float total = sum(errors[step]);
+        if (total < best) best = total, chosen = halves[step], *zero = (uint8_t)zeros[step];
     }
     const float scale = half_to_float(chosen), inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (int64_t k = 0; k < group; k += LANES)

@@ -112,8 +112,10 @@ def require_finite_array(name: str, array: Array) -> None:
     kind, magnitude, infinity = _INFINITY[array.dtype.name]
     bits = array.reshape(-1).view(kind)
     most = infinity if _BOUND.search(name) else infinity - 1
+    part = np.empty(min(_BLOCK, len(bits)), kind)
     for first in range(0, len(bits), _BLOCK):
-        if (bits[first : first + _BLOCK] & kind(magnitude)).max() > most:
+        block = bits[first : first + _BLOCK]
+        if np.bitwise_and(block, kind(magnitude), out=part[: len(block)]).max() > most:
             raise GemmaAwqError(
                 f"{name} holds NaN or infinite values.",
                 "The checkpoint is damaged or its training diverged. " + REDOWNLOAD,

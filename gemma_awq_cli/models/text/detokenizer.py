@@ -2,9 +2,7 @@
 
 from collections.abc import Callable, Sequence
 
-from tokenizers.decoders import DecodeStream
-
-from gemma_awq_cli.models.text.tokenizer import Tokenizer, tokenizer_errors
+from gemma_awq_cli.models.text.tokenizer import Tokenizer
 
 
 class StreamingDetokenizer:
@@ -14,8 +12,7 @@ class StreamingDetokenizer:
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str], on_text: Callable[[str], None]) -> None:
-        self._backend = tokenizer.backend
-        self._stream = DecodeStream(skip_special_tokens=True)
+        self._decode = tokenizer.decode_stream()
         self._stop = [string for string in stop if string]
         self._on_text = on_text
         self._text = ""
@@ -23,9 +20,7 @@ class StreamingDetokenizer:
 
     def add(self, token: int) -> bool:
         """Decode one more token. Return whether that completed a stop string."""
-        with tokenizer_errors("The tokenizer cannot decode tokens one by one"):
-            text = self._stream.step(self._backend, token) or ""
-        return self.add_text(text)
+        return self.add_text(self._decode(token) or "")
 
     def add_text(self, text: str) -> bool:
         """Add text that was decoded elsewhere. Return whether that completed a stop string."""

@@ -32,9 +32,10 @@ class Prompter:
     A text or a conversation that the model cannot be given raises `PromptError`; the next one may be fine.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, one_text: bool = False) -> None:
+        """Open a folder's. one_text: whether it will be asked for the ids of a single text: it is ready sooner then."""
         self.folder = folder
-        self.tokenizer = load_tokenizer(folder)
+        self.tokenizer = load_tokenizer(folder, one_text)
         bos = self.tokenizer.special_id("bos_token")
         if bos is None:
             raise GemmaAwqError(f"The tokenizer of {folder} has no BOS token, which every Gemma needs.", COPY)
@@ -139,11 +140,11 @@ def located(place: object) -> Iterator[None]:
         raise PromptError(f"{place}: {error.message}", error.hint) from error
 
 
-def begin_loading(folder: Path) -> Future[Prompter]:
+def begin_loading(folder: Path, one_text: bool = False) -> Future[Prompter]:
     """Load a folder's `Prompter` on a thread of its own, while the caller imports or reads something else."""
 
     def load() -> Prompter:
-        prompter = Prompter(folder)
+        prompter = Prompter(folder, one_text)
         with suppress(GemmaAwqError):  # raised again when the template is needed
             prompter.prepare()
         return prompter
