@@ -60,10 +60,11 @@ def test_the_int4_head_is_made_on_the_device() -> None:
     weight = torch.randn(64, 128, dtype=torch.bfloat16)
     with fake_device(capability=(8, 0)) as device:
         held = device.on(weight)
+        make_head(held, "int4")  # the first time, the op is tried on known numbers
         device.reset()
         head = make_head(held, "int4")
         assert isinstance(head, RefinedHead)
-        assert device.syncs["to the CPU"] <= 3  # what is read is the op's layout, digit by digit
+        assert not device.syncs
         found = head(device.on(weight[:2])).cpu()
     expected = make_head(weight, "int4")(weight[:2])
     torch.testing.assert_close(found.float(), expected.float(), rtol=0.02, atol=1.0)
