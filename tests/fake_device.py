@@ -100,7 +100,8 @@ class FakeDevice:
 
     kind: `cuda` or `mps`; count: how many there are; free: bytes that each says are free, total: that it has; peak:
     what it says was allocated at most; capability: of CUDA devices. launches: kernels by the operation that started
-    them; syncs, uploads: by operation; unordered: operations whose sums have no fixed order.
+    them; syncs, uploads: by operation; unordered: operations whose sums have no fixed order; uploaded: tensors by the
+    dtype in which they travelled, and their shape.
     """
 
     kind: str = "cuda"
@@ -113,11 +114,13 @@ class FakeDevice:
     syncs: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
     unordered: Counter[str] = field(default_factory=Counter)
+    uploaded: Counter[tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=Counter)
 
     def reset(self) -> None:
         """Forget what happened."""
         for counter in (self.launches, self.syncs, self.uploads, self.unordered):
             counter.clear()
+        self.uploaded.clear()
 
     def place(self, device: Any) -> torch.device | None:
         """The fake device that an argument names, or None for the CPU and the meta device."""
@@ -189,6 +192,7 @@ class FakeDevice:
             self.syncs["to the CPU"] += 1
         elif origin is None and target is not None:
             self.uploads["to the device"] += 1
+            self.uploaded[(dtype, tuple(source.shape))] += 1
         if origin is not None or target is not None:
             self.launches["_to_copy"] += 1
         bare = _bare(source)

@@ -1,6 +1,7 @@
 """The commands on fake GPUs: no tensor on the wrong device, no sum without an order, and few launches and waits."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,18 @@ def test_quantize_every_family(
         assert device.syncs["to the CPU"] <= 80 * layers + 200 * (kind == "gemma4-experts") * layers
         run = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["run"]
         assert run["peak_vram_bytes"] == device.peak
+
+
+def test_each_weight_is_uploaded_once_and_in_16_bits(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None
+) -> None:
+    with fake_device("cuda") as device:
+        assert main(quick(checkpoints("gemma2"), tmp_path / "out", text_file, "cuda")) == 0
+    layouts = Checkpoint(checkpoints("gemma2")).shape.layouts
+    expected = Counter((one.outputs, one.inputs) for layout in layouts for one in layout.linears.values())
+    found = Counter({shape: count for (_, shape), count in device.uploaded.items() if shape in expected})
+    assert found == expected
+    assert {dtype for dtype, shape in device.uploaded if shape in expected} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize(("kind", "quality"), [("gemma2", "fast"), ("gemma-mqa", "balanced"), ("gemma4_text", "fast")])
