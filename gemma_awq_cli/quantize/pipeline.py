@@ -290,10 +290,12 @@ def _share_out(
     finished = files.finished() if group is None else group.gather(files.finished())[0]  # which others add to already
     missing = [index for index in range(layers) if index not in finished]
     own = shares(missing, number, 1 if group is None else group.process.count)
-    quantize_share(prepared, files, state, own, meanwhile)
-    if group is not None:
-        group.wait(meanwhile)
-    meanwhile()
+    try:
+        quantize_share(prepared, files, state, own, meanwhile)
+        if group is not None:
+            group.wait(meanwhile)
+    finally:
+        meanwhile()  # also after an interruption: what is kept by then is said
 
 
 def _collect_layers(

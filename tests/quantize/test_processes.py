@@ -229,7 +229,9 @@ def test_whichever_process_is_lost_the_rest_is_kept(
             others = [output for rank, output in enumerate(ended.outputs) if rank != killed]
             assert all(code == 1 for rank, code in enumerate(ended.codes) if rank != killed), ended
             assert all(" of this run has " in output for output in others), others
-            kept += bool(LayerFiles(out.parent / ".out.partial" / "state").finished())
+            kept += bool(finished := LayerFiles(out.parent / ".out.partial" / "state").finished())
+            if 0 in finished and killed:  # of its own share: the first process knows of it, and says so
+                assert " of 3 layers are kept" in ended.outputs[0]
             if turn % 2:  # another number of processes continues, or one alone
                 again = crew.run([*arguments, "--resume"], 2 + turn % 3)
                 assert set(again.codes) == {0}, again.outputs
