@@ -123,8 +123,9 @@ def own_device(asked: str, process: Launched) -> str:
 class Group:
     """The processes of one run, connected. Every method is called by all of them, in the same order.
 
-    It waits by looking again and again, so that signals are heeded. GemmaAwqError is raised when a process is lost: it
-    has ended, has given no sign of life for LOST_SECONDS, or has not appeared within JOIN_SECONDS.
+    Values travel as JSON: what another process says is read and never executed. It waits by looking again and again, so
+    that signals are heeded. GemmaAwqError is raised when a process is lost: it has ended, has given no sign of life for
+    LOST_SECONDS, or has not appeared within JOIN_SECONDS.
     """
 
     def __init__(self, process: Launched, store: Any) -> None:
@@ -134,7 +135,6 @@ class Group:
         self._ended = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of each process, and when it was new
         self._looked = 0.0
-        self._started = time.monotonic()
         self._beat()
         threading.Thread(target=self._live, daemon=True).start()
 
