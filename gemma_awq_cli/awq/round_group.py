@@ -18,6 +18,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.search import Effort, search_range
 
 PART = 2**23  # elements that are rounded at a time: rows are independent
+GPU_PART = 2**26  # the same on a GPU, where each column of a part starts some kernels, however many rows it has
 
 
 class Rounded(NamedTuple):
@@ -91,9 +92,14 @@ def _empty(weight: Tensor, group_size: int) -> Rounded:
     )
 
 
+def part_elements(device: torch.device) -> int:
+    """Return how many elements are rounded at a time. It depends on nothing but the kind of device: sums do too."""
+    return PART if device.type == "cpu" else GPU_PART
+
+
 def _parts(weight: Tensor, width: int | None = None) -> Iterator[slice]:
-    """Yield slices of rows whose `width` columns, by default all, have at most PART elements."""
-    count = max(1, PART // (width or weight.shape[1]))
+    """Yield slices of rows whose `width` columns, by default all, have at most `part_elements`."""
+    count = max(1, part_elements(weight.device) // (width or weight.shape[1]))
     return (slice(start, start + count) for start in range(0, weight.shape[0], count))
 
 

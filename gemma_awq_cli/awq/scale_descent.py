@@ -17,6 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.ordered_sums import add_by_place, sum_by_class
+
 LEARNING_RATE = 0.03  # of log s; it falls to 0 over the steps
 
 
@@ -41,18 +43,17 @@ def descend(
 ) -> Tensor:
     """Return the scale [K] float32 that `steps` of Adam find from `start` [K].
 
-    parts: the linears that get it; tied: [K] integers, equal for columns that must get the same scale, or None if there
-    are none.
+    parts: the linears that get it; tied: [K] integers from 0 on, equal for columns that must get the same scale, each
+    equally often, or None if there are none.
     """
     parameter = torch.arange(start.numel(), device=start.device) if tied is None else tied  # of each column
     count = int(parameter.max()) + 1
-    members = torch.zeros(count, device=start.device).index_add_(0, parameter, torch.ones_like(start))
-    logs = torch.zeros(count, device=start.device).index_add_(0, parameter, start.log()) / members
+    logs = sum_by_class(start.log(), parameter, count) / (start.numel() // count)
     optimizer = torch.optim.Adam([logs], lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for _ in range(steps):
         slope = _slope(parts, logs.exp()[parameter], group_size)
-        logs.grad = torch.zeros_like(logs).index_add_(0, parameter, slope)
+        logs.grad = sum_by_class(slope, parameter, count)
         optimizer.step()
         schedule.step()
     return logs.exp()[parameter]
@@ -75,8 +76,8 @@ def _slope(parts: Sequence[Fed], scale: Tensor, group_size: int) -> Tensor:
             high, low = high.clamp_(min=0), low.clamp_(max=0)  # every grid contains 0
             width = share * (high - low)
             spread += (width * (high - low)).sum(0)
-            stretch.scatter_add_(1, highest.t(), (width * high).t())
-            stretch.scatter_add_(1, lowest.t(), -(width * low).t())
+            add_by_place(stretch, highest, width * high)
+            add_by_place(stretch, lowest, -(width * low))
         total += (spread * group_cost).sum()
         slope += stretch * group_cost[:, None] - spread[:, None] * column_cost
     return (2 * slope / total).flatten()

@@ -44,7 +44,7 @@ def run_bench(request: BenchRequest, on_event: OnEvent = lambda event: None) -> 
     page = local_path(request.report, ELSEWHERE) if request.report is not None else None
     if page is not None:
         require_plotting(page)
-    measured = Measurements(request.options, on_event, environment())
+    measured = Measurements(request.options, on_event, environment(request.options.device))
     try:
         _measure(measured, request)
     except (KeyboardInterrupt, Terminated):

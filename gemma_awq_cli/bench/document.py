@@ -175,8 +175,11 @@ def save_beside(model: BenchModel, document: Mapping[str, Any]) -> Path:
     return path
 
 
-def environment() -> dict[str, Any]:
-    """Return what speed depends on: the machine, and the versions of the libraries."""
+def environment(device: str) -> dict[str, Any]:
+    """Return what speed depends on: the machine, and the versions of the libraries.
+
+    device: as it was asked for, of several GPUs.
+    """
     import torch
     import transformers
 
@@ -186,7 +189,7 @@ def environment() -> dict[str, Any]:
         "processor": processor_model(),
         "logical_processors": os.cpu_count(),
         "instructions": torch.backends.cpu.get_cpu_capability(),
-        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu": torch.cuda.get_device_name(device if device.startswith("cuda") else None) if cuda else None,
         "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -7,6 +7,7 @@ from pathlib import Path
 from gemma_awq_cli.bench import thresholds
 from gemma_awq_cli.bench.thresholds import Figure
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.system.devices import require_device_name
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,8 @@ class BenchRequest:
         return {figure: limit for figure, limit in given.items() if limit is not None}
 
     def require_consistent(self) -> None:
-        """Raise a usage error for a limit, or an option, of what is not measured."""
+        """Raise a usage error for an unknown device, and for a limit, or an option, of what is not measured."""
+        require_device_name(self.options.device)
         if self.options.first_token and not self.options.speed:
             raise UsageError("--first-token needs --speed.", "Add --speed.")
         for figure in self.limits:

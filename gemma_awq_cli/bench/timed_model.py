@@ -58,7 +58,7 @@ def load(kind: str, path: Path, device: torch.device, rows: int, tokens: int, ad
     bos = opened.prompter.bos if config.bos_token_id is None else int(config.bos_token_id)
     opened.session(1, 1).next_logits([[bos]])  # what is read lazily is read now
     seconds = time.perf_counter() - started
-    if kind in ("int8", "nf4"):
+    if kind in ("int8", "nf4") or opened.forward.text is None:
         weight_bytes = held_bytes_per_token(opened.model, opened.checkpoint.tied_head)
     else:
         weight_bytes = stored_bytes_per_token(opened.checkpoint, opened.dtype_name, opened.forward.head)
@@ -122,10 +122,10 @@ def _total_memory() -> int:
 
 
 def held_bytes_per_token(model: nn.Module, tied_head: bool) -> int:
-    """Return the bytes of a text model's parameters and buffers, without an embedding that is not the head."""
-    embedding = "embed_tokens.weight"
+    """Return the bytes of a text model's parameters and buffers, without the embeddings that are not the head."""
+    looked_up = ("embed_tokens_per_layer.weight", *(() if tied_head else ("embed_tokens.weight",)))
     return sum(
         tensor.nbytes
         for name, tensor in chain(model.named_parameters(), model.named_buffers())
-        if tied_head or not name.endswith(embedding)
+        if not name.endswith(looked_up)
     )

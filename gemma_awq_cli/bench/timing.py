@@ -9,15 +9,17 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import torch
 
 from gemma_awq_cli.generate.local_engine import require_finite_logits
 from gemma_awq_cli.models.forward.cached_session import CachedSession
-from gemma_awq_cli.models.forward.memory import peak_memory
+from gemma_awq_cli.models.forward.memory import free_memory, peak_memory
 from gemma_awq_cli.models.forward.session import Logits, Session
 
-BANDWIDTH_BYTES = 256 << 20  # more than any cache holds
+BANDWIDTH_BYTES = 256 << 20  # more than any processor's cache holds
+GPU_BANDWIDTH_BYTES = 4 << 30  # and enough that starting a kernel takes no time beside it
 BANDWIDTH_TRIES = 5
 
 
@@ -83,7 +85,12 @@ def _most_likely(logits: Logits) -> list[list[int]]:
 
 
 def bandwidth(device: torch.device) -> float:
-    """Return the bytes/s that the device reads from memory: the best of several dot products of one large vector."""
+    """Return the bytes/s that the device reads from memory: from several passes over one large vector.
+
+    On a CPU it is the best of them, as other programs slow some down. On CUDA it is the median by the device's clock.
+    """
+    if device.type == "cuda":
+        return _cuda_bandwidth(device)
     vector = torch.ones(BANDWIDTH_BYTES // 4, device=device)
     best = 0.0
     for _ in range(BANDWIDTH_TRIES):
@@ -91,6 +98,22 @@ def bandwidth(device: torch.device) -> float:
         float(torch.dot(vector, vector))
         best = max(best, vector.nbytes / (time.perf_counter() - started))
     return best
+
+
+def _cuda_bandwidth(device: torch.device) -> float:
+    """`bandwidth` of a CUDA device. It takes at most half of the memory that is free there."""
+    size = min(GPU_BANDWIDTH_BYTES, (free_memory(device) or 0) // 2)
+    vector = torch.ones(max(1, size // 4), device=device)
+    seconds = []
+    vector.sum()  # the first call chooses a kernel
+    for _ in range(BANDWIDTH_TRIES):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record(torch.cuda.current_stream(device))
+        vector.sum()
+        end.record(torch.cuda.current_stream(device))
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1000)
+    return vector.nbytes / median(seconds)
 
 
 def peak_rss() -> int | None:
@@ -104,8 +127,3 @@ def peak_rss() -> int | None:
     except OSError:
         return peak_memory()
     return next((int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:")), None)
-
-
-def peak_vram(device: torch.device) -> int | None:
-    """Return the most GPU memory that torch has allocated, in bytes; None if the device is no GPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None

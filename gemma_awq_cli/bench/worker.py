@@ -41,13 +41,14 @@ class Server:
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         """Return the answer to a request as plain data."""
         from gemma_awq_cli.bench import timing
+        from gemma_awq_cli.models.forward.memory import peak_device_memory
 
         match request["do"]:
             case "load":
                 return self._load(request)
             case "sample":
                 sample = self.timed.sample(request["before"], request["prompts"], request["new_tokens"])
-                memory = {"peak_rss": timing.peak_rss(), "peak_vram": timing.peak_vram(self.device)}
+                memory = {"peak_rss": timing.peak_rss(), "peak_vram": peak_device_memory(self.device)}
                 return {**asdict(sample), **memory}
             case "bandwidth":
                 return {"bytes_per_second": timing.bandwidth(self.device)}

@@ -11,9 +11,10 @@ from gemma_awq_cli.bench.request import BenchOptions, BenchRequest
 from gemma_awq_cli.cli import console
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
-from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
+from gemma_awq_cli.cli.options import JsonOption, QuietOption
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.events import Note, Warned
+from gemma_awq_cli.system.devices import DEVICES_HELP
 from gemma_awq_cli.system.sizes import parse_bytes
 
 EXAMPLES = """
@@ -38,7 +39,7 @@ def command(
     reference: Annotated[str | None, typer.Option(
         help="16-bit original to compare with.  [default: the one that the artifact's report names]", metavar="MODEL",
         show_default=False, rich_help_panel=MODELS)] = None,
-    device: Annotated[Device, typer.Option(help="Device to compute on.", rich_help_panel=MACHINE)] = Device.auto,
+    device: Annotated[str, typer.Option(help=DEVICES_HELP, metavar="DEVICE", rich_help_panel=MACHINE)] = "auto",
     threads: Annotated[int | None, typer.Option(
         help="Number of threads to compute with.  [default: torch's choice]", min=1, max=1024, show_default=False,
         rich_help_panel=MACHINE)] = None,
@@ -125,7 +126,7 @@ def command(
     options = BenchOptions(
         speed=speed or everything, fidelity=fidelity or everything, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
         batches=tuple(batch or [1]), depths=_depths(depth), first_token=first_token, repetitions=repetitions,
-        warmup=warmup, threads=threads, device=device.value,
+        warmup=warmup, threads=threads, device=device,
         tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,
         text=reported_name(text), window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
     )  # fmt: skip

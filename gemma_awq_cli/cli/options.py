@@ -11,13 +11,7 @@ import typer
 from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
 from gemma_awq_cli.cli.help import CommandHelp
 from gemma_awq_cli.errors import Terminated, UsageError
-
-
-class Device(StrEnum):
-    auto = "auto"
-    cpu = "cpu"
-    cuda = "cuda"
-    mps = "mps"
+from gemma_awq_cli.system.devices import DEVICES_HELP
 
 
 class StoredDtype(StrEnum):
@@ -92,7 +86,7 @@ MODEL = "Model"
 OUTPUT = "Output"
 SPEED = "Memory and speed"
 
-DeviceOption = Annotated[Device, typer.Option(help="Device to compute on.", rich_help_panel=SPEED)]
+DeviceOption = Annotated[str, typer.Option(help=DEVICES_HELP, metavar="DEVICE", rich_help_panel=SPEED)]
 HeadOption = Annotated[
     Head | None,
     typer.Option(

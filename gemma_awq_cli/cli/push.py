@@ -11,9 +11,10 @@ import typer
 
 from gemma_awq_cli.cli.console import Output, Progress
 from gemma_awq_cli.cli.default_model import last_artifact_folder
-from gemma_awq_cli.cli.options import Device, JsonOption, QuietOption
+from gemma_awq_cli.cli.options import JsonOption, QuietOption
 from gemma_awq_cli.errors import Terminated, UsageError
 from gemma_awq_cli.events import Note
+from gemma_awq_cli.system.devices import DEVICES_HELP
 from gemma_awq_cli.system.sizes import format_bytes
 
 if TYPE_CHECKING:
@@ -120,8 +121,8 @@ def command(
         ),
     ] = None,
     device: Annotated[
-        Device, typer.Option(help="Where to compute for --deep.", rich_help_panel=_CHECKS)
-    ] = Device.auto,
+        str, typer.Option(help=f"For --deep: {DEVICES_HELP}", metavar="DEVICE", rich_help_panel=_CHECKS)
+    ] = "auto",
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -151,7 +152,7 @@ def command(
 
     request = PushRequest(
         artifact, repo_id, revision, private, create_pr, message, base_model, licence, licence_file, replace_card, deep,
-        source, device.value, foreign, tuple(formats.split(",")),
+        source, device, foreign, tuple(formats.split(",")),
     )  # fmt: skip
     with _Reporter(out) as report:
         if dry_run:

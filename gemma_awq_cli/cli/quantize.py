@@ -1,5 +1,6 @@
 """`gemma-awq quantize`: from a 16-bit Gemma to a 4-bit AWQ artifact."""
 
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Self
@@ -8,7 +9,6 @@ import typer
 
 from gemma_awq_cli.cli.console import Output, Progress, human_seconds
 from gemma_awq_cli.cli.options import (
-    Device,
     DeviceOption,
     GroupSize,
     JsonOption,
@@ -131,7 +131,7 @@ def command(
             rich_help_panel=CALIBRATION,
         ),
     ] = False,
-    device: DeviceOption = Device.auto,
+    device: DeviceOption = "auto",
     max_memory: Annotated[
         str | None,
         typer.Option(help="Plan for at most this much memory, such as 6GB.", metavar="SIZE", rich_help_panel=MEMORY),
@@ -153,7 +153,13 @@ def command(
     The artifact's folder appears when it is complete, and is printed on stdout. An interrupted run keeps its finished
     layers.
     """
-    out = Output(quiet)
+    from gemma_awq_cli.quantize.processes import launched
+
+    process = launched()
+    is_first = process is None or process.is_first  # of several processes only one reports
+    if process is not None:
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch's own words on a lost connection are a page long
+    out = Output(quiet or not is_first)
     if model == "demo":
         out.note("Quantizing the demo model, Gemma 3 270M.")
     from gemma_awq_cli.quantize.pipeline import plan_model, quantize_model
@@ -177,19 +183,21 @@ def command(
         num_samples=num_samples,
         seq_len=seq_len,
         seed=seed,
-        device=device.value,
+        device=device,
         max_memory=_size(max_memory),
         resume=resume,
         force=force,
     )
     if dry_run:
-        with _Screen(out) as screen:
-            planned = plan_model(request, on_event=screen.show)
-        _report_plan(out, planned, as_json)
+        if is_first:
+            with _Screen(out) as screen:
+                planned = plan_model(request, on_event=screen.show)
+            _report_plan(out, planned, as_json)
     else:
         with _Screen(out) as screen:
             result = quantize_model(request, on_event=screen.show)
-        _report_result(out, result, as_json)
+        if is_first:
+            _report_result(out, result, as_json)
 
 
 def _size(text: str | None) -> int | None:
@@ -241,12 +249,17 @@ class _Screen:
                 self._begin("Quantizing", layers)
             case events.LayerDone():
                 self._show_layer(event)
+            case events.MeasuringStarted(layers):
+                self._bar.close()
+                self._begin("Measuring", layers)
+            case events.LayerMeasured():
+                self._progress.step()
 
     def _begin(self, description: str, total: int) -> None:
         self._progress = self._bar.enter_context(self._out.progress(description, total))
 
     def _show_layer(self, done: "LayerDone") -> None:
-        self._finished = done.index + 1
+        self._finished += 1
         if done.resumed:
             self._progress.begin_at(self._finished, self._layers)
         else:
@@ -262,10 +275,14 @@ def _show_plan(out: Output, made: "PlanMade") -> None:
         f"{plan.layers} layers, {plan.quantized_linears} linears to 4 bits in groups of {plan.group_size}, "
         f"the rest {plan.dtype_name}"
     )
-    out.note(
-        f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; about "
-        f"{format_bytes(plan.memory_bytes)} of memory and {human_seconds(plan.seconds)}"
-    )
+    needs = f"about {format_bytes(plan.memory_bytes)} of memory"
+    if plan.device_bytes is not None:
+        needs += f" and {format_bytes(plan.device_bytes)} of GPU memory"
+    if plan.processes > 1:
+        needs += f" for each of {plan.processes} processes"
+    if plan.seconds is not None:
+        needs += f" and {human_seconds(plan.seconds)}"
+    out.note(f"{format_bytes(plan.source_bytes)} -> {format_bytes(plan.artifact_bytes)}; {needs}")
 
 
 def _layer_line(done: "LayerDone") -> str:
@@ -285,9 +302,10 @@ def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
         "artifact": str(planned.folder), "layers": plan.layers, "quantized_linears": plan.quantized_linears,
         "group_size": plan.group_size, "keeps_grid": plan.keeps_grid, "dtype": plan.dtype_name,
         "source_bytes": plan.source_bytes, "artifact_bytes": plan.artifact_bytes,
-        "memory_bytes": plan.memory_bytes, "tokens_per_batch": plan.fit.tokens_per_batch,
-        "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes,
-        "estimated_seconds": round(plan.seconds),
+        "memory_bytes": plan.memory_bytes, "device_bytes": plan.device_bytes,
+        "tokens_per_batch": plan.fit.tokens_per_batch,
+        "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes, "processes": plan.processes,
+        "estimated_seconds": None if plan.seconds is None else round(plan.seconds),
     }  # fmt: skip
     out.document(document)
 
@@ -315,6 +333,7 @@ def _show_fidelity(out: Output, report: dict[str, Any]) -> None:
             ("top-1 agreement", "", f"{fidelity['top1_agreement']:.1%}"),
             ("time", "", human_seconds(run["seconds"])),
             ("peak memory", "", format_bytes(memory) if memory else "unknown"),
+            *((("peak GPU memory", "", format_bytes(run["peak_vram_bytes"])),) if run["peak_vram_bytes"] else ()),
         ),
         header=("", "16-bit", "4-bit"),
     )

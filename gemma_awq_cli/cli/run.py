@@ -12,6 +12,7 @@ from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
 from gemma_awq_cli.cli.options import (
     Attention,
     ComputeDtype,
+    DeviceOption,
     EngineName,
     HeadOption,
     JsonOption,
@@ -231,12 +232,7 @@ def command(
             rich_help_panel=FILES,
         ),
     ] = True,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE", rich_help_panel=MEMORY
-        ),
-    ] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[
         ComputeDtype | None,
         typer.Option(

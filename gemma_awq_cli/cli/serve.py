@@ -9,7 +9,15 @@ import typer
 
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import MODEL_VARIABLE, default_model
-from gemma_awq_cli.cli.options import ComputeDtype, EngineName, HeadOption, QuietOption, RevisionOption, ThreadsOption
+from gemma_awq_cli.cli.options import (
+    ComputeDtype,
+    DeviceOption,
+    EngineName,
+    HeadOption,
+    QuietOption,
+    RevisionOption,
+    ThreadsOption,
+)
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.sizes import parse_bytes
@@ -112,12 +120,7 @@ def command(
         ),
     ] = TIMEOUT,
     threads: ThreadsOption = None,
-    device: Annotated[
-        str,
-        typer.Option(
-            help="Device to compute on: auto, cpu, cuda, cuda:N or mps.", metavar="DEVICE", rich_help_panel=MEMORY
-        ),
-    ] = "auto",
+    device: DeviceOption = "auto",
     dtype: Annotated[
         ComputeDtype | None,
         typer.Option(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.packing import unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.fidelity.metrics import Positions, compare, join
@@ -113,10 +113,11 @@ class ComparedStack:
             return self.stack.read_layer(index)
         prefix, layout = f"model.layers.{index}.", self.checkpoint.shape.layouts[index]
         places, shapes = layout.places(), layout.unpacked()
-        dense = {places[name].tensor: torch.empty(shapes[places[name].tensor]) for name in packed}
+        device = self.stack.device
+        dense = {places[name].tensor: torch.empty(shapes[places[name].tensor], device=device) for name in packed}
         for name, weight in self.checkpoint.read_packed({prefix + name: one for name, one in packed.items()}).items():
             tensor, part = places[name.removeprefix(prefix)]
-            dense[tensor][part] = dequantize(*unpack_weight(weight))
+            dense[tensor][part] = dequantize(*unpack_weight(PackedWeight(*(one.to(device) for one in weight))))
         rest = [name for name in self.stack.layer_names(index) if name not in dense]
         read = self.checkpoint.read(prefix + name for name in rest)
         return dense | {name: read[prefix + name] for name in rest}

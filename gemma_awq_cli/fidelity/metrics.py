@@ -57,7 +57,7 @@ class Positions:
 
     def summary(self) -> Fidelity:
         """Return the figures over all positions."""
-        median, p99 = torch.quantile(self.kl.double().cpu(), torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
+        median, p99 = torch.quantile(self.kl.cpu().double(), torch.tensor([0.5, 0.99], dtype=torch.float64)).tolist()
         difference = self.log_quantized.exp() - self.log_reference.exp()
         return Fidelity(
             tokens=self.kl.numel(),
@@ -75,13 +75,13 @@ class Positions:
 
         length: predictions per window; the positions are those of whole windows, one after another.
         """
-        means = self.kl.double().cpu().view(-1, length).mean(0)
+        means = self.kl.cpu().double().view(-1, length).mean(0)
         edges = sorted({0, *(round(length ** (step / CURVE_BINS)) for step in range(CURVE_BINS + 1))})
         return [(first, end, float(means[first:end].mean())) for first, end in pairwise(edges)]
 
     def kl_histogram(self, first: int = -6, last: int = 2, bins: int = 32) -> Histogram:
         """Return how many positions have a KL of which size, in `bins` bins from 10^first to 10^last nats."""
-        exponents = torch.log10(self.kl.double().cpu().clamp(min=10.0**first, max=10.0**last))
+        exponents = torch.log10(self.kl.cpu().double().clamp(min=10.0**first, max=10.0**last))
         return Histogram(first, last, [int(count) for count in torch.histc(exponents, bins, first, last)])
 
 

@@ -81,6 +81,9 @@ def open_local(checkpoint: Checkpoint, found: FoundModel, options: EngineOptions
     precision = Precision(options.dtype, options.quantization, options.attention)
     others = other_devices(options.device, device)
     opened = open_model(found.folder, device, precision, others, options.head, found.prompter)
+    if options.head is not None and options.head != opened.forward.head:
+        reason = opened.forward.head_reason
+        on_event(Warned(f"--head {options.head} has no effect: the head stays in 16 bits, because {reason}."))
     on_event(ModelOpened(opened.device_name, tuple(opened.kernel_report()), opened.slow_kernels()))
     on_event(StageEnded("reading and packing weights"))
     return opened

@@ -1,14 +1,13 @@
 """What `run` is asked to do, as data: which model, how it is opened, how text is generated. Imports no torch."""
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.models.text.prompter import Tool
+from gemma_awq_cli.system.devices import require_device_name
 
-DEVICES = re.compile(r"auto|cpu|cuda(:\d+)?|mps")
 LOCAL, VLLM = "local", "vllm"
 LOOKUP, NO_DRAFT = "lookup", "none"  # for `draft`, beside a model
 # The values that an option of `EngineOptions` may have, beside None.
@@ -46,8 +45,7 @@ class EngineOptions:
 
     def require_consistent(self) -> None:
         """Raise UsageError for an unknown value and for options that exclude each other."""
-        if not DEVICES.fullmatch(self.device):
-            raise UsageError(f"Invalid device: {self.device!r}.", "Give auto, cpu, cuda, cuda:0 or mps.")
+        require_device_name(self.device)
         for name, choices in CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in choices:

@@ -4,7 +4,8 @@ For few rows the op reads the packed weights; for many the weight is unpacked on
 packed layout is made for tensor cores and documented nowhere, so the place of each nibble is determined by packing
 known numbers.
 
-This project has never run it on a GPU: the search for the layout is tested with the CPU's op, the rest was only read.
+This project has never run it on a GPU: the search for the layout is tested with the CPU's op, the rest on a simulated
+device. So a GPU must first multiply known numbers rightly.
 """
 
 from collections.abc import Callable
@@ -14,10 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.grid import Grid, dequantize
+from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
+from gemma_awq_cli.system.failures import first_line
 
 MANY_ROWS = 64
+KNOWN_TOLERANCE = 0.01  # of the product of known numbers: bfloat16 rounds by 0.4 %
 _INNER_TILES = 8
 _TILE = (8, 16 * _INNER_TILES)  # outputs and inputs that the op packs together
 
@@ -40,7 +44,7 @@ class CudaInt4Linear(nn.Module):
             return "it needs compute capability 8.0 or later"
         if outputs % _TILE[0] or inputs % _TILE[1] or inputs // weight.scales.shape[0] not in GROUP_SIZES:
             return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
-        return None
+        return _problem(device)
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
@@ -51,7 +55,7 @@ class CudaInt4Linear(nn.Module):
         self.register_buffer("scale_zero", scale_zero(grid), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
         if rows.shape[0] >= MANY_ROWS:
             return F.linear(x, self.dense())
         result = torch.ops.aten._weight_int4pack_mm(rows, self.packed, self.group_size, self.scale_zero)
@@ -62,8 +66,34 @@ class CudaInt4Linear(nn.Module):
         order = _order(self.packed.device)
         tiles = _nibbles(self.packed).view(self.shape[0] // _TILE[0], self.shape[1] // _TILE[1], -1)[:, :, order]
         q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(self.shape[0], -1, self.group_size)
-        scale, zero = self.scale_zero.transpose(0, 1).unbind(-1)  # [N, G] each
-        return ((q.to(torch.bfloat16) - 8) * scale[:, :, None] + zero[:, :, None]).view(self.shape)
+        scale, zero = (part.t().contiguous() for part in self.scale_zero.unbind(-1))  # [N, G] each
+        # rounded once, as in the op
+        return torch.addcmul(zero[:, :, None], q.to(torch.bfloat16) - 8, scale[:, :, None]).reshape(self.shape)
+
+
+@cache
+def _problem(device: torch.device) -> str | None:
+    """Why the op is not to be used on a device, or None: it is tried on known numbers there, for few rows and many."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    shape, group = (4 * _TILE[0], 2 * _TILE[1]), 64
+    q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
+    sizes = torch.rand(shape[0], shape[1] // group, generator=generator)
+    grid = Grid(
+        (sizes + 0.5).to(torch.bfloat16).float(), torch.randint(0, 16, sizes.shape, generator=generator).float()
+    )
+    x = torch.randn(MANY_ROWS, shape[1], generator=generator).to(torch.bfloat16)
+    expected = x.float() @ dequantize(q, grid).t()
+    try:
+        linear = CudaInt4Linear(PackedWeight(*(tensor.to(device) for tensor in pack_weight(q, grid))))
+        for rows in (1, 17, MANY_ROWS):
+            found = linear(x[:rows].to(device)).cpu().float()
+            if not (found - expected[:rows]).norm() <= KNOWN_TOLERANCE * expected[:rows].norm():  # also if it is NaN
+                return f"it multiplies known numbers wrongly here ({rows} rows)"
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"it fails here: {first_line(error)}"
+    return None
 
 
 def _pack(q: Tensor) -> Tensor:

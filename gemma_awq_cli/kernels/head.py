@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
-from gemma_awq_cli.awq.packing import pack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
 from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.packed_linear import make_linear
 
@@ -71,15 +71,12 @@ def make_head(weight: Tensor, head: str) -> nn.Module:
         return Int8Head(weight)
     group = head_group(head, weight.shape[1])
     assert group is not None
-    q = torch.empty(weight.shape, dtype=torch.uint8)
-    scales, zeros = (torch.empty(weight.shape[0], weight.shape[1] // group) for _ in range(2))
-    for first in range(0, weight.shape[0], _ROWS):
-        part = slice(first, first + _ROWS)
-        rows = weight[part].to("cpu", torch.float32)
-        grid = minmax_grid(rows, group)
-        q[part], scales[part], zeros[part] = quantize(rows, grid).to(torch.uint8), grid.scale, grid.zero
-    packed = pack_weight(q, type(grid)(scales, zeros))
-    packed = type(packed)(*(tensor.to(weight.device) for tensor in packed))
+    parts = []  # packed at once: as integers of 32 bits the whole of them would take 4 bytes each
+    for rows in weight.split(_ROWS):
+        wide = rows.to(torch.float32)
+        grid = minmax_grid(wide, group)
+        parts.append(pack_weight(quantize(wide, grid), grid))
+    packed = PackedWeight(*(torch.cat(tensors, dim=1) for tensors in zip(*parts, strict=True)))
     return RefinedHead(make_linear(packed, weight.device, weight.dtype), weight)
 
 

@@ -10,7 +10,7 @@ from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.autoawq import triton_gemm
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 
-MANY_ROWS = 1024  # from here on AutoAWQ itself unpacks and multiplies
+MANY_ROWS = 32  # from here on the buffer of the partial sums [_SPLIT_K, rows, N] costs more than unpacking once
 _SPLIT_K = 8
 _GROUP_SIZES = (32, 64, 128)
 

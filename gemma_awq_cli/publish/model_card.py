@@ -320,7 +320,7 @@ def speed_table(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
             ["Time to the first token", *(f"{1000 * run['ttft_seconds']['median']:.0f} ms" for run in runs)],
             ["Peak memory", *(size_of(peak) if peak else "-" for peak in peaks)],
         ],
-        "machine": f"{environment['gpu'] if first['device'] == 'cuda' else environment['processor']}, "
+        "machine": f"{environment['gpu'] if first['device'].startswith('cuda') else environment['processor']}, "
         f"{first['threads']} threads, batch size {runs[0]['batch']}, medians of {runs[0]['repetitions']} repetitions, "
         f"gemma-awq {environment['gemma_awq']}, torch {environment['torch']}",
     }

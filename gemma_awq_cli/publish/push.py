@@ -28,6 +28,7 @@ from gemma_awq_cli.publish.hub_repository import (
 from gemma_awq_cli.publish.licensing import read_derived_licence
 from gemma_awq_cli.publish.preparation import AWQ, FORMATS, Prepared, prepare
 from gemma_awq_cli.publish.upload_plan import UploadPlan, plan_upload
+from gemma_awq_cli.system.devices import require_device_name
 
 
 @dataclass(frozen=True)
@@ -38,8 +39,8 @@ class PushRequest:
     and the base model; base_model: a hub id, needed if the artifact was quantized from a local folder; licence: the id
     of the source's licence where it declares none; licence_file: the text of a derived model's own licence; deep:
     generate some tokens and measure the KL divergence again, against `source` or where the report says that the
-    original came from; device: auto, cpu, cuda or mps, for the deep check; foreign: another tool quantized the model;
-    formats: `awq`, the artifact itself, `gguf`, its weights for llama.cpp, or both.
+    original came from; device: auto, cpu, cuda, cuda:N or mps, for the deep check; foreign: another tool
+    quantized the model; formats: `awq`, the artifact itself, `gguf`, its weights for llama.cpp, or both.
     """
 
     folder: Path
@@ -64,6 +65,7 @@ class PushRequest:
             raise UsageError(f"Invalid format: {unknown[0]!r:.50}.", one_or_both)
         if not self.formats or len(set(self.formats)) < len(self.formats):
             raise UsageError("A format is named twice, or none is.", one_or_both)
+        require_device_name(self.device)
         if self.foreign and self.formats != (AWQ,):
             raise UsageError("--formats is for artifacts of this tool.", "Leave out --formats or --foreign.")
 

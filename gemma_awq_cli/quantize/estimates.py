@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 
 from gemma_awq_cli.awq import known_grid
 from gemma_awq_cli.awq.gram import block_width
-from gemma_awq_cli.awq.round_group import PART
+from gemma_awq_cli.awq.round_group import GPU_PART, PART
 from gemma_awq_cli.awq.search import RATIOS, Effort
-from gemma_awq_cli.models.forward.layerwise import LOGIT_CHUNK
+from gemma_awq_cli.models.forward.layerwise import GPU_LOGIT_CHUNK, LOGIT_CHUNK
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Linear
 from gemma_awq_cli.quantize.expert_inputs import SEARCHED, TOKENS_AT_A_TIME
 
@@ -19,6 +19,10 @@ FLOAT32 = 4  # bytes
 
 # Memory, in bytes.
 LIBRARY_BYTES = 700_000_000  # torch, transformers and a tokenizer of 262144 entries, before any weight
+# Of a GPU with memory of its own. These two are estimates that no run has been compared with.
+CUDA_LIBRARY_BYTES = 2_500_000_000  # CUDA's libraries in the system's memory
+CONTEXT_BYTES = 800_000_000  # the driver's context and cuBLAS's workspaces in the GPU's memory
+FRAGMENTED = 1.1  # what PyTorch's allocator reserves for each byte that is used
 OBSERVED_WEIGHT = 6  # of a weight of the layer that is observed: 16-bit as it was read, float32 in the module
 HELD_WEIGHT = 3  # of a weight of the layer that is being rounded: 16-bit, and the packed ones that are finished
 GROUP_WEIGHT = 6  # of a weight of the group: float32, and one integer each by compensation and by round-to-nearest
@@ -73,7 +77,7 @@ class Workload:
 
     vocabulary: entries of the embedding; calibration_tokens, heldout_tokens: of all rows together; seq_len: of one row;
     product_bytes: of an activation as linears multiply it, 2 or 4; keeps_grid: see `Plan`; streams: of hidden states,
-    more than one with AltUp.
+    more than one with AltUp; on_gpu: whether a GPU computes, CUDA's or Apple's.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -87,17 +91,41 @@ class Workload:
     effort: Effort
     keeps_grid: bool = False
     streams: int = 1
+    on_gpu: bool = False
 
 
 def peak_bytes(work: Workload, fit: Fit) -> int:
-    """Return the peak memory: of the largest layer's stages, or of comparing the predictions at the end."""
+    """Return the peak memory of a device that shares the system's."""
+    return LIBRARY_BYTES + _computing(work, fit)
+
+
+def device_peak_bytes(work: Workload, fit: Fit) -> int:
+    """Return the peak of a GPU's own memory."""
+    return CONTEXT_BYTES + int(FRAGMENTED * _computing(work, fit))
+
+
+def host_peak_bytes(work: Workload) -> int:
+    """Return the peak of the system's memory while a GPU with its own computes: a layer as it is read, and its results.
+
+    Experts' tokens are kept there too. At the start it is the embedding, at the end the head.
+    """
+    layers = max(
+        HELD_WEIGHT * _weights(layout) + (_expert_tokens(work, layout.experts) if layout.experts is not None else 0)
+        for layout in work.layouts
+    )
+    return LIBRARY_BYTES + CUDA_LIBRARY_BYTES + max(layers, HEAD_WEIGHT * work.vocabulary * work.hidden)
+
+
+def _computing(work: Workload, fit: Fit) -> int:
+    """Bytes of the largest layer's stages, or of comparing the predictions at the end."""
     layers = max(
         max(_observing(work, fit, layout), _rounding(work, fit, layout), _proving(layout)) for layout in work.layouts
     )
     head = HEAD_WEIGHT * work.vocabulary * work.hidden
-    per_token = LOGIT_COPIES * LOGIT_CHUNK + (FINAL_COPIES + work.streams - 1) * work.hidden
+    chunk = GPU_LOGIT_CHUNK if work.on_gpu else LOGIT_CHUNK
+    per_token = LOGIT_COPIES * chunk + (FINAL_COPIES + work.streams - 1) * work.hidden
     comparing = head + work.heldout_tokens * FLOAT32 * per_token
-    return LIBRARY_BYTES + max(layers, comparing)
+    return max(layers, comparing)
 
 
 def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
@@ -141,7 +169,7 @@ def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
 def _rounding_group(work: Workload, fit: Fit, group: Linear) -> int:
     """Bytes while one group is rounded."""
     block = block_width(group.inputs, work.group_size, fit.gram_limit)
-    part = PART_WEIGHT * min(group.outputs * block, PART)
+    part = PART_WEIGHT * min(group.outputs * block, GPU_PART if work.on_gpu else PART)
     return GROUP_WEIGHT * group.inputs * group.outputs + BLOCK_ENTRY * block**2 + part
 
 
@@ -154,9 +182,14 @@ def _expert_inputs(work: Workload, fit: Fit, layout: LayerLayout) -> int:
     """Bytes of the tokens that are kept for the experts of a layer, and of the Gram matrix of them all."""
     if (experts := layout.experts) is None:
         return 0
-    token = 2 * experts.hidden + experts.active * (8 + FLOAT32) + 2 * FLOAT32
     gram = FLOAT32 * experts.hidden * block_width(experts.hidden, work.group_size, fit.gram_limit)
-    return work.calibration_tokens * token + gram
+    return _expert_tokens(work, experts) + gram
+
+
+def _expert_tokens(work: Workload, experts: Experts) -> int:
+    """Bytes of the tokens that are kept for the experts of a layer."""
+    token = 2 * experts.hidden + experts.active * (8 + FLOAT32) + 2 * FLOAT32
+    return work.calibration_tokens * token
 
 
 def _grams(work: Workload, fit: Fit, layout: LayerLayout) -> int:
@@ -196,8 +229,30 @@ def _expert_groups(experts: Experts) -> tuple[Linear, Linear]:
     return Linear(2 * experts.intermediate, experts.hidden), Linear(experts.hidden, experts.intermediate)
 
 
-def seconds(work: Workload, fit: Fit) -> float:
-    """Return how long the quantization takes on two CPU cores with AVX-512."""
+def seconds(work: Workload, fit: Fit, processes: int = 1) -> float:
+    """Return how long the quantization takes on two CPU cores with AVX-512.
+
+    processes: how many share out the layers, each on as many cores of its own. Each runs the calibration rows through
+    all layers, and one of them measures.
+    """
+    whole = _seconds(work, fit)
+    alone = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
+    return whole if processes == 1 else alone + max(0.0, whole - alone) / processes
+
+
+def _forward_flops(work: Workload) -> float:
+    """Floating-point operations of all that runs through the 16-bit layers and of the head, without any search."""
+    flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
+    for layout in work.layouts:
+        weights = float(sum(group.inputs * group.outputs for group in _joined_groups(layout)) + _kept(layout))
+        if (experts := layout.experts) is not None:
+            weights += _expert_weights(experts) * experts.active / experts.count
+        flops += 2.0 * _tokens(work) * weights
+    return flops
+
+
+def _seconds(work: Workload, fit: Fit) -> float:
+    """`seconds` of one process."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
     elements = 0.0
     for layout in work.layouts:

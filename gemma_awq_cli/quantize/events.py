@@ -57,7 +57,7 @@ class LayersStarted:
 
 @dataclass(frozen=True)
 class LayerDone:
-    """Layer `index` of `layers`, counted from 0, is on the disk.
+    """Layer `index` of `layers`, counted from 0, is on the disk. Several processes finish layers in any order.
 
     Errors are summed over the layer's groups: see `GroupRecord`. resumed: an interrupted run had finished the layer.
     """
@@ -70,6 +70,21 @@ class LayerDone:
     resumed: bool = False
 
 
+@dataclass(frozen=True)
+class MeasuringStarted:
+    """All layers are quantized, by several processes, and the held-out rows begin to pass through them.
+
+    One `LayerMeasured` follows per layer.
+    """
+
+    layers: int
+
+
+@dataclass(frozen=True)
+class LayerMeasured:
+    """The held-out rows have passed one more layer."""
+
+
 Event = (
     Note
     | Warned
@@ -80,6 +95,8 @@ Event = (
     | PlanMade
     | LayersStarted
     | LayerDone
+    | MeasuringStarted
+    | LayerMeasured
 )
 OnEvent = Callable[[Event], None]
 

@@ -156,4 +156,4 @@ class ExpertInputs:
     def _parts(self, tokens: Tensor, weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         for part, own in zip(tokens.split(TOKENS_AT_A_TIME), weights.split(TOKENS_AT_A_TIME), strict=True):
             if len(part):
-                yield self._states[part].to(self._device, torch.float32), own.to(self._device)
+                yield self._states[part].to(self._device).to(torch.float32), own.to(self._device)

@@ -100,7 +100,7 @@ def _quantize_down(
     """
     group = inputs.experts.down
     (name, place), device = _places(inputs.experts, expert, group.linears)[0], gate_up.device
-    weight = weights[place.tensor][place.part].to(device, torch.float32)
+    weight = weights[place.tensor][place.part].to(device).to(torch.float32)
     statistics = inputs.down(expert, *gate_up.chunk(2))
     ones, rows = torch.ones(weight.shape[1], device=device), torch.ones(weight.shape[0], 1, device=device)
     choice = search_scale(
@@ -138,7 +138,7 @@ def _places(experts: Experts, expert: int, linears: tuple[str, ...]) -> list[tup
 def _gate_up(experts: Experts, weights: Mapping[str, Tensor], expert: int, device: torch.device) -> Tensor:
     """The original gate_proj and, below it, up_proj of one expert: [2 * intermediate, hidden] float32."""
     places = _places(experts, expert, experts.gate_up.linears)
-    return torch.cat([weights[place.tensor][place.part].to(device, torch.float32) for _, place in places])
+    return torch.cat([weights[place.tensor][place.part].to(device).to(torch.float32) for _, place in places])
 
 
 def _rows(layer: QuantizedLayer, experts: Experts, expert: int, device: torch.device) -> Tensor:

@@ -87,7 +87,8 @@ def _adder(statistics: InputStatistics, normalized: bool, paired: bool) -> Any:
 def multiplies_bfloat16(device: torch.device) -> bool:
     """Whether the device has instructions for bfloat16 products with float32 sums."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        # of this device: torch.cuda.is_bf16_supported tells of the first one
+        return torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] >= 8
     return device.type == "cpu" and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 

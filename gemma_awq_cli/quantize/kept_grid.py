@@ -82,7 +82,7 @@ def keep_layer(
     weights: all of the layer's parameters in the dtype that is stored, by name.
     """
     places, packed = layout.places(), layout.unpacked()
-    layer = QuantizedLayer({name: weight for name, weight in weights.items() if name not in packed})
+    layer = QuantizedLayer({name: weight.cpu() for name, weight in weights.items() if name not in packed})
     for group, linears in _groups(layout):
         error = rtn_error = 0.0
         counts = []

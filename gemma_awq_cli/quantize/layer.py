@@ -57,27 +57,27 @@ def folded_weights(
 
     weights: the original layer's, by name.
     """
-    folded = _to_fill(layer, layout, device)
+    folded = _to_fill(layer.tensors, layout, device)
     for name, (tensor, part) in layout.places().items():
         weight = folded[tensor][part]
         weight.copy_(weights[tensor][part]).mul_(layer.columns[name]).mul_(layer.rows[name])
     return folded
 
 
-def dense_weights(layer: QuantizedLayer, layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
+def dense_weights(tensors: Mapping[str, Tensor], layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
     """Return float32 weights that compute what the packed layer computes, from the tensors that are written."""
-    dense = _to_fill(layer, layout, device)
+    dense = _to_fill(tensors, layout, device)
     for name, (tensor, part) in layout.places().items():
-        packed = PackedWeight(*(layer.tensors[f"{name}.{kind}"].to(device) for kind in PackedWeight._fields))
+        packed = PackedWeight(*(tensors[f"{name}.{kind}"].to(device) for kind in PackedWeight._fields))
         dense[tensor][part] = dequantize(*unpack_weight(packed))
     return dense
 
 
-def _to_fill(layer: QuantizedLayer, layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
+def _to_fill(tensors: Mapping[str, Tensor], layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
     """The float32 tensors that transformers' layer has. Those of the quantized linears are still empty."""
     empty = {name: torch.empty(shape, device=device) for name, shape in layout.unpacked().items()}
-    packed = {f"{name}.{kind}" for name in layer.columns for kind in PackedWeight._fields}
-    return empty | {n: t.to(device, torch.float32) for n, t in layer.tensors.items() if n not in packed}
+    packed = {f"{name}.{kind}" for name in layout.places() for kind in PackedWeight._fields}
+    return empty | {n: t.to(device).to(torch.float32) for n, t in tensors.items() if n not in packed}
 
 
 def quantize_layer(
@@ -95,7 +95,7 @@ def quantize_layer(
     observed: the groups from the last to the first with the statistics of their inputs (`Observer.hand_over`). The last
     comes first, so that the rows that a linear gets from folding (v from o, up from down) are known when it is rounded.
     """
-    layer = QuantizedLayer({name: weight for name, weight in weights.items() if name not in layout.unpacked()})
+    layer = QuantizedLayer({name: weight.cpu() for name, weight in weights.items() if name not in layout.unpacked()})
     for group, statistics in observed:
         record = _quantize_group(layer, layout, gain_offset, weights, group, statistics, group_size, device, effort)
         layer.groups.insert(0, record)

@@ -1,10 +1,10 @@
 """One layer of the model, from its input to its output on both paths: observe, quantize, prove the folds, go on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
@@ -25,8 +25,11 @@ from gemma_awq_cli.quantize.plan import Plan
 def process_layer(
     checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: HiddenStates, index: int
 ) -> QuantizedLayer:
-    """Quantize layer `index`, counted from 0, and write the hidden states of both paths behind it."""
-    weights = {name: tensor.to(plan.dtype) for name, tensor in stack.read_layer(index).items()}
+    """Quantize layer `index`, counted from 0, and write the hidden states behind it.
+
+    Rows that `hidden` does not have take no time: without held-out rows only the calibration rows go on.
+    """
+    weights = _read(stack, plan, index)
     batch, paired = plan.rows_per_batch, plan.effort.paths == 2
     sample = hidden.read_batch(index, slice(0, 1))
 
@@ -67,13 +70,41 @@ def process_layer(
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, *sample), carried))
     del module
-    module = stack.layer(index, dense_weights(layer, layout, stack.device))
-    with matmul_precision("medium"):
-        hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
-        if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
-            with bfloat16_products(stack.device):
-                hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
+    if hidden.heldout_quantized.stop > hidden.heldout_quantized.start:
+        module = stack.layer(index, dense_weights(layer.tensors, layout, stack.device))
+        with matmul_precision("medium"):
+            hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
+            if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
+                with bfloat16_products(stack.device):
+                    hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
     return layer
+
+
+def pass_calibration(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int) -> None:
+    """Write the hidden states of the calibration rows behind layer `index`, as `process_layer` does, and no more."""
+    module = stack.layer(index, _read(stack, plan, index))
+    with matmul_precision("medium"), bfloat16_products(stack.device):
+        rows = max(1, plan.rows_per_batch // plan.effort.paths)
+        hidden.advance(index, hidden.calibration, rows, partial(stack.run_layer, index, module))
+
+
+def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int, tensors: Mapping[str, Tensor]) -> None:
+    """Write the hidden states of the held-out rows behind layer `index` on both paths, as `process_layer` does.
+
+    tensors: of the quantized layer, as they are written.
+    """
+    for rows, weights in (
+        (hidden.heldout, _read(stack, plan, index)),
+        (hidden.heldout_quantized, dense_weights(tensors, plan.layouts[index], stack.device)),
+    ):
+        module = stack.layer(index, weights)
+        with matmul_precision("medium"):
+            hidden.advance(index, rows, plan.rows_per_batch, partial(stack.run_layer, index, module))
+
+
+def _read(stack: TextStack, plan: Plan, index: int) -> dict[str, Tensor]:
+    """A layer's parameters in the dtype that is stored, on the device."""
+    return {name: tensor.to(plan.dtype).to(stack.device) for name, tensor in stack.read_layer(index).items()}
 
 
 def _expert_inputs(
@@ -91,14 +122,22 @@ def _expert_inputs(
 
 @contextmanager
 def layer_memory_errors(plan: Plan, index: int) -> Iterator[None]:
-    """Turn an allocator's refusal in layer `index` into an error that suggests a smaller setting."""
+    """Turn an allocator's refusal in layer `index` into an error that says how to go on.
+
+    A smaller plan sums in another order, so layers that are finished cannot be resumed with it.
+    """
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if not is_refusal(error):
             raise
-        smaller = f"Use --max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "Close other programs"
-        raise GemmaAwqError(
-            f"Out of memory in layer {index + 1} (planned: {plan.memory_bytes / 1e9:.1f} GB).",
-            f"{smaller}, use shorter rows (--seq-len), or use another machine.",
-        ) from None
+        smaller = f"--max-memory {plan.smaller / 1e9:.1f}GB" if plan.smaller else "shorter rows (--seq-len)"
+        if index:
+            hint = f"Close other programs and continue with --resume, or start over with --force and {smaller}."
+        else:
+            hint = f"Close other programs, or use {smaller}."
+        planned, whose = plan.memory_bytes, ""
+        if plan.device_bytes is not None:
+            planned, whose = plan.device_bytes, "of GPU memory "
+        where = f"layer {index + 1}" if index < plan.layers else "comparing the predictions"
+        raise GemmaAwqError(f"Out of memory in {where} ({planned / 1e9:.1f} GB {whose}were planned).", hint) from None

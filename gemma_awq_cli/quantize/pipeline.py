@@ -8,33 +8,51 @@ the layers that are done.
 
 import os
 import time
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
 from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG
-from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, Journal, LayerRecord
+from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, Journal, LayerRecord, differences
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files
 from gemma_awq_cli.models.checkpoints.source import DEMO
-from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, write_errors
+from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.forward.verification import verify_artifact
-from gemma_awq_cli.quantize.events import LayerDone, LayersStarted, OnEvent, ignore
+from gemma_awq_cli.quantize.events import (
+    LayerDone,
+    LayerMeasured,
+    LayersStarted,
+    MeasuringStarted,
+    OnEvent,
+    ignore,
+)
 from gemma_awq_cli.quantize.kept_grid import kept_groups
-from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, process_layer
+from gemma_awq_cli.quantize.layer_files import LayerFiles
+from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, pass_heldout, process_layer
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared, prepare
+from gemma_awq_cli.quantize.processes import (
+    Group,
+    Launched,
+    joined,
+    launched,
+    own_device,
+    require_same_everywhere,
+)
 from gemma_awq_cli.quantize.report import (
     REPORT_SCHEMA,
     ArtifactSection,
@@ -47,7 +65,9 @@ from gemma_awq_cli.quantize.report import (
     artifact_config,
 )
 from gemma_awq_cli.quantize.request import QuantizeOptions, QuantizeRequest
+from gemma_awq_cli.quantize.sharing import SharedProgress, quantize_share, remove_leftovers, require_shareable, shares
 from gemma_awq_cli.quantize.work_folder import WorkFolder
+from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
 SMALL_FILES_BYTES = 40_000_000  # tokenizer, config and report of an artifact, at most
 
@@ -83,12 +103,18 @@ def quantize_model(
     the model has all of them. on_event: called with the events of `quantize.events`.
 
     The folder appears only when the artifact is complete. After an error or an interruption the finished layers are
-    kept, and the same call with `resume=True` continues after them.
+    kept, and the same call with `resume=True` continues after them. Processes that a launcher such as torchrun has
+    started work together: all of them call this with the same arguments, and get the same result.
 
     Raises UsageError for an invalid request, and GemmaAwqError if it cannot be carried out.
     """
     request = _as_request(model, output, options)
-    result = _quantize(prepare(request, on_event), request, on_event)
+    if (process := launched()) is not None:
+        result = _quantize_together(process, request, on_event)
+        if not process.is_first:
+            return result
+    else:
+        result = _quantize(prepare(request, on_event), request, on_event)
     if (failure := remember_artifact(result.folder)) is not None:
         on_event(Warned(f"{failure}: give `gemma-awq run` the folder with -m."))
     return result
@@ -102,7 +128,11 @@ def plan_model(
     **options: Unpack[QuantizeOptions],
 ) -> PlannedModel:
     """Return what `quantize_model` would do with the same arguments, without doing it: sizes, memory and time."""
-    prepared = prepare(_as_request(model, output, options), on_event, dry_run=True)
+    request, process = _as_request(model, output, options), launched()
+    if process is not None:
+        require_shareable(request.quality)
+        request = replace(request, device=own_device(request.device, process))
+    prepared = prepare(request, on_event, dry_run=True, process=process)
     return PlannedModel(prepared.target, prepared.plan)
 
 
@@ -116,13 +146,46 @@ def _as_request(
     return model
 
 
+def _quantize_together(process: Launched, request: QuantizeRequest, on_event: OnEvent) -> QuantizedModel:
+    """`quantize_model` in one of several processes. The first of them reports, and writes the artifact."""
+    require_shareable(request.quality)
+    request = replace(request, device=own_device(request.device, process))
+    report = on_event if process.is_first else ignore
+    with joined(process) as group:
+        # the first one fetches the model, and samples rows, for all that share its cache
+        prepared = group.first_then_others(lambda: prepare(request, report, process=process))
+        require_same_everywhere(group.gather(prepared.fingerprint()), differences)
+        if group.is_first:
+            result = _quantize(prepared, request, report, group)
+            with suppress(GemmaAwqError):  # the artifact is in its place: who is lost now is not missed
+                group.wait()
+            return result
+        if group.gather(False)[0]:  # it is complete already
+            group.wait()
+            return QuantizedModel(prepared.target, _report_of(prepared.target), found=True)
+        with write_errors(prepared.target), torch.inference_mode():
+            state = StagedFolder.state_of(prepared.target)
+            _share_out(prepared, LayerFiles(state), state, group)
+        group.wait()
+        return QuantizedModel(prepared.target, _report_of(prepared.target))
+
+
+def _report_of(folder: Path) -> dict[str, Any]:
+    return read_quantization_report(folder, "Look at the messages of the other processes.")
+
+
 @torch.inference_mode()
-def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -> QuantizedModel:
-    """Write the artifact of a prepared request, or find it."""
+def _quantize(
+    prepared: Prepared, request: QuantizeRequest, on_event: OnEvent, group: Group | None = None
+) -> QuantizedModel:
+    """Write the artifact of a prepared request, or find it. group: of several processes, whose first one this is."""
     started = time.perf_counter()
     target, plan, fingerprint = prepared.target, prepared.plan, prepared.fingerprint()
     with write_errors(target), WorkFolder(target, request.force, request.resume) as work:
-        if (found := work.finished_report(fingerprint)) is not None:
+        found = work.finished_report(fingerprint)
+        if found is not None:
+            if group is not None:
+                group.gather(True)
             return QuantizedModel(target, found, found=True)
         journal = work.open_journal(fingerprint, plan.layers)
         kept = work.kept_bytes() if journal.records else 0
@@ -131,7 +194,17 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
         hidden = _hidden_states(prepared, work.state, journal)
         if not journal.records:
             journal.begin(fingerprint)
-        _quantize_layers(prepared, writer, hidden, journal, on_event)
+        if group is not None:
+            work.layer_files.begin()
+            remove_leftovers(work.state)
+            group.gather(False)
+        if work.layer_files.begun:  # by this run or by one that it continues
+            on_event(LayersStarted(plan.layers))
+            progress = SharedProgress(work.layer_files, plan, on_event)
+            _share_out(prepared, work.layer_files, work.state, group, progress)
+            _collect_layers(prepared, work.layer_files, writer, hidden, journal, on_event)
+        else:
+            _quantize_layers(prepared, writer, hidden, journal, on_event)
         with layer_memory_errors(plan, plan.layers):
             fidelity = _measure(prepared.stack, hidden, prepared.rows.heldout)
         _write_unquantized(prepared.checkpoint, prepared.stack, plan, writer)
@@ -151,7 +224,7 @@ def _quantize(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -
             tuple(record.groups for record in journal.records),
             fingerprint,
             VersionsSection.now(),
-            RunSection.now(time.perf_counter() - started, journal.records),
+            RunSection.now(time.perf_counter() - started, journal.records, prepared.stack.device),
         ).to_json()
         write_json(work.model / REPORT, report)
     return QuantizedModel(target, report)
@@ -182,15 +255,75 @@ def _quantize_layers(
         started = time.perf_counter()
         with layer_memory_errors(plan, index):
             layer = process_layer(checkpoint, prepared.stack, plan, hidden, index)
-        for name, tensor in layer.tensors.items():
-            writer.write(checkpoint.artifact_key(f"model.layers.{index}.{name}"), tensor)
-        writer.sync()
-        hidden.sync(index + 1)
+        _write_layer(checkpoint, writer, hidden, index, layer.tensors)
         record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
         journal.add(record)
         del layer
         return_freed_memory()
         on_event(LayerDone(index, plan.layers, record.error, record.rtn_error, record.seconds))
+    _note_starved(plan, journal, on_event)
+
+
+def _write_layer(
+    checkpoint: Checkpoint, writer: TensorWriter, hidden: HiddenStates, index: int, tensors: Mapping[str, torch.Tensor]
+) -> None:
+    """Write a layer's tensors, and make sure that they and the hidden states behind it are on the disk."""
+    for name, tensor in tensors.items():
+        writer.write(checkpoint.artifact_key(f"model.layers.{index}.{name}"), tensor)
+    writer.sync()
+    hidden.sync(index + 1)
+
+
+def _share_out(
+    prepared: Prepared,
+    files: LayerFiles,
+    state: Path,
+    group: Group | None,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> None:
+    """Quantize this process's share of the missing layers, and return when every layer has its file.
+
+    group: None for the only process, which continues the work of several. meanwhile: called after each layer, and while
+    the others work.
+    """
+    layers, number = prepared.plan.layers, 0 if group is None else group.process.rank
+    finished = files.finished() if group is None else group.gather(files.finished())[0]  # which others add to already
+    missing = [index for index in range(layers) if index not in finished]
+    own = shares(missing, number, 1 if group is None else group.process.count)
+    try:
+        quantize_share(prepared, files, state, own, meanwhile)
+        if group is not None:
+            group.wait(meanwhile)
+    finally:
+        meanwhile()  # also after an interruption: what is kept by then is said
+
+
+def _collect_layers(
+    prepared: Prepared,
+    files: LayerFiles,
+    writer: TensorWriter,
+    hidden: HiddenStates,
+    journal: Journal,
+    on_event: OnEvent,
+) -> None:
+    """Write the layers that all processes have finished into the artifact, and take the held-out rows through them."""
+    checkpoint, plan = prepared.checkpoint, prepared.plan
+    on_event(MeasuringStarted(plan.layers))
+    for index in range(plan.layers):
+        if index < len(journal.records):
+            writer.keep(_layer_tensors(checkpoint, plan, index))
+        else:
+            tensors, record = files.read(index)
+            with layer_memory_errors(plan, index):
+                pass_heldout(prepared.stack, plan, hidden, index, tensors)
+            _write_layer(checkpoint, writer, hidden, index, tensors)
+            journal.add(record)
+            return_freed_memory()
+        on_event(LayerMeasured())
+    _note_starved(plan, journal, on_event)
+
+
+def _note_starved(plan: Plan, journal: Journal, on_event: OnEvent) -> None:
     if starved := sum(len(g.starved) for r in journal.records for g in r.groups if isinstance(g, ExpertsRecord)):
         experts = sum(layout.experts.count for layout in plan.layouts if layout.experts is not None)
         on_event(

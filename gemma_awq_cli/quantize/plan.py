@@ -17,9 +17,18 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
 from gemma_awq_cli.models.forward.hidden_states import state_bytes
 from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.models.forward.memory import device_memory
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
-from gemma_awq_cli.quantize.estimates import FLOAT32, Fit, Workload, peak_bytes, seconds
+from gemma_awq_cli.quantize.estimates import (
+    FLOAT32,
+    Fit,
+    Workload,
+    device_peak_bytes,
+    host_peak_bytes,
+    peak_bytes,
+    seconds,
+)
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES
 
@@ -35,9 +44,12 @@ MUCH_SMALLER = 0.9  # the share of a plan's memory below which another plan is w
 class Plan:
     """What a quantization will do. Sizes are in bytes.
 
-    layouts: one per layer; tensors: all that the artifact will hold; smaller: the memory of the next smaller fit, if
-    there is one; state_bytes: on the disk while the work goes on; keeps_grid: whether the weights stay on the 4-bit
-    grid that they are on, and nothing is searched.
+    layouts: one per layer; tensors: all that the artifact will hold; memory_bytes: of the system's memory;
+    device_bytes: of the memory of a GPU that has its own, else None; smaller: what the next smaller fit needs of the
+    memory that is planned, the GPU's if it has its own; None if there is no such fit; state_bytes: on the disk while
+    the work goes on; seconds: None on a GPU, where none was measured; keeps_grid: whether the weights stay on the 4-bit
+    grid that they are on, and nothing is searched; processes: how many share out the layers, each with the memory that
+    is planned.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -50,11 +62,13 @@ class Plan:
     fit: Fit
     rows_per_batch: int
     memory_bytes: int
+    device_bytes: int | None
     smaller: int | None
     state_bytes: int
-    seconds: float
+    seconds: float | None
     effort: Effort
     keeps_grid: bool = False
+    processes: int = 1
 
     @property
     def layers(self) -> int:
@@ -124,8 +138,13 @@ def make_plan(
     max_memory: int | None = None,
     quality: str = DEFAULT_QUALITY,
     keeps_grid: bool = False,
+    processes: int = 1,
 ) -> Plan:
-    """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none."""
+    """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none.
+
+    On a GPU with its own memory it is that memory which is planned, and it must fit the GPU too. It must not depend on
+    what other programs use there, because sums depend on the plan.
+    """
     layouts, effort = layers_of(checkpoint.facts, checkpoint.family), QUALITIES[quality].effort
     work = Workload(
         layouts,
@@ -139,11 +158,17 @@ def make_plan(
         effort,
         keeps_grid,
         1 if checkpoint.shape.altup is None else checkpoint.shape.altup.streams,
+        stack.device.type != "cpu",
     )
-    fit, memory, smaller = _choose_fit(work, max_memory)
+    device_total = device_memory(stack.device)
+    fit, planned, smaller = _choose_fit(work, max_memory, device_total)
     linears = quantized_linears(layouts)
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
+    disk = state_bytes(checkpoint.shape, states)
+    if processes > 1:  # each has the calibration rows once more, and the layers lie in files of their own first
+        disk += processes * state_bytes(checkpoint.shape, work.calibration_tokens)
+        disk += sum(tensor.nbytes for tensor in tensors)
     return Plan(
         layouts=layouts,
         quantized_linears=len(linears),
@@ -154,21 +179,34 @@ def make_plan(
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
         fit=fit,
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
-        memory_bytes=memory,
+        memory_bytes=planned if device_total is None else host_peak_bytes(work),
+        device_bytes=None if device_total is None else planned,
         smaller=smaller,
-        state_bytes=state_bytes(checkpoint.shape, states),
-        seconds=seconds(work, fit),
+        state_bytes=disk,
+        seconds=None if work.on_gpu else seconds(work, fit, processes),
         effort=effort,
         keeps_grid=keeps_grid,
+        processes=processes,
     )
 
 
-def _choose_fit(work: Workload, max_memory: int | None) -> tuple[Fit, int, int | None]:
-    """The first fit that is within `max_memory`, its memory, and that of the next much smaller one."""
-    choices = [(fit, peak_bytes(work, fit)) for fit in FITS]
-    fitting = [choice for choice in choices if max_memory is None or choice[1] <= max_memory]
+def _choose_fit(work: Workload, max_memory: int | None, device_total: int | None) -> tuple[Fit, int, int | None]:
+    """The first fit that is within `max_memory`, its memory, and that of the next much smaller one.
+
+    device_total: the memory of a GPU that has its own, which is planned then.
+    """
+    peak = peak_bytes if device_total is None else device_peak_bytes
+    choices = [(fit, peak(work, fit)) for fit in FITS]
+    limits = [limit for limit in (max_memory, device_total) if limit is not None]
+    fitting = [choice for choice in choices if all(choice[1] <= limit for limit in limits)]
     if not fitting:
         least = min(memory for _, memory in choices)
+        if device_total is not None and least > device_total:
+            raise GemmaAwqError(
+                f"This needs at least {least / 1e9:.1f} GB of GPU memory, and this GPU has {device_total / 1e9:.1f} "
+                "GB.",
+                "Use shorter rows (--seq-len), or --device cpu.",
+            )
         raise GemmaAwqError(
             f"This needs at least {least / 1e9:.1f} GB of memory, more than --max-memory allows.",
             "Raise --max-memory, or use shorter rows (--seq-len).",

@@ -23,7 +23,7 @@ from gemma_awq_cli.models.checkpoints.source import Source, find_source
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
 from gemma_awq_cli.models.forward.devices import pick_device
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.memory import available_memory
+from gemma_awq_cli.models.forward.memory import free_memory
 from gemma_awq_cli.models.gemma.features import features_of
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.packed_formats.choosing import ORIGINAL, describe
@@ -40,6 +40,7 @@ from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
 from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, grid_group_size
 from gemma_awq_cli.quantize.merged_adapter import MergedAdapter, adapter_warnings, open_asked_adapter
 from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
+from gemma_awq_cli.quantize.processes import Launched
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -94,11 +95,13 @@ class Prepared:
         }
 
 
-def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) -> Prepared:
+def prepare(
+    request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False, process: Launched | None = None
+) -> Prepared:
     """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
 
     dry_run: the target may be taken, weights stay on the hub, and rows that the model would sample are left zero, as
-    only their number matters.
+    only their number matters. process: one of several that share out the layers.
     """
     device = pick_device(request.device)
     recipe = find_recipe(
@@ -132,8 +135,15 @@ def prepare(request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False) 
         on_event(Note(reason))
     stack = TextStack(checkpoint, device)
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run, keeps_grid)
-    plan = make_plan(checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid)
+    processes = 1 if process is None else process.count
+    plan = make_plan(
+        checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes
+    )
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
+    if (problem := device_room_problem(plan, device)) is not None:
+        if not dry_run:
+            raise problem
+        on_event(Warned(f"{problem.message} {problem.hint}"))
     on_event(PlanMade(plan, source, target, device.type, None if merged is None else merged.source))
     arguments = request.reported(device.type, group_size)
     return Prepared(source, merged, target, checkpoint, card, beside, stack, rows, plan, arguments)
@@ -154,6 +164,18 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
             "Give a Gemma that generates text. Encoders are not supported.",
         )
     require_companions(checkpoint)
+
+
+def device_room_problem(plan: Plan, device: torch.device) -> GemmaAwqError | None:
+    """Return the error of a GPU that has less of its own memory free than is planned; None if it has enough."""
+    free = free_memory(device)
+    if plan.device_bytes is None or free is None or plan.device_bytes <= free:
+        return None
+    smaller = " or use --max-memory with less than that" if plan.smaller is not None and plan.smaller <= free else ""
+    return GemmaAwqError(
+        f"This needs about {plan.device_bytes / 1e9:.1f} GB of GPU memory, and {device} has {free / 1e9:.1f} GB free.",
+        f"Close other programs on it, use another GPU (--device cuda:N){smaller}.",
+    )
 
 
 def require_in_context(seq_len: int, checkpoint: Checkpoint) -> None:
@@ -196,7 +218,7 @@ def _calibration_rows(
     if keeps_grid:
         return replace(rows, ids=rows.ids[:0], text_sha256=hash_rows(rows.ids[:0]), description=NO_CALIBRATION)
     if request.sampled_rows:
-        memory = request.max_memory or available_memory()
+        memory = request.max_memory or free_memory(device)
         require_memory_to_sample(checkpoint, request.sampled_rows, request.seq_len, memory)
         if request.samples_itself:  # the text is only measured on
             rows = replace(rows, ids=rows.ids[:0], description=SELF)

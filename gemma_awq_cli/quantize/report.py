@@ -17,7 +17,7 @@ from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, KeptGroups, LayerRecord
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.stated_config import BITS, awq_section, stated_config
-from gemma_awq_cli.models.forward.memory import peak_memory
+from gemma_awq_cli.models.forward.memory import peak_device_memory, peak_memory
 from gemma_awq_cli.quantize.merged_adapter import MergedAdapter
 from gemma_awq_cli.quantize.plan import Plan
 
@@ -163,13 +163,13 @@ class RunSection:
     threads: int
 
     @classmethod
-    def now(cls, seconds: float, records: list[LayerRecord]) -> "RunSection":
+    def now(cls, seconds: float, records: list[LayerRecord], device: torch.device) -> "RunSection":
         return cls(
             datetime.now(UTC).isoformat(timespec="seconds"),
             round(seconds, 1),
             tuple(record.seconds for record in records),
             peak_memory(),
-            torch.cuda.max_memory_allocated() if torch.cuda.is_available() else None,
+            peak_device_memory(device),
             f"{platform.system()} {platform.machine()}",
             torch.get_num_threads(),
         )

@@ -9,9 +9,9 @@ from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, reporte
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality
+from gemma_awq_cli.system.devices import require_device_name
 
 DTYPES = ("bfloat16", "float16")
-DEVICES = ("auto", "cpu", "cuda", "mps")
 NUM_SAMPLES, SEQ_LEN = 128, 512  # by default
 LEAST_SEQ_LEN = 8
 KEEP, IGNORE = QAT_MODES = ("keep", "ignore")
@@ -33,7 +33,8 @@ class QuantizeRequest:
     dataset_config, dataset_split: of a hub dataset; text_column: the column that holds the text or the messages;
     strict: an unusable row of the text is an error and not a warning.
     num_samples: the most calibration rows to use; seq_len: tokens per row, BOS included; seed: decides which rows.
-    device: `auto`, `cpu`, `cuda` or `mps`; max_memory: bytes that the plan must fit.
+    device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; max_memory: bytes that the plan must fit, on a CUDA device of its
+    memory.
     resume: continue an interrupted run of the same request; force: replace an artifact that is already in `output`.
     """
 
@@ -64,7 +65,7 @@ class QuantizeRequest:
         _require_one_of("qat", self.qat, (None, *QAT_MODES))
         _require_one_of("dtype", self.dtype, (None, *DTYPES))
         _require_one_of("quality", self.quality, tuple(QUALITIES))
-        _require_one_of("device", self.device, DEVICES)
+        require_device_name(self.device)
         _require_at_least("num_samples", self.num_samples, 1)
         _require_at_least("seq_len", self.seq_len, LEAST_SEQ_LEN)
         if self.adapter is None and self.adapter_revision is not None:

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from gemma_awq_cli.awq.ordered_sums import running_sums
 from gemma_awq_cli.calibration_text.rows import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
@@ -122,11 +123,11 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     width = -(-vocabulary // CHUNKS)
     weights = (logits - logits.max(1, keepdim=True).values).exp_()
     weights = torch.nn.functional.pad(weights, (0, width * CHUNKS - vocabulary)).view(rows, CHUNKS, width)
-    sums = weights.sum(2, dtype=torch.float32).cumsum(1)
+    sums = running_sums(weights.sum(2, dtype=torch.float32))
     point = torch.rand(rows, 1, generator=generator, device=logits.device) * sums[:, -1:]
     part = torch.searchsorted(sums, point).clamp_(max=CHUNKS - 1)
     before = torch.where(part > 0, sums.gather(1, (part - 1).clamp_(min=0)), torch.zeros_like(point))
-    inside = weights[torch.arange(rows, device=logits.device), part[:, 0]].to(torch.float32).cumsum(1)
+    inside = running_sums(weights[torch.arange(rows, device=logits.device), part[:, 0]].to(torch.float32))
     # rounding may put the point beyond the sum of the part: it then takes the part's last token of any weight
     token = torch.searchsorted(inside, torch.minimum(point - before, inside[:, -1:]))
     return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1)

@@ -8,8 +8,16 @@ from typing import Any, Self
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import read_json
-from gemma_awq_cli.models.checkpoints.journal import ANEW, Fingerprint, Journal, has_finished_layers, require_same
+from gemma_awq_cli.models.checkpoints.journal import (
+    ANEW,
+    Fingerprint,
+    Journal,
+    differences,
+    has_finished_layers,
+    require_same,
+)
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, write_errors
+from gemma_awq_cli.quantize.layer_files import LayerFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
 
@@ -19,13 +27,15 @@ class WorkFolder:
     Creating the object only looks. It raises if `target` is taken, or if an interrupted run left finished layers there
     and the user chose neither `resume` nor `force`. After an error the finished layers are kept.
 
-    model: the files that will become `target`; state: files that only an interrupted run needs.
+    model: the files that will become `target`; state: files that only an interrupted run needs; layer_files: in there,
+    the layers that several processes have finished.
     """
 
     def __init__(self, target: Path, force: bool, resume: bool) -> None:
         self.target, self._force, self._resume = target, force, resume
-        self._staged = StagedFolder(target, force, resume, is_worth_keeping=has_finished_layers)
+        self._staged = StagedFolder(target, force, resume, is_worth_keeping=_is_worth_keeping)
         self.model, self.state = self._staged.folder, self._staged.state
+        self.layer_files = LayerFiles(self.state)
         if not force:
             with write_errors(target):
                 self._require_asked(Journal(self.state))
@@ -67,7 +77,7 @@ class WorkFolder:
                 journal = Journal(self.state)
                 self._require_asked(journal)
                 journal.require_at_most(layers)
-                if journal.records and self._is_same(journal.fingerprint, fingerprint, self._staged.path):
+                if self._finished(journal) and self._is_same(journal.fingerprint, fingerprint, self._staged.path):
                     return journal
             except GemmaAwqError:
                 if not self._force:
@@ -81,20 +91,29 @@ class WorkFolder:
 
     def _require_asked(self, journal: Journal) -> None:
         """Raise if there are finished layers and the user did not choose to resume them."""
-        if not journal.records or self._resume:
+        finished = self._finished(journal)
+        if not finished or self._resume:
             return
         if self._staged.is_being_written():
             raise GemmaAwqError(
                 f"Another process is writing {self.target}.", f"Wait for it, or {self._staged.elsewhere}."
             )
         raise GemmaAwqError(
-            f"An earlier run was interrupted after {len(journal.records)} layers; they are kept in "
-            f"{self._staged.path}.",
+            f"An earlier run was interrupted after {finished} layers; they are kept in {self._staged.path}.",
             "Continue it with --resume, or start over with --force.",
         )
 
+    def _finished(self, journal: Journal) -> int:
+        """How many layers are finished: those of the journal, or those that several processes have in files."""
+        return max(len(journal.records), len(self.layer_files.finished()))
+
     def _is_same(self, then: Fingerprint | None, now: Fingerprint, where: Path) -> bool:
         """Whether two runs end in the same bytes. If not, raise with the differences, unless `force`."""
-        if then != now and not self._force:
+        if not self._force:
             require_same(then or {}, now, where)
-        return then == now
+        return then is not None and not differences(then, now)
+
+
+def _is_worth_keeping(state: Path) -> bool:
+    """Whether an unfinished artifact can be continued."""
+    return has_finished_layers(state) or bool(LayerFiles(state).finished())

@@ -215,7 +215,7 @@ def test_wrong_folds_of_the_experts_fail(wrong: str, layer: Layer, quantized: Qu
 def test_the_written_experts_are_near_the_folded_ones(layer: Layer, quantized: QuantizedLayer) -> None:
     """Each in its own place: gate and up, and one expert and the next, are far apart."""
     folded = folded_weights(quantized, layer.layout, layer.weights, CPU)
-    dense = dense_weights(quantized, layer.layout, CPU)
+    dense = dense_weights(quantized.tensors, layer.layout, CPU)
     for name in ("experts.gate_up_proj", "experts.down_proj"):
         apart = (dense[name] - folded[name]).flatten(1).norm(dim=1) / folded[name].flatten(1).norm(dim=1)
         assert (apart < 0.2).all()

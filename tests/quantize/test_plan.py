@@ -17,13 +17,14 @@ from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
 from gemma_awq_cli.quantize.plan import FITS, Plan, make_plan
 from gemma_awq_cli.system.sizes import parse_bytes
+from tests.fake_device import fake_device
 
 
-def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced") -> Plan:
+def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced", place: str = "cpu") -> Plan:
     """A plan for so many tokens that activations, and not the libraries, decide."""
     opened = Checkpoint(checkpoint)
     rows = Rows(torch.zeros(64, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.int64), "", "", "")
-    stack = TextStack(opened, torch.device("cpu"))
+    stack = TextStack(opened, torch.device(place))
     return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory, quality)
 
 
@@ -103,11 +104,40 @@ def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> Non
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:
     plan = replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000)
     for exhausted in (MemoryError(), torch.OutOfMemoryError("CUDA out of memory")):
-        with pytest.raises(GemmaAwqError, match="Out of memory in layer 5") as caught, layer_memory_errors(plan, 4):
+        with pytest.raises(GemmaAwqError, match="Out of memory in layer 1") as caught, layer_memory_errors(plan, 0):
             raise exhausted
-        assert "--max-memory 3.2GB" in caught.value.hint
-    with pytest.raises(RuntimeError, match="a bug"), layer_memory_errors(plan, 4):
+        assert caught.value.hint == "Close other programs, or use --max-memory 3.2GB."
+    with pytest.raises(RuntimeError, match="a bug"), layer_memory_errors(plan, 0):
         raise RuntimeError("a bug")
+
+
+def test_after_finished_layers_no_option_is_named_that_resume_refuses(checkpoints: Callable[[str], Path]) -> None:
+    plan = replace(plan_of(checkpoints("gemma")), smaller=3_210_000_000, device_bytes=5_000_000_000)
+    error = RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+    with (
+        pytest.raises(GemmaAwqError, match=r"5\.0 GB of GPU memory were planned") as caught,
+        layer_memory_errors(plan, 1),
+    ):
+        raise error
+    again, anew = caught.value.hint.split(", or ")
+    assert "--resume" in again
+    assert "--max-memory" not in again
+    assert anew == "start over with --force and --max-memory 3.2GB."
+
+
+def test_a_gpus_own_memory_is_planned(checkpoints: Callable[[str], Path]) -> None:
+    """Its plan depends on what the GPU has, and not on what other programs leave of it: sums depend on the plan."""
+    on_cpu = plan_of(checkpoints("gemma"))
+    assert on_cpu.device_bytes is None
+    with fake_device(free=1) as device:
+        plan = plan_of(checkpoints("gemma"), place="cuda")
+        assert plan.device_bytes is not None
+        assert plan.fit == FITS[0]
+        device.total = 10**6
+        with pytest.raises(GemmaAwqError, match="this GPU has"):
+            plan_of(checkpoints("gemma"), place="cuda")
+    with fake_device("mps"):  # which shares the system's
+        assert plan_of(checkpoints("gemma"), place="mps").device_bytes is None
 
 
 @pytest.mark.parametrize(

@@ -224,6 +224,17 @@ def test_an_interrupted_run_says_what_it_keeps_and_goes_on(
     assert "complete already" in capsys.readouterr().err
 
 
+def test_a_memory_limit_that_changes_no_plan_changes_nothing(
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    artifacts: Callable[[str], Path],
+    text_file: Path,
+) -> None:
+    arguments = kept_run(tmp_path / "out", checkpoints("gemma2"), text_file)
+    assert main([*arguments, "--resume", "--max-memory", "500GB"]) == 0
+    assert identity(tmp_path / "out") == identity(artifacts("gemma2"))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "layers"), [("gemma2", 2), ("gemma3n_text", 5), ("gemma4_text", 3)])
 def test_both_paths_of_the_rows_are_gone_on_with(

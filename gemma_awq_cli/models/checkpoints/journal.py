@@ -18,6 +18,8 @@ JOURNAL = "journal.jsonl"
 ANEW = "Start over with --force."
 JOURNAL_BYTES = 64 * 1024 * 1024  # a layer takes a few kilobytes
 Fingerprint = dict[str, Any]  # everything that the artifact's bytes depend on, by names that a user understands
+# Arguments in it that change no byte by themselves: what is planned for a memory limit has entries of its own.
+WITHOUT_EFFECT = ("max_memory",)
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,7 @@ class Journal:
 
     def add(self, record: LayerRecord) -> None:
         """Record one more finished layer, all of whose files are on the disk."""
-        self._append({"groups": [group.to_json() for group in record.groups], "seconds": record.seconds})
+        self._append(record_to_json(record))
         self.records.append(record)
 
     def require_at_most(self, layers: int) -> None:
@@ -145,13 +147,28 @@ class Journal:
         return value
 
     def _record(self, number: int, value: dict[str, Any]) -> LayerRecord:
-        groups = value.get("groups")
-        if not (isinstance(groups, list) and _is_number(value.get("seconds")) and all(map(_is_group, groups))):
+        record = record_from_json(value)
+        if record is None:
             raise self._damaged(number)
-        return LayerRecord(tuple(_group(group) for group in groups), value["seconds"])
+        return record
 
     def _damaged(self, number: int) -> GemmaAwqError:
         return GemmaAwqError(f"{self.path}, line {number} is damaged: it is not the record of a layer.", ANEW)
+
+
+def record_to_json(record: LayerRecord) -> dict[str, Any]:
+    """Return a finished layer as plain data."""
+    return {"groups": [group.to_json() for group in record.groups], "seconds": record.seconds}
+
+
+def record_from_json(value: Any) -> LayerRecord | None:
+    """Return the finished layer that plain data describes; None for anything else."""
+    if not isinstance(value, dict):
+        return None
+    groups = value.get("groups")
+    if not (isinstance(groups, list) and _is_number(value.get("seconds")) and all(map(_is_group, groups))):
+        return None
+    return LayerRecord(tuple(_group(group) for group in groups), value["seconds"])
 
 
 def has_finished_layers(folder: Path) -> bool:
@@ -199,7 +216,7 @@ def differences(then: Fingerprint, now: Fingerprint) -> list[str]:
     """Return what changed between two runs, such as `seed: 0 then, 1 now`."""
     names = list(dict.fromkeys([*then, *now]))
     return [f"{name}: {_short(then.get(name))} then, {_short(now.get(name))} now" for name in names
-            if then.get(name) != now.get(name)]  # fmt: skip
+            if name not in WITHOUT_EFFECT and then.get(name) != now.get(name)]  # fmt: skip
 
 
 def require_same(then: Fingerprint, now: Fingerprint, where: Path) -> None:

@@ -50,14 +50,19 @@ class StagedFolder:
         self._mark = mark
         self.elsewhere = elsewhere
         self._is_worth_keeping = is_worth_keeping
-        self.path = target.parent / f".{target.name}.partial"
-        self.folder, self.state = self.path / "model", self.path / "state"
+        self.path = _path_of(target)
+        self.folder, self.state = self.path / "model", self.state_of(target)
         self._replaced = target.parent / f".{target.name}.replaced"
         self._may_be_there = force or resume
         self._lock = Lock(self.path / "lock")
         self._abandoned = False
         with write_errors(self.target, self.elsewhere):
             self._require_place()
+
+    @staticmethod
+    def state_of(target: Path) -> Path:
+        """Return the `state` of a target, for a process that works with the one that holds the lock."""
+        return _path_of(target) / "state"
 
     def __enter__(self) -> Self:
         with write_errors(self.target, self.elsewhere):
@@ -200,6 +205,11 @@ class StagedFolder:
             if _is_there(path):
                 path.rename(gone)
                 _remove(gone)
+
+
+def _path_of(target: Path) -> Path:
+    """The folder beside `target` in which it is built."""
+    return target.parent / f".{target.name}.partial"
 
 
 def _require_writable(folder: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.devices import require_device_name
 
 if TYPE_CHECKING:
     import torch
@@ -32,9 +33,13 @@ def may_have_gpu() -> bool:
 
 
 def pick_device(asked: str) -> "torch.device":
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names; GemmaAwqError if it is not there."""
+    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names.
+
+    Raises UsageError for another name, and GemmaAwqError if the device is not there.
+    """
     import torch
 
+    require_device_name(asked)
     if asked == "auto":
         asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else CPU
     if asked.startswith("cuda"):

@@ -29,13 +29,14 @@ class Forward:
     """What runs the model. text: the weights of a decoder of our own; None: transformers' modules run it.
 
     report: how it was chosen, line by line; slow: why it is slower than it could be, or None; head: how the head is
-    held, one of `kernels.head.HEADS`.
+    held, one of `kernels.head.HEADS`; head_reason: why that is not what was asked for.
     """
 
     text: "NativeText | TextWeights | None"
     report: tuple[str, ...]
     slow: str | None = None
     head: str = DENSE_HEAD
+    head_reason: str = ""
 
 
 def choose_forward(checkpoint: Checkpoint, device: str, dtype: str, precision: Precision, head: str) -> Forward:
@@ -47,19 +48,21 @@ def choose_forward(checkpoint: Checkpoint, device: str, dtype: str, precision: P
     needed = features_of(checkpoint.facts, checkpoint.family)
     if refusal := _decoders_refusal(device, precision, needed):
         report, slow = linear_report(checkpoint, device, dtype)
-        return Forward(None, (f"forward: transformers' modules ({refusal})", *report), slow)
+        reason = f"transformers' modules run this model ({refusal})"
+        return Forward(None, (f"forward: transformers' modules ({refusal})", *report), slow, head_reason=reason)
     arch = architecture_of(checkpoint.facts, checkpoint.family)
+    reason = ""
     if head != DENSE_HEAD and head_group(head, arch.hidden) is None:
-        head = DENSE_HEAD
+        head, reason = DENSE_HEAD, f"no group size divides its {arch.hidden} inputs"
     library = _native_library(checkpoint, arch, dtype, needed)
     if isinstance(library, Library):
         text = read_native_text(library, checkpoint, arch, head)
-        return Forward(text, tuple(native_report(text)), head=head)
+        return Forward(text, tuple(native_report(text)), head=head, head_reason=reason)
     report, slow = linear_report(checkpoint, device, dtype)
     decoder = _torch_text(checkpoint, arch, dtype, head)
     if dtype == DEFAULT_DTYPE and is_packed:
         slow = f"the compiled forward, several times as fast, is not used: {library}" + (f"; {slow}" if slow else "")
-    return Forward(decoder, (f"forward: torch (not the compiled one: {library})", *report), slow, head)
+    return Forward(decoder, (f"forward: torch (not the compiled one: {library})", *report), slow, head, reason)
 
 
 def _torch_text(checkpoint: Checkpoint, arch: Architecture, dtype: str, head: str) -> "TextWeights":

@@ -31,6 +31,24 @@ def free_memory(device: "torch.device | str") -> int | None:
     return available_memory()
 
 
+def device_memory(device: "torch.device") -> int | None:
+    """Bytes of a CUDA device's own memory; None for a device that shares the system's."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.mem_get_info(device)[1])
+
+
+def peak_device_memory(device: "torch.device") -> int | None:
+    """The most bytes that torch has allocated on a CUDA device; None where torch does not tell."""
+    if device.type != "cuda":
+        return None
+    import torch
+
+    return int(torch.cuda.max_memory_allocated(device))
+
+
 def require_memory(needed: int, device: "torch.device | str", what: str, hint: str) -> None:
     """Raise GemmaAwqError if `what` needs more bytes than the device has free, before the system kills processes."""
     free = free_memory(device)
@@ -40,13 +58,18 @@ def require_memory(needed: int, device: "torch.device | str", what: str, hint: s
         )
 
 
+# of errors that are no `MemoryError`: PyTorch's on the CPU, the system's, CUDA's outside PyTorch's own allocator, as in
+# a library's workspace (CUBLAS_STATUS_ALLOC_FAILED, CUSOLVER_STATUS_ALLOC_FAILED)
+_REFUSALS = ("can't allocate memory", "Cannot allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+
+
 def is_refusal(error: BaseException) -> bool:
     """Whether an allocator failed: Python's, a GPU's, PyTorch's on the CPU, or the system's mapping of a file."""
     torch = sys.modules.get("torch")  # a GPU's allocator is torch's
     return (
         isinstance(error, MemoryError)
         or (torch is not None and isinstance(error, torch.OutOfMemoryError))
-        or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
+        or any(words in str(error) for words in _REFUSALS)
     )
 
 

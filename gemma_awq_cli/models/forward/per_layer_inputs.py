@@ -32,10 +32,10 @@ class PerLayerInputs:
         layer = PerLayerEmbedding(
             self._table[:, own],
             torch.tensor(self._width**0.5, device=device),
-            self._projection[own].to(device, torch.float32),
-            self._gain.to(device, torch.float32),
+            self._projection[own].to(device).to(torch.float32),
+            self._gain.to(device).to(torch.float32),
             self._eps,
         )
-        embedded = self._embedding[used.to("cpu")].to(device, torch.float32) * self._embedding.shape[1] ** 0.5
+        embedded = self._embedding[used.to("cpu")].to(device).to(torch.float32) * self._embedding.shape[1] ** 0.5
         with torch.autocast(device.type, enabled=False):  # they are few, and used by every row
             return layer.of_layer(0, embedded, layer.rows(used))[place.to(device)]

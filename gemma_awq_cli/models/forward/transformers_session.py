@@ -38,7 +38,7 @@ class TransformersSession:
         """See `Session.next_logits`."""
         kept = [index for index, row in enumerate(self._left) if tokens[row]]
         if len(kept) < len(self._left):
-            self._cache.batch_select_indices(torch.tensor(kept, device=self._device))
+            self._cache.batch_select_indices(torch.tensor(kept))  # on the CPU: the layers may be on several devices
             self._mask = self._mask[kept]
             self._left = [self._left[index] for index in kept]
         tokens = [tokens[row] for row in self._left]

@@ -17,8 +17,6 @@ from typing import Any
 import msgspec
 from tokenizers import Tokenizer as Backend
 
-from gemma_awq_cli.models.text.merge_search import Pairs, merges_between
-
 MOST_CHARACTERS = 8192  # of a text; for longer ones, the whole machine pays
 _REPLACEMENT = "\ufffd"  # what bytes that are no character yet decode to
 
@@ -162,10 +160,12 @@ class TableStream:
         self._given = 0  # ids whose text is the prefix
 
     def step(self, token: int) -> str | None:
-        """The text that one more token makes certain, or None. The library's own errors are passed on."""
+        """The text that one more token makes certain, or None. Where the library's raises an error, it waits."""
         self._ids.append(token)
         text = self._table.decode(self._ids, skip_special_tokens=True)
         if len(text.encode()) <= len(self._prefix.encode()) or text.endswith(_REPLACEMENT):
+            return None
+        if not text.startswith(self._prefix):  # bytes that are no characters have changed what was one
             return None
         new = text[len(self._prefix) :]
         self._ids = self._ids[self._given :]
@@ -236,11 +236,13 @@ def _only_splits(pre_tokenizer: Any) -> bool:
     return False
 
 
-def _merges_of(stored: msgspec.Raw, pieces: Set[str], others: Set[str]) -> Pairs | None:
+def _merges_of(stored: msgspec.Raw, pieces: Set[str], others: Set[str]) -> list[tuple[str, str]] | None:
     """The merges, in their order, that form pieces of a text from pieces of it. None if they cannot be told.
 
     others: tokens that every text may need; a merge of one of them would form what is no piece of the text.
     """
+    from gemma_awq_cli.models.text.merge_search import merges_between  # it imports numpy
+
     found = merges_between(stored, pieces | others)
     if found is None or any(not others.isdisjoint(pair) for pair in found):
         return None

@@ -8,7 +8,11 @@ import pytest
 
 import gemma_awq_cli.models.text
 
-TEXT = [f"models.text.{module.name}" for module in pkgutil.iter_modules(gemma_awq_cli.models.text.__path__)]
+TEXT = [
+    f"models.text.{module.name}"
+    for module in pkgutil.iter_modules(gemma_awq_cli.models.text.__path__)
+    if module.name != "merge_search"
+]
 # of the generation all but the engines and what opens them
 GENERATE = [
     f"generate.{name}"

@@ -1,0 +1,53 @@
+"""The check for a real GPU, as far as there is none: every stage runs on tiny sizes, and none takes others with it."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+
+
+def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    return int(ended.value.code or 0)
+
+
+def stages(document: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(document.read_text(encoding="utf-8"))["stages"]
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("device", "numbers"), [("cpu", "0,1,4,8,10"), ("fake", "2,3,5,6,7,9")])
+def test_every_stage_runs_dry(device: str, numbers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document, only = tmp_path / "check.json", ("--dry-run", "--device", device, "--only", numbers, "--cap", "100")
+    code = check(monkeypatch, document, *only)
+    found = stages(document)
+    assert {name: record["outcome"] for name, record in found.items()} == dict.fromkeys(numbers.split(","), "passed")
+    assert code == 0
+    assert all(record["result"]["finished"] for record in found.values())
+    if device == "cpu":
+        assert found["4"]["result"]["same_bytes_after_resuming"] is True
+    else:  # a wrong nibble would not have passed
+        kernels = found["2"]["result"]
+        assert kernels["error_of_a_wrong_nibble"] > 2 * max(kernels["worst_error"].values())
+
+
+@pytest.mark.slow
+def test_a_stage_that_takes_too_long_is_ended_and_the_others_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    document = tmp_path / "check.json"
+    assert check(monkeypatch, document, "--dry-run", "--only", "0") == 0
+    assert check(monkeypatch, document, "--dry-run", "--only", "1,3", "--cap", "0.2") == 1
+    assert {name: record["outcome"] for name, record in stages(document).items()} == {
+        "0": "passed", "1": "timed out", "3": "timed out",
+    }  # fmt: skip
+    assert check(monkeypatch, document, "--dry-run", "--from", "10", "--deadline", "0") == 1  # left for another call
+    assert "10" not in stages(document)

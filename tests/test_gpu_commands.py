@@ -1,0 +1,251 @@
+"""The commands on fake GPUs: no tensor on the wrong device, no sum without an order, and few launches and waits."""
+
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from gemma_awq_cli.awq import search
+from gemma_awq_cli.awq.scale_descent import Fed
+from gemma_awq_cli.bench.scoring import Continuation, score
+from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.fidelity.comparison import measure
+from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.loading import open_model
+from tests.bench.in_process import InProcess
+from tests.conftest import quantize_arguments
+from tests.fake_device import FakeDevice, fake_device
+from tests.tiny import CONFIGS, make_checkpoint
+
+Capture = pytest.CaptureFixture[str]
+# Every family's language model; families with towers have the same one.
+TEXT_MODELS = (
+    "gemma", "gemma-mqa", "gemma2", "gemma3_text", "vaultgemma", "gemma3n_text", "gemma4_text", "gemma4-dense",
+    "gemma4-experts", "gemma4_unified_text",
+)  # fmt: skip
+# Kernels that a token starts per layer, of the 16-bit model in transformers' modules.
+LAUNCHES = {
+    "gemma": 55, "gemma-mqa": 55, "gemma2": 88, "gemma3_text": 97, "vaultgemma": 72, "gemma3n_text": 152,
+    "gemma4_text": 90, "gemma4-dense": 98, "gemma4-experts": 170, "gemma4_unified_text": 98,
+}  # fmt: skip
+PACKED_LAUNCHES = 170  # more per layer, of seven packed linears that are unpacked each time
+SYNCS = 3  # per token: the logits, and two of transformers' masks; and per layer that has experts, some
+EXPERTS_SYNCS = 3
+
+
+@pytest.fixture
+def short_descent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two steps of descent do all that thirty do."""
+    whole = search.descend
+
+    def two(parts: list[Fed], start: Tensor, tied: Tensor | None, group_size: int, steps: int) -> Tensor:
+        return whole(parts, start, tied, group_size, 2)
+
+    monkeypatch.setattr(search, "descend", two)
+
+
+def quick(checkpoint: Path, output: Path, text: Path, device: str, *more: str) -> list[str]:
+    arguments = quantize_arguments(checkpoint, output, text, "--quality", "fast", *more)
+    for option, value in (("--device", device), ("--num-samples", "2"), ("--seq-len", "24")):
+        arguments[arguments.index(option) + 1] = value
+    return arguments
+
+
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_quantize_every_family(
+    kind: str, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None
+) -> None:
+    with fake_device("cuda", capability=(9, 0)) as device:
+        assert main(quick(checkpoints(kind), tmp_path / "out", text_file, "cuda")) == 0
+        assert not device.unordered
+        layers = len(Checkpoint(checkpoints(kind)).shape.layouts)
+        # from the device: what is written, hidden states, and a few numbers for each decision
+        assert device.syncs["to the CPU"] <= 80 * layers + 200 * (kind == "gemma4-experts") * layers
+        run = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["run"]
+        assert run["peak_vram_bytes"] == device.peak
+
+
+def test_each_weight_is_uploaded_once_and_in_16_bits(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None
+) -> None:
+    with fake_device("cuda") as device:
+        assert main(quick(checkpoints("gemma2"), tmp_path / "out", text_file, "cuda")) == 0
+    layouts = Checkpoint(checkpoints("gemma2")).shape.layouts
+    expected = Counter((one.outputs, one.inputs) for layout in layouts for one in layout.linears.values())
+    found = Counter({shape: count for (_, shape), count in device.uploaded.items() if shape in expected})
+    assert found == expected
+    assert {dtype for dtype, shape in device.uploaded if shape in expected} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(("kind", "quality"), [("gemma2", "fast"), ("gemma-mqa", "balanced"), ("gemma4_text", "fast")])
+def test_quantize_on_apples_gpus(
+    kind: str, quality: str, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None
+) -> None:
+    """No float64, which they do not have, and no operation that PyTorch has no MPS kernel for."""
+    with fake_device("mps"):
+        assert main(quick(checkpoints(kind), tmp_path / "out", text_file, "mps", "--quality", quality)) == 0
+        run = json.loads((tmp_path / "out" / "quantization_report.json").read_text())["run"]
+        assert run["peak_vram_bytes"] is None  # torch does not tell
+
+
+@pytest.fixture(scope="module")
+def one_layer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    with pytest.MonkeyPatch.context() as patch:
+        whole = CONFIGS["gemma3_text"]
+        patch.setitem(CONFIGS, "gemma3_text", lambda: _with_one_layer(whole()))
+        return make_checkpoint(tmp_path_factory.mktemp("one") / "model", "gemma3_text")
+
+
+def _with_one_layer(config: Any) -> Any:
+    config.num_hidden_layers, config.layer_types = 1, config.layer_types[:1]
+    return config
+
+
+@pytest.mark.parametrize("quality", ["balanced", "best"])
+def test_quantize_at_every_quality(
+    quality: str, tmp_path: Path, one_layer: Path, text_file: Path, short_descent: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from dataclasses import replace
+
+    from gemma_awq_cli.quantize.quality import QUALITIES
+
+    level = QUALITIES[quality]
+    monkeypatch.setitem(QUALITIES, quality, replace(level, sampled_rows=min(2, level.sampled_rows)))
+    with fake_device("cuda") as device:
+        assert main(quick(one_layer, tmp_path / "out", text_file, "cuda", "--quality", quality)) == 0
+        assert not device.unordered
+
+
+@pytest.mark.parametrize("place", ["cuda", "mps"])
+@pytest.mark.parametrize("kind", TEXT_MODELS)
+def test_run_and_score_every_family(
+    kind: str, place: str, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path]
+) -> None:
+    for folder, packed in ((checkpoints(kind), False), (artifacts(kind), True)):
+        with fake_device(place) as device:
+            with torch.inference_mode():  # a fake tensor of that mode is no view of one that is not
+                opened = open_model(folder, torch.device(place, 0))
+            session = opened.session(2, 40)
+            session.next_logits([[2, 5, 6, 7], [2, 9]])
+            device.reset()
+            for token in range(4):
+                session.next_logits([[8 + token], [9]])
+            steps, layers = 4, opened.checkpoint.layers
+            assert sum(device.launches.values()) / steps / layers <= LAUNCHES[kind] + packed * (
+                4 * PACKED_LAUNCHES if kind == "gemma4-experts" else PACKED_LAUNCHES
+            )
+            experts = kind == "gemma4-experts"
+            assert sum(device.syncs.values()) / steps <= SYNCS + experts * (EXPERTS_SYNCS + 10 * (not packed)) * layers
+            assert session.next_logits([[], [9]]).shape[0] == 1  # a row that ends early
+            scores = score(opened, [Continuation([2, 5, 6], [7, 8]), Continuation([2, 5, 6], [9])], lambda _: None)
+            assert all(value < 0 for value, _ in scores)
+
+
+@pytest.mark.parametrize("place", ["cuda", "mps"])
+def test_fidelity(place: str, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path]) -> None:
+    rows = torch.randint(6, 200, (2, 24), generator=torch.Generator().manual_seed(0))
+    artifact, reference = Checkpoint(artifacts("gemma2")), Checkpoint(checkpoints("gemma2"))
+    expected = measure(artifact, reference, rows, torch.device("cpu"), lambda: None)
+    with fake_device(place) as device:
+        found = measure(artifact, reference, rows, torch.device(place, 0), lambda: None)
+        assert found.summary().kl == pytest.approx(expected.summary().kl, rel=0.01)
+        assert found.kl_along(23)[0][2] == pytest.approx(expected.kl_along(23)[0][2], rel=0.01, abs=1e-4)
+        assert sum(found.kl_histogram().counts) == 46
+        assert not device.unordered
+
+
+@pytest.mark.parametrize("place", ["cuda:1", "mps"])
+def test_run_the_command(place: str, artifacts: Callable[[str], Path], capsys: Capture) -> None:
+    ask = ["run", "Hi", "-m", str(artifacts("gemma2")), "--device", place, "--max-new-tokens", "4", "--raw"]
+    with fake_device(place.partition(":")[0], count=2):
+        for sampling in (["--temperature", "0"], ["--temperature", "1.5", "--top-p", "0.9", "--seed", "1"]):
+            assert main([*ask, *sampling]) == 0
+        assert main([*ask, "--head", "int4"]) == 0
+        assert "--head int4 has no effect" in capsys.readouterr().err
+
+
+def test_bench_names_the_gpu_that_it_measured(
+    checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("gemma_awq_cli.bench.process.Worker", InProcess)
+    ask = [
+        "bench", str(artifacts("gemma2")), "--device", "cuda:1", "--pp", "8", "--tg", "2", "-r", "1", "--warmup", "0",
+        "--speed", "--json",
+    ]  # fmt: skip
+    capsys.readouterr()
+    with fake_device(count=2, free=1 << 20):
+        assert main(ask) == 0
+    document = json.loads(capsys.readouterr().out)
+    speed = document["models"][0]["speed"]
+    assert speed["device"] == "cuda:1"
+    assert speed["peak_vram_bytes"] == FakeDevice.peak
+    assert document["bandwidth_bytes_per_second"] > 0
+    opened = open_model(artifacts("gemma2"), torch.device("cpu"))
+    assert speed["weight_bytes_per_token"] > opened.checkpoint.layers  # what is held, scales of the zeros included
+
+
+def test_the_plan_knows_the_gpus_memory(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
+) -> None:
+    plan = quick(checkpoints("gemma2"), tmp_path / "out", text_file, "cuda", "--dry-run", "--json")
+    with fake_device():
+        assert main(plan) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["estimated_seconds"] is None  # none was ever measured
+    needed = document["device_bytes"]
+    assert needed > 0
+    run = quick(checkpoints("gemma2"), tmp_path / "out", text_file, "cuda")
+    with fake_device(free=needed - 1):  # other programs have the rest
+        assert main(plan) == 0
+        assert "GB free" in capsys.readouterr().err
+        assert main(run) == 1
+        assert "GB free" in capsys.readouterr().err
+    with fake_device(total=needed // 2):
+        assert main(run) == 1
+        assert "this GPU has" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_sampling_is_refused_by_the_gpus_free_memory(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
+) -> None:
+    ask = quick(checkpoints("gemma"), tmp_path / "out", text_file, "cuda", "--calibration", "self")
+    with fake_device(free=10**8):
+        assert main(ask) == 1
+    assert "only 0.1 GB are available" in capsys.readouterr().err
+
+
+def test_layers_spread_over_two_gpus_with_rows_that_end_early(checkpoints: Callable[[str], Path]) -> None:
+    pytest.importorskip("accelerate")
+    folder = checkpoints("gemma2")
+    rows = [[2, 5, 6, 7], [2, 9], [2, 11, 12]]
+
+    def logits(opened: Any) -> list[Any]:
+        session = opened.session(3, 16)
+        first = session.next_logits(rows)
+        return [first, session.next_logits([[8], [], [10]]), session.next_logits([[8], [], [10]])]
+
+    expected = logits(open_model(folder, torch.device("cpu")))
+    size = sum(info.nbytes for info in Checkpoint(folder).tensors.values())
+    with fake_device(count=2, free=int(size * 0.9)):
+        opened = open_model(folder, torch.device("cuda", 0), others=[torch.device("cuda", 1)])
+        assert {parameter.device.index for parameter in opened.model.parameters()} == {0, 1}
+        for found, wanted in zip(logits(opened), expected, strict=True):
+            assert np.linalg.norm(found - wanted) < 0.05 * np.linalg.norm(wanted)
+
+
+def test_a_device_that_is_not_there(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture
+) -> None:
+    with fake_device(count=2):
+        assert main(quick(checkpoints("gemma"), tmp_path / "out", text_file, "cuda:2")) == 1
+        assert "There is no device cuda:2" in capsys.readouterr().err
+        assert main(quick(checkpoints("gemma"), tmp_path / "out", text_file, "gpu")) == 2
+        assert main(["bench", str(checkpoints("gemma")), "--device", "cuda:x"]) == 2
