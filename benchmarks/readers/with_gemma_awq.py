@@ -17,7 +17,7 @@ def open_model(request: Request) -> Opened:
     def logits(ids: Sequence[int]) -> Iterator[np.ndarray]:
         session = model.session(1, capacity)
         for token in ids:
-            yield session.next_logits([[token]])[0].float().numpy()
+            yield session.next_logits([[token]])[0]
 
     def greedy(prompt: Sequence[int], count: int) -> list[int]:
         session = model.session(1, capacity)
