@@ -279,7 +279,7 @@ class Forward {
                 memcpy(&b.x[t * h], stream(t, m.active_stream), 4 * h);
             }
             rms_norm(&b.x[t * h], l.input_norm, h, m.eps, &b.normed[t * h]);
-            if (l.qkv.kind != BF16) quantize_row(in, t, l.qkv.group);
+            if (l.qkv.kind != BF16) quantize_row(in, t, l.qkv);
         });
         apply(pool, l.qkv, in, b.qkv.data(), qkv_size);
         if (l.altup) {
@@ -307,7 +307,7 @@ class Forward {
         });
         attend(l, index);
         const Activations attended = activations(b.attended.data(), tokens, q_size);
-        if (l.o.kind != BF16) each_token([&](int64_t t) { quantize_row(attended, t, l.o.group); });
+        if (l.o.kind != BF16) each_token([&](int64_t t) { quantize_row(attended, t, l.o); });
         apply(pool, l.o, attended, b.mixed.data(), h);
         each_token([&](int64_t t) {
             float* mixed = &b.mixed[t * h];
@@ -320,7 +320,7 @@ class Forward {
                 for (int64_t i = 0; i < h; i++) x[i] = (x[i] + (b.normed[t * h + i] + laurel[i])) * std::sqrt(0.5f);
             }
             rms_norm(x, l.mlp_norm, h, m.eps, &b.normed[t * h]);
-            if (l.gate_up.kind != BF16) quantize_row(in, t, l.gate_up.group);
+            if (l.gate_up.kind != BF16) quantize_row(in, t, l.gate_up);
         });
     }
 
@@ -350,7 +350,7 @@ class Forward {
             if (l.sparse_gate) cut_gate(gate, wide, l.gate_cut);
             for (int64_t i = 0; i < wide; i += LANES)
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
-            if (l.down.kind != BF16) quantize_row(act, t, l.down.group);
+            if (l.down.kind != BF16) quantize_row(act, t, l.down);
         });
         if (l.down.kind == INT4_BY_INPUT) apply_by_input(pool, l.down, act, b.nonzero, b.mixed.data());
         else apply(pool, l.down, act, b.mixed.data(), h);
@@ -372,7 +372,7 @@ class Forward {
         ExpertBuffers& x = b.experts;
         const int64_t h = m.hidden, wide = e.intermediate, choices = tokens * e.active;
         const bool packed = e.gate_up->kind != BF16;
-        const int64_t groups = packed ? h / e.gate_up->group : 0, down_groups = packed ? wide / e.down->group : 0;
+        const int64_t scales = packed ? h / e.gate_up->activation_group : 0, totals = packed ? h / e.gate_up->group : 0;
         at_least(x.scores, tokens * e.count);
         at_least(x.weight, choices);
         at_least(x.chosen, choices);
@@ -382,11 +382,11 @@ class Forward {
         at_least(x.down, choices * h);
         if (packed) {
             at_least(x.q, choices * h);
-            at_least(x.scale, choices * groups);
-            at_least(x.total, choices * groups);
+            at_least(x.scale, choices * scales);
+            at_least(x.total, choices * totals);
             at_least(x.act_q, choices * wide);
-            at_least(x.act_scale, choices * down_groups);
-            at_least(x.act_total, choices * down_groups);
+            at_least(x.act_scale, choices * (wide / e.down->activation_group));
+            at_least(x.act_total, choices * (wide / e.down->group));
         } else {
             at_least(x.x, choices * h);
         }
@@ -396,7 +396,7 @@ class Forward {
         each_token([&](int64_t t) {
             choose_experts(e, &x.scores[t * e.count], &x.chosen[t * e.active], &x.weight[t * e.active]);
             rms_norm(&b.x[t * h], e.norm, h, m.eps, &b.normed[t * h]);
-            if (packed) quantize_row(in, t, e.gate_up->group);
+            if (packed) quantize_row(in, t, *e.gate_up);
         });
         sort_by_expert(x.chosen, choices, e.count, x.first, x.place);
         each_token([&](int64_t t) {
@@ -404,8 +404,8 @@ class Forward {
                 const int64_t to = x.place[c];
                 if (packed) {
                     memcpy(&x.q[to * h], in.q + t * h, h);
-                    memcpy(&x.scale[to * groups], in.scale + t * groups, 4 * groups);
-                    memcpy(&x.total[to * groups], in.total + t * groups, 4 * groups);
+                    memcpy(&x.scale[to * scales], in.scale + t * scales, 4 * scales);
+                    memcpy(&x.total[to * totals], in.total + t * totals, 4 * totals);
                 } else {
                     memcpy(&x.x[to * h], in.x + t * h, 4 * h);
                 }
@@ -419,7 +419,7 @@ class Forward {
             float* out = &x.act[row * wide];
             for (int64_t i = 0; i < wide; i += LANES)
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
-            if (packed) quantize_row(act, row, e.down->group);
+            if (packed) quantize_row(act, row, *e.down);
         });
         products_of_experts(e, e.down, act, x.down.data(), h);
         each_token([&](int64_t t) {
@@ -441,9 +441,7 @@ class Forward {
         for (int64_t i = 0; i < e.count; i++) {
             const int64_t first = b.experts.first[i], rows = b.experts.first[i + 1] - first;
             if (!rows) continue;
-            const int64_t groups = linears[i].kind == BF16 ? 0 : a.inputs / linears[i].group;
-            const Activations own{rows, a.inputs, a.x + first * a.inputs, a.q + first * a.inputs,
-                                  a.scale + first * groups, a.total + first * groups};
+            const Activations own = rows_of(a, linears[i], first, rows);
             Product parts[MAX_PARTS];
             const int count = products_of(linears[i], own, out + first * stride, stride, pool.threads(), parts);
             products.insert(products.end(), parts, parts + count);
@@ -572,7 +570,7 @@ class Forward {
         for (int64_t r = 0; r < rows; r++) rms_norm(&b.x[r * m.hidden], m.norm, m.hidden, m.eps, &b.normed[r * m.hidden]);
         const Activations in = activations(b.normed.data(), rows, m.hidden);
         if (m.head.kind != BF16)
-            for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head.group);
+            for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head);
         apply(pool, m.head, in, logits, m.head.outputs);
         if (m.final_softcap > 0) {
             const int64_t all = rows * m.head.outputs, step = 16384;
@@ -661,7 +659,7 @@ void gaq_linear(const LinearSpec* linear, const float* x, int64_t rows, float* o
     std::vector<float> scale(rows * (linear->inputs / 16 + 1)), total(rows * (linear->inputs / 16 + 1));
     const Activations a{rows, linear->inputs, x, q.data(), scale.data(), total.data()};
     if (linear->kind != BF16)
-        for (int64_t r = 0; r < rows; r++) quantize_row(a, r, linear->group);
+        for (int64_t r = 0; r < rows; r++) quantize_row(a, r, *linear);
     Nonzero nonzero;
     if (linear->kind == INT4_BY_INPUT) apply_by_input(pool_of(threads), *linear, a, nonzero, out);
     else apply(pool_of(threads), *linear, a, out, linear->outputs);

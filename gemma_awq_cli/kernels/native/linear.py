@@ -11,6 +11,7 @@ from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import BF16, BLOCK, INT4, INT4_BY_INPUT, MAX_PARTS, PADDED, LinearSpec
 
 _GROUP_SIZES = (32, 64, 128, 256)
+ACTIVATION_GROUP = 32  # inputs of a row that share a scale: divides all of _GROUP_SIZES
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def from_awq(library: Library, packed: PackedWeight, arena: Arena, kind: int = I
         kind, qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), inputs, outputs, group,
         data.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
-    return _integer(kind, inputs, outputs, group, data, zeros)
+    return _integer(kind, inputs, outputs, group, ACTIVATION_GROUP, data, zeros)
 
 
 def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:
@@ -89,7 +90,9 @@ def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Ar
     library.quantize(
         kind, weight.data_ptr(), inputs, outputs, group, data.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
     )
-    return _integer(kind, inputs, outputs, group, data, zeros)
+    # four bits lose more than the activations' eight, however many share a scale
+    activation_group = group if kind == INT4 else ACTIVATION_GROUP
+    return _integer(kind, inputs, outputs, group, activation_group, data, zeros)
 
 
 def dense(weights: Sequence[Tensor]) -> NativeLinear:
@@ -121,8 +124,11 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _integer(kind: int, inputs: int, outputs: int, group: int, data: Tensor, zeros: Tensor) -> NativeLinear:
+def _integer(
+    kind: int, inputs: int, outputs: int, group: int, activation_group: int, data: Tensor, zeros: Tensor
+) -> NativeLinear:
     spec = LinearSpec(
-        kind=kind, group=group, inputs=inputs, outputs=outputs, data=data.data_ptr(), zeros=zeros.data_ptr()
-    )
+        kind=kind, group=group, activation_group=activation_group, inputs=inputs, outputs=outputs,
+        data=data.data_ptr(), zeros=zeros.data_ptr(),
+    )  # fmt: skip
     return NativeLinear(spec, (data, zeros))

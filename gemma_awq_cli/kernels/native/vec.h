@@ -27,6 +27,7 @@ typedef uint8_t LaneBytes __attribute__((vector_size(LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // a loop over registers; without it gcc keeps some of them in memory
 
 template <class V> INLINE V load_as(const void* p) {
     V v;
@@ -35,7 +36,15 @@ template <class V> INLINE V load_as(const void* p) {
 }
 INLINE Floats load(const float* p) { return load_as<Floats>(p); }
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-INLINE Floats splat(float x) { return Floats{} + x; }
+INLINE Floats splat(float x) {
+#if defined(__AVX512VNNI__)
+    return (Floats)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_set1_ps(x);
+#else
+    return Floats{} + x;  // which is no copy: 0 + -0 is 0
+#endif
+}
 INLINE Ints splat(int32_t x) { return Ints{} + x; }
 INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -65,6 +74,15 @@ INLINE float largest(Floats v) {
     return _mm512_reduce_max_ps((__m512)v);
 #endif
     float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+INLINE int32_t largest(Ints v) {
+#if defined(__AVX512VNNI__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#endif
+    int32_t m = v[0];
     for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
     return m;
 }
