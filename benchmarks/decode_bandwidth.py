@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from gemma_awq_cli.kernels.head import HEADS
+from gemma_awq_cli.kernels.head_kinds import HEADS
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.native_weights import NativeText

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels.head import HEADS, soft_cap
+from gemma_awq_cli.kernels.head import soft_cap
+from gemma_awq_cli.kernels.head_kinds import HEADS
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -29,6 +30,7 @@ from gemma_awq_cli.models.forward.torch_weights import JoinedLinear, read_torch_
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of, final_softcap
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.system.arrays import as_tensor
 
 CPU = torch.device("cpu")
 BLOCK = 64  # reference tokens whose logits are held at once
@@ -63,7 +65,7 @@ def main() -> None:
             for first in range(0, step, BLOCK):
                 target = expected(index, first)
                 for offset, token in enumerate(window[first : min(first + BLOCK, step)]):
-                    given = F.log_softmax(session.next_logits([[token]])[0], -1)
+                    given = F.log_softmax(as_tensor(session.next_logits([[token]]))[0], -1)
                     true = target[offset]
                     kl += float((true.exp() * (true - given)).sum())
                     agree += float(true.argmax() == given.argmax())

@@ -23,7 +23,7 @@ from lm_eval.tasks import TaskManager
 
 from gemma_awq_cli.bench.lm_eval_model import HarnessModel
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 
 QUESTIONS = 150
 COMMON = """

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import Grid
-
-PACK = 8
-NIBBLE_COLUMN = (0, 2, 4, 6, 1, 3, 5, 7)  # nibble i (bits 4i..4i+3) holds column NIBBLE_COLUMN[i] of its eight
+from gemma_awq_cli.awq.packed_arrays import NIBBLE_COLUMN, PACK, PackedArrays
+from gemma_awq_cli.system.arrays import as_array, as_tensor
 
 
 class PackedWeight(NamedTuple):
@@ -21,6 +20,16 @@ class PackedWeight(NamedTuple):
     qweight: Tensor
     qzeros: Tensor
     scales: Tensor
+
+
+def as_packed_arrays(packed: PackedWeight) -> PackedArrays:
+    """The arrays of tensors on the CPU, of the same memory where they are contiguous."""
+    return PackedArrays(*(as_array(tensor.contiguous()) for tensor in packed))
+
+
+def as_packed_weight(packed: PackedArrays) -> PackedWeight:
+    """The tensors of arrays, of the same memory."""
+    return PackedWeight(*map(as_tensor, packed))
 
 
 def pack_columns(values: Tensor) -> Tensor:

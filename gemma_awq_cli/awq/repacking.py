@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.packing import PACK, PackedWeight, unpack_columns
+from gemma_awq_cli.awq.packed_arrays import PACK
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_columns
 
 
 class RowPacked(NamedTuple):

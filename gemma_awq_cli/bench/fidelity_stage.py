@@ -19,7 +19,7 @@ from gemma_awq_cli.fidelity.comparison import comparison_steps, measure
 from gemma_awq_cli.fidelity.evaluation_text import read_evaluation_text
 from gemma_awq_cli.fidelity.reference import require_same_base
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.loading import pick_device
+from gemma_awq_cli.models.forward.devices import pick_device
 
 
 def measure_fidelity(measured: Measurements, required: bool) -> None:

@@ -5,10 +5,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.forward.session import Logits
 
 PACKAGE = "llama_cpp"
 BATCH = 512  # tokens that are read at a time: llama.cpp's own default
@@ -74,7 +74,7 @@ class LlamaSession:
         self._at = 0
         self._c.llama_memory_clear(self._c.llama_get_memory(self._context), True)
 
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:
         """See `Session.next_logits`."""
         return self.last_logits(tokens, [1])
 
@@ -86,7 +86,7 @@ class LlamaSession:
         if rows != 1:
             raise ValueError("a GGUF session has one row")
 
-    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Logits:
         """See `Session.last_logits`."""
         (new,), (count,) = tokens, counts
         parts = []
@@ -94,9 +94,9 @@ class LlamaSession:
             piece = new[first : first + BATCH]
             wanted = max(0, min(len(piece), first + len(piece) - (len(new) - count)))
             parts.append(self._decode(piece, wanted))
-        return torch.cat(parts)
+        return np.concatenate(parts)
 
-    def _decode(self, piece: Sequence[int], wanted: int) -> Tensor:
+    def _decode(self, piece: Sequence[int], wanted: int) -> Logits:
         """Read some tokens. Returns the logits [wanted, V] after the last `wanted` of them."""
         batch = self._c.llama_batch_init(len(piece), 0, 1)
         try:
@@ -114,8 +114,6 @@ class LlamaSession:
             raise GemmaAwqError(f"llama.cpp could not decode (code {code}).", "Check that there is enough memory.")
         self._at += len(piece)
         if not wanted:
-            return torch.empty(0, self._vocabulary)
-        import numpy
-
-        logits = numpy.ctypeslib.as_array(self._c.llama_get_logits(self._context), (wanted, self._vocabulary))
-        return torch.from_numpy(logits.copy())
+            return np.empty((0, self._vocabulary), np.float32)
+        logits: Logits = np.ctypeslib.as_array(self._c.llama_get_logits(self._context), (wanted, self._vocabulary))
+        return logits.copy()

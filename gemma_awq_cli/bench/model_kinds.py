@@ -7,7 +7,7 @@ import torch
 
 from gemma_awq_cli.models.checkpoints.adapter import Adapter, open_adapter
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 
 OWN = "own"  # as `gemma-awq run` opens it
 GGUF = "gguf"  # a file, through llama.cpp

@@ -26,6 +26,7 @@ from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.system.arrays import as_tensor
 from gemma_awq_cli.system.saving import scratch_folder
 
 POSITIONS = 128  # whose logits are held at a time
@@ -82,7 +83,7 @@ def measure_running(
             session = open_session(1, len(row))
             for first in range(0, len(row) - 1, POSITIONS):
                 ids = row[first : min(first + POSITIONS, len(row) - 1)]
-                logits = session.last_logits([ids], [len(ids)]).to(device)
+                logits = as_tensor(session.last_logits([ids], [len(ids)])).to(device)
                 exact = stack.logit_chunks(head, states[first : first + len(ids)])
                 targets = torch.tensor(row[first + 1 : first + 1 + len(ids)], device=device)
                 parts.append(compare(_beside(exact, logits), targets))

@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import takewhile
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gemma_awq_cli.generate.local_engine import require_finite_logits
+from gemma_awq_cli.generate.sampler import logsumexp
 from gemma_awq_cli.models.forward.loading import OpenModel
+from gemma_awq_cli.models.forward.session import Logits
 
 MAX_ROWS = 32  # per batch
 MAX_TOKENS = 4096  # of all rows of a batch together, shared ones counted for each row: bounds the KV cache
@@ -44,7 +45,6 @@ class _Row:
         return max(length for _, length, _ in self.ends)
 
 
-@torch.inference_mode()
 def score(
     opened: OpenModel, continuations: Sequence[Continuation], on_done: Callable[[int], None]
 ) -> list[tuple[float, bool]]:
@@ -88,15 +88,15 @@ class _RowScorer:
         self._at = len(row.ids) - row.count
         self._log_probabilities: list[float] = []  # of the row's own next token, at all positions but the last
         self._best: list[bool] = []  # whether that token is the most likely one
-        self._end = torch.empty(0)  # log probabilities [V] after the last position
+        self._end = np.empty(0, np.float32)  # log probabilities [V] after the last position
 
-    def add(self, logits: Tensor) -> None:
+    def add(self, logits: Logits) -> None:
         """Take the logits [n, V] at the next n positions."""
         require_finite_logits(logits)
-        totals = logits.logsumexp(1)
-        following = torch.tensor(self._ids[self._at + 1 : self._at + 1 + len(logits)], device=logits.device)
+        totals = np.array([logsumexp(row) for row in logits])
+        following = np.array(self._ids[self._at + 1 : self._at + 1 + len(logits)], np.int64)
         known = logits[: len(following)]
-        picked = known.gather(1, following[:, None])[:, 0] - totals[: len(following)]
+        picked = known[np.arange(len(following)), following] - totals[: len(following)]
         self._log_probabilities += picked.tolist()
         self._best += (known.argmax(1) == following).tolist()
         self._at += len(logits)
@@ -135,6 +135,6 @@ def _read(opened: OpenModel, batch: Sequence[_Row]) -> list[_RowScorer]:
         shared, session = 0, opened.session(len(batch), capacity)
     counts = [row.count for row in batch]
     logits = session.last_logits([row.ids[shared:] for row in batch], counts)
-    for part, scorer in zip(logits.split(counts), scorers, strict=True):
+    for part, scorer in zip(np.split(logits, np.cumsum(counts)[:-1]), scorers, strict=True):
         scorer.add(part)
     return scorers

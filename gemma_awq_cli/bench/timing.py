@@ -11,12 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from gemma_awq_cli.generate.local_engine import require_finite_logits
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.memory import peak_memory
-from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.session import Logits, Session
 
 BANDWIDTH_BYTES = 256 << 20  # more than any cache holds
 BANDWIDTH_TRIES = 5
@@ -35,7 +34,6 @@ class Sample:
     decode: float
 
 
-@torch.inference_mode()
 def time_sessions(
     open_session: Callable[[int, int], Session],
     bos: int,
@@ -79,9 +77,9 @@ def time_sessions(
     return Sample(first, steps, decode)
 
 
-def _most_likely(logits: Tensor) -> list[list[int]]:
+def _most_likely(logits: Logits) -> list[list[int]]:
     """The most likely next token of each row. The end of text does not end a measurement."""
-    return [[int(token)] for token in logits.argmax(dim=-1).tolist()]
+    return [[int(token)] for token in logits.argmax(-1).tolist()]
 
 
 def bandwidth(device: torch.device) -> float:

@@ -25,7 +25,7 @@ from typing import Any
 
 from gemma_awq_cli.bench.events import OnProgress
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.kernels.head import DENSE_HEAD
+from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD
 from gemma_awq_cli.system.failures import unforeseen_error
 
 
@@ -93,7 +93,7 @@ class Server:
     def _set_up(self, request: dict[str, Any]) -> None:
         import torch
 
-        from gemma_awq_cli.models.forward.loading import pick_device
+        from gemma_awq_cli.models.forward.devices import pick_device
 
         if request["threads"] is not None:
             torch.set_num_threads(request["threads"])

@@ -8,7 +8,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from gemma_awq_cli.awq.packing import PACK, unpack_columns
+from gemma_awq_cli.awq.packed_arrays import PACK
+from gemma_awq_cli.awq.packing import unpack_columns
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.export.ggml_blocks import BLOCK, SUPER_BLOCK, pack_q4_0, pack_q4_1, pack_q5_0, pack_q6_k
 from gemma_awq_cli.export.gguf_tensors import GgufTensor, Given, Packed, Stored
@@ -54,7 +55,7 @@ def rows_of(checkpoint: Checkpoint, tensor: GgufTensor) -> Iterator[Rows]:
                     for first in range(0, len(table), step):
                         yield table[first : first + step].to(torch.float32).numpy() + np.float32(add)
             if missing:  # a per-layer table ends before the embedding, and transformers looks up row 0 there
-                yield checkpoint.mapped(keys[0])[:1].to(torch.float32).expand(missing, -1).numpy()
+                yield np.repeat(checkpoint.mapped(keys[0])[:1].astype(np.float32), missing, 0)
         case Given(values):
             flat = np.resize(np.array(values, np.float32), tensor.shape)
             yield flat.reshape(-1, tensor.shape[-1])

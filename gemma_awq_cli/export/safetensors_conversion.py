@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.packing import PACK, PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packed_arrays import PACK
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.export.source_facts import group_size_of, scale_dtype
 from gemma_awq_cli.export.source_parts import HEAD_MODULE, SourcePart, source_parts

@@ -10,12 +10,13 @@ from collections.abc import Iterable
 from functools import cached_property
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.grammar import JSON_SCHEMA, Grammar, GrammarError, has_finite_value
 from gemma_awq_cli.generate.sampler import Constraint
+from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.models.text.thoughts import CLOSES, OPENS
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
 from gemma_awq_cli.models.text.tool_calls import FORMATS
@@ -29,7 +30,6 @@ MOST_SYMBOLS = 50_000  # of a compiled grammar
 TRIED = 8  # first tokens that are tried: an object with too many properties at once fails with them
 _SHOWN = 300  # characters of llguidance's message
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_BITS = torch.tensor([[bool(byte >> bit & 1) for bit in range(8)] for byte in range(256)])  # [256, 8]
 
 
 class GrammarCompiler:
@@ -97,7 +97,7 @@ class GrammarCompiler:
             raise GrammarError(f"The {what} cannot be used: {_reason(matcher)}.")
         if not any(mask):
             raise GrammarError(f"The {what} cannot be used: nothing matches it.")
-        for token in _allowed(mask, self._vocabulary).nonzero().flatten()[:TRIED].tolist():
+        for token in np.flatnonzero(_allowed(mask, self._vocabulary))[:TRIED].tolist():
             tried = matcher.deep_copy()
             if not tried.consume_token(token):
                 raise GrammarError(f"The {what} cannot be used: {_reason(tried)}.")
@@ -125,12 +125,12 @@ class GrammarConstraint:
     def __init__(self, matcher: Any) -> None:
         self._matcher = matcher
 
-    def mask(self, logits: Tensor) -> Tensor:
+    def mask(self, logits: Logits) -> Logits:
         """See `Constraint`."""
         mask = self._matcher.compute_bitmask()
         if self._matcher.is_error():
             raise GrammarError(f"The grammar cannot be followed any further: {_reason(self._matcher)}.")
-        return torch.where(_allowed(mask, len(logits)).to(logits.device), logits, float("-inf"))
+        return np.where(_allowed(mask, len(logits)), logits, np.float32("-inf"))
 
     def take(self, token: int) -> None:
         """See `Constraint`."""
@@ -147,7 +147,7 @@ class ThoughtsFirst:
         self._thinking = False
         self._answering = False
 
-    def mask(self, logits: Tensor) -> Tensor:
+    def mask(self, logits: Logits) -> Logits:
         """See `Constraint`."""
         if self._thinking:
             return logits
@@ -211,10 +211,9 @@ def _byte_characters() -> dict[str, int]:
     return {chr(byte): byte for byte in plain} | {chr(256 + place): byte for place, byte in enumerate(others)}
 
 
-def _allowed(mask: bytes, vocabulary: int) -> Tensor:
+def _allowed(mask: bytes, vocabulary: int) -> npt.NDArray[np.bool_]:
     """Return which tokens [V] a mask with a bit for each allows."""
-    words = torch.frombuffer(bytearray(mask), dtype=torch.uint8)
-    return _BITS.index_select(0, words.int()).flatten()[:vocabulary]
+    return np.unpackbits(np.frombuffer(mask, np.uint8), count=vocabulary, bitorder="little").view(np.bool_)
 
 
 def _reason(matcher: Any) -> str:

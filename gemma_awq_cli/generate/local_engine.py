@@ -6,20 +6,19 @@ It knows a model by its sessions only.
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.constraints import GrammarCompiler
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
-from gemma_awq_cli.generate.sampler import Sampler, largest
+from gemma_awq_cli.generate.sampler import Sampler, largest, logsumexp
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import Mark
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
-from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.session import Logits, Session
 
 KEPT_TOKENS = 512  # the least room, in tokens, of a session that is kept for further turns
 SMALLER = "Use fewer tokens (--max-new-tokens, a shorter prompt), fewer prompts at once (--batch-size), or 4 bits."
@@ -85,7 +84,7 @@ class Slot:
     sampler: Sampler
     unread: Sequence[int]
 
-    def advance(self, logits: Tensor) -> None:
+    def advance(self, logits: Logits) -> None:
         """Sample the row's next token from logits [V] float32."""
         self.unread = [take_next(self.row, self.sampler, logits)]
 
@@ -108,7 +107,6 @@ class LocalEngine(Engine):
         self._live: LiveRow | None = None
         self._grammars = GrammarCompiler(opened.prompter.tokenizer, opened.checkpoint.vocabulary, self.ends)
 
-    @torch.inference_mode()
     def _steps(
         self, rows: Sequence[Row], options: GenerationOptions, on_done: Callable[[Row], None]
     ) -> Generator[None, None, None]:
@@ -183,7 +181,7 @@ class LocalEngine(Engine):
         on_done(row)
 
 
-def take_next(row: Row, sampler: Sampler, logits: Tensor) -> int:
+def take_next(row: Row, sampler: Sampler, logits: Logits) -> int:
     """Sample the row's next token from logits [V] float32, append and return it."""
     token = sampler.sample(logits)
     if row.logprobs is not None:
@@ -192,9 +190,9 @@ def take_next(row: Row, sampler: Sampler, logits: Tensor) -> int:
     return token
 
 
-def token_logprobs(logits: Tensor, token: int, count: int) -> TokenLogprobs:
+def token_logprobs(logits: Logits, token: int, count: int) -> TokenLogprobs:
     """Return the log probability of a token and those of the `count` most likely ones. logits: [V] float32."""
-    total = float(logits.logsumexp(0))
+    total = float(logsumexp(logits))
     values, tokens = largest(logits, count)
     top = tuple((index, value - total) for index, value in zip(tokens.tolist(), values.tolist(), strict=True))
     return TokenLogprobs(token, float(logits[token]) - total, top)
@@ -205,10 +203,10 @@ def _needed(row: Row) -> int:
     return len(row.ids) + row.limit
 
 
-def require_finite_logits(logits: Tensor) -> None:
+def require_finite_logits(logits: Logits) -> None:
     """Raise GemmaAwqError if any logit is NaN or infinite; the text would be nothing but `<pad>`."""
     # the least and the largest show it, in a twentieth of the time of a look at each
-    if not all(torch.isfinite(torch.stack(torch.aminmax(logits)))):
+    if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):
         raise GemmaAwqError(
             "The model's output is NaN or infinite.",
             "If you gave --dtype float16, give bfloat16, which has a wider range. If not, the weights are damaged.",

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import torch
-
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.generate.events import ModelOpened, OnEvent, SamplingChosen, StageEnded
 from gemma_awq_cli.generate.finding import FoundModel
@@ -13,10 +11,12 @@ from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.request import VLLM, EngineOptions
 from gemma_awq_cli.generate.sampling import Sampling, resolve
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.loading import OpenModel, open_model, other_devices, pick_device
-from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision
+from gemma_awq_cli.models.forward.devices import device_name, other_devices
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.memory import memory_errors
+from gemma_awq_cli.models.forward.precision import SMALLER, Precision
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.system.threads import set_threads
 
 VLLM_CHAT_CONTEXT = 8192  # vLLM reserves memory for the whole context, and Gemma 3's own has 131072 tokens
 
@@ -66,19 +66,18 @@ def open_engine(
 def open_local(checkpoint: Checkpoint, found: FoundModel, options: EngineOptions, on_event: OnEvent) -> OpenModel:
     """Open the model with this tool's own engine, as `options` say."""
     if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = pick_device(options.device)
-    dtype = getattr(torch, options.dtype) if options.dtype else None
-    if dtype is torch.float16 and not checkpoint.family.float16 and checkpoint.quantization is None:
+        set_threads(options.threads)
+    device = device_name(options.device)
+    if options.dtype == "float16" and not checkpoint.family.float16 and checkpoint.quantization is None:
         on_event(
             Warned(
                 f"{checkpoint.family.title} in float16: its activations can overflow. The output is checked, and NaN "
                 "stops the run; bfloat16 is safe."
             )
         )
-    precision = Precision(dtype, options.quantization, options.attention)
+    precision = Precision(options.dtype, options.quantization, options.attention)
     others = other_devices(options.device, device)
     opened = open_model(found.folder, device, precision, others, options.head, found.prompter)
-    on_event(ModelOpened(str(opened.device), tuple(opened.kernel_report()), opened.slow_kernels()))
+    on_event(ModelOpened(opened.device_name, tuple(opened.kernel_report()), opened.slow_kernels()))
     on_event(StageEnded("reading and packing weights"))
     return opened

@@ -5,25 +5,29 @@ top-p, min-p), with OpenAI's presence and frequency penalties before the tempera
 transformers sorts all 262144 logits of a Gemma for every token; here only the most likely candidates are sorted.
 """
 
+import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
+import numpy.typing as npt
 
 from gemma_awq_cli.generate.sampling import Sampling, row_seed
+from gemma_awq_cli.models.forward.session import Logits
 
 COLDEST = 1e-30  # a lower temperature would turn float32 logits into infinities
 FIRST_CANDIDATES = 1024  # a nucleus nearly always lies within this many tokens; if it does not, all are sorted
+_LEAST = float(np.finfo(np.float32).tiny)  # of a nucleus: the likeliest token is always in it
 FOLDS = 64  # into which a vocabulary is folded to find a bound of its largest scores
+
+Tokens = npt.NDArray[np.int64]
 
 
 class Constraint(Protocol):
     """What a row's tokens must follow, such as a grammar."""
 
-    def mask(self, logits: Tensor) -> Tensor:
+    def mask(self, logits: Logits) -> Logits:
         """Return logits [V] with -inf for every token that must not come next, and the others unchanged."""
         ...
 
@@ -47,14 +51,10 @@ class Sampler:
         self._constraint = constraint
         self._seen = set(prompt)
         self._generated: Counter[int] = Counter()
-        self._generator = torch.Generator("cpu")
-        if sampling.seed is None:
-            self._generator.seed()
-        else:
-            self._generator.manual_seed(row_seed(sampling.seed, row))
+        self._random = random.Random(None if sampling.seed is None else row_seed(sampling.seed, row))
 
-    def sample(self, logits: Tensor) -> int:
-        """Return the next token of the row from its logits [V] float32."""
+    def sample(self, logits: Logits) -> int:
+        """Return the next token of the row from its logits [V] float32, which stay as they are."""
         token = self._draw(self._adjusted(logits))
         self._seen.add(token)
         self._generated[token] += 1
@@ -62,7 +62,7 @@ class Sampler:
             self._constraint.take(token)
         return token
 
-    def _adjusted(self, logits: Tensor) -> Tensor:
+    def _adjusted(self, logits: Logits) -> Logits:
         """Return the logits after everything that adds to them or forbids tokens."""
         sampling = self._sampling
         if sampling.logit_bias:
@@ -73,41 +73,39 @@ class Sampler:
             logits = reduced(logits, self._generated, sampling.presence_penalty, sampling.frequency_penalty)
         return logits if self._constraint is None else self._constraint.mask(logits)
 
-    def _draw(self, logits: Tensor) -> int:
+    def _draw(self, logits: Logits) -> int:
         if self._sampling.greedy:
-            # several times as fast as torch's for a whole vocabulary
-            return int(logits.numpy().argmax() if logits.device.type == "cpu" else logits.argmax())
-        probabilities, tokens = distribution(logits, self._sampling)
-        sums = probabilities.to("cpu", torch.float64).cumsum(0)
-        point = torch.rand(1, generator=self._generator, dtype=torch.float64) * sums[-1]
-        place = min(int(torch.searchsorted(sums, point, right=True)), len(sums) - 1)
+            return int(logits.argmax())
+        weights, tokens = distribution(logits, self._sampling)
+        sums = weights.cumsum(dtype=np.float64)
+        point = self._random.random() * sums[-1]
+        place = min(int(np.searchsorted(sums, point, side="right")), len(sums) - 1)
         return place if tokens is None else int(tokens[place])
 
 
-def largest(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Return the `count` largest scores in descending order, all if there are fewer, and their tokens.
-
-    As `Tensor.topk`, which on a CPU takes several times as long for a whole vocabulary.
-    """
+def largest(scores: Logits, count: int) -> tuple[Logits, Tokens]:
+    """Return the `count` largest scores in descending order, all if there are fewer, and their tokens."""
+    count = min(count, len(scores))
     columns = len(scores) // FOLDS
-    if scores.device.type != "cpu" or columns < 2 * count:
-        return scores.topk(min(count, len(scores)))
-    values = scores.numpy()
-    # `count` columns have a maximum of this or more, so that none of the largest scores is below it
-    least = np.partition(values[: FOLDS * columns].reshape(FOLDS, columns).max(0), -count)[-count]
-    likely = torch.from_numpy(np.flatnonzero(values >= least))
-    found, places = scores[likely].topk(count)
-    return found, likely[places]
+    likely: Tokens | None = None
+    if columns >= 2 * count > 0:
+        # `count` columns have a maximum of this or more, so that none of the largest scores is below it
+        least = np.partition(scores[: FOLDS * columns].reshape(FOLDS, columns).max(0), -count)[-count]
+        likely = np.flatnonzero(scores >= least)
+    found = scores if likely is None else scores[likely]
+    places = np.argsort(-found, kind="stable")[:count]
+    return found[places], places if likely is None else likely[places]
 
 
-def biased(logits: Tensor, bias: Sequence[tuple[int, float]]) -> Tensor:
+def biased(logits: Logits, bias: Sequence[tuple[int, float]]) -> Logits:
     """Return logits [V] with numbers added to those of some tokens."""
     tokens, numbers = zip(*bias, strict=True)
-    index = torch.tensor(tokens, dtype=torch.int64, device=logits.device)
-    return logits.index_add(0, index, torch.tensor(numbers, dtype=logits.dtype, device=logits.device))
+    added = logits.copy()
+    np.add.at(added, list(tokens), np.asarray(numbers, added.dtype))
+    return added
 
 
-def reduced(logits: Tensor, counts: Mapping[int, int], presence: float, frequency: float) -> Tensor:
+def reduced(logits: Logits, counts: Mapping[int, int], presence: float, frequency: float) -> Logits:
     """Return logits [V], lowered by presence + count * frequency for each token that was generated `count` times.
 
     The formula of OpenAI's API reference; tokens of the prompt do not count.
@@ -115,14 +113,16 @@ def reduced(logits: Tensor, counts: Mapping[int, int], presence: float, frequenc
     return biased(logits, [(token, -presence - count * frequency) for token, count in counts.items()])
 
 
-def penalized(logits: Tensor, previous: Collection[int], penalty: float) -> Tensor:
+def penalized(logits: Logits, previous: Collection[int], penalty: float) -> Logits:
     """Return logits [V] in which those of the `previous` tokens are lowered (CTRL, arXiv:1909.05858)."""
-    seen = torch.tensor(sorted(previous), dtype=torch.int64, device=logits.device)
+    seen = np.fromiter(previous, np.int64, len(previous))
+    lowered = logits.copy()
     score = logits[seen]
-    return logits.index_put((seen,), torch.where(score < 0, score * penalty, score / penalty))
+    lowered[seen] = np.where(score < 0, score * np.float32(penalty), score / np.float32(penalty))
+    return lowered
 
 
-def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def distribution(logits: Logits, sampling: Sampling) -> tuple[Logits, Tokens | None]:
     """Return the weights [C] of the candidate tokens, which need not sum to 1, and their token ids [C].
 
     logits: [V] float32. The ids are None if every token of the vocabulary is a candidate, in order.
@@ -130,28 +130,42 @@ def distribution(logits: Tensor, sampling: Sampling) -> tuple[Tensor, Tensor | N
     top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
     if sampling.top_k:
         found, tokens = largest(logits, sampling.top_k)
-        weights = tempered(found, sampling).softmax(0)
+        weights = softmax(tempered(found, sampling))
     elif top_p is not None or sampling.min_p:
         scores = tempered(logits, sampling)
-        total = scores.logsumexp(0)
+        total = logsumexp(scores)
         found, tokens = largest(scores, FIRST_CANDIDATES)
-        weights = (found - total).exp()
+        weights = np.exp(found - total)
         # weight that the first candidates do not have may lie anywhere in the rest of the vocabulary
         covered = weights.sum() >= top_p if top_p is not None else weights[-1] < (sampling.min_p or 0) * weights[0]
         if not covered:
-            found, tokens = scores.sort(descending=True)
-            weights = (found - total).exp()
+            found, tokens = largest(scores, len(scores))
+            weights = np.exp(found - total)
     else:
-        return tempered(logits, sampling).softmax(0), None
+        return softmax(tempered(logits, sampling)), None
     if top_p is not None:  # a token stays if the likelier ones together do not reach top_p
-        before = weights.cumsum(0) - weights
-        weights = torch.where(before < max(top_p, torch.finfo(torch.float32).tiny), weights, 0)
+        before = weights.cumsum() - weights
+        weights = np.where(before < max(top_p, _LEAST), weights, np.float32(0))
     if sampling.min_p:
-        weights = torch.where(weights >= sampling.min_p * weights[0], weights, 0)
+        weights = np.where(weights >= sampling.min_p * weights[0], weights, np.float32(0))
     return weights, tokens
 
 
-def tempered(logits: Tensor, sampling: Sampling) -> Tensor:
+def tempered(logits: Logits, sampling: Sampling) -> Logits:
     """Return logits, of which the largest is one, at the sampling's temperature."""
     temperature = sampling.temperature or 1.0
-    return logits / temperature if temperature >= COLDEST else (logits - logits.max()) / COLDEST
+    if temperature >= COLDEST:
+        return logits / np.float32(temperature)
+    return (logits - logits.max()) / np.float32(COLDEST)
+
+
+def softmax(scores: Logits) -> Logits:
+    """Return the probabilities [C] that belong to scores [C]."""
+    weights = np.exp(scores - scores.max())
+    return weights / weights.sum()
+
+
+def logsumexp(scores: Logits) -> np.float32:
+    """Return the logarithm of the sum of the exponentials of scores [C]."""
+    largest_score = scores.max()
+    return np.float32(largest_score + np.log(np.exp(scores - largest_score).sum()))

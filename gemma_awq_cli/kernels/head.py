@@ -12,20 +12,11 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packing import pack_weight
+from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.packed_linear import make_linear
 
-DENSE_HEAD = "16bit"
-HEADS = (DENSE_HEAD, "int8", "int4")
-DEFAULT_HEAD = "int4"
-PREFERRED_GROUPS = {"int8": 128, "int4": 64}
 REFINED = 1024  # tokens whose logits a 4-bit head recomputes
 _ROWS = 8192  # vocabulary entries that are quantized at a time
-
-
-def head_group(head: str, hidden: int) -> int | None:
-    """How many weights share a scale; None if no group size divides the hidden size and the head stays 16-bit."""
-    groups = [group for group in (128, 64, 32) if group <= PREFERRED_GROUPS[head] and hidden % group == 0]
-    return groups[0] if groups else None
 
 
 class DenseHead(nn.Module):

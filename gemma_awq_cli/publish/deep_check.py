@@ -21,7 +21,8 @@ from gemma_awq_cli.fidelity.reference import find_original
 from gemma_awq_cli.generate.local_engine import complete
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.loading import open_model, pick_device
+from gemma_awq_cli.models.forward.devices import pick_device
+from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.publish.events import Event, MeasuringFinished, MeasuringStarted, MeasuringStep
 from gemma_awq_cli.publish.preparation import Prepared

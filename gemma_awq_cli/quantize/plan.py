@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
-from gemma_awq_cli.awq.packing import PACK
+from gemma_awq_cli.awq.packed_arrays import PACK
 from gemma_awq_cli.awq.search import Effort
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError

@@ -21,8 +21,8 @@ from gemma_awq_cli.models.checkpoints.journal import Fingerprint
 from gemma_awq_cli.models.checkpoints.side_files import not_copied, side_files
 from gemma_awq_cli.models.checkpoints.source import Source, find_source
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
+from gemma_awq_cli.models.forward.devices import pick_device
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.loading import pick_device
 from gemma_awq_cli.models.forward.memory import available_memory
 from gemma_awq_cli.models.gemma.features import features_of
 from gemma_awq_cli.models.gemma.text_config import require_loadable

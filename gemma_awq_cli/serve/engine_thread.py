@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 
-import torch
-
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.generation import Completion, GenerationOptions, Row, TokenLogprobs, with_tool_ends
 from gemma_awq_cli.generate.sampler import Constraint, Sampler
@@ -22,6 +20,7 @@ from gemma_awq_cli.models.text.tokenizer import Tokenizer
 from gemma_awq_cli.models.text.tool_calls import ToolCall
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
 from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
+from gemma_awq_cli.system.threads import set_threads, thread_count
 
 _JOIN_SECONDS = 30.0  # a step of the slowest model is over by then
 
@@ -162,7 +161,7 @@ class EngineThread:
         self._changed = threading.Condition()
         self._incoming: list[Task] = []
         self._stopping = False
-        self._threads = torch.get_num_threads()
+        self._threads = thread_count()
         self._tickets: dict[Task, Ticket] = {}  # under `_changed`
         self._live: set[Ticket] = set()  # of the event loop
         self._row_seconds = 1.0  # of the last rows, smoothed
@@ -246,7 +245,7 @@ class EngineThread:
 
     def _run(self) -> None:
         """The thread: steps while there are rows, else waits."""
-        torch.set_num_threads(self._threads)  # each thread has its own number
+        set_threads(self._threads)  # each thread has its own number
         try:
             while self._take_in():
                 self._scheduler.step()

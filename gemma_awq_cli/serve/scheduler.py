@@ -11,15 +11,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-import torch
-from torch import Tensor
-
 from gemma_awq_cli.generate.generation import Row
 from gemma_awq_cli.generate.local_engine import require_finite_logits, take_next
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import SavedRow
 from gemma_awq_cli.models.forward.prefill import CHUNK
+from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.serve.prefix_cache import WORTH_KEEPING, PrefixCache
 
 LEAST_PROMPT_TOKENS = 16  # of new prompts in a step, however slow they are
@@ -37,7 +35,7 @@ class SharedPrompt:
 
     left: int
     reader: "Task | None" = None
-    read: tuple[SavedRow, Tensor] | None = None
+    read: tuple[SavedRow, Logits] | None = None
 
     def used(self) -> None:
         """One more task has gone on from it."""
@@ -98,7 +96,6 @@ class Scheduler:
         """How many tasks have a row."""
         return sum(slot is not None for slot in self._slots)
 
-    @torch.inference_mode()
     def step(self) -> bool:
         """Give every running task what it waits for, once. Returns False if there is nothing to do."""
         self._drop_cancelled()
@@ -150,7 +147,7 @@ class Scheduler:
         task.keep_at = found.shared if found.shared >= found.length + WORTH_KEEPING else None
         task.row.begin(len(task.unread))
 
-    def _go_on(self, index: int, task: Task, shared: SharedPrompt, saved: SavedRow, logits: Tensor) -> None:
+    def _go_on(self, index: int, task: Task, shared: SharedPrompt, saved: SavedRow, logits: Logits) -> None:
         """Let a task go on from the prompt that another has read. saved, logits: of `SharedPrompt.read`."""
         self._session.load_row(index, saved, saved.length)
         task.begun = True
@@ -194,7 +191,7 @@ class Scheduler:
             alone = self._decode_seconds if any(task and not task.prefilling for task in self._slots) else 0.0
             self._prompt_seconds = _smoothed(self._prompt_seconds, max(0.0, seconds - alone) / prompt)
 
-    def _deliver(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], logits: Tensor) -> None:
+    def _deliver(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], logits: Logits) -> None:
         """Sample for the rows that have logits, and free those that are done."""
         place = 0
         for index, task in enumerate(self._slots):
@@ -215,7 +212,7 @@ class Scheduler:
             task.error = error
             task.on_done(task)
 
-    def _advance(self, index: int, task: Task, read: int, logits: Tensor | None) -> None:
+    def _advance(self, index: int, task: Task, read: int, logits: Logits | None) -> None:
         """Bring a task forward that has read some tokens. logits: [V] after the last of them, or None."""
         task.unread = task.unread[read:]
         if task.keep_at is not None and self._session.length(index) == task.keep_at:
@@ -226,11 +223,11 @@ class Scheduler:
         require_finite_logits(logits)
         if task.shared is not None and task.prefilling:
             if task.shared.left > 1:
-                task.shared.read = self._session.save_row(index), logits.clone()
+                task.shared.read = self._session.save_row(index), logits.copy()
             task.shared.used()
         self._take(index, task, logits)
 
-    def _take(self, index: int, task: Task, logits: Tensor) -> None:
+    def _take(self, index: int, task: Task, logits: Logits) -> None:
         """Sample a task's next token from logits [V]."""
         task.unread = [take_next(task.row, task.sampler, logits)]
         if task.row.done:

@@ -86,7 +86,7 @@ def _plan(request: ServeRequest, opened: OpenModel) -> MemoryPlan:
     return plan_memory(
         row_bytes,
         context_of(opened.checkpoint),
-        free_memory(opened.device),
+        free_memory(opened.device_name),
         request.max_rows,
         request.max_context,
         request.max_memory,

@@ -9,7 +9,8 @@ import torch
 from gemma_awq_cli.bench import scoring
 from gemma_awq_cli.bench.scoring import Continuation, score
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
+from gemma_awq_cli.system.arrays import as_tensor
 
 CPU = torch.device("cpu")
 
@@ -58,10 +59,10 @@ def test_batches_change_nothing(
 def test_greedy_is_recognized(checkpoints: Callable[[str], Path]) -> None:
     opened = open_model(checkpoints("gemma"), CPU, Precision(dtype=torch.float32))
     session, tokens = opened.session(1, 16), []
-    logits = session.next_logits([[2, 50, 51]])
+    logits = as_tensor(session.next_logits([[2, 50, 51]]))
     for _ in range(4):
         tokens.append(int(logits.argmax()))
-        logits = session.next_logits([[tokens[-1]]])
+        logits = as_tensor(session.next_logits([[tokens[-1]]]))
     other = [*tokens[:-1], (tokens[-1] + 1) % 260]
     (_, yes), (_, no) = score(
         opened, [Continuation([2, 50, 51], tokens), Continuation([2, 50, 51], other)], lambda _: None

@@ -27,7 +27,7 @@ from gemma_awq_cli.bench.tasks import TaskSpec, find_tasks, published
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 from tests.bench.in_process import InProcess
 from tests.bench.test_bench import documented
 

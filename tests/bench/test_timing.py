@@ -2,14 +2,14 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import pytest
-import torch
-from torch import Tensor
 
 from gemma_awq_cli.bench.timing import time_sessions
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import KVCache
 from gemma_awq_cli.models.forward.prefill import FlatBatch
+from gemma_awq_cli.models.forward.session import Logits
 
 Fed = list[list[list[int]]]
 
@@ -20,29 +20,30 @@ class Counting:
     def __init__(self, fed: Fed) -> None:
         self.fed = fed
 
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:
         self.fed.append([list(row) for row in tokens])
-        return torch.tensor([[0.0, 0, 0, 1]] * len(tokens))
+        return np.array([[0, 0, 0, 1]] * len(tokens), np.float32)
 
 
 class GoingBack(CachedSession):
     """A session that can."""
 
     def __init__(self, fed: Fed, rows: int, capacity: int) -> None:
-        super().__init__(
-            KVCache((torch.zeros(rows, 1, 2, 1),), (torch.zeros(rows, 1, 2, 1),), [0] * rows, capacity), 99
-        )
+        super().__init__(KVCache((np.zeros((rows, 1, 2, 1)),), (np.zeros((rows, 1, 2, 1)),), [0] * rows, capacity), 99)
         self.fed = fed
 
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:
         self.fed.append([[length] for length in self._cache.lengths])
         super().next_logits(tokens)
-        return torch.tensor([[0.0, 0, 0, 1]] * len(tokens))
+        return np.array([[0, 0, 0, 1]] * len(tokens), np.float32)
 
-    def _read(self, batch: FlatBatch) -> Tensor:
-        return torch.zeros(1)
+    def _share_cache(self) -> None:
+        pass
 
-    def _logits(self, parts: list[Tensor]) -> Tensor:
+    def _read(self, batch: FlatBatch) -> Logits:
+        return np.zeros((1, 4), np.float32)
+
+    def _logits(self, parts: list[Logits]) -> Logits:
         return parts[0]
 
 

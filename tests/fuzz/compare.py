@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.arrays import as_tensor
 
 IDS = [2, *(7 * number % 250 + 6 for number in range(40))]  # BOS, and more than the sliding window of 16
 LAST = 12  # positions that are compared: at one or the other the tiny models amplify the smallest error
@@ -52,7 +53,7 @@ def _ours(folder: Path) -> Tensor:
 
     with torch.inference_mode():
         session = open_model(folder, torch.device("cpu"), head="16bit").session(1, len(IDS) + 1)
-        return session.last_logits([IDS], [LAST]).float()
+        return as_tensor(session.last_logits([IDS], [LAST])).float()
 
 
 def _theirs(folder: Path, dtype: torch.dtype) -> Tensor | None:

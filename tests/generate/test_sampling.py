@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from transformers import (
@@ -15,8 +16,10 @@ from transformers import (
 )
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.sampler import Sampler, biased, distribution, largest, penalized
+from gemma_awq_cli.generate.sampler import Sampler, biased, distribution, largest, penalized, softmax
 from gemma_awq_cli.generate.sampling import Sampling, resolve
+from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.system.arrays import as_array, as_tensor
 
 GEMMA3_IT = {"do_sample": True, "top_k": 64, "top_p": 0.95, "cache_implementation": "hybrid"}
 
@@ -46,8 +49,9 @@ def test_the_distribution_is_that_of_transformers_warpers(sampling: Sampling, sp
     if sampling.min_p:
         warpers.append(MinPLogitsWarper(sampling.min_p))
     expected = warpers(torch.tensor([[1]]), logits[None])[0].softmax(0)
-    weights, tokens = distribution(logits, sampling)
-    ours = torch.zeros(5000).index_add_(0, torch.arange(5000) if tokens is None else tokens, weights)
+    weights, tokens = distribution(as_array(logits), sampling)
+    ours = torch.zeros(5000)
+    ours[slice(None) if tokens is None else torch.from_numpy(tokens)] = torch.from_numpy(weights)
     ours /= ours.sum()
     # a token on the edge of the nucleus may fall on either side of a rounded sum
     assert (ours.bool() != expected.bool()).sum() <= 1
@@ -58,21 +62,22 @@ def test_the_repetition_penalty_is_transformers() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
     seen = [3, 7, 7, 12]
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor([seen]), logits[None].clone())[0]
-    torch.testing.assert_close(penalized(logits, set(seen), 1.3), expected)
+    torch.testing.assert_close(as_tensor(penalized(as_array(logits), set(seen), 1.3)), expected)
 
 
 def test_the_logit_bias_is_transformers() -> None:
     logits = torch.randn(50, generator=torch.Generator().manual_seed(2))
     bias = {3: 2.5, 12: -100.0, 0: 0.25}
     theirs = SequenceBiasLogitsProcessor([[[token], value] for token, value in bias.items()])
-    torch.testing.assert_close(biased(logits, list(bias.items())), theirs(torch.tensor([[1]]), logits[None].clone())[0])
+    expected = theirs(torch.tensor([[1]]), logits[None].clone())[0]
+    torch.testing.assert_close(as_tensor(biased(as_array(logits), list(bias.items()))), expected)
 
 
 def test_presence_and_frequency_penalties_are_openais() -> None:
     """mu[j] -> mu[j] - c[j] * frequency - (c[j] > 0) * presence; c counts what was generated, not the prompt."""
-    mu = torch.tensor([5.0, 4.9, 4.0, 3.0, 0.0])
+    mu = np.array([5.0, 4.9, 4.0, 3.0, 0.0], np.float32)
     sampler = Sampler(Sampling(temperature=0, presence_penalty=0.5, frequency_penalty=0.3), 0, prompt=[2, 2, 2])
-    counts = torch.zeros(5)
+    counts = np.zeros(5)
     for _ in range(12):
         wanted = mu - counts * 0.3 - (counts > 0) * 0.5
         token = sampler.sample(mu)
@@ -88,8 +93,8 @@ class FewTokens:
     def __init__(self, *allowed: int) -> None:
         self.allowed, self.taken = list(allowed), list[int]()
 
-    def mask(self, logits: torch.Tensor) -> torch.Tensor:
-        masked = torch.full_like(logits, -torch.inf)
+    def mask(self, logits: Logits) -> Logits:
+        masked = np.full_like(logits, -np.inf)
         masked[self.allowed] = logits[self.allowed]
         return masked
 
@@ -105,21 +110,21 @@ def test_a_constraint_bounds_every_draw_and_is_told_it(sampling: Sampling) -> No
     constraint = FewTokens(4, 9)
     biased_to_7 = replace(sampling, logit_bias=((7, 100.0),), presence_penalty=1.0)
     sampler = Sampler(biased_to_7, 0, (), constraint)
-    drawn = [sampler.sample(torch.linspace(0, 3, 20)) for _ in range(30)]
+    drawn = [sampler.sample(np.linspace(0, 3, 20, dtype=np.float32)) for _ in range(30)]
     assert set(drawn) == {4, 9}
     assert constraint.taken == drawn
 
 
 def test_draws_follow_the_distribution() -> None:
-    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
     sampler = Sampler(Sampling(temperature=1.0, top_k=3, seed=4), 0, ())
-    counts = torch.bincount(torch.tensor([sampler.sample(logits) for _ in range(4000)]), minlength=4)
+    counts = np.bincount([sampler.sample(logits) for _ in range(4000)], minlength=4)
     assert counts[3] == 0
-    torch.testing.assert_close(counts[:3] / 4000, logits[:3].softmax(0), rtol=0, atol=0.03)
+    np.testing.assert_allclose(counts[:3] / 4000, softmax(logits[:3]), rtol=0, atol=0.03)
 
 
 def test_each_row_has_its_own_random_numbers() -> None:
-    logits = torch.zeros(1000)
+    logits = np.zeros(1000, np.float32)
 
     def draws(seed: int, row: int) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.0, seed=seed), row, ())
@@ -193,7 +198,7 @@ def test_a_temperature_that_is_no_number_is_a_usage_error(asked: Sampling) -> No
 
 @pytest.mark.parametrize("temperature", [1e-29, 1e-38, 1e-45, 1e-320])
 def test_the_coldest_temperatures_take_the_likeliest_token(temperature: float) -> None:
-    logits = torch.tensor([-30.0, 29.9, 30.0, -1.0])
+    logits = np.array([-30.0, 29.9, 30.0, -1.0], np.float32)
     for extra in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
         assert Sampler(Sampling(temperature=temperature, seed=1, **extra), 0, ()).sample(logits) == 2
 
@@ -207,7 +212,7 @@ def test_the_largest_are_those_of_topk(count: int, kind: str) -> None:
         scores = scores.round()
     if kind == "forbidden":
         scores[200:] = float("-inf")
-    found, tokens = largest(scores, count)
-    assert torch.equal(found, scores.topk(count).values)
-    assert torch.equal(scores[tokens], found)
+    found, tokens = largest(as_array(scores), count)
+    assert np.array_equal(found, as_array(scores.topk(count).values))
+    assert np.array_equal(as_array(scores)[tokens], found)
     assert len(set(tokens.tolist())) == count

@@ -23,7 +23,7 @@ from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.generate.vllm_engine import VllmEngine, engine_arguments, sampling_arguments
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.text.prompter import Prompter
 
 ROWS = [[2, 40, 41, 42], [2, 50], [2, 60, 61]]

@@ -13,10 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.packing import PackedWeight, as_packed_arrays
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native import structures
 from gemma_awq_cli.kernels.native.library import LayoutMismatchError, Library, Unavailable
+from gemma_awq_cli.system.arrays import as_array, as_tensor
 from tests.kernels.test_kernels import packed_weight
 
 
@@ -26,6 +28,14 @@ def library(native_folder: Path) -> Library:
     if isinstance(loaded, Unavailable):
         pytest.skip(loaded.reason)
     return loaded
+
+
+def repacked(library: Library, packed: PackedWeight, *more: Any) -> native.NativeLinear:
+    return native.from_awq(library, as_packed_arrays(packed), *more)
+
+
+def applied(library: Library, linear: native.NativeLinear, x: Tensor) -> Tensor:
+    return as_tensor(native.apply(library, linear, as_array(x)))
 
 
 def in_int8(x: Tensor, group: int) -> Tensor:
@@ -42,14 +52,12 @@ def test_int4_is_exact_but_for_the_activations_eight_bits(
     library: Library, rows: int, group: int, activation_group: int, outputs: int
 ) -> None:
     packed, dense = packed_weight(outputs, 384, group)
-    linear = native.from_awq(
-        library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 384, outputs, group))
-    )
+    linear = repacked(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 384, outputs, group)))
     assert linear.spec.activation_group == native.ACTIVATION_GROUP
     linear.spec.activation_group = activation_group
     x = torch.randn(rows, 384) * torch.logspace(-3, 2, 384)
     expected = in_int8(x, activation_group) @ dense.t()
-    torch.testing.assert_close(native.apply(library, linear, x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+    torch.testing.assert_close(applied(library, linear, x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 
 @pytest.mark.parametrize(("kind", "group", "error"), [(structures.INT8, 64, 0.01), (structures.INT4, 32, 0.09)])
@@ -57,9 +65,9 @@ def test_a_weight_quantized_at_load_is_near_the_weight(library: Library, kind: i
     weight = torch.randn(264, 192).to(torch.bfloat16)
     weight[5] = 0
     linear = native.quantized(
-        library, weight, kind, group, native.Arena(library, native.arena_bytes(kind, 192, 264, group))
+        library, as_array(weight), kind, group, native.Arena(library, native.arena_bytes(kind, 192, 264, group))
     )
-    rebuilt = native.apply(library, linear, torch.eye(192)).t()  # one-hot rows are exact in eight bits
+    rebuilt = applied(library, linear, torch.eye(192)).t()  # one-hot rows are exact in eight bits
     assert (rebuilt - weight.float()).norm() < error * weight.float().norm()
     assert torch.equal(rebuilt[5], torch.zeros(192))
 
@@ -69,16 +77,17 @@ def test_16bit_weights_are_read_where_they_lie(library: Library, rows: int) -> N
     weights = [torch.randn(n, 72).to(torch.bfloat16) for n in (48, 7, 16)]  # 72: no multiple of 16
     x = torch.randn(rows, 72)
     expected = x @ torch.cat(weights).float().t()
-    torch.testing.assert_close(native.apply(library, native.dense(weights), x), expected, rtol=1e-4, atol=1e-4)
+    linear = native.dense([as_array(weight) for weight in weights])
+    torch.testing.assert_close(applied(library, linear, x), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_nan_and_infinity_are_not_lost_in_quantization(library: Library) -> None:
     packed, _ = packed_weight(64, 128, 32)
-    linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 128, 64, 32)))
+    linear = repacked(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 128, 64, 32)))
     for bad in (float("nan"), float("inf")):
         x = torch.randn(3, 128)
         x[1, 70] = bad
-        result = native.apply(library, linear, x)
+        result = applied(library, linear, x)
         assert result[1].isnan().all()
         assert result[[0, 2]].isfinite().all()
 
@@ -94,21 +103,21 @@ def test_weights_that_lie_by_input_give_the_same_results(
     packed, _ = packed_weight(outputs, 768, 128)
     kinds = (structures.INT4, structures.INT4_BY_INPUT)
     arena = native.Arena(library, sum(native.arena_bytes(kind, 768, outputs, 128) for kind in kinds))
-    blocks, by_input = (native.from_awq(library, packed, arena, kind) for kind in kinds)
+    blocks, by_input = (repacked(library, packed, arena, kind) for kind in kinds)
     x = torch.randn(rows, 768) * (torch.rand(rows, 768) < share)
-    assert torch.equal(native.apply(library, by_input, x), native.apply(library, blocks, x))
+    assert torch.equal(applied(library, by_input, x), applied(library, blocks, x))
     for bad in (float("nan"), float("inf")):
         x[0, 600] = bad
-        assert native.apply(library, by_input, x)[0].isnan().all()
+        assert applied(library, by_input, x)[0].isnan().all()
 
 
 def test_a_rows_result_does_not_depend_on_the_others(library: Library) -> None:
     packed, _ = packed_weight(96, 256, 64)
-    linear = native.from_awq(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 256, 96, 64)))
+    linear = repacked(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 256, 96, 64)))
     x = torch.randn(13, 256)
-    together = native.apply(library, linear, x)
+    together = applied(library, linear, x)
     for index in range(13):
-        assert torch.equal(native.apply(library, linear, x[index : index + 1])[0], together[index])
+        assert torch.equal(applied(library, linear, x[index : index + 1])[0], together[index])
 
 
 def test_without_a_compiler_there_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,28 +2,31 @@
 
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import gemma_awq_cli
+from gemma_awq_cli.kernels.native import library as native_library
+from gemma_awq_cli.kernels.native.library import Unavailable
 
 PACKAGE = Path(gemma_awq_cli.__file__).parent
-WITH_TORCH = {
-    "models.gemma": {"rotary"},
-    "models.packed_formats": {"unpacking"},
-    "models.checkpoints": {
-        "adapter", "adapter_update", "checkpoint", "companions", "packed_linears", "qat_grid", "stated_config",
-        "weight_files", "writing",
-    },
+WITH_TORCH: dict[str, set[str]] = {
+    "models.gemma": set(),
+    "models.packed_formats": set(),
+    "models.checkpoints": {"adapter", "adapter_update", "companions", "qat_grid", "writing"},
     "models.text": set(),
     "models.forward": {
-        "altup", "cached_attention", "cached_session", "decoder_weights", "experts", "forward_choice", "hidden_states",
-        "kv_cache", "layerwise", "loading", "loading_dense", "memory", "native_layers", "native_session",
-        "native_weights", "per_layer_embedding", "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights",
-        "transformers_model", "transformers_session", "verification",
+        "altup", "cached_attention", "experts", "hidden_states", "layerwise", "loading_dense", "per_layer_embedding",
+        "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights", "transformers_model", "transformers_session",
+        "verification",
     },
-    "kernels.native": {"linear"},
+    "kernels": {"aten_int4", "autoawq", "cpu", "cuda", "head", "packed_linear", "reference", "triton"},
+    "kernels.native": set(),
+    "generate": {"vllm_engine"},
+    "serve": {"vllm_server"},
+    "system": set(),
 }  # fmt: skip
 
 
@@ -36,6 +39,19 @@ def test_these_modules_import_neither_torch_nor_transformers(room: str) -> None:
     code = "\n".join(["import sys", *lines, "print(*({'torch', 'transformers'} & set(sys.modules)))"])
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
     assert done.stdout.strip() == "", f"one of {light} imports {done.stdout}"
+
+
+def test_an_artifact_runs_without_torch(artifacts: Callable[[str], Path], native_folder: Path) -> None:
+    """Importing it takes longer than all the rest of a short answer."""
+    if isinstance(library := native_library.load(native_folder), Unavailable):
+        pytest.skip(library.reason)
+    code = (
+        "import sys\nfrom gemma_awq_cli.cli.app import main\nassert main(sys.argv[1:]) == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'huggingface_hub'} & set(sys.modules)\nassert not heavy, heavy\n"
+    )
+    for options in (["--temperature", "0"], ["--temperature", "1", "--top-p", "0.9", "--logprobs", "2", "--json"]):
+        command = [sys.executable, "-c", code, "run", "-m", str(artifacts("gemma3_text")), "Hi", *options]
+        subprocess.run([*command, "--max-new-tokens", "2", "--device", "cpu"], check=True, capture_output=True)
 
 
 def test_headers_are_read_without_torch(tmp_path: Path) -> None:

@@ -20,7 +20,8 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.loading_dense import Precision, open_dense
+from gemma_awq_cli.models.forward.loading_dense import open_dense
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.layers import LayerLayout

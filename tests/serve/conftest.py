@@ -170,8 +170,8 @@ def serve() -> Iterator[Serve]:
 
 @pytest.fixture(scope="session")
 def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny instruct model that can think."""
-    return make_checkpoint(tmp_path_factory.mktemp("chat") / "gemma-4-tiny-it", "gemma4_text", chat=True)
+    """A tiny instruct model that can think. Without experts: of two alike, how a sum rounds chooses one."""
+    return make_checkpoint(tmp_path_factory.mktemp("chat") / "gemma-4-tiny-it", "gemma4_unified_text", chat=True)
 
 
 @pytest.fixture(scope="module")

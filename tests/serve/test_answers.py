@@ -15,7 +15,7 @@ from gemma_awq_cli.generate.generation import Completion, GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.sampling import resolve
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 from tests.serve.conftest import Json, Reply, Serve, Served, until
 from tests.tiny import original_model
 

@@ -13,7 +13,7 @@ from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
 from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
@@ -21,7 +21,7 @@ from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
 CAPACITY = 96
 
 
-@pytest.fixture(scope="module", params=["gemma3_text", "gemma4_text", "gemma3n_text"])
+@pytest.fixture(scope="module", params=["gemma3_text", "gemma4_unified_text", "gemma3n_text"])
 def opened(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> OpenModel:
     """In float32, where a row's numbers do not depend on the rows beside it."""
     return open_model(checkpoints(request.param), torch.device("cpu"), Precision(torch.float32))

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.models.forward.session import Logits
 from tests.serve.conftest import FLOAT32, SECONDS, Json, Serve, Served, until
 
 pytest.importorskip("uvicorn")
@@ -286,8 +286,8 @@ def test_one_rows_nan_is_its_own(chat: Served, monkeypatch: pytest.MonkeyPatch) 
     session = chat.scheduler._session
     last_logits = session.last_logits
 
-    def damaged(tokens: Any, counts: Any) -> torch.Tensor:
-        logits = last_logits(tokens, counts).clone()
+    def damaged(tokens: Any, counts: Any) -> Logits:
+        logits = last_logits(tokens, counts).copy()
         rows = [index for index, count in enumerate(counts) if count]
         for place, row in enumerate(rows):
             task = chat.scheduler._slots[row]
@@ -318,10 +318,10 @@ def test_a_failing_step_fails_its_rows_and_no_more(chat: Served, monkeypatch: py
     for error, status in ((MemoryError(), 503), (RuntimeError("/secret/path"), 500)):
         failures = iter([error])
 
-        def failing(tokens: Any, counts: Any, failures: Iterator[Exception] = failures) -> torch.Tensor:
+        def failing(tokens: Any, counts: Any, failures: Iterator[Exception] = failures) -> Logits:
             if (failure := next(failures, None)) is not None:
                 raise failure
-            result: torch.Tensor = last_logits(tokens, counts)
+            result: Logits = last_logits(tokens, counts)
             return result
 
         monkeypatch.setattr(session, "last_logits", failing)

@@ -1,30 +1,32 @@
-"""Weights in the layout of linear.h, held as tensors, with the structure through which the library reads them."""
+"""Weights in the layout of linear.h, held as arrays, with the structure through which the library reads them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from gemma_awq_cli.awq.packing import PackedWeight
+from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import BF16, BLOCK, INT4, INT4_BY_INPUT, MAX_PARTS, PADDED, LinearSpec
+from gemma_awq_cli.system.arrays import BFLOAT16, Array, address
+from gemma_awq_cli.system.threads import thread_count
 
 _GROUP_SIZES = (32, 64, 128, 256)
 ACTIVATION_GROUP = 32  # inputs of a row that share a scale: divides all of _GROUP_SIZES
+_ALIGNED = 64  # bytes
 
 
 @dataclass(frozen=True)
 class NativeLinear:
-    """spec: what C++ reads; tensors: the owners of the memory that it points to."""
+    """spec: what C++ reads; arrays: the owners of the memory that it points to."""
 
     spec: LinearSpec
-    tensors: tuple[Tensor, ...]
+    arrays: tuple[Array, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of weights that one row of activations reads."""
-        return sum(tensor.nbytes for tensor in self.tensors)
+        return sum(array.nbytes for array in self.arrays)
 
 
 def refusal(inputs: int, group_size: int) -> str | None:
@@ -38,14 +40,16 @@ class Arena:
     """Memory for packed weights, allocated once, in large pages where the system has them."""
 
     def __init__(self, library: Library, nbytes: int) -> None:
-        self._memory = torch.empty(nbytes, dtype=torch.uint8)
-        library.large_pages(self._memory.data_ptr(), nbytes)
+        memory = np.empty(nbytes + _ALIGNED, np.uint8)
+        start = -address(memory) % _ALIGNED
+        self._memory = memory[start : start + nbytes]
+        library.large_pages(address(self._memory), nbytes)
         self._used = 0
 
-    def take(self, nbytes: int) -> Tensor:
-        """The next `nbytes` bytes, aligned to 64 bytes (as torch aligns its own memory)."""
+    def take(self, nbytes: int) -> Array:
+        """The next `nbytes` bytes, aligned to 64 bytes."""
         taken = self._memory[self._used : self._used + nbytes]
-        assert taken.numel() == nbytes
+        assert taken.size == nbytes
         self._used += _rounded(nbytes)
         return taken
 
@@ -63,60 +67,65 @@ def packed_bytes(kind: int, inputs: int, outputs: int, group: int) -> tuple[int,
 def arena_bytes(kind: int, inputs: int, outputs: int, group: int) -> int:
     """How many bytes of an `Arena` one linear takes. group: ignored for BF16."""
     if kind == BF16:
-        return _rounded(inputs * outputs * torch.bfloat16.itemsize)
+        return _rounded(inputs * outputs * BFLOAT16.itemsize)
     return sum(map(_rounded, packed_bytes(kind, inputs, outputs, group)))
 
 
-def from_awq(library: Library, packed: PackedWeight, arena: Arena, kind: int = INT4) -> NativeLinear:
+def from_awq(library: Library, packed: PackedArrays, arena: Arena, kind: int = INT4) -> NativeLinear:
     """Repack AutoAWQ's tensors. kind: INT4, or INT4_BY_INPUT for activations of which most are zero."""
     inputs, outputs = packed.qweight.shape[0], packed.scales.shape[1]
     group = inputs // packed.scales.shape[0]
     data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
     # scales that float16 does not hold exactly are below its normal range: rounding them moves no weight visibly
-    qweight, qzeros, scales = (tensor.contiguous() for tensor in packed._replace(scales=packed.scales.half()))
-    assert [tensor.dtype for tensor in (qweight, qzeros)] == [torch.int32, torch.int32]
+    halved = packed._replace(scales=packed.scales.astype(np.float16, copy=False))
+    qweight, qzeros, scales = map(np.ascontiguousarray, halved)
+    assert [qweight.dtype, qzeros.dtype] == [np.int32, np.int32]
     library.pack_awq(
-        kind, qweight.data_ptr(), qzeros.data_ptr(), scales.data_ptr(), inputs, outputs, group,
-        data.data_ptr(), zeros.data_ptr(), torch.get_num_threads(),
+        kind, address(qweight), address(qzeros), address(scales), inputs, outputs, group,
+        address(data), address(zeros), thread_count(),
     )  # fmt: skip
     return _integer(kind, inputs, outputs, group, ACTIVATION_GROUP, data, zeros)
 
 
-def quantized(library: Library, weight: Tensor, kind: int, group: int, arena: Arena) -> NativeLinear:
+def quantized(library: Library, weight: Array, kind: int, group: int, arena: Arena) -> NativeLinear:
     """Quantize a 16-bit weight [N, K] in groups to int4 (asymmetric, the best of three ranges) or int8 (symmetric)."""
-    weight = weight.to(torch.bfloat16).contiguous()
+    weight = as_bfloat16(weight)
     outputs, inputs = weight.shape
     data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
-    library.quantize(
-        kind, weight.data_ptr(), inputs, outputs, group, data.data_ptr(), zeros.data_ptr(), torch.get_num_threads()
-    )
+    library.quantize(kind, address(weight), inputs, outputs, group, address(data), address(zeros), thread_count())
     # four bits lose more than the activations' eight, however many share a scale
     activation_group = group if kind == INT4 else ACTIVATION_GROUP
     return _integer(kind, inputs, outputs, group, activation_group, data, zeros)
 
 
-def dense(weights: Sequence[Tensor]) -> NativeLinear:
+def dense(weights: Sequence[Array]) -> NativeLinear:
     """bfloat16 weights [N, K] that share an input, their outputs side by side, read where they are in memory."""
     assert len(weights) <= MAX_PARTS
-    assert all(weight.dtype == torch.bfloat16 and weight.is_contiguous() for weight in weights)
+    assert all(weight.dtype == BFLOAT16 for weight in weights)
     spec = LinearSpec(kind=BF16, inputs=weights[0].shape[1], outputs=sum(weight.shape[0] for weight in weights))
     for index, weight in enumerate(weights):
-        spec.parts[index] = weight.data_ptr()
+        spec.parts[index] = address(weight)
         spec.part_rows[index] = weight.shape[0]
     return NativeLinear(spec, tuple(weights))
 
 
-def copied(weight: Tensor, arena: Arena) -> NativeLinear:
+def copied(weight: Array, arena: Arena) -> NativeLinear:
     """A weight [N, K] in bfloat16, copied into the arena's large pages."""
-    copy = arena.take(weight.numel() * torch.bfloat16.itemsize).view(torch.bfloat16).view(weight.shape)
-    return dense([copy.copy_(weight)])
+    copy = arena.take(weight.size * BFLOAT16.itemsize).view(BFLOAT16).reshape(weight.shape)
+    copy[...] = weight
+    return dense([copy])
 
 
-def apply(library: Library, linear: NativeLinear, x: Tensor) -> Tensor:
+def as_bfloat16(weight: Array) -> Array:
+    """A contiguous weight in bfloat16, of the same memory where it is one already."""
+    return np.ascontiguousarray(weight.astype(BFLOAT16, copy=False))
+
+
+def apply(library: Library, linear: NativeLinear, x: Array) -> Array:
     """x: [R, K] float32 -> [R, N] float32."""
-    x = x.contiguous()
-    result = torch.empty(x.shape[0], linear.spec.outputs)
-    library.linear(linear.spec, x.data_ptr(), x.shape[0], result.data_ptr(), torch.get_num_threads())
+    x = np.ascontiguousarray(x, np.float32)
+    result = np.empty((x.shape[0], linear.spec.outputs), np.float32)
+    library.linear(linear.spec, address(x), x.shape[0], address(result), thread_count())
     return result
 
 
@@ -125,10 +134,10 @@ def _rounded(nbytes: int) -> int:
 
 
 def _integer(
-    kind: int, inputs: int, outputs: int, group: int, activation_group: int, data: Tensor, zeros: Tensor
+    kind: int, inputs: int, outputs: int, group: int, activation_group: int, data: Array, zeros: Array
 ) -> NativeLinear:
     spec = LinearSpec(
         kind=kind, group=group, activation_group=activation_group, inputs=inputs, outputs=outputs,
-        data=data.data_ptr(), zeros=zeros.data_ptr(),
+        data=address(data), zeros=address(zeros),
     )  # fmt: skip
     return NativeLinear(spec, (data, zeros))

@@ -9,16 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
-from gemma_awq_cli.awq.grid import dequantize
-from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoints.adapter import Adapter, Weights, find_updates, plain_name
-from gemma_awq_cli.models.checkpoints.adapter_update import Update
 from gemma_awq_cli.models.checkpoints.expected_tensors import (
     HEAD,
     OTHER_SOURCE,
@@ -28,13 +22,17 @@ from gemma_awq_cli.models.checkpoints.expected_tensors import (
 )
 from gemma_awq_cli.models.checkpoints.files import CONFIG, CORRECT, read_json, require_inside
 from gemma_awq_cli.models.checkpoints.foreign import A_CHECKPOINT
-from gemma_awq_cli.models.checkpoints.headers import few, find_weights, read_headers
-from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights
+from gemma_awq_cli.models.checkpoints.headers import DTYPES, few, find_weights, read_headers
 from gemma_awq_cli.models.checkpoints.key_layouts import BUFFERS, EMBEDDING, count_layers, find_key_layout
 from gemma_awq_cli.models.checkpoints.packed_linears import PackedLinears, find_packed_linears
 from gemma_awq_cli.models.checkpoints.quantization_config import is_packed, names_no_method, quantization_of
 from gemma_awq_cli.models.checkpoints.tying import TIE, is_tied
-from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_pieces, read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import (
+    array_bytes,
+    read_array_pieces,
+    read_arrays,
+    require_finite_array,
+)
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
 from gemma_awq_cli.models.gemma.families import family_of
@@ -45,10 +43,23 @@ from gemma_awq_cli.models.gemma.rotary import require_rope
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
 from gemma_awq_cli.models.packed_formats.choosing import SECTION, choose_format
 from gemma_awq_cli.models.packed_formats.packed_format import Expected, PackedFormat
+from gemma_awq_cli.system.arrays import DTYPES as ARRAY_DTYPES
+from gemma_awq_cli.system.arrays import Array, as_array, as_tensor
 from gemma_awq_cli.system.reading import read_bytes
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from gemma_awq_cli.awq.packing import PackedWeight
+    from gemma_awq_cli.models.checkpoints.adapter import Adapter
+    from gemma_awq_cli.models.checkpoints.adapter_update import Update
+    from gemma_awq_cli.models.checkpoints.hub_headers import HubWeights
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _DTYPES = ("dtype", "torch_dtype")
+_TORCH_NAMES = {name for name, _ in DTYPES.values()}
+_TORCH_ALIASES = {"half": "float16", "float": "float32", "double": "float64"}
 
 
 class Checkpoint:
@@ -66,7 +77,7 @@ class Checkpoint:
     the files.
     """
 
-    def __init__(self, folder: Path, adapter: Adapter | None = None, on_hub: HubWeights | None = None) -> None:
+    def __init__(self, folder: Path, adapter: "Adapter | None" = None, on_hub: "HubWeights | None" = None) -> None:
         """Open a folder. on_hub: weights that have not been fetched, of which only the headers are read."""
         self.folder = folder
         self.adapter = adapter
@@ -157,10 +168,16 @@ class Checkpoint:
         """The linears of one layer that are packed, by their names in the layer; the others have 16 bits."""
         return {} if self.packed_linears is None else self.packed_linears.layers[index]
 
-    def read_packed(self, linears: Mapping[str, Linear]) -> dict[str, PackedWeight]:
+    def packed_arrays(self, linears: Mapping[str, Linear]) -> dict[str, PackedArrays]:
         """Packed linears by their full names (`model.layers.0.mlp.up_proj`): see `PackedLinears.read`."""
         assert self.packed_linears is not None
         return self.packed_linears.read(linears)
+
+    def read_packed(self, linears: Mapping[str, Linear]) -> "dict[str, PackedWeight]":
+        """The same as torch's tensors."""
+        from gemma_awq_cli.awq.packing import as_packed_weight
+
+        return {name: as_packed_weight(packed) for name, packed in self.packed_arrays(linears).items()}
 
     def text_tensors(self) -> dict[str, Expected]:
         """The tensors that the language model needs, by their names in the files; all of them are in `tensors`."""
@@ -218,32 +235,40 @@ class Checkpoint:
         return int(self.facts.vocab_size)
 
     @cached_property
-    def dtype(self) -> torch.dtype:
+    def dtype_name(self) -> str:
         """The 16-bit dtype that most of the language model's unpacked elements are stored in, whatever the config says.
 
-        For weights of 32 or 64 bits it is what the config declares at its top level, or else their own.
+        For weights of 32 or 64 bits it is what the config declares at its top level, or else their own. torch's name.
         """
         stored, declared = self._stored_dtype(), self._declared_dtype()
-        return declared if declared is not None and stored.itemsize > 2 else stored
+        return declared if declared is not None and ARRAY_DTYPES[stored].itemsize > 2 else stored
 
-    def _stored_dtype(self) -> torch.dtype:
-        elements: Counter[torch.dtype] = Counter()
+    @property
+    def dtype(self) -> "torch.dtype":
+        """The same as torch's dtype."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
+
+    def _stored_dtype(self) -> str:
+        elements: Counter[str] = Counter()
         for name in self._plain_tensors() if self.is_read else [self.key(f"model.{EMBEDDING}")]:
-            elements[self.tensors[name].dtype] += prod(self.tensors[name].shape)
+            elements[self.tensors[name].dtype_name] += prod(self.tensors[name].shape)
         return max(elements, key=elements.__getitem__)
 
-    def _declared_dtype(self) -> torch.dtype | None:
+    def _declared_dtype(self) -> str | None:
         """What the config declares at its top level, where transformers reads it; None if it is no dtype."""
-        dtype = getattr(torch, str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype")), None)
-        return dtype if isinstance(dtype, torch.dtype) else None
+        stated = str(self.raw_config.get("dtype") or self.raw_config.get("torch_dtype"))
+        name = _TORCH_ALIASES.get(stated, stated)
+        return name if name in _TORCH_NAMES else None
 
     def _misdeclared(self) -> list[str]:
         """A note on a config that declares another dtype than the weights have: some readers believe it."""
         declared = self._declared_dtype()
-        if declared in (None, self.dtype):
+        if declared in (None, self.dtype_name):
             return []
-        names = [str(dtype).removeprefix("torch.") for dtype in (declared, self.dtype)]
-        return [f"{CONFIG} declares {names[0]}, but most weights are stored in {names[1]}, which counts here."]
+        return [f"{CONFIG} declares {declared}, but most weights are stored in {self.dtype_name}, which counts here."]
 
     def key(self, module_name: str) -> str:
         """A name inside transformers' causal model (`model.norm.weight`, `lm_head.weight`) -> the key in the files."""
@@ -263,9 +288,9 @@ class Checkpoint:
         Not a hash of all weights: that would read a whole 27B checkpoint, and the answer is the same in practice.
         """
         digest = hashlib.sha256(read_bytes(self.folder / CONFIG, CORRECT))
-        for name, tensor in read_tensors(self.tensors, sorted(self.tensors)).items():
-            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-            digest.update(raw_bytes(tensor[tensor.shape[0] // 2] if tensor.dim() and tensor.shape[0] else tensor))
+        for name, array in read_arrays(self.tensors, sorted(self.tensors)).items():
+            digest.update(f"{name} torch.{array.dtype.name} {array.shape}".encode())
+            digest.update(array_bytes(array[array.shape[0] // 2 : array.shape[0] // 2 + 1] if array.ndim else array))
         if self.adapter is not None:
             digest.update(self.adapter.sha256.encode())
         return digest.hexdigest()
@@ -274,48 +299,57 @@ class Checkpoint:
         """Names of the tensors that are copied as they are: those of a multimodal checkpoint's towers and embedders."""
         return sorted(name for name in self.tensors if name.startswith(self.family.companion_prefixes))
 
-    def read(self, module_names: Iterable[str]) -> dict[str, Tensor]:
+    def read(self, module_names: Iterable[str]) -> "dict[str, Tensor]":
+        """The same as `arrays`, as torch's tensors."""
+        return {name: as_tensor(array) for name, array in self.arrays(module_names).items()}
+
+    def arrays(self, module_names: Iterable[str]) -> dict[str, Array]:
         """Read tensors by their names inside transformers' causal model, as stored, checked to be finite."""
         keys = {name: self.key(name) for name in module_names}
         head = keys.pop(HEAD, None) if self.packed_linears and self.packed_linears.head else None
-        stored = read_tensors(self.tensors, keys.values())
-        for key, tensor in stored.items():
-            require_finite(key, tensor)
+        stored = read_arrays(self.tensors, keys.values())
+        for key, array in stored.items():
+            require_finite_array(key, array)
         read = {name: self._merged(key, stored[key]) for name, key in keys.items()}
         return read if head is None else read | {HEAD: self._packed_head()}
 
-    def _packed_head(self) -> Tensor:
+    def _packed_head(self) -> Array:
         """The weight [V, hidden] float32 of a packed head."""
+        from gemma_awq_cli.awq.grid import dequantize
+        from gemma_awq_cli.awq.packing import unpack_weight
+
         assert self.packed_linears is not None
         assert self.packed_linears.head is not None
         (packed,) = self.read_packed({HEAD.removesuffix(".weight"): self.packed_linears.head}).values()
-        return dequantize(*unpack_weight(packed))
+        return as_array(dequantize(*unpack_weight(packed)))
 
-    def mapped(self, module_name: str) -> Tensor:
+    def mapped(self, module_name: str) -> Array:
         """A tensor of which only few rows are read, by its name inside transformers' causal model.
 
         Nothing of it is read here, so it is not checked to be finite.
         """
         key = self.key(module_name)
-        return self._merged(key, read_tensors(self.tensors, [key])[key])
+        return self._merged(key, read_arrays(self.tensors, [key])[key])
 
-    def pieces(self, module_name: str) -> Iterator[Tensor]:
-        """A tensor's rows in order, some at a time: see `weight_files.read_pieces`."""
+    def pieces(self, module_name: str) -> "Iterator[Tensor]":
+        """A tensor's rows in order, some at a time: see `weight_files.read_array_pieces`."""
         return self.stored_pieces(self.key(module_name))
 
-    def stored_pieces(self, key: str) -> Iterator[Tensor]:
+    def stored_pieces(self, key: str) -> "Iterator[Tensor]":
         """The same of any tensor, by its name in the files."""
         if (update := self._updates.get(key)) is not None:
             return update.merged_pieces(key, self.tensors[key])
-        return read_pieces(key, self.tensors[key])
+        return map(as_tensor, read_array_pieces(key, self.tensors[key]))
 
-    def _merged(self, key: str, stored: Tensor) -> Tensor:
+    def _merged(self, key: str, stored: Array) -> Array:
         """A tensor of the files with the adapter's update of it."""
         update = self._updates.get(key)
-        return stored if update is None else update.merged(key, stored)
+        return stored if update is None else as_array(update.merged(key, as_tensor(stored)))
 
-    def _updates_of(self, adapter: Adapter) -> tuple[dict[str, Update], tuple[str, ...]]:
+    def _updates_of(self, adapter: "Adapter") -> "tuple[dict[str, Update], tuple[str, ...]]":
         """What an adapter does to which tensor of the files, and notes on what it does not do."""
+        from gemma_awq_cli.models.checkpoints.adapter import Weights, find_updates, plain_name
+
         weight = ".weight"
         names = text_tensors(self.shape, self.tied_head, ())
         keys = {name.removesuffix(weight): self.key(name) for name in names if name.endswith(weight)}

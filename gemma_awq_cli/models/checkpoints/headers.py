@@ -7,9 +7,10 @@ file. The one complete set is read; two complete ones are an error, because noth
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path, PurePosixPath, PureWindowsPath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -30,6 +31,7 @@ DTYPES = {
     "BOOL": ("bool", 1), "U16": ("uint16", 2), "U32": ("uint32", 4), "U64": ("uint64", 8),
     "F8_E4M3": ("float8_e4m3fn", 1), "F8_E5M2": ("float8_e5m2", 1),
 }  # fmt: skip
+METADATA = "__metadata__"  # an entry of a header that is no tensor
 HEADER_BYTES = 100_000_000  # the limit of the format
 FIRST_BYTES = 128 * 1024  # of a file that is not here, which hold most headers
 NAMED = 3  # how many of many names are shown
@@ -37,18 +39,27 @@ NAMED = 3  # how many of many names are shown
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """Where a tensor lies and what it is, from the file's header alone. stored: its dtype's name in `DTYPES`."""
+    """Where a tensor lies and what it is, from the file's header alone.
+
+    stored: its dtype's name in `DTYPES`; start: of its bytes in the file, 0 of a file that has not been fetched.
+    """
 
     file: Path
     shape: tuple[int, ...]
     stored: str
+    start: int = 0
 
     @property
     def dtype(self) -> "torch.dtype":
         import torch
 
-        dtype: torch.dtype = getattr(torch, DTYPES[self.stored][0])
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
         return dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """torch's name of its dtype, such as `bfloat16`."""
+        return DTYPES[self.stored][0]
 
     @property
     def nbytes(self) -> int:
@@ -163,12 +174,39 @@ def merge_headers(weights: WeightFiles, read: Callable[[Path], dict[str, TensorI
 
 def read_file_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one file by its name."""
-    infos = {}
-    with opened(file, "numpy") as handle:
-        for name in handle.keys():  # noqa: SIM118 (a safe_open handle is not a mapping)
-            view = handle.get_slice(name)
-            infos[name] = tensor_info(file, name, view.get_shape(), view.get_dtype())
-    return infos
+    with damage_errors(file):
+        with safe_open(file, "numpy"):
+            pass  # the library has checked that the tensors fill the file and that none of them overlap
+        with file.open("rb") as stream:
+            header, first = read_header(file.name, file.stat().st_size, partial(_read_at, stream), FIRST_BYTES)
+    return {name: _local_info(file, name, entry, first) for name, entry in header.items() if name != METADATA}
+
+
+def _read_at(stream: BinaryIO, start: int, count: int) -> bytes:
+    stream.seek(start)
+    return stream.read(count)
+
+
+def _local_info(file: Path, name: str, entry: object, first: int) -> TensorInfo:
+    """What a header says of a tensor of a file whose data begin at `first`."""
+    info = header_entry(file, name, entry)
+    start, end = entry["data_offsets"]  # type: ignore[index]  # checked by the library
+    if end - start != info.nbytes:
+        raise GemmaAwqError(f"{file.name}: {name} has {end - start} bytes, its shape {info.nbytes}.", REDOWNLOAD)
+    return replace(info, start=first + start)
+
+
+def header_entry(file: Path, name: str, entry: object) -> TensorInfo:
+    """What an entry of a header says of a tensor. An error if it makes no sense or its dtype is none that is read."""
+    shape, dtype = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
+    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
+        raise GemmaAwqError(f"{file.name}: the header's entry of {name} makes no sense.", REDOWNLOAD)
+    if dtype not in DTYPES:
+        raise GemmaAwqError(
+            f"{file.name}: {name} has dtype {dtype}, which is not a plain 16- or 32-bit weight.",
+            "Give the original 16-bit checkpoint.",
+        )
+    return TensorInfo(file, tuple(shape), dtype)
 
 
 def read_header(name: str, size: int, read: Callable[[int, int], bytes], first: int) -> tuple[dict[str, Any], int]:
@@ -191,28 +229,17 @@ def read_header(name: str, size: int, read: Callable[[int, int], bytes], first: 
         raise GemmaAwqError(f"The header of {name} is not UTF-8.", REDOWNLOAD) from None
 
 
-def tensor_info(file: Path, name: str, shape: Iterable[int], stored: str) -> TensorInfo:
-    """What a header says of a tensor. An error if its dtype is none that is read."""
-    if stored not in DTYPES:
-        raise GemmaAwqError(
-            f"{file.name}: {name} has dtype {stored}, which is not a plain 16- or 32-bit weight.",
-            "Give the original 16-bit checkpoint.",
-        )
-    return TensorInfo(file, tuple(shape), stored)
-
-
 @contextmanager
-def opened(file: Path, framework: str) -> Iterator[Any]:
-    """An open safetensors file that gives tensors of `framework` ("pt", "numpy"); a clear error if it is damaged."""
+def damage_errors(file: Path) -> Iterator[None]:
+    """A clear error if a safetensors file is damaged, cannot be read or cannot be mapped."""
     require_regular(file, REDOWNLOAD)
     try:
-        with safe_open(file, framework) as handle:
-            yield handle
+        yield
     except SafetensorError as error:
         raise GemmaAwqError(f"{file} is damaged or truncated: {first_line(error)}.", REDOWNLOAD) from None
     except OSError as error:
         raise GemmaAwqError(f"{file} cannot be read: {reason_of(error)}.", REDOWNLOAD) from None
-    except MemoryError:  # raised by the library, which maps the file
+    except MemoryError:  # raised by the library, which maps the file too
         raise GemmaAwqError(
             f"{file} has {file.stat().st_size} bytes, more than this process may map.",
             "Raise the limit of its address space (ulimit -v), or compare the file's size with the source's.",

@@ -6,19 +6,17 @@ from functools import partial
 from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import (
     FIRST_BYTES,
+    METADATA,
     TensorInfo,
     WeightFiles,
     find_weights,
+    header_entry,
     merge_headers,
     read_header,
-    tensor_info,
 )
 from gemma_awq_cli.models.checkpoints.hub import fetch_errors
-
-_METADATA = "__metadata__"
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class HubWeights:
     def _read_header(self, file: Path) -> dict[str, TensorInfo]:
         read = partial(fetch_range, self.repo, self.commit, file.name)
         header, _ = read_header(file.name, self.sizes[file.name], read, FIRST_BYTES)
-        return {name: _entry(file, name, entry) for name, entry in header.items() if name != _METADATA}
+        return {name: header_entry(file, name, entry) for name, entry in header.items() if name != METADATA}
 
 
 def weights_on_hub(repo: str, commit: str) -> HubWeights:
@@ -53,14 +51,6 @@ def weights_on_hub(repo: str, commit: str) -> HubWeights:
     with fetch_errors(repo, commit):
         info = HfApi().model_info(repo, revision=commit, files_metadata=True)
         return HubWeights(repo, commit, {file.rfilename: file.size or 0 for file in info.siblings or []})
-
-
-def _entry(file: Path, name: str, entry: object) -> TensorInfo:
-    """A header's entry checked."""
-    shape, dtype = (entry.get("shape"), entry.get("dtype")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(dtype, str) or not isinstance(shape, list) or not all(type(n) is int and n >= 0 for n in shape):
-        raise GemmaAwqError(f"{file.name}: the header's entry of {name} makes no sense.", REDOWNLOAD)
-    return tensor_info(file, name, shape, dtype)
 
 
 def fetch_range(repo: str, commit: str, name: str, start: int, count: int) -> bytes:

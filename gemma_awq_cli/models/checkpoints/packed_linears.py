@@ -4,14 +4,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import gcd
 
-from gemma_awq_cli.awq.packing import PackedWeight
+import numpy as np
+
+from gemma_awq_cli.awq.packed_arrays import PackedArrays, split_groups
 from gemma_awq_cli.models.checkpoints.expected_tensors import HEAD, OTHER_SOURCE, require_tensors
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo
-from gemma_awq_cli.models.checkpoints.weight_files import read_tensors, require_finite
+from gemma_awq_cli.models.checkpoints.weight_files import read_arrays, require_finite_array
 from gemma_awq_cli.models.gemma.architecture import TextShape
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear
 from gemma_awq_cli.models.packed_formats.packed_format import Expected, PackedFormat, require_fits
-from gemma_awq_cli.models.packed_formats.unpacking import split_groups
 
 LARGEST_GROUP = 256  # that kernels read; larger ones are read in parts
 _PART = 128
@@ -34,19 +35,21 @@ class PackedLinears:
     _tensors: Mapping[str, TensorInfo]
     _key: Callable[[str], str]
 
-    def read(self, linears: Mapping[str, Linear]) -> dict[str, PackedWeight]:
+    def read(self, linears: Mapping[str, Linear]) -> dict[str, PackedArrays]:
         """Linears by their full names (`model.layers.0.mlp.up_proj`), in AutoAWQ's GEMM layout.
 
         Every file is opened once: experts are thousands. Scales are checked to be finite.
         """
         kinds = {name: self._kinds(name) for name in linears}
-        read = read_tensors(self._tensors, (key for keys in kinds.values() for key in keys.values()))
+        read = read_arrays(self._tensors, (key for keys in kinds.values() for key in keys.values()))
         found = {}
         for name, linear in linears.items():
             base = _base(self._key, name)
             packed = self.layout.read(base, linear, {kind: read[key] for kind, key in kinds[name].items()})
             # a scale is a factor of integers up to 15: none that float16 cannot hold is sound
-            require_finite(f"{base}{self._scales}", packed.scales.half())
+            with np.errstate(over="ignore"):
+                narrow = packed.scales.astype(np.float16, copy=False)
+            require_finite_array(f"{base}{self._scales}", narrow)
             stored = linear.inputs // packed.scales.shape[0]
             found[name] = split_groups(packed, stored // self.group_size)
         return found

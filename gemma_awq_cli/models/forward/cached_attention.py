@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_awq_cli.kernels.head import soft_cap
-from gemma_awq_cli.models.forward.kv_cache import KVCache, slot_positions
+from gemma_awq_cli.models.forward.kv_cache import KVCache
 from gemma_awq_cli.models.forward.prefill import FlatBatch, RowChunk
+from gemma_awq_cli.system.arrays import as_tensor
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,19 @@ def _group(chunks: Sequence[RowChunk], wanted: int, device: torch.device) -> Chu
 
 
 @dataclass(frozen=True)
+class CacheTensors:
+    """The tensors of a `KVCache`'s memory, by layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+def cache_tensors(cache: KVCache) -> CacheTensors:
+    """The same cache as the torch decoder reads and writes it."""
+    return CacheTensors(tuple(map(as_tensor, cache.keys)), tuple(map(as_tensor, cache.values)))
+
+
+@dataclass(frozen=True)
 class Held:
     """What the queries of a group may see.
 
@@ -62,7 +76,7 @@ class Held:
     at: Tensor
 
 
-def extend(cache: KVCache, index: int, group: ChunkGroup, k: Tensor, v: Tensor) -> Held:
+def extend(cache: CacheTensors, index: int, group: ChunkGroup, k: Tensor, v: Tensor) -> Held:
     """Write k, v [B * C, kv_heads, D] of a group to layer `index`'s cache. What its tokens, and the older ones that
     they may still need, are together.
     """
@@ -119,3 +133,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """The rotary embedding of x [T, heads, D]. cos, sin: [T, 1, D/2]."""
     first, second = x.chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def slot_positions(ends: Tensor, slots: int) -> Tensor:
+    """The position that each slot of a ring holds after positions 0 .. ends - 1 were written: [B] -> [B, slots].
+
+    Negative where nothing was written yet.
+    """
+    last = ends[:, None] - 1
+    return last - (last - torch.arange(slots, device=ends.device)) % slots

@@ -2,11 +2,11 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-
-from torch import Tensor
+from typing import Any
 
 from gemma_awq_cli.models.forward.kv_cache import KVCache, Mark, SavedRow
 from gemma_awq_cli.models.forward.prefill import FlatBatch, flat_batches
+from gemma_awq_cli.models.forward.session import Logits
 
 
 class CachedSession(ABC):
@@ -17,12 +17,17 @@ class CachedSession(ABC):
     def __init__(self, cache: KVCache, vocabulary: int) -> None:
         self._cache = cache
         self._vocabulary = vocabulary
+        self._share_cache()
 
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    @abstractmethod
+    def _share_cache(self) -> None:
+        """Hand a new cache to whoever else keeps it."""
+
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:
         """See `Session.next_logits`."""
         return self.last_logits(tokens, [1] * len(tokens))
 
-    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Logits:
         """See `Session.last_logits`."""
         lengths = self._cache.lengths
         self._cache.require_room(tokens, self._vocabulary)
@@ -62,11 +67,12 @@ class CachedSession(ABC):
     def repeat_row(self, rows: int) -> None:
         """See `Session.repeat_row`."""
         self._cache = self._cache.repeated(rows)
+        self._share_cache()
 
     @abstractmethod
-    def _read(self, batch: FlatBatch) -> Tensor:
+    def _read(self, batch: FlatBatch) -> Any:
         """Read a batch into the cache. What `_logits` makes logits of: a row for each wanted token, in their order."""
 
     @abstractmethod
-    def _logits(self, parts: list[Tensor]) -> Tensor:
+    def _logits(self, parts: list[Any]) -> Logits:
         """The logits [R, V] float32 of what `_read` returned for each batch."""

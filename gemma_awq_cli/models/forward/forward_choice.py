@@ -5,23 +5,23 @@ Each declares the features that it implements; a model that needs more goes to t
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-
-from gemma_awq_cli.awq.packing import PackedWeight
-from gemma_awq_cli.kernels import packed_linear
-from gemma_awq_cli.kernels.head import DENSE_HEAD, head_group
+from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library, Unavailable
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward import native_weights, torch_decoder
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward import native_weights
+from gemma_awq_cli.models.forward.devices import CPU
 from gemma_awq_cli.models.forward.native_weights import NativeText, native_refusal, native_report, read_native_text
-from gemma_awq_cli.models.forward.torch_decoder import TextWeights
-from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+from gemma_awq_cli.models.forward.precision import DEFAULT_DTYPE, Precision
 from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.awq.packing import PackedWeight
+    from gemma_awq_cli.models.forward.torch_decoder import TextWeights
 
 
 @dataclass(frozen=True)
@@ -32,16 +32,17 @@ class Forward:
     held, one of `kernels.head.HEADS`.
     """
 
-    text: NativeText | TextWeights | None
+    text: "NativeText | TextWeights | None"
     report: tuple[str, ...]
     slow: str | None = None
     head: str = DENSE_HEAD
 
 
-def choose_forward(
-    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, precision: Precision, head: str
-) -> Forward:
-    """The fastest forward that can run this model as it was asked for, with its weights read."""
+def choose_forward(checkpoint: Checkpoint, device: str, dtype: str, precision: Precision, head: str) -> Forward:
+    """The fastest forward that can run this model as it was asked for, with its weights read.
+
+    device, dtype: torch's names. torch is imported only if the compiled decoder cannot run it.
+    """
     is_packed = checkpoint.packed_linears is not None
     needed = features_of(checkpoint.facts, checkpoint.family)
     if refusal := _decoders_refusal(device, precision, needed):
@@ -55,37 +56,53 @@ def choose_forward(
         text = read_native_text(library, checkpoint, arch, head)
         return Forward(text, tuple(native_report(text)), head=head)
     report, slow = linear_report(checkpoint, device, dtype)
-    decoder = read_torch_text(checkpoint, arch, device, dtype, head)
-    if dtype == torch.bfloat16 and is_packed:
+    decoder = _torch_text(checkpoint, arch, dtype, head)
+    if dtype == DEFAULT_DTYPE and is_packed:
         slow = f"the compiled forward, several times as fast, is not used: {library}" + (f"; {slow}" if slow else "")
     return Forward(decoder, (f"forward: torch (not the compiled one: {library})", *report), slow, head)
 
 
-def _decoders_refusal(device: torch.device, precision: Precision, needed: frozenset[str]) -> str | None:
+def _torch_text(checkpoint: Checkpoint, arch: Architecture, dtype: str, head: str) -> "TextWeights":
+    import torch
+
+    from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+
+    return read_torch_text(checkpoint, arch, torch.device(CPU), getattr(torch, dtype), head)
+
+
+def _decoders_refusal(device: str, precision: Precision, needed: frozenset[str]) -> str | None:
     """Why neither decoder of our own can run the model, or None."""
-    if missing := missing_features(needed, torch_decoder.FEATURES):
-        return missing
-    if device.type != "cpu":
-        return f"our own decoders run on the CPU, and this is {device.type}"
+    if missing_features(needed, native_weights.FEATURES):
+        from gemma_awq_cli.models.forward import torch_decoder
+
+        if missing := missing_features(needed, torch_decoder.FEATURES):
+            return missing
+    if device != CPU:
+        return f"our own decoders run on the CPU, and this is {device.partition(':')[0]}"
     if precision.quantization or precision.attention:
         return "they implement --quantization and --attn"
     return None
 
 
 def _native_library(
-    checkpoint: Checkpoint, arch: Architecture, dtype: torch.dtype, needed: frozenset[str]
+    checkpoint: Checkpoint, arch: Architecture, dtype: str, needed: frozenset[str]
 ) -> Library | Unavailable:
     """The compiled decoder's library, compiled now if need be, if the decoder can run this model."""
-    if dtype != torch.bfloat16:
+    if dtype != DEFAULT_DTYPE:
         return Unavailable(f"it computes in bfloat16 and float32, not {dtype}")
     reason = missing_features(needed, native_weights.FEATURES) or native_refusal(checkpoint, arch)
     return Unavailable(reason) if reason else native_library.load(cache_folder() / "native")
 
 
-def linear_report(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> tuple[list[str], str | None]:
+def linear_report(checkpoint: Checkpoint, device_name: str, dtype_name: str) -> tuple[list[str], str | None]:
     """Which torch kernel each kind of linear gets, line by line; and why one is slow, or None."""
     if checkpoint.packed_linears is None:
-        return [f"linears: PyTorch's own products in {str(dtype).removeprefix('torch.')}"], None
+        return [f"linears: PyTorch's own products in {dtype_name}"], None
+    import torch
+
+    from gemma_awq_cli.kernels import packed_linear
+
+    device, dtype = torch.device(device_name), getattr(torch, dtype_name)
     lines, slow = [], None
     for name, packed in _distinct_linears(checkpoint):
         kernel, refused = packed_linear.choose(packed, device, dtype)
@@ -95,7 +112,7 @@ def linear_report(checkpoint: Checkpoint, device: torch.device, dtype: torch.dty
     return lines, slow
 
 
-def _distinct_linears(checkpoint: Checkpoint) -> Iterator[tuple[str, PackedWeight]]:
+def _distinct_linears(checkpoint: Checkpoint) -> "Iterator[tuple[str, PackedWeight]]":
     """The first packed linear of each name and shape, by the last part of its name (`q_proj`)."""
     known = set()
     for index in range(checkpoint.layers):

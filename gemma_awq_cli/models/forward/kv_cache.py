@@ -1,16 +1,17 @@
 """Keys and values of the tokens that were read, in memory allocated once: sliding layers keep only their window.
 
 A layer's slots are a ring: position p is in slot p % slots. A layer without a window has a slot for every position, so
-its ring never wraps around. A layer without keys and values of its own has the tensors of the layer whose it reads.
+its ring never wraps around. A layer without keys and values of its own has the arrays of the layer whose it reads.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.system.arrays import Array
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SavedRow:
     tokens the row had read; shortest: the slots of the smallest layer.
     """
 
-    layers: tuple[Tensor, ...]
+    layers: tuple[Array, ...]
     length: int
     shortest: int
 
@@ -45,19 +46,19 @@ class Mark:
     read. All other slots of that time are still there while the row only reads on.
     """
 
-    rings: tuple[Tensor, ...]
+    rings: tuple[Array, ...]
     length: int
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values: [R, kv_heads, slots, head_dim] per layer, one tensor for all layers that share it.
+    """keys, values: [R, kv_heads, slots, head_dim] per layer, one array for all layers that share it.
 
     lengths: how many tokens each row has read.
     """
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    keys: tuple[Array, ...]
+    values: tuple[Array, ...]
     lengths: list[int]
     capacity: int
 
@@ -66,17 +67,17 @@ class KVCache:
         return sum(layer.nbytes for layer in self._own)
 
     @property
-    def _own(self) -> list[Tensor]:
+    def _own(self) -> list[Array]:
         return list({id(layer): layer for layer in (*self.keys, *self.values)}.values())
 
     @property
-    def _rings(self) -> list[Tensor]:
+    def _rings(self) -> list[Array]:
         return [layer for layer in self._own if layer.shape[2] < self.capacity]
 
     def mark(self, row: int) -> Mark:
         """What `shorten` needs to come back to the row as it is now."""
         length = self.lengths[row]
-        return Mark(tuple(ring[row, :, : min(length, ring.shape[2])].clone() for ring in self._rings), length)
+        return Mark(tuple(ring[row, :, : min(length, ring.shape[2])].copy() for ring in self._rings), length)
 
     def shorten(self, row: int, length: int, mark: Mark | None = None) -> int:
         """Forget what a row has read after its first `length` tokens; return `length`, or 0 if it had to forget all.
@@ -96,7 +97,7 @@ class KVCache:
     def save(self, row: int) -> SavedRow:
         """A copy of one row, as long as it is."""
         length = self.lengths[row]
-        layers = tuple(layer[row, :, : min(length, layer.shape[2])].clone() for layer in self._own)
+        layers = tuple(layer[row, :, : min(length, layer.shape[2])].copy() for layer in self._own)
         return SavedRow(layers, length, min(layer.shape[2] for layer in self._own))
 
     def load(self, row: int, saved: SavedRow, length: int) -> None:
@@ -108,7 +109,7 @@ class KVCache:
 
     def repeated(self, rows: int) -> "KVCache":
         """A cache of `rows` equal rows, from this cache of one row."""
-        repeated = {id(layer): layer.repeat(rows, 1, 1, 1) for layer in (*self.keys, *self.values)}
+        repeated = {id(layer): np.repeat(layer, rows, 0) for layer in (*self.keys, *self.values)}
         keys, values = (tuple(repeated[id(layer)] for layer in part) for part in (self.keys, self.values))
         return KVCache(keys, values, self.lengths * rows, self.capacity)
 
@@ -124,28 +125,17 @@ class KVCache:
             raise ValueError(f"a token outside the vocabulary of {vocabulary}")
 
 
-def make_cache(
-    layouts: Sequence[LayerLayout], rows: int, capacity: int, device: torch.device, dtype: torch.dtype
-) -> KVCache:
+def make_cache(layouts: Sequence[LayerLayout], rows: int, capacity: int, dtype: np.dtype[Any]) -> KVCache:
     """An empty cache of `rows` rows, each of at most `capacity` tokens."""
 
-    def layers() -> tuple[Tensor, ...]:
-        made: list[Tensor] = []
+    def layers() -> tuple[Array, ...]:
+        made: list[Array] = []
         for layout in layouts:
             if layout.kv_source is not None:
                 made.append(made[layout.kv_source])
                 continue
             slots = min(layout.window or capacity, capacity)
-            made.append(torch.zeros(rows, layout.kv_heads, slots, layout.head_dim, device=device, dtype=dtype))
+            made.append(np.zeros((rows, layout.kv_heads, slots, layout.head_dim), dtype))
         return tuple(made)
 
     return KVCache(layers(), layers(), [0] * rows, capacity)
-
-
-def slot_positions(ends: Tensor, slots: int) -> Tensor:
-    """The position that each slot of a ring holds after positions 0 .. ends - 1 were written: [B] -> [B, slots].
-
-    Negative where nothing was written yet.
-    """
-    last = ends[:, None] - 1
-    return last - (last - torch.arange(slots, device=ends.device)) % slots

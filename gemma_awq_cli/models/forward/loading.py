@@ -4,39 +4,59 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.kernels.head import DEFAULT_HEAD, DENSE_HEAD
-from gemma_awq_cli.models.checkpoints.adapter import Adapter
+from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.kernels.head_kinds import DEFAULT_HEAD, DENSE_HEAD
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.devices import CPU
 from gemma_awq_cli.models.forward.forward_choice import Forward, choose_forward
-from gemma_awq_cli.models.forward.loading_dense import SMALLER, Precision, default_dtype, open_dense
 from gemma_awq_cli.models.forward.memory import memory_errors, require_memory
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
+from gemma_awq_cli.models.forward.precision import SMALLER, Precision
 from gemma_awq_cli.models.forward.session import Session
-from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
-from gemma_awq_cli.models.forward.transformers_model import build_model
-from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.models.text.prompter import Prompter, begin_loading
+from gemma_awq_cli.system.arrays import DTYPES
+
+if TYPE_CHECKING:
+    import torch
+
+    from gemma_awq_cli.models.checkpoints.adapter import Adapter
 
 
 @dataclass(frozen=True)
 class OpenModel:
-    """A model that is ready to run. quantized: whether it is an artifact; build: makes `model`."""
+    """A model that is ready to run.
+
+    device_name, dtype_name: torch's; quantized: whether it is an artifact; build: makes `model`.
+    """
 
     checkpoint: Checkpoint
-    device: torch.device
-    dtype: torch.dtype
+    device_name: str
+    dtype_name: str
     quantized: bool
     forward: Forward
     build: Callable[[], Any]
     loading: Future[Prompter]
+
+    @property
+    def device(self) -> "torch.device":
+        """Where it runs."""
+        import torch
+
+        return torch.device(self.device_name)
+
+    @property
+    def dtype(self) -> "torch.dtype":
+        """What activations are held in."""
+        import torch
+
+        dtype: torch.dtype = getattr(torch, self.dtype_name)
+        return dtype
 
     @cached_property
     def model(self) -> Any:
@@ -56,7 +76,11 @@ class OpenModel:
         if isinstance(text, NativeText):
             return NativeSession(text, rows, capacity)
         if text is not None:
+            from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+
             return DecoderSession(text, rows, capacity)
+        from gemma_awq_cli.models.forward.transformers_session import TransformersSession
+
         return TransformersSession(self.model, rows, capacity, self.device)
 
     def kernel_report(self) -> list[str]:
@@ -68,45 +92,19 @@ class OpenModel:
         return self.forward.slow
 
 
-def pick_device(asked: str) -> torch.device:
-    """The device that `auto`, `cpu`, `cuda`, `cuda:N` or `mps` names; GemmaAwqError if it is not there."""
-    if asked == "auto":
-        asked = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
-    if asked.startswith("cuda"):
-        if not torch.cuda.is_available():
-            raise GemmaAwqError(
-                "This PyTorch sees no CUDA device.", "Use --device cpu, or install a CUDA build of torch."
-            )
-        count = torch.cuda.device_count()
-        if ":" in asked and int(asked.split(":")[1]) >= count:
-            raise GemmaAwqError(
-                f"There is no device {asked}: this PyTorch sees {count}.", f"Use cuda:0 to cuda:{count - 1}."
-            )
-    if asked == "mps" and not torch.backends.mps.is_available():
-        raise GemmaAwqError("This PyTorch sees no Apple GPU (mps).", "Use --device cpu.")
-    return torch.device(asked)
-
-
-def other_devices(asked: str, device: torch.device) -> list[torch.device]:
-    """The devices that a model may spread to if it does not fit `device`: every other GPU if `asked` is `auto`."""
-    if asked != "auto" or device.type != "cuda":
-        return []
-    return [torch.device("cuda", index) for index in range(1, torch.cuda.device_count())]
-
-
-@torch.inference_mode()
 def open_model(
     folder: Path,
-    device: torch.device,
+    device: "torch.device | str",
     precision: Precision | None = None,
-    others: Sequence[torch.device] = (),
+    others: "Sequence[torch.device]" = (),
     head: str | None = None,
     loading: Future[Prompter] | None = None,
-    adapter: Adapter | None = None,
+    adapter: "Adapter | None" = None,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; they are never expanded to 16 bits as a whole.
 
-    precision, others: for a 16-bit checkpoint only, how to open it and further devices for what does not fit `device`.
+    device: torch's, or its name. precision, others: for a 16-bit checkpoint only, how to open it and further devices
+    for what does not fit `device`.
     head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
     loading: the folder's prompter, if it is being loaded already; adapter: merged into a 16-bit checkpoint.
     Raises GemmaAwqError for a damaged model or too little memory.
@@ -119,35 +117,45 @@ def open_model(
             f"{folder} is a 4-bit artifact: --dtype, --quantization and --attn are for 16-bit models.",
             "Leave these options out, or name the 16-bit model.",
         )
-    dtype = chosen.dtype or default_dtype(checkpoint, device)
+    place = str(device)
+    dtype = chosen.dtype_name(checkpoint, place)
     hint = "Close other programs, or use another --device or machine." if quantized else SMALLER
-    if quantized or (device.type == "cpu" and chosen.quantization is None):  # `open_dense` checks the other cases
-        _require_room(checkpoint, device, dtype, hint)
+    if quantized or (place == CPU and chosen.quantization is None):  # `open_dense` checks the other cases
+        _require_room(checkpoint, place, dtype, hint)
 
     def build() -> Any:
         with memory_errors(f"loading {folder.name}", hint):
-            if quantized:
-                return build_model(checkpoint, device, dtype)
-            return open_dense(checkpoint, [device, *others], chosen)
+            return _transformers_model(opened, others, chosen)
 
     prompter = loading or begin_loading(folder)
     with memory_errors(f"loading {folder.name}", hint):
-        forward = choose_forward(checkpoint, device, dtype, chosen, head or (DEFAULT_HEAD if quantized else DENSE_HEAD))
-    opened = OpenModel(checkpoint, device, dtype, quantized, forward, build, prompter)
+        forward = choose_forward(checkpoint, place, dtype, chosen, head or (DEFAULT_HEAD if quantized else DENSE_HEAD))
+    opened = OpenModel(checkpoint, place, dtype, quantized, forward, build, prompter)
     if forward.text is None:
         assert opened.model is not None  # an error in the files shows now
     return opened
 
 
-def _require_room(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, hint: str) -> None:
+def _transformers_model(opened: OpenModel, others: "Sequence[torch.device]", precision: Precision) -> Any:
+    """transformers' causal model with the weights of the checkpoint."""
+    if opened.quantized:
+        from gemma_awq_cli.models.forward.transformers_model import build_model
+
+        return build_model(opened.checkpoint, opened.device, opened.dtype)
+    from gemma_awq_cli.models.forward.loading_dense import open_dense
+
+    return open_dense(opened.checkpoint, [opened.device, *others], precision)
+
+
+def _require_room(checkpoint: Checkpoint, device: str, dtype: str, hint: str) -> None:
     """Raise GemmaAwqError if the language model's weights need more memory than the device has free."""
     left = set(checkpoint.companions())
-    if device.type == "cpu" and checkpoint.shape.per_layer is not None:
+    if device == CPU and checkpoint.shape.per_layer is not None:
         left.add(checkpoint.key(PER_LAYER_TABLE))  # it stays in its file
     infos = [info for name, info in checkpoint.tensors.items() if name not in left]
     name = checkpoint.folder.name
     if checkpoint.quantization is not None:
         require_memory(sum(info.nbytes for info in infos), device, name, hint)
     else:
-        needed = sum(torch.Size(info.shape).numel() * dtype.itemsize for info in infos)
-        require_memory(needed, device, f"{name} in {str(dtype).removeprefix('torch.')}", hint)
+        needed = sum(prod(info.shape) * DTYPES[dtype].itemsize for info in infos)
+        require_memory(needed, device, f"{name} in {dtype}", hint)

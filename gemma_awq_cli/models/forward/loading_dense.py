@@ -3,7 +3,6 @@
 import importlib.util
 import logging
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,37 +12,17 @@ from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.forward.memory import require_memory
+from gemma_awq_cli.models.forward.precision import SMALLER, Precision
 from gemma_awq_cli.models.forward.transformers_model import finish_model, layer_linears
 
-SMALLER = "Use --quantization nf4 or int8, a 4-bit artifact of it (`gemma-awq quantize`), or another --device."
 INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bits (arXiv:2208.07339)
 NF4_BLOCK = 64  # bitsandbytes' kernels for CPUs take only whole blocks
 BYTES_PER_WEIGHT = {"int8": 1.0, "nf4": 0.516}  # nf4: half a byte, and a scale of one byte per 64 weights
 
 
-@dataclass(frozen=True)
-class Precision:
-    """How to open a 16-bit checkpoint; None: what suits the device and the model.
-
-    quantization: `int8` or `nf4`, which bitsandbytes applies to the layers' linears on loading; attention: the name
-    that transformers has for an implementation.
-    """
-
-    dtype: torch.dtype | None = None
-    quantization: str | None = None
-    attention: str | None = None
-
-
-def default_dtype(checkpoint: Checkpoint, device: torch.device) -> torch.dtype:
-    """bfloat16; or float16 for a float16 checkpoint on CUDA, if the family's activations fit float16."""
-    # float16 arithmetic is slow on CPUs and overflows in Gemma 2 and 3
-    dtype = checkpoint.dtype if device.type == "cuda" and checkpoint.family.float16 else torch.bfloat16
-    return dtype if dtype in (torch.float16, torch.bfloat16) else torch.bfloat16
-
-
 def open_dense(checkpoint: Checkpoint, devices: list[torch.device], precision: Precision) -> Any:
     """transformers' causal model with its weights loaded, over as many of `devices` as it needs."""
-    dtype = precision.dtype or default_dtype(checkpoint, devices[0])
+    dtype: torch.dtype = getattr(torch, precision.dtype_name(checkpoint, str(devices[0])))
     if precision.quantization is not None and any(layout.experts for layout in checkpoint.shape.layouts):
         raise UsageError(
             f"--quantization {precision.quantization} cannot quantize the experts of {checkpoint.folder}, which hold "

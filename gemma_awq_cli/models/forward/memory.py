@@ -5,10 +5,12 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-
-import torch
+from typing import TYPE_CHECKING
 
 from gemma_awq_cli.errors import GemmaAwqError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def available_memory() -> int | None:
@@ -20,14 +22,16 @@ def available_memory() -> int | None:
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def free_memory(device: torch.device) -> int | None:
+def free_memory(device: "torch.device | str") -> int | None:
     """Bytes that could be allocated on a device now; None where that is unknown."""
-    if device.type == "cuda":
+    if str(device).startswith("cuda"):
+        import torch
+
         return int(torch.cuda.mem_get_info(device)[0])
     return available_memory()
 
 
-def require_memory(needed: int, device: torch.device, what: str, hint: str) -> None:
+def require_memory(needed: int, device: "torch.device | str", what: str, hint: str) -> None:
     """Raise GemmaAwqError if `what` needs more bytes than the device has free, before the system kills processes."""
     free = free_memory(device)
     if free is not None and needed > free:
@@ -38,8 +42,11 @@ def require_memory(needed: int, device: torch.device, what: str, hint: str) -> N
 
 def is_refusal(error: BaseException) -> bool:
     """Whether an allocator failed: Python's, a GPU's, PyTorch's on the CPU, or the system's mapping of a file."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "Cannot allocate memory")
+    torch = sys.modules.get("torch")  # a GPU's allocator is torch's
+    return (
+        isinstance(error, MemoryError)
+        or (torch is not None and isinstance(error, torch.OutOfMemoryError))
+        or any(words in str(error) for words in ("can't allocate memory", "Cannot allocate memory"))
     )
 
 

@@ -1,4 +1,4 @@
-"""One layer as the structures that C++ reads, with the tensors that they point into."""
+"""One layer as the structures that C++ reads, with the arrays that they point into."""
 
 from collections.abc import Mapping, Sequence, Set
 from ctypes import pointer
@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from gemma_awq_cli.awq.packing import PackedWeight
+from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import (
@@ -24,6 +23,7 @@ from gemma_awq_cli.kernels.native.structures import (
 from gemma_awq_cli.models.forward.decoder_weights import EXPERT_JOINED, JOINED, LayerReader, joined_linears
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.system.arrays import BFLOAT16, Array, address
 
 # Tensors of a layout's `kept` that C++ multiplies with as 16-bit linears; the others it reads as numbers in float32.
 _NARROW = (
@@ -38,18 +38,18 @@ _SPARSE = 0.9
 
 @dataclass(frozen=True)
 class NativeLayer:
-    """One layer's packed or mapped linears and the tensors that C++ reads in place.
+    """One layer's packed or mapped linears and the arrays that C++ reads in place.
 
     linears: by their names in `JOINED`; experts: those of each expert, by their names in `EXPERT_JOINED`; narrow and
-    numbers: 16-bit linears and float32 tensors, by their names in the layout's `kept`; gains: float32, by slot.
+    numbers: 16-bit linears and float32 arrays, by their names in the layout's `kept`; gains: float32, by slot.
     """
 
     linears: Mapping[str, native.NativeLinear]
     experts: Mapping[str, tuple[native.NativeLinear, ...]]
     narrow: Mapping[str, native.NativeLinear]
-    numbers: Mapping[str, Tensor]
-    gains: Mapping[str, Tensor]
-    inv_freq: Tensor
+    numbers: Mapping[str, Array]
+    gains: Mapping[str, Array]
+    inv_freq: Array
 
     def wide_linears(self) -> list[native.NativeLinear]:
         """The linears that an artifact packs."""
@@ -61,16 +61,16 @@ class NativeLayer:
         return [*self.linears.values(), *experts, *self.narrow.values()]
 
 
-def read_native_layer(library: Library, reader: LayerReader, inv_freq: Tensor, arena: native.Arena) -> NativeLayer:
+def read_native_layer(library: Library, reader: LayerReader, inv_freq: Array, arena: native.Arena) -> NativeLayer:
     """Read one layer: packed linears are repacked into the arena, 16-bit ones stay mapped."""
     kept = reader.kept()
-    numbers = {name: _floats(tensor) for name, tensor in kept.items() if name not in _NARROW}
+    numbers = {name: _floats(array) for name, array in kept.items() if name not in _NARROW}
     gains = {slot: gain for slot, gain in reader.gains().items() if gain is not None}
     hidden = reader.arch.hidden
     if "router.scale" in numbers:  # the norm before the router has no gain of its own
-        numbers["router.scale"] = numbers["router.scale"] * hidden**-0.5
+        numbers["router.scale"] = numbers["router.scale"] * np.float32(hidden**-0.5)
     if "router_norm" in gains:
-        gains["router_norm"] = gains["router_norm"] * hidden**-1.0
+        gains["router_norm"] = gains["router_norm"] * np.float32(hidden**-1.0)
     return NativeLayer(
         linears={kind: _linear(library, reader, kind, arena) for kind in JOINED},
         experts=_experts(library, reader, arena),
@@ -81,11 +81,11 @@ def read_native_layer(library: Library, reader: LayerReader, inv_freq: Tensor, a
     )
 
 
-def narrow(weight: Tensor, group_size: int | None, arena: native.Arena) -> native.NativeLinear:
+def narrow(weight: Array, group_size: int | None, arena: native.Arena) -> native.NativeLinear:
     """A linear that always has 16 bits: beside packed ones in the arena, or mapped from its file like all others."""
     if group_size is not None:
         return native.copied(weight, arena)
-    return native.dense([weight.to(torch.bfloat16).contiguous()])
+    return native.dense([native.as_bfloat16(weight)])
 
 
 def linear_array(linears: Sequence[native.NativeLinear]) -> Any:
@@ -114,21 +114,21 @@ def layer_arena_bytes(layout: LayerLayout, packed: Set[str], group_size: int) ->
 def layer_spec(arch: Architecture, index: int, layer: NativeLayer) -> LayerSpec:
     """The structure of layer `index`; `layer` must outlive it."""
     layout, rope = arch.layouts[index], arch.ropes[index]
-    if layer.inv_freq.numel() != layout.head_dim // 2:
-        raise AssertionError(f"layer {index} has {layer.inv_freq.numel()} frequencies for heads of {layout.head_dim}")
+    if layer.inv_freq.size != layout.head_dim // 2:
+        raise AssertionError(f"layer {index} has {layer.inv_freq.size} frequencies for heads of {layout.head_dim}")
     source = index if layout.kv_source is None else layout.kv_source
     buffers = {layer: buffer for buffer, layer in enumerate(sorted(arch.kv_sources), 1)}
     scalar = layer.numbers.get("layer_scalar")
     spec = LayerSpec(
         heads=layout.heads, kv_heads=layout.kv_heads, head_dim=layout.head_dim, intermediate=layout.intermediate,
-        window=layout.window or 0, inv_freq=layer.inv_freq.data_ptr(), rope_factor=rope.factor,
+        window=layout.window or 0, inv_freq=address(layer.inv_freq), rope_factor=rope.factor,
         query_scale=arch.query_scale,
         kv_buffer=buffers.get(source, 0), reads_kv=int(layout.kv_source is not None),
         keys_are_values=int(layout.keys_are_values), value_norm=int(layout.value_norm),
         sparse_gate=int(layout.sparsity > 0), gate_cut=_deviations(layout.sparsity),
-        scalar=1.0 if scalar is None else float(scalar),
+        scalar=1.0 if scalar is None else float(scalar.item()),
         **{kind: linear.spec for kind, linear in layer.linears.items()},
-        **{slot: gain.data_ptr() for slot, gain in layer.gains.items() if slot in _LAYER_GAINS},
+        **{slot: address(gain) for slot, gain in layer.gains.items() if slot in _LAYER_GAINS},
     )  # fmt: skip
     if layout.per_layer_width:
         spec.per_layer_gate = layer.narrow["per_layer_input_gate.weight"].spec
@@ -145,7 +145,7 @@ _LAYER_GAINS = {field[0] for field in LayerSpec._fields_}
 
 def _deviations(sparsity: float) -> float:
     """How many standard deviations above its mean a gate is cut off, rounded as transformers rounds it."""
-    return float(torch.tensor(NormalDist().inv_cdf(sparsity)).to(torch.bfloat16)) if sparsity else 0.0
+    return float(BFLOAT16.type(NormalDist().inv_cdf(sparsity))) if sparsity else 0.0
 
 
 def _experts_spec(layout: LayerLayout, layer: NativeLayer) -> ExpertsSpec:
@@ -153,10 +153,10 @@ def _experts_spec(layout: LayerLayout, layer: NativeLayer) -> ExpertsSpec:
     return ExpertsSpec(
         count=layout.experts.count, active=layout.experts.active, intermediate=layout.experts.intermediate,
         router=layer.narrow["router.proj.weight"].spec,
-        router_gain=layer.numbers["router.scale"].data_ptr(),
-        scale=layer.numbers["router.per_expert_scale"].data_ptr(),
-        norm=layer.gains["experts_norm"].data_ptr(), post_norm=layer.gains["post_experts_norm"].data_ptr(),
-        dense_norm=layer.gains["dense_norm"].data_ptr(),
+        router_gain=address(layer.numbers["router.scale"]),
+        scale=address(layer.numbers["router.per_expert_scale"]),
+        norm=address(layer.gains["experts_norm"]), post_norm=address(layer.gains["post_experts_norm"]),
+        dense_norm=address(layer.gains["dense_norm"]),
         gate_up=linear_array(layer.experts["gate_up"]), down=linear_array(layer.experts["down"]),
     )  # fmt: skip
 
@@ -164,22 +164,22 @@ def _experts_spec(layout: LayerLayout, layer: NativeLayer) -> ExpertsSpec:
 def _altup_spec(scaled: bool, layer: NativeLayer) -> AltUpSpec:
     numbers = layer.numbers
     return AltUpSpec(
-        router=numbers["altup.modality_router.weight"].data_ptr(), router_gain=layer.gains["router_norm"].data_ptr(),
-        prediction=numbers["altup.prediction_coefs.weight"].data_ptr(),
-        correction=numbers["altup.correction_coefs.weight"].data_ptr(),
-        output_scale=numbers["altup.correct_output_scale"].data_ptr() if scaled else None,
+        router=address(numbers["altup.modality_router.weight"]), router_gain=address(layer.gains["router_norm"]),
+        prediction=address(numbers["altup.prediction_coefs.weight"]),
+        correction=address(numbers["altup.correction_coefs.weight"]),
+        output_scale=address(numbers["altup.correct_output_scale"]) if scaled else None,
         laurel_left=layer.narrow["laurel.linear_left.weight"].spec,
         laurel_right=layer.narrow["laurel.linear_right.weight"].spec,
-        laurel_norm=layer.gains["laurel_norm"].data_ptr(),
+        laurel_norm=address(layer.gains["laurel_norm"]),
     )  # fmt: skip
 
 
 def _linear(library: Library, reader: LayerReader, kind: str, arena: native.Arena) -> native.NativeLinear:
     dense = []
     for part in reader.parts(kind):
-        if isinstance(part, PackedWeight):  # all of it: `native_refusal` refuses mixtures
+        if isinstance(part, PackedArrays):  # all of it: `native_refusal` refuses mixtures
             return native.from_awq(library, part, arena, _int4_kind(reader.layout, kind))
-        dense.append(part.to(torch.bfloat16).contiguous())
+        dense.append(native.as_bfloat16(part))
     return native.dense(dense)
 
 
@@ -200,5 +200,5 @@ def _experts(library: Library, reader: LayerReader, arena: native.Arena) -> dict
     }
 
 
-def _floats(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32).contiguous()
+def _floats(array: Array) -> Array:
+    return np.ascontiguousarray(array, np.float32)

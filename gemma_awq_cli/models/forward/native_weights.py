@@ -5,11 +5,11 @@ Its integer linears quantize their activations to 8 bits, one scale per token an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from gemma_awq_cli.kernels.head import head_group
+from gemma_awq_cli.kernels.head_kinds import head_group
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import (
@@ -41,10 +41,13 @@ from gemma_awq_cli.models.forward.native_layers import (
     narrow,
     read_native_layer,
 )
-from gemma_awq_cli.models.forward.torch_decoder import TextWeights
-from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE, Architecture
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear
+from gemma_awq_cli.system.arrays import Array, address
+from gemma_awq_cli.system.threads import thread_count
+
+if TYPE_CHECKING:
+    from gemma_awq_cli.models.forward.torch_decoder import TextWeights
 
 # What engine.cpp implements of `models.gemma.features.FEATURES`.
 FEATURES = frozenset({
@@ -62,9 +65,9 @@ _ACTIVATIONS = {INT4: "int8 per group", INT8: "int8 per group", BF16: "float32"}
 class NativePerLayer:
     """The per-layer inputs: the table [vocabulary, layers * width] bf16, mapped; the projection; the gain [width]."""
 
-    table: Tensor
+    table: Array
     projection: native.NativeLinear
-    gain: Tensor
+    gain: Array
 
 
 @dataclass(frozen=True)
@@ -88,12 +91,12 @@ class NativeText:
     spec: ModelSpec
     layers: tuple[NativeLayer, ...]
     head: native.NativeLinear
-    embedding: Tensor
-    exact_head: Tensor
-    norm: Tensor
+    embedding: Array
+    exact_head: Array
+    norm: Array
     per_layer: NativePerLayer | None
     streams: NativeStreams | None
-    dense: TextWeights | None
+    dense: "TextWeights | None"
 
     @property
     def linears(self) -> tuple[native.NativeLinear, ...]:
@@ -117,14 +120,12 @@ def native_refusal(checkpoint: Checkpoint, arch: Architecture) -> str | None:
             return reason
     if arch.altup is not None and arch.altup.streams > MAX_STREAMS:
         return f"{arch.altup.streams} streams are more than {MAX_STREAMS}"
-    if arch.per_layer is not None and checkpoint.tensors[checkpoint.key(PER_LAYER_TABLE)].dtype != torch.bfloat16:
+    if arch.per_layer is not None and checkpoint.tensors[checkpoint.key(PER_LAYER_TABLE)].stored != "BF16":
         return "it reads per-layer embeddings in bfloat16 only"
     if group_size is not None:
         return None
-    others = {checkpoint.tensors[name].dtype for name in checkpoint.text_tensors()} - {torch.bfloat16}
-    return (
-        f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {min(map(str, others))}" if others else None
-    )
+    others = {checkpoint.tensors[name].dtype_name for name in checkpoint.text_tensors()} - {"bfloat16"}
+    return f"it reads 16-bit weights in bfloat16 only, and this checkpoint has {min(others)}" if others else None
 
 
 def _layer_refusal(layout: LayerLayout, group_size: int | None) -> str | None:
@@ -159,14 +160,14 @@ def read_native_text(library: Library, checkpoint: Checkpoint, arch: Architectur
     head: one of `kernels.head.HEADS`.
     """
     group_size = checkpoint.group_size
-    embedding, exact_head = (tensor.to(torch.bfloat16).contiguous() for tensor in read_embedding(checkpoint))
+    embedding, exact_head = map(native.as_bfloat16, read_embedding(checkpoint))
     head_kind = _HEAD_KINDS.get(head, BF16)
     group = head_group(head, arch.hidden) if head_kind != BF16 else None
     if group is None:
         head_kind = BF16
     arena = native.Arena(library, _arena_bytes(checkpoint, arch, head_kind, group))
-    # layers with one rope share one tensor, by which C++ knows that they share their angles
-    frequencies = {id(rope): rope.inv_freq.to(torch.float32).contiguous() for rope in arch.ropes}
+    # layers with one rope share one array, by which C++ knows that they share their angles
+    frequencies = {id(rope): np.ascontiguousarray(rope.inv_freq, np.float32) for rope in arch.ropes}
     layers = tuple(
         read_native_layer(library, LayerReader(checkpoint, arch, index), frequencies[id(rope)], arena)
         for index, rope in enumerate(arch.ropes)
@@ -178,6 +179,10 @@ def read_native_text(library: Library, checkpoint: Checkpoint, arch: Architectur
         head_linear = native.quantized(library, exact_head, head_kind, group, arena)
     dense = None
     if group_size is None:
+        import torch
+
+        from gemma_awq_cli.models.forward.torch_weights import read_torch_text
+
         dense = read_torch_text(checkpoint, arch, torch.device("cpu"), torch.bfloat16)
     per_layer, streams = (
         _read_per_layer(checkpoint, arch, group_size, arena),
@@ -213,7 +218,7 @@ def native_report(text: NativeText) -> list[str]:
     names = JOINED if experts is None else (*JOINED, f"{experts.active} of {experts.count} experts per token")
     origin = "prebuilt, " if text.library.sources else ""
     lines = [
-        f"forward: compiled C++ ({text.library.instructions}, {origin}{torch.get_num_threads()} threads){long}",
+        f"forward: compiled C++ ({text.library.instructions}, {origin}{thread_count()} threads){long}",
         f"{', '.join(names)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
         f"head: compiled {_arithmetic(text.head.spec)}{exact}, {text.head.nbytes / 1e6:.1f} MB",
     ]
@@ -230,10 +235,10 @@ def _arithmetic(linear: LinearSpec) -> str:
 def _model_spec(
     arch: Architecture,
     layers: Sequence[NativeLayer],
-    embedding: Tensor,
-    norm: Tensor,
+    embedding: Array,
+    norm: Array,
     head: LinearSpec,
-    exact_head: Tensor,
+    exact_head: Array,
     per_layer: NativePerLayer | None,
     streams: NativeStreams | None,
 ) -> ModelSpec:
@@ -242,15 +247,15 @@ def _model_spec(
     spec = ModelSpec(
         hidden=arch.hidden, layers=len(layers), eps=arch.eps,
         kv_buffers=1 + len(arch.kv_sources), first_kv_reader=arch.first_kv_reader,
-        embed_scale=float(embed_scale(arch, torch.bfloat16)),
+        embed_scale=embed_scale(arch),
         attention_softcap=arch.attention_softcap or 0.0, final_softcap=arch.final_softcap or 0.0,
-        embedding=embedding.data_ptr(), norm=norm.data_ptr(), head=head, layer=specs,
-        exact=exact_head.data_ptr() if head.kind == INT4 else None,
+        embedding=address(embedding), norm=address(norm), head=head, layer=specs,
+        exact=address(exact_head) if head.kind == INT4 else None,
     )  # fmt: skip
     if per_layer is not None:
         assert arch.per_layer is not None
         spec.per_layer_width, spec.per_layer_rows = arch.per_layer.width, arch.per_layer.vocabulary
-        spec.per_layer_table, spec.per_layer_gain = per_layer.table.data_ptr(), per_layer.gain.data_ptr()
+        spec.per_layer_table, spec.per_layer_gain = address(per_layer.table), address(per_layer.gain)
         spec.per_layer_projection = per_layer.projection.spec
     if streams is not None:
         assert arch.altup is not None

@@ -11,6 +11,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.expected_tensors import EMBEDDING
 from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_NORM, PER_LAYER_PROJECTION, PER_LAYER_TABLE
+from gemma_awq_cli.system.arrays import as_tensor
 
 
 class PerLayerInputs:
@@ -20,7 +21,7 @@ class PerLayerInputs:
         assert checkpoint.shape.per_layer is not None
         self._width = checkpoint.shape.per_layer.width
         self._eps = float(checkpoint.facts.rms_norm_eps)
-        self._embedding, self._table = checkpoint.mapped(EMBEDDING), checkpoint.mapped(PER_LAYER_TABLE)
+        self._embedding, self._table = (as_tensor(checkpoint.mapped(name)) for name in (EMBEDDING, PER_LAYER_TABLE))
         small = checkpoint.read([PER_LAYER_PROJECTION, PER_LAYER_NORM])
         self._projection, self._gain = small[PER_LAYER_PROJECTION], small[PER_LAYER_NORM]
 

@@ -4,10 +4,12 @@
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
-if TYPE_CHECKING:
-    from torch import Tensor
+import numpy as np
+import numpy.typing as npt
+
+Logits = npt.NDArray[np.float32]
 
 
 class Session(Protocol):
@@ -18,7 +20,7 @@ class Session(Protocol):
 
     independent_rows: bool
 
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> "Tensor":
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:
         """Read the next tokens of each row; return the logits [R, V] float32 that follow each row's last token.
 
         Rows without tokens are left alone and have no logits: R is the number of the other rows. If the session is not
@@ -35,7 +37,7 @@ class Session(Protocol):
         """Turn the session's only row, with all that it has read, into `rows` equal ones."""
         ...
 
-    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> "Tensor":
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Logits:
         """Read tokens as `next_logits` does; return logits [sum of counts, V] after the last `counts` tokens of rows.
 
         If the session is not independent_rows, rows may get different numbers of tokens only if they never did before,

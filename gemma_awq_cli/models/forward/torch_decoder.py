@@ -22,15 +22,24 @@ from gemma_awq_cli.models.forward.altup import (
     predict_streams,
     start_streams,
 )
-from gemma_awq_cli.models.forward.cached_attention import ChunkGroup, Held, attend, chunk_groups, extend, rotate
+from gemma_awq_cli.models.forward.cached_attention import (
+    ChunkGroup,
+    Held,
+    attend,
+    cache_tensors,
+    chunk_groups,
+    extend,
+    rotate,
+)
 from gemma_awq_cli.models.forward.cached_session import CachedSession
-from gemma_awq_cli.models.forward.decoder_weights import StreamTensors
 from gemma_awq_cli.models.forward.experts import Experts
 from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache
 from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
 from gemma_awq_cli.models.forward.prefill import FlatBatch
 from gemma_awq_cli.models.forward.rms_norm import rms_norm
+from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.models.gemma.architecture import Architecture
+from gemma_awq_cli.system.arrays import DTYPES, as_array, as_tensor
 
 # What it implements of `models.gemma.features.FEATURES`.
 FEATURES = frozenset({
@@ -64,6 +73,14 @@ class LayerWeights:
 
 
 @dataclass(frozen=True)
+class StreamWeights:
+    """What makes AltUp's further streams of the embedding, and what makes one state of all: [hidden, hidden] each."""
+
+    starts: tuple[Tensor, ...]
+    ends: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
 class TextWeights:
     """embedding: [V, hidden]; embed_scale: what its rows are multiplied by, in `dtype`; norm: the final gain [hidden]
     float32; head: hidden -> logits.
@@ -77,7 +94,7 @@ class TextWeights:
     head: nn.Module
     dtype: torch.dtype
     per_layer: PerLayerEmbedding | None
-    streams: StreamTensors | None
+    streams: StreamWeights | None
 
     @property
     def device(self) -> torch.device:
@@ -108,25 +125,28 @@ class _Tokens:
 
 
 class DecoderSession(CachedSession):
-    """A `Session` over `TextWeights` on any device, with a cache of its own unless it gets one."""
+    """A `Session` over `TextWeights` on the CPU, with a cache of its own unless it gets one."""
 
     def __init__(self, weights: TextWeights, rows: int, capacity: int, cache: KVCache | None = None) -> None:
         arch = weights.arch
-        cache = cache or make_cache(arch.layouts, rows, capacity, weights.device, weights.dtype)
+        cache = cache or make_cache(arch.layouts, rows, capacity, DTYPES[str(weights.dtype).removeprefix("torch.")])
         super().__init__(cache, arch.vocabulary)
         self._weights = weights
-        self._frequencies = [rope.inv_freq.to(weights.device) for rope in arch.ropes]
+        self._frequencies = [as_tensor(rope.inv_freq) for rope in arch.ropes]
+
+    def _share_cache(self) -> None:
+        self._cached = cache_tensors(self._cache)
 
     @torch.inference_mode()
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
-        """See `Session.next_logits`."""
-        return super().next_logits(tokens)
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Logits:
+        """See `Session.last_logits`."""
+        return super().last_logits(tokens, counts)
 
-    def _logits(self, parts: list[Tensor]) -> Tensor:
+    def _logits(self, parts: list[Tensor]) -> Logits:
         """Final states [R, hidden] -> [R, V] float32."""
         arch = self._weights.arch
         normed = rms_norm(torch.cat(parts), self._weights.norm, arch.eps)
-        return soft_cap(self._weights.head(normed).to(torch.float32), arch.final_softcap)
+        return as_array(soft_cap(self._weights.head(normed).to(torch.float32), arch.final_softcap))
 
     def _read(self, batch: FlatBatch) -> Tensor:
         """The last layer's output [R, hidden] of the wanted tokens."""
@@ -239,7 +259,7 @@ class DecoderSession(CachedSession):
         v = rms_norm(v, None, arch.eps) if layout.value_norm else v
         sizes = [group.positions.numel() for group in tokens.groups]
         parts = zip(tokens.groups, k.split(sizes), v.split(sizes), strict=True)
-        return [extend(self._cache, index, group, k_, v_) for group, k_, v_ in parts]
+        return [extend(self._cached, index, group, k_, v_) for group, k_, v_ in parts]
 
     def _angles(self, index: int, tokens: _Tokens, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The cosines and sines [T, 1, head_dim / 2] of a layer's rotary embedding."""

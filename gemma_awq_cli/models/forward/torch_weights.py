@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.packing import PackedWeight
+from gemma_awq_cli.awq.packed_arrays import PackedArrays
+from gemma_awq_cli.awq.packing import as_packed_weight
 from gemma_awq_cli.kernels.head import make_head
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -14,8 +15,6 @@ from gemma_awq_cli.models.forward.altup import AltUpWeights
 from gemma_awq_cli.models.forward.decoder_weights import (
     JOINED,
     LayerReader,
-    StreamTensors,
-    embed_scale,
     read_embedding,
     read_final_gain,
     read_per_layer,
@@ -23,8 +22,9 @@ from gemma_awq_cli.models.forward.decoder_weights import (
 )
 from gemma_awq_cli.models.forward.experts import Experts, Router
 from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
-from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, TextWeights
+from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, StreamWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
+from gemma_awq_cli.system.arrays import as_tensor
 
 _LAYER_GAINS = ("input_norm", "attention_norm", "mlp_norm", "post_mlp_norm", "q_norm", "k_norm")
 
@@ -41,6 +41,7 @@ class JoinedLinear(nn.Module):
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
+@torch.inference_mode()
 def read_torch_text(
     checkpoint: Checkpoint,
     arch: Architecture,
@@ -50,15 +51,15 @@ def read_torch_text(
 ) -> TextWeights:
     """Read all weights of the language model. head: see `kernels.head`."""
     readers = (LayerReader(checkpoint, arch, index) for index in range(arch.layers))
-    embedding, weight = read_embedding(checkpoint)
+    embedding, weight = map(as_tensor, read_embedding(checkpoint))
     embedding = embedding.to(device, dtype)
     weight = embedding if checkpoint.tied_head else weight.to(device, dtype)
     return TextWeights(
         arch=arch,
         embedding=embedding,
-        embed_scale=embed_scale(arch, dtype).to(device),
+        embed_scale=torch.tensor(arch.embed_scale, dtype=dtype, device=device),
         layers=tuple(_layer(reader, device, dtype) for reader in readers),
-        norm=read_final_gain(checkpoint, arch).to(device),
+        norm=as_tensor(read_final_gain(checkpoint, arch)).to(device),
         head=make_head(weight, head),
         dtype=dtype,
         per_layer=_per_layer(checkpoint, arch, device, dtype),
@@ -72,21 +73,22 @@ def _per_layer(
     if (read := read_per_layer(checkpoint, arch)) is None:
         return None
     scale = torch.tensor(float(len(read.gain)) ** 0.5, dtype=dtype, device=device)  # rounded, as transformers does it
-    return PerLayerEmbedding(read.table, scale, read.projection.to(device, dtype), read.gain.to(device), arch.eps)
+    projection, gain = as_tensor(read.projection).to(device, dtype), as_tensor(read.gain).to(device)
+    return PerLayerEmbedding(as_tensor(read.table), scale, projection, gain, arch.eps)
 
 
 def _streams(
     checkpoint: Checkpoint, arch: Architecture, device: torch.device, dtype: torch.dtype
-) -> StreamTensors | None:
+) -> StreamWeights | None:
     if (read := read_streams(checkpoint, arch)) is None:
         return None
-    starts, ends = (tuple(weight.to(device, dtype) for weight in part) for part in (read.starts, read.ends))
-    return StreamTensors(starts, ends)
+    starts, ends = (tuple(as_tensor(weight).to(device, dtype) for weight in part) for part in (read.starts, read.ends))
+    return StreamWeights(starts, ends)
 
 
 def _layer(reader: LayerReader, device: torch.device, dtype: torch.dtype) -> LayerWeights:
-    gains = {slot: gain.to(device) for slot, gain in reader.gains().items() if gain is not None}
-    kept = {name: tensor.to(device, dtype) for name, tensor in reader.kept().items()}
+    gains = {slot: as_tensor(gain).to(device) for slot, gain in reader.gains().items() if gain is not None}
+    kept = {name: as_tensor(array).to(device, dtype) for name, array in reader.kept().items()}
     linears = {kind: _linear(reader, kind, device, dtype) for kind in JOINED}
     return LayerWeights(
         **linears,  # type: ignore[arg-type]
@@ -100,7 +102,11 @@ def _layer(reader: LayerReader, device: torch.device, dtype: torch.dtype) -> Lay
 
 def _linear(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
     parts = [
-        make_linear(part, device, dtype) if isinstance(part, PackedWeight) else part.to(device, dtype)
+        (
+            make_linear(as_packed_weight(part), device, dtype)
+            if isinstance(part, PackedArrays)
+            else as_tensor(part).to(device, dtype)
+        )
         for part in reader.parts(kind)
     ]
     first = parts[0]
@@ -168,6 +174,6 @@ def expert_linears(reader: LayerReader, kind: str, device: torch.device, dtype: 
     """One of `EXPERT_JOINED` of each expert."""
     assert reader.layout.experts is not None
     if not reader.packs_experts:
-        return [JoinedLinear([weight]) for weight in reader.dense_experts(kind).to(device, dtype)]
+        return [JoinedLinear([weight]) for weight in as_tensor(reader.dense_experts(kind)).to(device, dtype)]
     count = reader.layout.experts.count
-    return [make_linear(reader.packed_expert(expert, kind), device, dtype) for expert in range(count)]
+    return [make_linear(as_packed_weight(reader.packed_expert(expert, kind)), device, dtype) for expert in range(count)]

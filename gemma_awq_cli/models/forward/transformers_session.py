@@ -4,11 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from gemma_awq_cli.kernels.head import soft_cap
+from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.models.gemma import features
 from gemma_awq_cli.models.gemma.architecture import final_softcap
+from gemma_awq_cli.system.arrays import as_array
 
 FEATURES = frozenset(features.FEATURES)  # all of them
 
@@ -33,7 +34,7 @@ class TransformersSession:
         self.capacity = capacity
 
     @torch.inference_mode()
-    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Tensor:
+    def next_logits(self, tokens: Sequence[Sequence[int]]) -> Logits:
         """See `Session.next_logits`."""
         kept = [index for index, row in enumerate(self._left) if tokens[row]]
         if len(kept) < len(self._left):
@@ -53,8 +54,7 @@ class TransformersSession:
         output = self._model(
             ids.to(self._device), past_key_values=self._cache, use_cache=True, logits_to_keep=1, **arguments
         )
-        logits: Tensor = output.logits[:, -1].to(torch.float32)
-        return logits
+        return as_array(output.logits[:, -1].to(torch.float32))
 
     def reset_row(self, row: int) -> None:
         """Not possible: the rows share their padding."""
@@ -67,7 +67,7 @@ class TransformersSession:
         self._left = list(range(rows))
 
     @torch.inference_mode()
-    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Tensor:
+    def last_logits(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> Logits:
         """See `Session.last_logits`."""
         longest = max(map(len, tokens))
         # padded on the right: no token sees what comes after it, and no mask is needed
@@ -77,5 +77,5 @@ class TransformersSession:
             raise ValueError("these rows read different numbers of tokens before")
         states = self._model.model(ids.to(self._device), past_key_values=self._cache, use_cache=True).last_hidden_state
         parts = [states[row, len(new) - n : len(new)] for row, (new, n) in enumerate(zip(tokens, counts, strict=True))]
-        logits: Tensor = self._model.lm_head(torch.cat(parts)).to(torch.float32)
-        return soft_cap(logits, final_softcap(self._model.config))
+        logits = self._model.lm_head(torch.cat(parts)).to(torch.float32)
+        return as_array(soft_cap(logits, final_softcap(self._model.config)))

@@ -107,6 +107,7 @@ def _is_plain(parameters: Any) -> bool:
         return False
     names = {
         "default": {"rope_type", "rope_theta"},
+        "linear": {"rope_type", "rope_theta", "factor"},
         "proportional": {"rope_type", "rope_theta", "partial_rotary_factor"},
     }
     return set(parameters) == names.get(parameters.get("rope_type", ""), set())

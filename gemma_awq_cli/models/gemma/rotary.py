@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
+import numpy.typing as npt
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.config_values import HINT
@@ -19,7 +19,7 @@ from gemma_awq_cli.system.failures import library_errors
 class Rope:
     """inv_freq: [head_dim / 2] float32; factor: what cosine and sine are multiplied by."""
 
-    inv_freq: Tensor
+    inv_freq: npt.NDArray[np.float32]
     factor: float
 
 
@@ -61,16 +61,25 @@ def require_rope(config: Any, family: Family, layouts: Sequence[LayerLayout], wh
 
 
 def _rope(config: Any, family: Family, layout: LayerLayout) -> Rope:
-    own = layout.rope
-    if own.get("rope_type", "default") == "default":
-        steps = torch.arange(0, layout.head_dim, 2, dtype=torch.float32) / layout.head_dim
-        return Rope(1.0 / (own["rope_theta"] ** steps), 1.0)
-    if own["rope_type"] == "proportional" and "factor" not in own:  # the first pairs rotate, the others stand still
+    own, pairs = layout.rope, layout.head_dim // 2
+    kind = own.get("rope_type", "default")
+    if kind in ("default", "linear"):
+        return Rope(
+            _powers(own["rope_theta"], pairs, layout.head_dim) / np.float32(own["factor"] if kind == "linear" else 1),
+            1.0,
+        )
+    if kind == "proportional" and "factor" not in own:  # the first pairs rotate, the others stand still
         rotated = int(own.get("partial_rotary_factor", 1.0) * layout.head_dim // 2)
-        steps = torch.arange(0, 2 * rotated, 2, dtype=torch.int64).to(torch.float32) / layout.head_dim
-        return Rope(torch.cat([1.0 / (own["rope_theta"] ** steps), torch.zeros(layout.head_dim // 2 - rotated)]), 1.0)
+        still = np.zeros(pairs - rotated, np.float32)
+        return Rope(np.concatenate([_powers(own["rope_theta"], rotated, layout.head_dim), still]), 1.0)
     from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
     chosen = {"layer_type": layout.kind} if family.rope_per_kind else {}
-    inv_freq, factor = ROPE_INIT_FUNCTIONS[own["rope_type"]](config, None, **chosen)
-    return Rope(inv_freq, float(factor))
+    inv_freq, factor = ROPE_INIT_FUNCTIONS[kind](config, None, **chosen)
+    return Rope(inv_freq.numpy(), float(factor))
+
+
+def _powers(theta: float, count: int, head_dim: int) -> npt.NDArray[np.float32]:
+    """theta ** -(2 i / head_dim) for the first `count` pairs, rounded where torch rounds it for transformers."""
+    steps = np.arange(0, 2 * count, 2, dtype=np.float32) / np.float32(head_dim)
+    return np.float32(1) / (float(theta) ** steps.astype(np.float64)).astype(np.float32)

@@ -9,9 +9,8 @@ from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.packed_format import PACK, SCALES, WORDS, Expected, declared_group_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gemma_awq_cli.awq.packing import PackedWeight
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 _MARLIN_TILE = 16
 
@@ -45,12 +44,11 @@ class Gemm(_AutoAwq):
             ".scales": Expected((groups, linear.outputs), SCALES),
         }
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
-        from gemma_awq_cli.awq.packing import PackedWeight
-        from gemma_awq_cli.models.packed_formats.unpacking import exact_scales
+        from gemma_awq_cli.awq.packed_arrays import PackedArrays, exact_scales
 
-        return PackedWeight(tensors[".qweight"], tensors[".qzeros"], exact_scales(tensors[".scales"]))
+        return PackedArrays(tensors[".qweight"], tensors[".qzeros"], exact_scales(tensors[".scales"]))
 
 
 @dataclass(frozen=True)
@@ -64,7 +62,7 @@ class SymmetricGemm(Gemm):
         expected = super().expected(linear, group_size, there)
         return {name: one for name, one in expected.items() if name != ".qzeros" or name in there}
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
         from gemma_awq_cli.models.packed_formats.unpacking import without_zeros
 
@@ -88,7 +86,7 @@ class Gemv(_AutoAwq):
             ".scales": Expected((linear.outputs, words * PACK), SCALES),
         }
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
         from gemma_awq_cli.models.packed_formats.unpacking import from_gemv
 
@@ -112,7 +110,7 @@ class GemvFast(_AutoAwq):
             ".scales": Expected((rows, linear.outputs), SCALES),
         }
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
         from gemma_awq_cli.models.packed_formats.unpacking import from_gemv_fast
 
@@ -138,7 +136,7 @@ class Marlin(_AutoAwq):
             expected[".workspace"] = Expected(tuple(there[".workspace"]), WORDS)
         return expected
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`."""
         from gemma_awq_cli.models.packed_formats.unpacking import from_marlin
 

@@ -14,9 +14,8 @@ from gemma_awq_cli.models.packed_formats.gptq import ACT_ORDER
 from gemma_awq_cli.models.packed_formats.packed_format import PACK, SCALES, WORDS, Expected
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gemma_awq_cli.awq.packing import PackedWeight
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 _SHAPES = ("I64", "I32")
 
@@ -51,7 +50,7 @@ class PackQuantized:
         optional = (".weight_zero_point", ".weight_shape", ".weight_g_idx")
         return {name: one for name, one in expected.items() if name not in optional or name in there}
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`. An error for act-order, and for a stated shape that is another."""
         from gemma_awq_cli.models.packed_formats.unpacking import from_pack_quantized, is_in_order
 

@@ -14,9 +14,8 @@ from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.packed_format import PACK, SCALES, WORDS, Expected, declared_group_size
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gemma_awq_cli.awq.packing import PackedWeight
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 ACT_ORDER = (
     "Its groups hold inputs in order of activation (act-order), which no layout of consecutive groups can store. Give "
@@ -56,7 +55,7 @@ class Gptq:
         optional = {".g_idx"} | ({".qzeros"} if self.symmetric else set())
         return {name: one for name, one in expected.items() if name not in optional or name in there}
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: "Mapping[str, Array]") -> "PackedArrays":
         """See `PackedFormat`. An error for act-order."""
         from gemma_awq_cli.models.packed_formats.unpacking import from_gptq, is_in_order
 

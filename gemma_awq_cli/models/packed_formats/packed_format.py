@@ -1,8 +1,8 @@
 """What a layout of packed linears answers, and the helpers that several layouts share.
 
 A layout is chosen once, from a config's quantization section (`choosing.py`). It knows which tensors of a linear it
-stores and how to bring them to AutoAWQ's GEMM layout (`awq/packing.py`); it opens no files. torch is imported only to
-read weights (`unpacking.py`): what a model is can be said without it.
+stores and how to bring them to AutoAWQ's GEMM layout (`awq/packing.py`); it opens no files. numpy is imported
+only to read weights (`unpacking.py`): what a model is can be said without it.
 """
 
 from collections.abc import Mapping
@@ -13,9 +13,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.layers import Linear
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
-    from gemma_awq_cli.awq.packing import PackedWeight
+    from gemma_awq_cli.awq.packed_arrays import PackedArrays
+    from gemma_awq_cli.system.arrays import Array
 
 # dtypes by their names in safetensors' headers
 FLOATS = ("BF16", "F16", "F32", "F64")  # of a weight that is not packed
@@ -56,7 +55,7 @@ class PackedFormat(Protocol):
         """The tensors of a linear: those that it must have, and optional ones that are `there`."""
         ...
 
-    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Tensor"]) -> "PackedWeight":
+    def read(self, name: str, linear: Linear, tensors: Mapping[str, "Array"]) -> "PackedArrays":
         """A linear in AutoAWQ's GEMM layout, from tensors that are as `expected`; an error if values are unsound."""
         ...
 

@@ -11,7 +11,7 @@ import torch
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.loading_dense import default_dtype
+from gemma_awq_cli.models.forward.precision import default_dtype_name
 from gemma_awq_cli.quantize.plan import stored_dtype
 from gemma_awq_cli.quantize.preparation import require_quantizable
 from tests.tiny import edit_weights, make_checkpoint
@@ -130,7 +130,7 @@ def test_the_stored_dtype_counts_and_not_the_declared_one(kind: str, tmp_path: P
     edit_config(folder, dtype="float16")
     checkpoint = Checkpoint(folder)
     assert stored_dtype(checkpoint, None) == checkpoint.dtype == torch.bfloat16
-    assert default_dtype(checkpoint, torch.device("cuda")) == torch.bfloat16
+    assert default_dtype_name(checkpoint, "cuda") == "bfloat16"
     note = "config.json declares float16, but most weights are stored in bfloat16, which counts here."
     assert checkpoint.notes == (note,)
 

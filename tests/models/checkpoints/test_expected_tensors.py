@@ -20,6 +20,7 @@ from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.architecture import shape_of
 from gemma_awq_cli.models.gemma.layers import Linear
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights
 
@@ -92,12 +93,12 @@ def test_scales_of_other_writers_are_read(dtype: torch.dtype, artifact: Path) ->
     for name in names:  # values that both dtypes hold
         convert(artifact, name, lambda tensor: tensor.to(torch.bfloat16).to(torch.float16))
     ids = [5, 77, 130, 9, 200]
-    expected = open_model(artifact, CPU).session(1, 16).next_logits([ids])
+    expected = as_tensor(open_model(artifact, CPU).session(1, 16).next_logits([ids]))
     for name in names:
         convert(artifact, name, lambda tensor: tensor.to(dtype))
     opened = open_model(artifact, CPU)
     junk = [torch.full((1 << 14,), float("nan")) for _ in range(64)]  # takes the memory that was given back
-    assert torch.equal(opened.session(1, 16).next_logits([ids]), expected)
+    assert torch.equal(as_tensor(opened.session(1, 16).next_logits([ids])), expected)
     assert torch.equal(opened.model(torch.tensor([ids])).logits.isnan(), torch.zeros(1, 5, 264, dtype=torch.bool))
     del junk
     (packed,) = opened.checkpoint.read_packed({LINEAR: Linear(96, 64)}).values()
@@ -129,10 +130,10 @@ def test_a_16bit_weight_is_a_float(
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 def test_any_float_is_read(dtype: torch.dtype, checkpoint: Path) -> None:
-    expected = open_model(checkpoint, CPU).session(1, 16).next_logits([[5, 77, 130]])
+    expected = as_tensor(open_model(checkpoint, CPU).session(1, 16).next_logits([[5, 77, 130]]))
     convert(checkpoint, f"{LINEAR}.weight", lambda tensor: tensor.to(dtype))
     convert(checkpoint, "model.embed_tokens.weight", lambda tensor: tensor.to(dtype))
-    given = open_model(checkpoint, CPU).session(1, 16).next_logits([[5, 77, 130]])
+    given = as_tensor(open_model(checkpoint, CPU).session(1, 16).next_logits([[5, 77, 130]]))
     assert float((given - expected).norm() / expected.norm()) < 0.05
 
 

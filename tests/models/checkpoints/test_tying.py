@@ -16,8 +16,9 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.verification import require_complete
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import quantize_arguments
 from tests.tiny import edit_weights
 
@@ -72,7 +73,7 @@ def stacked(folder: Path) -> Tensor:
 def opened(folder: Path, dtype: torch.dtype | None = None) -> Tensor:
     """Logits of the last token by the forward that `run` takes: the compiled one, or torch's in float32."""
     session = open_model(folder, torch.device("cpu"), Precision(dtype)).session(1, 64)
-    return session.next_logits([IDS[0].tolist()]).float()
+    return as_tensor(session.next_logits([IDS[0].tolist()])).float()
 
 
 def theirs(folder: Path, dtype: torch.dtype = torch.float32) -> Tensor:

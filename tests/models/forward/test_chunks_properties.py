@@ -11,11 +11,12 @@ from torch import Tensor
 
 from gemma_awq_cli.models.forward import prefill
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.native_session import NativeSession
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.prefill import flat_batches
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES
 from tests.properties import examples
 
@@ -38,7 +39,7 @@ def read(session: Session, cuts: Sequence[tuple[int, int]]) -> Tensor:
         at = [start + len(piece) for start, piece in zip(at, pieces, strict=True)]
         lengths = [len(piece) for piece in pieces]
         if any(lengths):
-            for part, logits in zip(parts, session.last_logits(pieces, lengths).split(lengths), strict=True):
+            for part, logits in zip(parts, as_tensor(session.last_logits(pieces, lengths)).split(lengths), strict=True):
                 part.append(logits)
     logits = torch.cat([*parts[0], *parts[1]])
     assert len(logits) == sum(map(len, ROWS))

@@ -27,6 +27,7 @@ from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES
 from tests.models.forward.test_last_logits import at_once, one_by_one
 from tests.models.forward.test_packed_parts import greedy, prompts
@@ -197,11 +198,11 @@ def test_many_logits_at_once_are_those_of_single_tokens(kind: str, rounded: Call
 def test_a_row_that_is_reset_starts_anew_beside_the_others(kind: str, rounded: Callable[[str], Path]) -> None:
     session = NativeSession(native_text(rounded(kind)), 2, CAPACITY)
     first, second = ([turn[row] for turn in random_turns()] for row in (0, 1))
-    alone = [session.next_logits([turn, []])[0] for turn in first]
+    alone = [as_tensor(session.next_logits([turn, []]))[0] for turn in first]
     session.next_logits([[], second[0]])
     session.reset_row(0)
     for turn, other, expected in zip(first, second[1:], alone[: len(second) - 1], strict=False):
-        torch.testing.assert_close(session.next_logits([turn, other])[0], expected, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(as_tensor(session.next_logits([turn, other]))[0], expected, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4_text"])
@@ -219,9 +220,9 @@ def test_only_tokens_whose_logits_are_wanted_pass_layers_that_read_shared_keys(
     text = native_text(folder)
     prompt = [2, 40, bad, *range(100, 130)]
     sound = native_text(rounded(kind))
-    expected = NativeSession(sound, 1, 64).next_logits([prompt])
-    assert torch.equal(NativeSession(text, 1, 64).next_logits([prompt]), expected)
-    logits = NativeSession(text, 1, 64).last_logits([prompt], [len(prompt)])
+    expected = as_tensor(NativeSession(sound, 1, 64).next_logits([prompt]))
+    assert torch.equal(as_tensor(NativeSession(text, 1, 64).next_logits([prompt])), expected)
+    logits = as_tensor(NativeSession(text, 1, 64).last_logits([prompt], [len(prompt)]))
     assert logits.isnan().any(-1).tolist() == [token == bad for token in prompt]
 
 

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gemma_awq_cli.models.forward.kv_cache import slot_positions
+from gemma_awq_cli.models.forward.cached_attention import slot_positions
 from tests.properties import examples
 
 EMPTY = -1

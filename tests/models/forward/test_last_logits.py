@@ -9,12 +9,13 @@ from torch import Tensor
 
 from gemma_awq_cli.models.forward import prefill
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES
 from tests.models.forward.test_session import apart
 
@@ -34,7 +35,7 @@ def at_once(session: Session) -> list[Tensor]:
     prefix, tails = texts()
     session.next_logits([prefix])
     session.repeat_row(len(tails))
-    return list(session.last_logits(tails, COUNTS).split(COUNTS))
+    return list(as_tensor(session.last_logits(tails, COUNTS)).split(COUNTS))
 
 
 def one_by_one(open_session: Callable[[], Session]) -> list[Tensor]:
@@ -44,7 +45,7 @@ def one_by_one(open_session: Callable[[], Session]) -> list[Tensor]:
     for tail, count in zip(tails, COUNTS, strict=True):
         session = open_session()
         session.next_logits([prefix])
-        result.append(torch.cat([session.next_logits([[token]]) for token in tail])[-count:])
+        result.append(torch.cat([as_tensor(session.next_logits([[token]])) for token in tail])[-count:])
     return result
 
 

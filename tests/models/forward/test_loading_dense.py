@@ -16,8 +16,9 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import loading_dense, memory
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision, memory_needed, place_of, spread_over
+from gemma_awq_cli.models.forward.loading_dense import memory_needed, place_of, spread_over
 from gemma_awq_cli.models.forward.memory import memory_errors
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.transformers_model import layer_linears
 from tests import tiny
 from tests.conftest import FAMILIES
@@ -150,7 +151,7 @@ def test_an_allocator_that_refuses_while_loading(
     def read(*_: object) -> None:
         raise refusal
 
-    monkeypatch.setattr(Checkpoint, "read", read)
+    monkeypatch.setattr(Checkpoint, "arrays", read)
     with pytest.raises(GemmaAwqError, match="Out of memory while loading gemma") as caught:
         open_model(checkpoints("gemma"), CPU)
     assert "--quantization nf4" in caught.value.hint

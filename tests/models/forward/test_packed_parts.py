@@ -15,6 +15,7 @@ from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES
 from tests.models.forward.test_torch_decoder import CAPACITY, apart, random_turns, read_by, read_whole
 from tests.round_to_nearest import dense_twin, round_checkpoint
@@ -53,7 +54,7 @@ def greedy(session: Session, rows: list[list[int]]) -> Tensor:
     """The greedy tokens [tokens, R] after each row's prompt."""
     chosen = []
     for _ in range(NEW_TOKENS):
-        chosen.append(session.next_logits(rows).argmax(-1))
+        chosen.append(as_tensor(session.next_logits(rows)).argmax(-1))
         rows = [[int(token)] for token in chosen[-1]]
     return torch.stack(chosen)
 

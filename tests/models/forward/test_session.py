@@ -10,6 +10,7 @@ from torch import Tensor
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")
@@ -46,7 +47,7 @@ def greedy(session: Session, rows: list[list[int]], tokens: int) -> tuple[list[l
     chosen: list[list[int]] = [[] for _ in rows]
     kept = []
     for _ in range(tokens):
-        logits = session.next_logits(rows)
+        logits = as_tensor(session.next_logits(rows))
         kept.append(logits)
         rows = [[int(token)] for token in logits.argmax(-1)]
         for given, row in zip(chosen, rows, strict=True):
@@ -85,7 +86,7 @@ def test_several_feeds_equal_one(kind: str, opened: Callable[[str], OpenModel]) 
     live = session(model, 1)
     at = 0
     for length in (3, 1, 20, 1, 1, 16, 33, 15):
-        logits = live.next_logits([ids[at : at + length]])
+        logits = as_tensor(live.next_logits([ids[at : at + length]]))
         at += length
         assert apart(logits[0], forward(model, ids[:at])) < 1e-3
     assert at == len(ids)
@@ -98,6 +99,6 @@ def test_ragged_rows_take_further_pieces(kind: str, opened: Callable[[str], Open
     live = session(model, len(rows))
     live.next_logits(rows)
     more = torch.randint(6, 260, (len(rows), 19), generator=torch.Generator().manual_seed(7)).tolist()
-    logits = live.next_logits(more)
+    logits = as_tensor(live.next_logits(more))
     for index, ids in enumerate(rows):
         assert apart(logits[index], forward(model, [*ids, *more[index]])) < 1e-3

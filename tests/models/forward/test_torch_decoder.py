@@ -15,11 +15,12 @@ from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import native_weights, prefill, torch_decoder, transformers_session
-from gemma_awq_cli.models.forward.kv_cache import make_cache, slot_positions
+from gemma_awq_cli.models.forward.cached_attention import slot_positions
+from gemma_awq_cli.models.forward.kv_cache import make_cache
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.forward.loading_dense import Precision
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
@@ -27,6 +28,7 @@ from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
+from gemma_awq_cli.system.arrays import BFLOAT16, address, as_tensor
 from tests.conftest import FAMILIES
 from tests.kernels.test_native import in_int8
 from tests.tiny import edit_weights
@@ -44,7 +46,7 @@ def random_turns(rows: int = 3) -> list[list[list[int]]]:
 
 def read_by(session: Session, turns: list[list[list[int]]]) -> Tensor:
     """Logits after each turn: [turns, rows, V]."""
-    return torch.stack([session.next_logits(turn) for turn in turns])
+    return torch.stack([as_tensor(session.next_logits(turn)) for turn in turns])
 
 
 def read_whole(model: nn.Module, turns: list[list[list[int]]]) -> Tensor:
@@ -180,7 +182,7 @@ def test_without_a_compiler_torch_decodes(
 def test_sliding_layers_keep_their_window_and_no_more(checkpoints: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint(checkpoints("gemma2"))
     arch = architecture_of(checkpoint.text_config, checkpoint.family)
-    cache = make_cache(arch.layouts, 2, 100, CPU, torch.bfloat16)
+    cache = make_cache(arch.layouts, 2, 100, BFLOAT16)
     assert [layer.shape[2] for layer in cache.keys] == [16, 100, 16]
     assert slot_positions(torch.tensor([3, 21]), 4).tolist() == [[0, 1, 2, -1], [20, 17, 18, 19]]
 
@@ -190,12 +192,12 @@ def test_layers_that_read_another_layers_keys_have_no_cache_of_their_own(
 ) -> None:
     checkpoint = Checkpoint(checkpoints("gemma4_text"))
     arch = architecture_of(checkpoint.facts, checkpoint.family)
-    cache = make_cache(arch.layouts, 1, 100, CPU, torch.bfloat16)
+    cache = make_cache(arch.layouts, 1, 100, BFLOAT16)
     for held in (cache, cache.repeated(3)):
         assert [[id(layer) for layer in held.keys].index(id(layer)) for layer in held.keys] == [0, 1, 2, 3, 2, 2, 3]
         own = {id(layer): layer for layer in (*held.keys, *held.values)}.values()
-        assert held.nbytes == sum(layer.numel() * 2 for layer in own)
-        assert len({layer.data_ptr() for layer in own}) == 8
+        assert held.nbytes == sum(layer.size * 2 for layer in own)
+        assert len({address(layer) for layer in own}) == 8
     sliding, full = 2 * 16 * 32, 2 * 100 * 64  # numbers: kv heads x slots x head size
     assert cache.nbytes == 2 * 2 * (2 * sliding + 2 * full)
 
@@ -222,7 +224,7 @@ def test_layers_that_read_another_layers_keys_see_only_the_wanted_tokens(
 
     layers = [replace(layer, qkv=Counted(index, layer.qkv)) for index, layer in enumerate(text.layers)]
     session = DecoderSession(replace(text, layers=tuple(layers)), 2, CAPACITY)
-    session.next_logits(random_turns()[0][:2])  # 41 and 3 tokens
+    as_tensor(session.next_logits(random_turns()[0][:2]))  # 41 and 3 tokens
     session.last_logits([[7, 8, 9], [7, 8, 9]], [3, 1])
     assert arch.first_kv_reader == 4
     assert [sum(counts) for counts in seen] == [50] * 4 + [6] * 3
@@ -236,9 +238,9 @@ def test_a_row_that_is_reset_reads_as_a_new_one(kind: str, checkpoints: Callable
     first, second = random_turns()[0][0], list(range(40, 61))
     session.next_logits([first, second])
     session.reset_row(0)
-    given = torch.cat([session.next_logits([second, [5]])[:1], session.next_logits([[6], []])])
+    given = torch.cat([as_tensor(session.next_logits([second, [5]]))[:1], as_tensor(session.next_logits([[6], []]))])
     fresh = DecoderSession(text, 1, CAPACITY)
-    expected = torch.cat([fresh.next_logits([second]), fresh.next_logits([[6]])])
+    expected = torch.cat([as_tensor(fresh.next_logits([second])), as_tensor(fresh.next_logits([[6]]))])
     assert apart(given, expected).max() < 1e-3
 
 
@@ -253,7 +255,9 @@ def test_rows_of_the_per_layer_table_are_read_when_their_tokens_come(
     opened = open_model(folder, CPU, Precision(dtype=torch.float32))
     expected = open_model(checkpoints("gemma4_text"), CPU, Precision(dtype=torch.float32))
     given = opened.session(1, 9)
-    assert torch.equal(given.next_logits([[76, 78]]), expected.session(1, 9).next_logits([[76, 78]]))
+    assert torch.equal(
+        as_tensor(given.next_logits([[76, 78]])), as_tensor(expected.session(1, 9).next_logits([[76, 78]]))
+    )
     with pytest.raises(GemmaAwqError, match=r"embed_tokens_per_layer\.weight holds NaN"):
         given.next_logits([[77]])
 
@@ -288,13 +292,14 @@ def test_configs_beyond_what_we_know_go_to_transformers(checkpoints: Callable[[s
     assert missing_features(needed, transformers_session.FEATURES) is None
 
 
-@pytest.mark.parametrize("decoder", [torch_decoder, native_weights])
+@pytest.mark.parametrize("lacking", [(native_weights,), (native_weights, torch_decoder)], ids=["one", "both"])
 def test_a_decoder_that_lacks_a_feature_is_passed_over(
-    decoder: ModuleType, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    lacking: tuple[ModuleType, ...], artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(decoder, "FEATURES", decoder.FEATURES - {"qk_norm"})
+    for decoder in lacking:
+        monkeypatch.setattr(decoder, "FEATURES", decoder.FEATURES - {"qk_norm"})
     opened = open_model(artifacts("gemma3_text"), CPU)
-    taken = DecoderSession if decoder is native_weights else TransformersSession
+    taken = DecoderSession if len(lacking) == 1 else TransformersSession
     assert isinstance(opened.session(1, CAPACITY), taken)
     assert "no support for normalized queries and keys" in opened.kernel_report()[0]
 

@@ -13,7 +13,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import loading_dense, transformers_model
 from gemma_awq_cli.models.forward.layerwise import meta_model
-from gemma_awq_cli.models.forward.loading_dense import Precision, open_dense
+from gemma_awq_cli.models.forward.loading_dense import open_dense
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.transformers_model import build_model, layer_linears
 from tests.conftest import FAMILIES
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
-from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
+from gemma_awq_cli.awq.packed_arrays import PackedArrays
+from gemma_awq_cli.awq.packing import PackedWeight, as_packed_arrays, pack_weight
 from gemma_awq_cli.kernels.native.library import Library, Unavailable, load
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.kv_cache import make_cache
@@ -25,6 +26,7 @@ from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, Norm
 from gemma_awq_cli.models.gemma.rotary import Rope
+from gemma_awq_cli.system.arrays import BFLOAT16, Array, as_array, as_tensor
 from tests.kernels.test_native import in_int8
 
 CPU = torch.device("cpu")
@@ -53,11 +55,11 @@ class Model:
     def packed(self, index: int) -> Mapping[str, Linear]:
         return self.arch.layouts[index].packed() if self.packed_weights else {}
 
-    def read_packed(self, linears: Iterable[str]) -> dict[str, PackedWeight]:
-        return {name: self.packed_weights[f"{name}.weight"] for name in linears}
+    def packed_arrays(self, linears: Iterable[str]) -> dict[str, PackedArrays]:
+        return {name: as_packed_arrays(self.packed_weights[f"{name}.weight"]) for name in linears}
 
-    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        return {name: self.weights[name] for name in names}
+    def arrays(self, names: Iterable[str]) -> dict[str, Array]:
+        return {name: as_array(self.weights[name]) for name in names}
 
 
 def unlike_layers(like: Architecture) -> Architecture:
@@ -82,7 +84,7 @@ def unlike_layers(like: Architecture) -> Architecture:
             )
         )  # fmt: skip
         theta, factor = (1e4, 1.0) if window else (1e6, 1.1)
-        ropes.append(Rope(1.0 / theta ** (torch.arange(0, head_dim, 2) / head_dim), factor))
+        ropes.append(Rope(as_array(1.0 / theta ** (torch.arange(0, head_dim, 2) / head_dim)), factor))
     ropes[3] = ropes[0]  # layers of one kind share a rope, with others between them
     return replace(like, layouts=tuple(layouts), ropes=tuple(ropes))
 
@@ -139,7 +141,7 @@ def attended(
 ) -> Tensor:
     """Normed states [T, hidden] -> the heads' outputs side by side [T, heads * head_dim]."""
     position = torch.arange(len(h))
-    angle = position[:, None].double() * rope.inv_freq.double()
+    angle = position[:, None].double() * as_tensor(rope.inv_freq).double()
     cos, sin = angle.cos() * rope.factor, angle.sin() * rope.factor
     q, k, v = (product(h, f"{prefix}self_attn.{kind}_proj").split(layout.head_dim, -1) for kind in "qkv")
 
@@ -180,7 +182,7 @@ def expected(model: Model, product: Callable[[Tensor, str], Tensor], dtype: torc
 
 def apart(session: Session, logits: Tensor) -> Tensor:
     """How far the session's logits are from the expected ones, relative to these: [turns, rows]."""
-    given = torch.stack([session.next_logits(turn) for turn in turns()]).double()
+    given = torch.stack([as_tensor(session.next_logits(turn)) for turn in turns()]).double()
     return (given - logits).norm(dim=-1) / logits.norm(dim=-1)
 
 
@@ -237,7 +239,7 @@ def in_4_bits(weight: Tensor) -> tuple[PackedWeight, Tensor]:
 
 
 def test_each_layer_has_a_cache_of_its_own_size(model: Model) -> None:
-    cache = make_cache(model.arch.layouts, 3, CAPACITY, CPU, torch.bfloat16)
+    cache = make_cache(model.arch.layouts, 3, CAPACITY, BFLOAT16)
     shapes = [(3, 2, 16, 32), (3, 1, 80, 64), (3, 4, 7, 16), (3, 2, 16, 32), (3, 2, 80, 48)]
     assert [tuple(layer.shape) for layer in cache.keys] == shapes
     assert [tuple(layer.shape) for layer in cache.values] == shapes

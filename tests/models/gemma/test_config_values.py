@@ -25,6 +25,7 @@ from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.gemma.config_values import KINDS, MAX_CONTEXT
 from gemma_awq_cli.models.gemma.families import FAMILIES as FAMILIES_BY_TYPE
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.conftest import FAMILIES, quantize_arguments
 from tests.tiny import CONFIGS, make_checkpoint
 
@@ -253,7 +254,7 @@ def logits_of(folder: Path) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         else:
             arch = architecture_of(checkpoint.facts, checkpoint.family)
             text = read_torch_text(checkpoint, arch, CPU, torch.float32)
-            ours = DecoderSession(text, 1, 64).last_logits([IDS], [len(IDS)])
+            ours = as_tensor(DecoderSession(text, 1, 64).last_logits([IDS], [len(IDS)]))
     return theirs, ours, stacked
 
 
@@ -326,7 +327,7 @@ def test_a_window_that_never_closes_is_none(changed: Callable[..., Path]) -> Non
     logits = []
     for text in ({"sliding_window": 2**31 - 1}, {"layer_types": ["full_attention"] * 3}):
         opened = open_model(changed("gemma2", text), CPU)
-        logits.append(torch.cat([opened.session(1, 64).last_logits([IDS], [len(IDS)])]))
+        logits.append(torch.cat([as_tensor(opened.session(1, 64).last_logits([IDS], [len(IDS)]))]))
     assert torch.equal(*logits)
 
 

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gemma_awq_cli.awq.packing import unpack_weight
+from gemma_awq_cli.awq.packing import as_packed_weight, unpack_weight
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.layers import Linear
 from gemma_awq_cli.models.packed_formats.choosing import choose_format
+from gemma_awq_cli.system.arrays import as_array, as_tensor
 from tests.models.packed_formats.foreign import Packer, autoawq, compressed_tensors, gptq, pack_quantized, rewrite
 from tests.rounded import make_rounded
 from tests.tiny import edit_weights
@@ -73,7 +74,8 @@ def test_one_linear(pack: Packer, section: dict[str, Any], is_symmetric: bool, s
     assert layout.groups(linear, shapes) == group
     expected = layout.expected(linear, group, shapes)
     assert {kind: one.shape for kind, one in expected.items()} == shapes
-    read, grid = unpack_weight(layout.read("it", linear, tensors))
+    arrays = {kind: as_array(tensor.contiguous()) for kind, tensor in tensors.items()}
+    read, grid = unpack_weight(as_packed_weight(layout.read("it", linear, arrays)))
     assert torch.equal(read.long(), q)
     assert torch.equal(grid.zero.long(), zero)
     assert torch.equal(grid.scale, scale.float())
@@ -112,8 +114,8 @@ def require_same(foreign: Path, ours: Path) -> None:
     assert theirs.keys() == own.keys()
     for name, tensors in own.items():
         assert all(torch.equal(a, b) for a, b in zip(tensors, theirs[name], strict=True)), name
-    logits = open_model(ours, CPU).session(1, 16).next_logits([IDS])
-    assert torch.equal(open_model(foreign, CPU).session(1, 16).next_logits([IDS]), logits)
+    logits = as_tensor(open_model(ours, CPU).session(1, 16).next_logits([IDS]))
+    assert torch.equal(as_tensor(open_model(foreign, CPU).session(1, 16).next_logits([IDS])), logits)
     assert not [note for note in checkpoint.notes if "Ignored" in note]
 
 
@@ -170,8 +172,8 @@ def test_linears_that_were_left_in_16_bits(kept: str, artifact: Path, tmp_path: 
     opened = open_model(mixed, CPU)
     is_native = opened.forward.report[0].startswith("forward: compiled")
     assert is_native == (kept != "self_attn.v_proj")
-    logits = opened.session(1, 16).next_logits([IDS])
-    whole = open_model(artifact, CPU).session(1, 16).next_logits([IDS])
+    logits = as_tensor(opened.session(1, 16).next_logits([IDS]))
+    whole = as_tensor(open_model(artifact, CPU).session(1, 16).next_logits([IDS]))
     assert float((logits - expected[:, -1]).norm()) < 2 * float((whole - expected[:, -1]).norm())
 
 
@@ -192,7 +194,7 @@ def test_a_packed_head(artifact: Path, tmp_path: Path) -> None:
     hidden = opened.model.model(torch.tensor([IDS])).last_hidden_state.float()
     expected = hidden @ ((q - 7).float() * 0.01).t()
     expected = torch.tanh(expected / 30) * 30
-    logits = opened.session(1, 16).next_logits([IDS])
+    logits = as_tensor(opened.session(1, 16).next_logits([IDS]))
     assert float((logits - expected[:, -1]).norm() / expected[:, -1].norm()) < 0.05
 
 

@@ -12,6 +12,7 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.transformers_model import build_model
+from gemma_awq_cli.system.arrays import as_tensor
 from tests.models.packed_formats.foreign import gptq, rewrite
 from tests.rounded import make_rounded
 from tests.tiny import edit_weights
@@ -82,8 +83,8 @@ def test_it_is_the_model_that_transformers_computes(founding: Path, artifact: Pa
     given = build_model(checkpoint, CPU, torch.float32)(torch.tensor([IDS])).logits
     assert float((given - expected).norm() / expected.norm()) < 1e-3  # float16 leftovers
     opened = open_model(founding, CPU)
-    ours = open_model(artifact, CPU).session(1, 16).next_logits([IDS])
-    logits = opened.session(1, 16).next_logits([IDS])
+    ours = as_tensor(open_model(artifact, CPU).session(1, 16).next_logits([IDS]))
+    logits = as_tensor(opened.session(1, 16).next_logits([IDS]))
     assert float((logits - ours).norm() / ours.norm()) < 2e-2
     assert opened.forward.report[0].startswith("forward: compiled")
 
