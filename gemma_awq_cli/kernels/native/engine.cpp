@@ -44,6 +44,8 @@ struct Buffers {
     std::vector<float> streams, laurel;                           // AltUp
     Nonzero nonzero;
     ExpertBuffers experts;
+    std::vector<float> tops;  // of the logits: see refine.h
+    std::vector<Refined> refined;
 };
 static Buffers the_buffers;
 template <class T> static void at_least(std::vector<T>& v, int64_t size) {
@@ -566,27 +568,45 @@ class Forward {
     }
 
     void head(float* logits) {
-        const int64_t rows = tokens;
-        for (int64_t r = 0; r < rows; r++) rms_norm(&b.x[r * m.hidden], m.norm, m.hidden, m.eps, &b.normed[r * m.hidden]);
-        const Activations in = activations(b.normed.data(), rows, m.hidden);
-        if (m.head.kind != BF16)
-            for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head);
-        apply(pool, m.head, in, logits, m.head.outputs);
-        if (m.final_softcap > 0) {
-            const int64_t all = rows * m.head.outputs, step = 16384;
+        const int64_t outputs = m.head.outputs, blocks = blocks_of(outputs);
+        const Activations in = activations(b.normed.data(), tokens, m.hidden);
+        each_token([&](int64_t t) {
+            rms_norm(&b.x[t * m.hidden], m.norm, m.hidden, m.eps, &b.normed[t * m.hidden]);
+            if (m.head.kind != BF16) quantize_row(in, t, m.head);
+        });
+        if (m.head.kind == BF16) {
+            apply(pool, m.head, in, logits, outputs);
+            if (!(m.final_softcap > 0)) return;
+            const int64_t all = tokens * outputs, step = 16384;
             pool.run((all + step - 1) / step, [&](int64_t item, int) {
-                const int64_t end = std::min(all, (item + 1) * step);
-                int64_t i = item * step;
-                // the exact function takes a twentieth of a token's time; it is for the logits that are made exact
-                for (; m.exact && i + LANES <= end; i += LANES)
-                    store(logits + i, soft_cap(load(logits + i), m.final_softcap));
-                for (; i < end; i++) logits[i] = soft_cap(logits[i], m.final_softcap);
+                for (int64_t i = item * step; i < std::min(all, (item + 1) * step); i++)
+                    logits[i] = soft_cap(logits[i], m.final_softcap);
             });
+            return;
         }
-        if (m.exact)
-            for (int64_t r = 0; r < rows; r++)
-                refine(pool, m.exact, m.hidden, m.head.outputs, m.final_softcap, &b.normed[r * m.hidden],
-                       logits + r * m.head.outputs);
+        at_least(b.tops, tokens * blocks);
+        at_least(b.refined, tokens);
+        const Product product = product_apart(m.head, in, logits, outputs, pool.threads());
+        pool.run(product.items, [&](int64_t item, int) {
+            product.run_apart(item, [&](int64_t row, int64_t first, float* part, int64_t count) {
+                if (m.final_softcap > 0) {
+                    int64_t i = 0;
+                    // the exact function takes a twentieth of a token's time; it is for the logits that are made exact
+                    for (; m.exact && i + LANES <= count; i += LANES)
+                        store(part + i, soft_cap(load(part + i), m.final_softcap));
+                    for (; i < count; i++) part[i] = soft_cap(part[i], m.final_softcap);
+                }
+                if (m.exact)
+                    for (int64_t i = 0; i < count; i += BLOCK)
+                        b.tops[row * blocks + (first + i) / BLOCK] = top_of(part + i, std::min<int64_t>(BLOCK, count - i));
+            });
+        });
+        if (!m.exact) return;
+        for (int64_t t = 0; t < tokens; t++) {
+            b.refined[t].logits = logits + t * outputs;
+            b.refined[t].tops = &b.tops[t * blocks];
+        }
+        refine(pool, m.exact, m.hidden, outputs, m.final_softcap, b.normed.data(), b.refined, tokens);
     }
 
     const ModelSpec& m;

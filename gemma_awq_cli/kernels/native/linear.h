@@ -207,6 +207,8 @@ static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const fl
     for (; n < count; n++) bf16_tile<1, R>(w + n * inputs, inputs, x, out + n, stride);
 }
 
+constexpr int64_t MOST_APART = 16;  // blocks of an item of `run_apart`
+
 // A linear times some rows, or one part of a bf16 linear, in items of work that threads take in any order.
 struct Product {
     const LinearSpec* w;
@@ -231,6 +233,25 @@ struct Product {
             bf16_rows<4>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
         for (; r < a.rows; r++) bf16_rows<1>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
     }
+
+    // Of an integer linear whose rows lie so far apart that they fall into the same places of the caches: first into
+    // near memory. finish(row, first output, results, count): called for each part of a row before it is copied.
+    template <class Finish> void run_apart(int64_t item, const Finish& finish) const {
+        constexpr int64_t ROWS = 24;
+        const int64_t first = item * step, end = std::min(count, first + step), width = (end - first) * BLOCK;
+        const int64_t real = std::min(width, w->outputs - first * BLOCK);
+        float near[ROWS * MOST_APART * BLOCK];
+        for (int64_t row = 0; row < a.rows; row += ROWS) {
+            const Activations some = rows_of(a, *w, row, std::min(ROWS, a.rows - row));
+            for (int64_t b = first; b < end; b++)
+                if (w->kind == INT4) block_all_rows<INT4>(*w, b, some, near + (b - first) * BLOCK, width);
+                else block_all_rows<INT8>(*w, b, some, near + (b - first) * BLOCK, width);
+            for (int64_t r = 0; r < some.rows; r++) {
+                finish(row + r, first * BLOCK, near + r * width, real);
+                memcpy(out + (row + r) * stride + first * BLOCK, near + r * width, 4 * real);
+            }
+        }
+    }
 };
 
 // Writes the products of a linear to `to`, at most MAX_PARTS; returns how many there are.
@@ -250,6 +271,13 @@ static int products_of(const LinearSpec& w, const Activations& a, float* out, in
         to[parts] = {&w, w.parts[parts], rows, a, out, stride, step, (rows + step - 1) / step};
     }
     return parts;
+}
+
+// A product of an integer linear in items for `run_apart`.
+static Product product_apart(const LinearSpec& w, const Activations& a, float* out, int64_t stride, int threads) {
+    const int64_t blocks = blocks_of(w.outputs);
+    const int64_t step = std::max<int64_t>(1, std::min(MOST_APART, blocks / (4 * threads)));
+    return {&w, nullptr, blocks, a, out, stride, step, (blocks + step - 1) / step};
 }
 
 // The items of all products together.
