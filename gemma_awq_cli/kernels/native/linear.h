@@ -169,7 +169,7 @@ template <int KIND>
 static void block_all_rows(const LinearSpec& w, int64_t block, const Activations& a, float* to, int64_t stride) {
     for (int64_t row = 0, many; row < a.rows; row += many, to += many * stride) {
         const int64_t left = a.rows - row;
-        many = left >= MANY && left != 8 ? MANY : left >= 4 && MANY > 4 ? 4 : left >= 2 ? 2 : 1;  // 8: twice 4
+        many = left >= MANY ? MANY : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         if (many == MANY) block_rows<KIND, MANY>(w, block, a, row, to, stride);
         else if (many == 4) block_rows<KIND, MANY >= 4 ? 4 : 1>(w, block, a, row, to, stride);
         else if (many == 2) block_rows<KIND, 2>(w, block, a, row, to, stride);
@@ -258,9 +258,7 @@ struct Product {
 static int products_of(const LinearSpec& w, const Activations& a, float* out, int64_t stride, int threads, Product* to) {
     if (w.kind != BF16) {
         const int64_t blocks = blocks_of(w.outputs), bytes = (w.inputs / w.group) * group_bytes(w.kind, w.group);
-        // long reads for one row; for more, whose time is arithmetic, small items that end at the same time
-        const int64_t most = a.rows == 1 ? 131072 : 32768;
-        const int64_t step = std::max<int64_t>(1, std::min<int64_t>(most / bytes, blocks / (4 * threads)));
+        const int64_t step = std::max<int64_t>(1, std::min<int64_t>(131072 / bytes, blocks / (4 * threads)));
         *to = {&w, nullptr, blocks, a, out, stride, step, (blocks + step - 1) / step};
         return 1;
     }

@@ -7,7 +7,7 @@
 constexpr float REACH = 14.0f;  // below the largest logit, beyond which none is recomputed
 constexpr int BINS = 56;
 constexpr float MISSED = 0.003f;  // share of the probability that may stay coarse
-constexpr int64_t MOST = 3072;    // blocks that are searched; if more are within reach, the nearest bins of them
+constexpr int64_t MOST = 2048;    // blocks that are searched; if more are within reach, the nearest bins of them
 
 // The coarse logits of one row, and what is recomputed of them.
 struct Refined {
@@ -63,17 +63,20 @@ static void find_likely(Refined& row, int64_t entries) {
     row.likely.resize(kept);
 }
 
-// Recomputes the likely entries from .. end - 1 of a row. x: [inputs], the head's input; cap: the final soft-cap, 0:
-// none.
-static void recompute(const uint16_t* exact, int64_t inputs, float cap, const float* x, Refined& row, int64_t from, int64_t end) {
-    constexpr int64_t AHEAD = 4;
-    const auto last = std::lower_bound(row.likely.begin(), row.likely.end(), end);
-    for (auto i = std::lower_bound(row.likely.begin(), row.likely.end(), from); i < last; i++) {
-        if (last - i > AHEAD)
-            for (int64_t line = 0; line < inputs; line += 32) __builtin_prefetch(exact + i[AHEAD] * inputs + line);
-        float* logit = row.logits + *i;
-        bf16_tile<1, 1>(exact + *i * inputs, inputs, x, logit, 1);
-        if (cap > 0) *logit = soft_cap(*logit, cap);
+// C entries from x [inputs], the head's input: independent sums hide the latency of one.
+template <int C>
+static void recompute(const uint16_t* exact, int64_t inputs, float cap, const float* x, float* logits, const int32_t* entries) {
+    Floats acc[C];
+    for (int c = 0; c < C; c++) acc[c] = splat(0.0f);
+    const int64_t whole = inputs & ~(LANES - 1);
+    for (int64_t k = 0; k < whole; k += LANES) {
+        const Floats v = load(x + k);
+        for (int c = 0; c < C; c++) acc[c] = fma(load_bf16(exact + (int64_t)entries[c] * inputs + k), v, acc[c]);
+    }
+    for (int c = 0; c < C; c++) {
+        float logit = sum(acc[c]);
+        for (int64_t k = whole; k < inputs; k++) logit += float_of(exact[(int64_t)entries[c] * inputs + k]) * x[k];
+        logits[entries[c]] = cap > 0 ? soft_cap(logit, cap) : logit;
     }
 }
 
@@ -82,9 +85,19 @@ static void recompute(const uint16_t* exact, int64_t inputs, float cap, const fl
 static void refine(Pool& pool, const uint16_t* exact, int64_t inputs, int64_t entries, float cap, const float* x,
                    std::vector<Refined>& rows, int64_t count) {
     pool.run(count, [&](int64_t r, int) { find_likely(rows[r], entries); });
-    const int64_t step = 256;
+    const int64_t step = 1024;
     pool.run((entries + step - 1) / step, [&](int64_t item, int) {
-        for (int64_t r = 0; r < count; r++)
-            recompute(exact, inputs, cap, x + r * inputs, rows[r], item * step, (item + 1) * step);
+        for (int64_t r = 0; r < count; r++) {
+            const std::vector<int32_t>& likely = rows[r].likely;
+            const int32_t* i = likely.data() + (std::lower_bound(likely.begin(), likely.end(), item * step) - likely.begin());
+            const int32_t* last = likely.data() + (std::lower_bound(likely.begin(), likely.end(), (item + 1) * step) - likely.begin());
+            const float* input = x + r * inputs;
+            for (; i + 4 <= last; i += 4) {
+                for (const int32_t* next = i + 4; next < std::min(last, i + 8); next++)
+                    for (int64_t k = 0; k < inputs; k += 32) __builtin_prefetch(exact + (int64_t)*next * inputs + k);
+                recompute<4>(exact, inputs, cap, input, rows[r].logits, i);
+            }
+            for (; i < last; i++) recompute<1>(exact, inputs, cap, input, rows[r].logits, i);
+        }
     });
 }

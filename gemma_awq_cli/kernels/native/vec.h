@@ -69,6 +69,20 @@ INLINE float sum(Floats v) {
     return s[0];
 #endif
 }
+// The sums of four vectors, each added up in the same order.
+INLINE void four_sums(const Floats* v, float* to) {
+#if defined(__AVX512VNNI__)
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    const __m512 all = (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);
+    const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+    for (int i = 0; i < 4; i++) to[i] = sum(v[i]);
+#endif
+}
+
 INLINE float largest(Floats v) {
 #if defined(__AVX512VNNI__)
     return _mm512_reduce_max_ps((__m512)v);
