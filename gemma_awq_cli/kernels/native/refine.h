@@ -7,7 +7,7 @@
 constexpr float REACH = 14.0f;  // below the largest logit, beyond which none is recomputed
 constexpr int BINS = 56;
 constexpr float MISSED = 0.003f;  // share of the probability that may stay coarse
-constexpr int64_t MOST = 2048;    // blocks that are searched; if more are within reach, the nearest bins of them
+constexpr int64_t MOST = 3072;    // blocks that are searched; if more are within reach, the nearest bins of them
 
 // The coarse logits of one row, and what is recomputed of them.
 struct Refined {
