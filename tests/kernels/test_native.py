@@ -39,22 +39,24 @@ def applied(library: Library, linear: native.NativeLinear, x: Tensor) -> Tensor:
 
 
 def in_int8(x: Tensor, group: int) -> Tensor:
-    """Activations as the kernels see them: eight bits, one scale a row and group."""
+    """Activations as the kernels see them: eight bits, one scale per row and `group` inputs."""
     groups = x.unflatten(1, (-1, group))
     scale = groups.abs().amax(-1, keepdim=True) / 127
     return (torch.round(groups / scale.clamp_min(1e-30)) * scale).flatten(1)
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3, 8, 15])
-@pytest.mark.parametrize("group", [32, 128])
+@pytest.mark.parametrize(("group", "activation_group"), [(32, 32), (128, 32), (128, 64), (128, 128)])
 @pytest.mark.parametrize("outputs", [64, 80, 1000])
 def test_int4_is_exact_but_for_the_activations_eight_bits(
-    library: Library, rows: int, group: int, outputs: int
+    library: Library, rows: int, group: int, activation_group: int, outputs: int
 ) -> None:
     packed, dense = packed_weight(outputs, 384, group)
     linear = repacked(library, packed, native.Arena(library, native.arena_bytes(structures.INT4, 384, outputs, group)))
+    assert linear.spec.activation_group == native.ACTIVATION_GROUP
+    linear.spec.activation_group = activation_group
     x = torch.randn(rows, 384) * torch.logspace(-3, 2, 384)
-    expected = in_int8(x, group) @ dense.t()
+    expected = in_int8(x, activation_group) @ dense.t()
     torch.testing.assert_close(applied(library, linear, x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
 
 

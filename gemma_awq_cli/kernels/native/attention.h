@@ -35,8 +35,11 @@ template <int Q> static void score(const float* q, int64_t d, const Run* runs, i
                     const Floats key = load_bf16(k[t] + c);
                     for (int i = 0; i < Q; i++) acc[i][t] = fma(load(q + i * d + c), key, acc[i][t]);
                 }
+            float sums[Q * TOGETHER];
+            const int all = Q * TOGETHER;  // a multiple of 4
+            for (int n4 = 0; n4 < all; n4 += 4) four_sums(&acc[0][0] + n4, sums + n4);
             for (int i = 0; i < Q; i++)
-                for (int t = 0; t < many; t++) scores[i * keys + at + t] = sum(acc[i][t]);
+                for (int t = 0; t < many; t++) scores[i * keys + at + t] = sums[i * TOGETHER + t];
             at += many;
         }
     }

@@ -18,18 +18,18 @@ INLINE int64_t padded_outputs(int64_t outputs) { return (outputs + PADDED - 1) /
 // The inputs that are not zero.
 struct Nonzero {
     std::vector<uint32_t> inputs;  // [rows, K]: those of each row first
-    std::vector<uint32_t> first;   // [rows, groups + 1]: where those of each group begin, and the end
+    std::vector<uint32_t> first;   // [rows, K / activation_group + 1]: where those of each scale begin, and the end
 };
 
 static void find_nonzero(const LinearSpec& w, const Activations& a, int64_t row, Nonzero& to) {
-    const int64_t groups = w.inputs / w.group;
+    const int64_t runs = w.inputs / w.activation_group;
     const int8_t* q = a.q + row * w.inputs;
     uint32_t* inputs = &to.inputs[row * w.inputs];
-    uint32_t* first = &to.first[row * (groups + 1)];
+    uint32_t* first = &to.first[row * (runs + 1)];
     uint32_t count = 0;
-    for (int64_t g = 0; g < groups; g++) {
-        first[g] = count;
-        for (int64_t k = g * w.group; k < (g + 1) * w.group; k += 8) {
+    for (int64_t n = 0; n < runs; n++) {
+        first[n] = count;
+        for (int64_t k = n * w.activation_group; k < (n + 1) * w.activation_group; k += 8) {
             uint64_t eight;
             memcpy(&eight, q + k, 8);
             if (!eight) continue;
@@ -39,7 +39,7 @@ static void find_nonzero(const LinearSpec& w, const Activations& a, int64_t row,
             }
         }
     }
-    first[groups] = count;
+    first[runs] = count;
 }
 
 // One row against T registers of outputs from `tile` on.
@@ -53,43 +53,54 @@ static void by_input(const LinearSpec& w, int64_t tile, const Activations& a, in
     const uint8_t* zeros = w.zeros + at;
     const int8_t* q = a.q + row * w.inputs;
     const uint32_t* inputs = &nonzero.inputs[row * w.inputs];
-    const uint32_t* first = &nonzero.first[row * (groups + 1)];
-    const uint32_t last = first[groups];
+    const int64_t runs = w.inputs / w.activation_group, runs_of_group = w.group / w.activation_group;
+    const uint32_t* first = &nonzero.first[row * (runs + 1)];
+    const float* scale_of = a.scale + row * runs;
+    const uint32_t last = first[runs];
     Floats result[T][8];
     for (int t = 0; t < T; t++)
         for (int v = 0; v < 8; v++) result[t][v] = splat(0.0f);
     for (int64_t g = 0; g < groups; g++) {
-        const float scale = a.scale[row * groups + g], total = a.total[row * groups + g];
-        if (first[g] == first[g + 1] && scale == 0) continue;  // the scale of a group with NaN in it is NaN
-        Floats dots[T][8];
+        Floats sums[T][8];
         for (int t = 0; t < T; t++)
-            for (int v = 0; v < 8; v++) dots[t][v] = splat(0.0f);
-        for (uint32_t i = first[g]; i < first[g + 1];) {
-            Halves acc[T][4];
+            for (int v = 0; v < 8; v++) sums[t][v] = splat(0.0f);
+        bool some = false;
+        for (int64_t n = g * runs_of_group; n < (g + 1) * runs_of_group; n++) {
+            if (first[n] == first[n + 1] && scale_of[n] == 0) continue;  // the scale of NaN is NaN
+            some = true;
+            Floats dots[T][8];
             for (int t = 0; t < T; t++)
-                for (int n = 0; n < 4; n++) acc[t][n] = Halves{};
-            for (const uint32_t end = std::min(first[g + 1], i + SAFE); i < end; i++) {
-                const uint8_t* ahead = weights + (int64_t)inputs[std::min(i + AHEAD, last - 1)] * (padded / 2);
-                for (int t = 0; t < 4 * LANES * T; t += 64) __builtin_prefetch(ahead + t);
-                const uint8_t* from = weights + (int64_t)inputs[i] * (padded / 2);
-                const Halves x = Halves{} + (int16_t)q[inputs[i]];
-                for (int t = 0; t < T; t++) {
-                    const HalfWords four_each = load_as<HalfWords>(from + 4 * LANES * t);
-                    for (int n = 0; n < 4; n++) acc[t][n] += (Halves)(four_each >> (4 * n) & 15) * x;
+                for (int v = 0; v < 8; v++) dots[t][v] = splat(0.0f);
+            for (uint32_t i = first[n]; i < first[n + 1];) {
+                Halves acc[T][4];
+                for (int t = 0; t < T; t++)
+                    for (int k = 0; k < 4; k++) acc[t][k] = Halves{};
+                for (const uint32_t end = std::min(first[n + 1], i + SAFE); i < end; i++) {
+                    const uint8_t* ahead = weights + (int64_t)inputs[std::min(i + AHEAD, last - 1)] * (padded / 2);
+                    for (int t = 0; t < 4 * LANES * T; t += 64) __builtin_prefetch(ahead + t);
+                    const uint8_t* from = weights + (int64_t)inputs[i] * (padded / 2);
+                    const Halves x = Halves{} + (int16_t)q[inputs[i]];
+                    for (int t = 0; t < T; t++) {
+                        const HalfWords four_each = load_as<HalfWords>(from + 4 * LANES * t);
+                        for (int k = 0; k < 4; k++) acc[t][k] += (Halves)(four_each >> (4 * k) & 15) * x;
+                    }
                 }
+                for (int t = 0; t < T; t++)
+                    for (int k = 0; k < 4; k++) {
+                        const Ints both = (Ints)acc[t][k];
+                        dots[t][2 * k] += to_float((Ints)((Words)both << 16) >> 16);
+                        dots[t][2 * k + 1] += to_float(both >> 16);
+                    }
             }
             for (int t = 0; t < T; t++)
-                for (int n = 0; n < 4; n++) {
-                    const Ints both = (Ints)acc[t][n];
-                    dots[t][2 * n] += to_float((Ints)((Words)both << 16) >> 16);
-                    dots[t][2 * n + 1] += to_float(both >> 16);
-                }
+                for (int v = 0; v < 8; v++) sums[t][v] = fma(dots[t][v], splat(scale_of[n]), sums[t][v]);
         }
+        if (!some) continue;
+        const Floats total = splat(-a.total[row * groups + g]);
         for (int t = 0; t < T; t++)
             for (int v = 0; v < 8; v++) {
                 const int64_t n = g * padded + (8 * t + v) * LANES;
-                const Floats exact = fma(load_u8(zeros + n), splat(-total), dots[t][v]);
-                result[t][v] = fma(exact, load_half(scales + n) * scale, result[t][v]);
+                result[t][v] = fma(fma(load_u8(zeros + n), total, sums[t][v]), load_half(scales + n), result[t][v]);
             }
     }
     memcpy(out + at, &result[0][0], 4 * std::min<int64_t>(T * 8 * LANES, w.outputs - at));
@@ -99,7 +110,7 @@ static void by_input(const LinearSpec& w, int64_t tile, const Activations& a, in
 static void apply_by_input(Pool& pool, const LinearSpec& w, const Activations& a, Nonzero& nonzero, float* out) {
     const int64_t tiles = (w.outputs + 8 * LANES - 1) / (8 * LANES);
     if ((int64_t)nonzero.inputs.size() < a.rows * w.inputs) nonzero.inputs.resize(a.rows * w.inputs);
-    const int64_t lists = a.rows * (w.inputs / w.group + 1);
+    const int64_t lists = a.rows * (w.inputs / w.activation_group + 1);
     if ((int64_t)nonzero.first.size() < lists) nonzero.first.resize(lists);
     pool.run(a.rows, [&](int64_t row, int) { find_nonzero(w, a, row, nonzero); });
     // For one row, long runs of an input's weights; for many, few enough weights to stay in the cache.

@@ -44,6 +44,8 @@ struct Buffers {
     std::vector<float> streams, laurel;                           // AltUp
     Nonzero nonzero;
     ExpertBuffers experts;
+    std::vector<float> tops;  // of the logits: see refine.h
+    std::vector<Refined> refined;
 };
 static Buffers the_buffers;
 template <class T> static void at_least(std::vector<T>& v, int64_t size) {
@@ -279,7 +281,7 @@ class Forward {
                 memcpy(&b.x[t * h], stream(t, m.active_stream), 4 * h);
             }
             rms_norm(&b.x[t * h], l.input_norm, h, m.eps, &b.normed[t * h]);
-            if (l.qkv.kind != BF16) quantize_row(in, t, l.qkv.group);
+            if (l.qkv.kind != BF16) quantize_row(in, t, l.qkv);
         });
         apply(pool, l.qkv, in, b.qkv.data(), qkv_size);
         if (l.altup) {
@@ -307,7 +309,7 @@ class Forward {
         });
         attend(l, index);
         const Activations attended = activations(b.attended.data(), tokens, q_size);
-        if (l.o.kind != BF16) each_token([&](int64_t t) { quantize_row(attended, t, l.o.group); });
+        if (l.o.kind != BF16) each_token([&](int64_t t) { quantize_row(attended, t, l.o); });
         apply(pool, l.o, attended, b.mixed.data(), h);
         each_token([&](int64_t t) {
             float* mixed = &b.mixed[t * h];
@@ -320,7 +322,7 @@ class Forward {
                 for (int64_t i = 0; i < h; i++) x[i] = (x[i] + (b.normed[t * h + i] + laurel[i])) * std::sqrt(0.5f);
             }
             rms_norm(x, l.mlp_norm, h, m.eps, &b.normed[t * h]);
-            if (l.gate_up.kind != BF16) quantize_row(in, t, l.gate_up.group);
+            if (l.gate_up.kind != BF16) quantize_row(in, t, l.gate_up);
         });
     }
 
@@ -350,7 +352,7 @@ class Forward {
             if (l.sparse_gate) cut_gate(gate, wide, l.gate_cut);
             for (int64_t i = 0; i < wide; i += LANES)
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
-            if (l.down.kind != BF16) quantize_row(act, t, l.down.group);
+            if (l.down.kind != BF16) quantize_row(act, t, l.down);
         });
         if (l.down.kind == INT4_BY_INPUT) apply_by_input(pool, l.down, act, b.nonzero, b.mixed.data());
         else apply(pool, l.down, act, b.mixed.data(), h);
@@ -372,7 +374,7 @@ class Forward {
         ExpertBuffers& x = b.experts;
         const int64_t h = m.hidden, wide = e.intermediate, choices = tokens * e.active;
         const bool packed = e.gate_up->kind != BF16;
-        const int64_t groups = packed ? h / e.gate_up->group : 0, down_groups = packed ? wide / e.down->group : 0;
+        const int64_t scales = packed ? h / e.gate_up->activation_group : 0, totals = packed ? h / e.gate_up->group : 0;
         at_least(x.scores, tokens * e.count);
         at_least(x.weight, choices);
         at_least(x.chosen, choices);
@@ -382,11 +384,11 @@ class Forward {
         at_least(x.down, choices * h);
         if (packed) {
             at_least(x.q, choices * h);
-            at_least(x.scale, choices * groups);
-            at_least(x.total, choices * groups);
+            at_least(x.scale, choices * scales);
+            at_least(x.total, choices * totals);
             at_least(x.act_q, choices * wide);
-            at_least(x.act_scale, choices * down_groups);
-            at_least(x.act_total, choices * down_groups);
+            at_least(x.act_scale, choices * (wide / e.down->activation_group));
+            at_least(x.act_total, choices * (wide / e.down->group));
         } else {
             at_least(x.x, choices * h);
         }
@@ -396,7 +398,7 @@ class Forward {
         each_token([&](int64_t t) {
             choose_experts(e, &x.scores[t * e.count], &x.chosen[t * e.active], &x.weight[t * e.active]);
             rms_norm(&b.x[t * h], e.norm, h, m.eps, &b.normed[t * h]);
-            if (packed) quantize_row(in, t, e.gate_up->group);
+            if (packed) quantize_row(in, t, *e.gate_up);
         });
         sort_by_expert(x.chosen, choices, e.count, x.first, x.place);
         each_token([&](int64_t t) {
@@ -404,8 +406,8 @@ class Forward {
                 const int64_t to = x.place[c];
                 if (packed) {
                     memcpy(&x.q[to * h], in.q + t * h, h);
-                    memcpy(&x.scale[to * groups], in.scale + t * groups, 4 * groups);
-                    memcpy(&x.total[to * groups], in.total + t * groups, 4 * groups);
+                    memcpy(&x.scale[to * scales], in.scale + t * scales, 4 * scales);
+                    memcpy(&x.total[to * totals], in.total + t * totals, 4 * totals);
                 } else {
                     memcpy(&x.x[to * h], in.x + t * h, 4 * h);
                 }
@@ -419,7 +421,7 @@ class Forward {
             float* out = &x.act[row * wide];
             for (int64_t i = 0; i < wide; i += LANES)
                 store(out + i, gelu_tanh(load(gate + i)) * load(gate + wide + i));
-            if (packed) quantize_row(act, row, e.down->group);
+            if (packed) quantize_row(act, row, *e.down);
         });
         products_of_experts(e, e.down, act, x.down.data(), h);
         each_token([&](int64_t t) {
@@ -441,9 +443,7 @@ class Forward {
         for (int64_t i = 0; i < e.count; i++) {
             const int64_t first = b.experts.first[i], rows = b.experts.first[i + 1] - first;
             if (!rows) continue;
-            const int64_t groups = linears[i].kind == BF16 ? 0 : a.inputs / linears[i].group;
-            const Activations own{rows, a.inputs, a.x + first * a.inputs, a.q + first * a.inputs,
-                                  a.scale + first * groups, a.total + first * groups};
+            const Activations own = rows_of(a, linears[i], first, rows);
             Product parts[MAX_PARTS];
             const int count = products_of(linears[i], own, out + first * stride, stride, pool.threads(), parts);
             products.insert(products.end(), parts, parts + count);
@@ -568,29 +568,45 @@ class Forward {
     }
 
     void head(float* logits) {
-        const int64_t rows = tokens;
-        for (int64_t r = 0; r < rows; r++) rms_norm(&b.x[r * m.hidden], m.norm, m.hidden, m.eps, &b.normed[r * m.hidden]);
-        const Activations in = activations(b.normed.data(), rows, m.hidden);
-        if (m.head.kind != BF16)
-            for (int64_t r = 0; r < rows; r++) quantize_row(in, r, m.head.group);
-        apply(pool, m.head, in, logits, m.head.outputs);
-        if (m.final_softcap > 0) {
-            // row by row, so that the rest behind the vectors is the same in each
-            const int64_t entries = m.head.outputs, step = 16384, pieces = (entries + step - 1) / step;
-            pool.run(rows * pieces, [&](int64_t item, int) {
-                float* row = logits + item / pieces * entries;
-                int64_t i = item % pieces * step;
-                const int64_t end = std::min(entries, i + step);
-                // the exact function takes a twentieth of a token's time; it is for the logits that are made exact
-                for (; m.exact && i + LANES <= end; i += LANES)
-                    store(row + i, soft_cap(load(row + i), m.final_softcap));
-                for (; i < end; i++) row[i] = soft_cap(row[i], m.final_softcap);
+        const int64_t outputs = m.head.outputs, blocks = blocks_of(outputs);
+        const Activations in = activations(b.normed.data(), tokens, m.hidden);
+        each_token([&](int64_t t) {
+            rms_norm(&b.x[t * m.hidden], m.norm, m.hidden, m.eps, &b.normed[t * m.hidden]);
+            if (m.head.kind != BF16) quantize_row(in, t, m.head);
+        });
+        if (m.head.kind == BF16) {
+            apply(pool, m.head, in, logits, outputs);
+            if (!(m.final_softcap > 0)) return;
+            const int64_t all = tokens * outputs, step = 16384;
+            pool.run((all + step - 1) / step, [&](int64_t item, int) {
+                for (int64_t i = item * step; i < std::min(all, (item + 1) * step); i++)
+                    logits[i] = soft_cap(logits[i], m.final_softcap);
             });
+            return;
         }
-        if (m.exact)
-            for (int64_t r = 0; r < rows; r++)
-                refine(pool, m.exact, m.hidden, m.head.outputs, m.final_softcap, &b.normed[r * m.hidden],
-                       logits + r * m.head.outputs);
+        at_least(b.tops, tokens * blocks);
+        at_least(b.refined, tokens);
+        const Product product = product_apart(m.head, in, logits, outputs, pool.threads());
+        pool.run(product.items, [&](int64_t item, int) {
+            product.run_apart(item, [&](int64_t row, int64_t first, float* part, int64_t count) {
+                if (m.final_softcap > 0) {
+                    int64_t i = 0;
+                    // the exact function takes a twentieth of a token's time; it is for the logits that are made exact
+                    for (; m.exact && i + LANES <= count; i += LANES)
+                        store(part + i, soft_cap(load(part + i), m.final_softcap));
+                    for (; i < count; i++) part[i] = soft_cap(part[i], m.final_softcap);
+                }
+                if (m.exact)
+                    for (int64_t i = 0; i < count; i += BLOCK)
+                        b.tops[row * blocks + (first + i) / BLOCK] = top_of(part + i, std::min<int64_t>(BLOCK, count - i));
+            });
+        });
+        if (!m.exact) return;
+        for (int64_t t = 0; t < tokens; t++) {
+            b.refined[t].logits = logits + t * outputs;
+            b.refined[t].tops = &b.tops[t * blocks];
+        }
+        refine(pool, m.exact, m.hidden, outputs, m.final_softcap, b.normed.data(), b.refined, tokens);
     }
 
     const ModelSpec& m;
@@ -663,7 +679,7 @@ void gaq_linear(const LinearSpec* linear, const float* x, int64_t rows, float* o
     std::vector<float> scale(rows * (linear->inputs / 16 + 1)), total(rows * (linear->inputs / 16 + 1));
     const Activations a{rows, linear->inputs, x, q.data(), scale.data(), total.data()};
     if (linear->kind != BF16)
-        for (int64_t r = 0; r < rows; r++) quantize_row(a, r, linear->group);
+        for (int64_t r = 0; r < rows; r++) quantize_row(a, r, *linear);
     Nonzero nonzero;
     if (linear->kind == INT4_BY_INPUT) apply_by_input(pool_of(threads), *linear, a, nonzero, out);
     else apply(pool_of(threads), *linear, a, out, linear->outputs);

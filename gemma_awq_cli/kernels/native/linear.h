@@ -1,5 +1,5 @@
 // Linears over packed weights. Integer weights are multiplied with activations that are quantized to 8 bits, one scale
-// per row and group; the sums inside a group are exact integers, zero points included.
+// per row and run of `activation_group` inputs, in which the sums are exact integers.
 //
 // Layout of int4 and int8, for K inputs in groups of g and N outputs: the outputs are split into blocks of 32 (the last
 // one is padded with zero scales). A block's group is 32 scales in float16, then the weights in steps of 4 inputs
@@ -21,9 +21,11 @@ constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. Of bf16, `parts` are row-major weights [rows, K] whose outputs are joined; they
 // are read in place. Of int4 and int8, `data` and `zeros` have the layout above or that of by_input.h.
+// Inputs that share a scale: of a weight `group`, of a row of activations `activation_group`, which divides it.
 struct LinearSpec {
     int32_t kind;
     int64_t group;
+    int64_t activation_group;
     int64_t inputs;
     int64_t outputs;
     const uint8_t* data;
@@ -39,38 +41,50 @@ INLINE int64_t group_bytes(int32_t kind, int64_t group) { return 2 * BLOCK + gro
 struct Activations {
     int64_t rows;
     int64_t inputs;
-    const float* x;      // [rows, inputs]
-    int8_t* q;           // [rows, inputs]
-    float* scale;        // [rows, groups]
-    float* total;        // [rows, groups]: the sum of q, an exact integer
+    const float* x;  // [rows, inputs]
+    int8_t* q;       // [rows, inputs]
+    float* scale;    // [rows, inputs / activation_group]
+    float* total;    // [rows, inputs / group]: the sums of q times its scale
 };
 
-INLINE void quantize_group(const float* x, int64_t group, int8_t* q, float* scale, float* total) {
-    Floats top = splat(0.0f), poison = splat(0.0f);
-    for (int64_t k = 0; k < group; k += LANES) {
-        const Floats v = load(x + k);
-        top = larger(top, absolute(v));
-        poison += v * 0.0f;  // NaN if v is NaN or infinite, which must show in the logits
-    }
-    const float amax = largest(top);
-    const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
-    const Floats shift = splat(12582912.0f);
-    Words sums{};  // unsigned: what NaN becomes may overflow
-    for (int64_t k = 0; k < group; k += LANES) {
-        const Floats rounded = fma(load(x + k), splat(inverse), shift);
-        const Words v = (Words)rounded - (Words)shift;
-        sums += v;
-        store_bytes(q + k, (Ints)v);
-    }
-    *scale = amax / 127.0f + sum(poison);
-    *total = sum(to_float((Ints)sums));
+// Rows `first` .. of the activations of one linear.
+INLINE Activations rows_of(const Activations& a, const LinearSpec& w, int64_t first, int64_t rows) {
+    if (w.kind == BF16) return {rows, a.inputs, a.x + first * a.inputs, nullptr, nullptr, nullptr};
+    const int64_t scales = a.inputs / w.activation_group, totals = a.inputs / w.group;
+    return {rows, a.inputs, a.x + first * a.inputs, a.q + first * a.inputs, a.scale + first * scales,
+            a.total + first * totals};
 }
 
-INLINE void quantize_row(const Activations& a, int64_t row, int64_t group) {
-    const int64_t groups = a.inputs / group;
-    for (int64_t g = 0; g < groups; g++)
-        quantize_group(a.x + row * a.inputs + g * group, group, a.q + row * a.inputs + g * group,
-                       a.scale + row * groups + g, a.total + row * groups + g);
+INLINE void quantize_row(const Activations& a, int64_t row, const LinearSpec& w) {
+    const float* x = a.x + row * a.inputs;
+    int8_t* q = a.q + row * a.inputs;
+    float* scale = a.scale + row * (a.inputs / w.activation_group);
+    float* total = a.total + row * (a.inputs / w.group);
+    const Floats shift = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    for (const float* end = x + a.inputs; x < end; total++) {
+        Floats totals = splat(0.0f);
+        for (const float* group_end = x + w.group; x < group_end; x += w.activation_group, q += w.activation_group) {
+            Ints top = splat(0);  // of the bits of magnitudes, which are ordered as the numbers are, and NaN above all
+            for (int64_t k = 0; k < w.activation_group; k += LANES) {
+                const Ints magnitude = (Ints)load(x + k) & splat(0x7fffffff);
+                top = magnitude > top ? magnitude : top;
+            }
+            const int32_t bits = largest(top);
+            float amax;
+            memcpy(&amax, &bits, 4);
+            const float inverse = amax > 0 ? 127.0f / amax : 0.0f;
+            Words sums{};  // unsigned: what NaN becomes may overflow
+            for (int64_t k = 0; k < w.activation_group; k += LANES) {
+                const Floats rounded = fma(load(x + k), splat(inverse), shift);
+                const Words v = (Words)rounded - (Words)shift;
+                sums += v;
+                store_bytes(q + k, (Ints)v);
+            }
+            *scale = bits < 0x7f800000 ? amax / 127.0f : NAN;  // NaN and infinity must show in the logits
+            totals = fma(to_float((Ints)sums), splat(*scale++), totals);
+        }
+        *total = sum(totals);
+    }
 }
 
 INLINE int32_t four(const int8_t* q) {
@@ -79,79 +93,88 @@ INLINE int32_t four(const int8_t* q) {
     return v;
 }
 
-// R rows against one block of 32 outputs.
+// R rows against one block of 32 outputs. to: its results for the first of them, `stride` floats per row.
 template <int KIND, int R>
-static void block_rows(const LinearSpec& w, int64_t block, const Activations& a, int64_t row, float* out, int64_t stride) {
-    const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group);
+static void block_rows(const LinearSpec& w, int64_t block, const Activations& a, int64_t row, float* to, int64_t stride) {
+    const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group), run = w.activation_group;
     const uint8_t* data = w.data + block * groups * bytes;
     const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
     Floats result[R][VECTORS];
-    const float *scales[R], *totals[R];
-    for (int r = 0; r < R; r++) scales[r] = a.scale + (row + r) * groups, totals[r] = a.total + (row + r) * groups;
-    for (int r = 0; r < R; r++)
-        for (int h = 0; h < VECTORS; h++) result[r][h] = splat(0.0f);
-    for (int64_t g = 0; g < groups; g++, data += bytes) {
-        const int8_t* q[R];
-        for (int r = 0; r < R; r++) q[r] = a.q + (row + r) * a.inputs + g * w.group;
-        constexpr int CHAINS = R * VECTORS <= 4 ? 2 : 1;  // with few rows, more independent sums hide the latency
-        Ints acc[R][CHAINS][VECTORS];
-        for (int r = 0; r < R; r++)
-            for (int c = 0; c < CHAINS; c++)
-                for (int h = 0; h < VECTORS; h++) acc[r][c][h] = splat(0);
+    const int8_t* q = a.q + row * a.inputs;
+    const int64_t scales = w.inputs / run;
+    const float *scale_of = a.scale + row * scales, *total_of = a.total + row * groups;
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < VECTORS; h++) result[r][h] = splat(0.0f);
+    for (int64_t g = 0; g < groups; g++, data += bytes, total_of++) {
+        Floats sums[R][VECTORS];
+        UNROLL for (int r = 0; r < R; r++)
+            UNROLL for (int h = 0; h < VECTORS; h++) sums[r][h] = splat(0.0f);
         const uint8_t* p = data + 2 * BLOCK;
-        for (int64_t k = 0; k < w.group; k += 8, p += KIND == INT4 ? 128 : 256) {
-            if (R > 1)  // for one row the processor's own prefetching is enough
-                for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
-            Bytes first[VECTORS], second[VECTORS];  // inputs k .. k+3 and k+4 .. k+7
-            for (int h = 0; h < VECTORS; h++) {
-                if (KIND == INT4) {
-                    const Bytes both = load_as<Bytes>(p + 4 * LANES * h);
-                    first[h] = both & 15;
-                    second[h] = (Bytes)(((Words)both >> 4)) & 15;
-                } else {
-                    first[h] = load_as<Bytes>(p + 4 * LANES * h);
-                    second[h] = load_as<Bytes>(p + 128 + 4 * LANES * h);
+        for (const int8_t* group_end = q + w.group; q < group_end; scale_of++) {
+            // inputs k .. k+3 of each eight, and k+4 .. k+7; for one row, more independent sums hide the latency
+            constexpr bool APART = R == 1;
+            Ints dots[R][VECTORS], others[R][VECTORS];
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int h = 0; h < VECTORS; h++) dots[r][h] = others[r][h] = splat(0);
+            for (const int8_t* run_end = q + run; q < run_end; q += 8, p += KIND == INT4 ? 128 : 256) {
+                if (R > 1)  // for one row the processor's own prefetching is enough
+                    for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
+                Bytes weights[VECTORS];
+                UNROLL for (int h = 0; h < VECTORS; h++) {
+                    weights[h] = load_as<Bytes>(p + 4 * LANES * h);
+                    if (KIND == INT4) weights[h] &= 15;
+                }
+                UNROLL for (int r = 0; r < R; r++) {
+                    const int32_t x = four(q + r * a.inputs);
+                    UNROLL for (int h = 0; h < VECTORS; h++) dots[r][h] = dot4<KIND == INT4>(dots[r][h], weights[h], x);
+                }
+                UNROLL for (int h = 0; h < VECTORS; h++) {
+                    if (KIND == INT4) weights[h] = (Bytes)(load_as<Words>(p + 4 * LANES * h) >> 4) & 15;
+                    else weights[h] = load_as<Bytes>(p + 128 + 4 * LANES * h);
+                }
+                UNROLL for (int r = 0; r < R; r++) {
+                    const int32_t x = four(q + r * a.inputs + 4);
+                    UNROLL for (int h = 0; h < VECTORS; h++) {
+                        if (APART) others[r][h] = dot4<KIND == INT4>(others[r][h], weights[h], x);
+                        else dots[r][h] = dot4<KIND == INT4>(dots[r][h], weights[h], x);
+                    }
                 }
             }
-            for (int r = 0; r < R; r++) {
-                const int32_t low = four(q[r] + k), high = four(q[r] + k + 4);
-                for (int h = 0; h < VECTORS; h++) {
-                    acc[r][0][h] = dot4<KIND == INT4>(acc[r][0][h], first[h], low);
-                    acc[r][CHAINS - 1][h] = dot4<KIND == INT4>(acc[r][CHAINS - 1][h], second[h], high);
+            UNROLL for (int r = 0; r < R; r++)
+                UNROLL for (int h = 0; h < VECTORS; h++) {
+                    if (APART) dots[r][h] += others[r][h];
+                    // integers below 2^24: exact in float
+                    sums[r][h] = fma(to_float(dots[r][h]), splat(scale_of[r * scales]), sums[r][h]);
                 }
-            }
         }
-        for (int h = 0; h < VECTORS; h++) {
+        UNROLL for (int h = 0; h < VECTORS; h++) {
             const Floats scale = load_half((const uint16_t*)data + LANES * h);
             const Floats zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + LANES * h) : splat(128.0f);
-#pragma GCC unroll 8  // or else gcc keeps the sums in memory
-            for (int r = 0; r < R; r++) {
-                Ints dots = acc[r][0][h];
-                if (CHAINS == 2) dots += acc[r][1][h];
-                // all integers below 2^24: exact in float
-                const Floats exact = fma(zero, splat(-totals[r][g]), to_float(dots));
-                result[r][h] = fma(exact, scale * scales[r][g], result[r][h]);
-            }
+            UNROLL for (int r = 0; r < R; r++)
+                result[r][h] = fma(fma(zero, splat(-total_of[r * groups]), sums[r][h]), scale, result[r][h]);
         }
     }
-    const int64_t n = block * BLOCK, left = w.outputs - n;
-    for (int r = 0; r < R; r++) {
-        float* to = out + (row + r) * stride + n;
+    const int64_t left = w.outputs - block * BLOCK;
+    UNROLL for (int r = 0; r < R; r++, to += stride) {
         if (left >= BLOCK) {
-            for (int h = 0; h < VECTORS; h++) store(to + LANES * h, result[r][h]);
+            UNROLL for (int h = 0; h < VECTORS; h++) store(to + LANES * h, result[r][h]);
         } else {
             memcpy(to, &result[r][0], 4 * left);
         }
     }
 }
 
+// All rows against one block of 32 outputs. to: its results for the first row, `stride` floats per row.
 template <int KIND>
-static void block_all_rows(const LinearSpec& w, int64_t block, const Activations& a, float* out, int64_t stride) {
-    int64_t row = 0;
-    for (; row + MANY <= a.rows; row += MANY) block_rows<KIND, MANY>(w, block, a, row, out, stride);
-    while (MANY > 4 && row + 4 <= a.rows) block_rows<KIND, 4>(w, block, a, row, out, stride), row += 4;
-    if (MANY > 2 && row + 2 <= a.rows) block_rows<KIND, 2>(w, block, a, row, out, stride), row += 2;
-    if (row < a.rows) block_rows<KIND, 1>(w, block, a, row, out, stride);
+static void block_all_rows(const LinearSpec& w, int64_t block, const Activations& a, float* to, int64_t stride) {
+    for (int64_t row = 0, many; row < a.rows; row += many, to += many * stride) {
+        const int64_t left = a.rows - row;
+        many = left >= MANY ? MANY : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+        if (many == MANY) block_rows<KIND, MANY>(w, block, a, row, to, stride);
+        else if (many == 4) block_rows<KIND, MANY >= 4 ? 4 : 1>(w, block, a, row, to, stride);
+        else if (many == 2) block_rows<KIND, 2>(w, block, a, row, to, stride);
+        else block_rows<KIND, 1>(w, block, a, row, to, stride);
+    }
 }
 
 // R rows against C consecutive outputs of a bf16 weight, in float32.
@@ -184,6 +207,8 @@ static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const fl
     for (; n < count; n++) bf16_tile<1, R>(w + n * inputs, inputs, x, out + n, stride);
 }
 
+constexpr int64_t MOST_APART = 16;  // blocks of an item of `run_apart`
+
 // A linear times some rows, or one part of a bf16 linear, in items of work that threads take in any order.
 struct Product {
     const LinearSpec* w;
@@ -197,8 +222,8 @@ struct Product {
         const int64_t first = item * step, end = std::min(count, first + step);
         if (w->kind != BF16) {
             for (int64_t b = first; b < end; b++)
-                if (w->kind == INT4) block_all_rows<INT4>(*w, b, a, out, stride);
-                else block_all_rows<INT8>(*w, b, a, out, stride);
+                if (w->kind == INT4) block_all_rows<INT4>(*w, b, a, out + b * BLOCK, stride);
+                else block_all_rows<INT8>(*w, b, a, out + b * BLOCK, stride);
             return;
         }
         const uint16_t* from = part + first * w->inputs;
@@ -207,6 +232,25 @@ struct Product {
         for (; r + 4 <= a.rows; r += 4)
             bf16_rows<4>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
         for (; r < a.rows; r++) bf16_rows<1>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
+    }
+
+    // Of an integer linear whose rows lie so far apart that they fall into the same places of the caches: first into
+    // near memory. finish(row, first output, results, count): called for each part of a row before it is copied.
+    template <class Finish> void run_apart(int64_t item, const Finish& finish) const {
+        constexpr int64_t ROWS = 24;
+        const int64_t first = item * step, end = std::min(count, first + step), width = (end - first) * BLOCK;
+        const int64_t real = std::min(width, w->outputs - first * BLOCK);
+        float near[ROWS * MOST_APART * BLOCK];
+        for (int64_t row = 0; row < a.rows; row += ROWS) {
+            const Activations some = rows_of(a, *w, row, std::min(ROWS, a.rows - row));
+            for (int64_t b = first; b < end; b++)
+                if (w->kind == INT4) block_all_rows<INT4>(*w, b, some, near + (b - first) * BLOCK, width);
+                else block_all_rows<INT8>(*w, b, some, near + (b - first) * BLOCK, width);
+            for (int64_t r = 0; r < some.rows; r++) {
+                finish(row + r, first * BLOCK, near + r * width, real);
+                memcpy(out + (row + r) * stride + first * BLOCK, near + r * width, 4 * real);
+            }
+        }
     }
 };
 
@@ -225,6 +269,13 @@ static int products_of(const LinearSpec& w, const Activations& a, float* out, in
         to[parts] = {&w, w.parts[parts], rows, a, out, stride, step, (rows + step - 1) / step};
     }
     return parts;
+}
+
+// A product of an integer linear in items for `run_apart`.
+static Product product_apart(const LinearSpec& w, const Activations& a, float* out, int64_t stride, int threads) {
+    const int64_t blocks = blocks_of(w.outputs);
+    const int64_t step = std::max<int64_t>(1, std::min(MOST_APART, blocks / (4 * threads)));
+    return {&w, nullptr, blocks, a, out, stride, step, (blocks + step - 1) / step};
 }
 
 // The items of all products together.

@@ -12,6 +12,7 @@ from gemma_awq_cli.system.arrays import BFLOAT16, Array, address
 from gemma_awq_cli.system.threads import thread_count
 
 _GROUP_SIZES = (32, 64, 128, 256)
+ACTIVATION_GROUP = 32  # inputs of a row that share a scale: divides all of _GROUP_SIZES
 _ALIGNED = 64  # bytes
 
 
@@ -83,7 +84,7 @@ def from_awq(library: Library, packed: PackedArrays, arena: Arena, kind: int = I
         kind, address(qweight), address(qzeros), address(scales), inputs, outputs, group,
         address(data), address(zeros), thread_count(),
     )  # fmt: skip
-    return _integer(kind, inputs, outputs, group, data, zeros)
+    return _integer(kind, inputs, outputs, group, ACTIVATION_GROUP, data, zeros)
 
 
 def quantized(library: Library, weight: Array, kind: int, group: int, arena: Arena) -> NativeLinear:
@@ -92,7 +93,9 @@ def quantized(library: Library, weight: Array, kind: int, group: int, arena: Are
     outputs, inputs = weight.shape
     data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
     library.quantize(kind, address(weight), inputs, outputs, group, address(data), address(zeros), thread_count())
-    return _integer(kind, inputs, outputs, group, data, zeros)
+    # four bits lose more than the activations' eight, however many share a scale
+    activation_group = group if kind == INT4 else ACTIVATION_GROUP
+    return _integer(kind, inputs, outputs, group, activation_group, data, zeros)
 
 
 def dense(weights: Sequence[Array]) -> NativeLinear:
@@ -130,6 +133,11 @@ def _rounded(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _integer(kind: int, inputs: int, outputs: int, group: int, data: Array, zeros: Array) -> NativeLinear:
-    spec = LinearSpec(kind=kind, group=group, inputs=inputs, outputs=outputs, data=address(data), zeros=address(zeros))
+def _integer(
+    kind: int, inputs: int, outputs: int, group: int, activation_group: int, data: Array, zeros: Array
+) -> NativeLinear:
+    spec = LinearSpec(
+        kind=kind, group=group, activation_group=activation_group, inputs=inputs, outputs=outputs,
+        data=address(data), zeros=address(zeros),
+    )  # fmt: skip
     return NativeLinear(spec, (data, zeros))

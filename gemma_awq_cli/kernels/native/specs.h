@@ -113,6 +113,7 @@ inline std::string layout_text() {
     STRUCTURE(LinearSpec);
     FIELD(LinearSpec, kind);
     FIELD(LinearSpec, group);
+    FIELD(LinearSpec, activation_group);
     FIELD(LinearSpec, inputs);
     FIELD(LinearSpec, outputs);
     FIELD(LinearSpec, data);

@@ -67,10 +67,13 @@ def _within(value: int, bits: int) -> int:
 
 
 class LinearSpec(_Checked):
-    """One linear: kind is INT4, INT8, BF16 or INT4_BY_INPUT; group is 0 for BF16."""
+    """One linear: kind is INT4, INT8, BF16 or INT4_BY_INPUT; group is 0 for BF16.
+
+    activation_group: inputs of a row that share a scale; it divides the group.
+    """
 
     _fields_ = [
-        ("kind", c_int32), ("group", c_int64), ("inputs", c_int64), ("outputs", c_int64),
+        ("kind", c_int32), ("group", c_int64), ("activation_group", c_int64), ("inputs", c_int64), ("outputs", c_int64),
         ("data", c_void_p), ("zeros", c_void_p),
         ("parts", c_void_p * MAX_PARTS), ("part_rows", c_int64 * MAX_PARTS),
     ]  # fmt: skip

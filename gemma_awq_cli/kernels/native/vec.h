@@ -27,6 +27,7 @@ typedef uint8_t LaneBytes __attribute__((vector_size(LANES)));
 typedef uint8_t Bytes __attribute__((vector_size(4 * LANES)));
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")  // a loop over registers; without it gcc keeps some of them in memory
 
 template <class V> INLINE V load_as(const void* p) {
     V v;
@@ -35,7 +36,15 @@ template <class V> INLINE V load_as(const void* p) {
 }
 INLINE Floats load(const float* p) { return load_as<Floats>(p); }
 INLINE void store(float* p, Floats v) { memcpy(p, &v, sizeof v); }
-INLINE Floats splat(float x) { return Floats{} + x; }
+INLINE Floats splat(float x) {
+#if defined(__AVX512VNNI__)
+    return (Floats)_mm512_set1_ps(x);
+#elif defined(__AVX2__)
+    return (Floats)_mm256_set1_ps(x);
+#else
+    return Floats{} + x;  // which is no copy: 0 + -0 is 0
+#endif
+}
 INLINE Ints splat(int32_t x) { return Ints{} + x; }
 INLINE Floats to_float(Ints v) { return __builtin_convertvector(v, Floats); }
 INLINE Floats larger(Floats a, Floats b) { return a > b ? a : b; }
@@ -60,11 +69,34 @@ INLINE float sum(Floats v) {
     return s[0];
 #endif
 }
+// The sums of four vectors, each added up in the same order.
+INLINE void four_sums(const Floats* v, float* to) {
+#if defined(__AVX512VNNI__)
+    const __m512 a = (__m512)v[0], b = (__m512)v[1], c = (__m512)v[2], d = (__m512)v[3];
+    const __m512d ab = (__m512d)(_mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b));
+    const __m512d cd = (__m512d)(_mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d));
+    const __m512 all = (__m512)_mm512_unpacklo_pd(ab, cd) + (__m512)_mm512_unpackhi_pd(ab, cd);
+    const __m256 half = _mm512_castps512_ps256(all) + _mm512_extractf32x8_ps(all, 1);
+    _mm_storeu_ps(to, _mm256_castps256_ps128(half) + _mm256_extractf128_ps(half, 1));
+#else
+    for (int i = 0; i < 4; i++) to[i] = sum(v[i]);
+#endif
+}
+
 INLINE float largest(Floats v) {
 #if defined(__AVX512VNNI__)
     return _mm512_reduce_max_ps((__m512)v);
 #endif
     float m = v[0];
+    for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
+    return m;
+}
+
+INLINE int32_t largest(Ints v) {
+#if defined(__AVX512VNNI__)
+    return _mm512_reduce_max_epi32((__m512i)v);
+#endif
+    int32_t m = v[0];
     for (int i = 1; i < LANES; i++) m = v[i] > m ? v[i] : m;
     return m;
 }

@@ -1,6 +1,6 @@
 """A language model as the structures that C++ reads: the weights of the compiled decoder.
 
-Its integer linears quantize their activations to 8 bits, one scale per token and group.
+Its integer linears quantize their activations to 8 bits, one scale per token and 32 inputs.
 """
 
 from collections.abc import Mapping, Sequence
@@ -58,7 +58,7 @@ MANY_TOKENS = 16  # from this many at once on, torch's bf16 product is faster th
 _VECTOR = 16  # floats that C++ handles at a time; head sizes and MLP widths must be multiples of it
 _HEAD_KINDS = {"int8": INT8, "int4": INT4}
 _WEIGHTS = {INT4: "int4", INT8: "int8", BF16: "bfloat16"}
-_ACTIVATIONS = {INT4: "int8 per group", INT8: "int8 per group", BF16: "float32"}
+_ACTIVATIONS = {INT4: "int8", INT8: "int8", BF16: "float32"}
 
 
 @dataclass(frozen=True)
