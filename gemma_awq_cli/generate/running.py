@@ -32,6 +32,7 @@ from gemma_awq_cli.generate.request import BatchFiles, RunRequest
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.system.background import begin
 
 
 @dataclass(frozen=True)
@@ -73,16 +74,20 @@ def run_prompt(
     on_text, on_thought: called with each piece of the text and of the thoughts before it as soon as it is certain.
     """
 
-    def ids_of(prompter: Prompter) -> list[int]:
+    checkpoint = read_checkpoint(found, on_event)
+
+    def encode() -> list[int]:
+        prompter = found.prompter.result()
+        prompter.fit_to(checkpoint.vocabulary)
         return prompt_ids(prompter, prompt, request.system, request.raw, request.think, request.tools)
 
-    checkpoint = read_checkpoint(found, on_event)
+    encoding = begin(encode)  # while the weights are packed
     options = _options(request, checkpoint, on_event)
     on_event(StageEnded("config and file headers"))
     engine = open_engine(
-        checkpoint, found, request.engine, 1, lambda prompter: len(ids_of(prompter)) + options.max_new_tokens, on_event
+        checkpoint, found, request.engine, 1, lambda _: len(encoding.result()) + options.max_new_tokens, on_event
     )
-    ids = ids_of(engine.prompter)
+    ids = encoding.result()
     if request.tools:
         options = replace(options, tools=engine.prompter.tool_format)
     on_event(StageEnded("waiting for the tokenizer"))

@@ -51,11 +51,12 @@ def test_damaged_models_do_nothing_to_memory(library: Path, tmp_path: Path, harn
 def test_a_read_outside_is_seen(library: Path) -> None:
     """The sanitizer works: a linear that claims more inputs than it was given ends the process."""
     code = (
-        f"import torch\nfrom gemma_awq_cli.kernels.native import linear, library\n"
+        "import numpy as np\nfrom gemma_awq_cli.kernels.native import linear, library\n"
+        "from gemma_awq_cli.system.arrays import BFLOAT16\n"
         f"made = library.Library({str(library)!r})\n"
-        "whole = linear.dense([torch.zeros(16, 64, dtype=torch.bfloat16)])\n"
+        "whole = linear.dense([np.zeros((16, 64), BFLOAT16)])\n"
         "whole.spec.inputs = 1 << 16\n"
-        "linear.apply(made, whole, torch.zeros(1, 64))\n"
+        "linear.apply(made, whole, np.zeros((1, 64), np.float32))\n"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **sanitizers.environment()}, cwd=sanitizers.PROJECT,

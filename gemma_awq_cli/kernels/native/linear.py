@@ -1,6 +1,6 @@
 """Weights in the layout of linear.h, held as arrays, with the structure through which the library reads them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ from gemma_awq_cli.system.threads import thread_count
 _GROUP_SIZES = (32, 64, 128, 256)
 ACTIVATION_GROUP = 32  # inputs of a row that share a scale: divides all of _GROUP_SIZES
 _ALIGNED = 64  # bytes
+_ROWS = 512 * BLOCK  # outputs that are quantized at a time
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,28 @@ def from_awq(library: Library, packed: PackedArrays, arena: Arena, kind: int = I
     return _integer(kind, inputs, outputs, group, ACTIVATION_GROUP, data, zeros)
 
 
-def quantized(library: Library, weight: Array, kind: int, group: int, arena: Arena) -> NativeLinear:
-    """Quantize a 16-bit weight [N, K] in groups to int4 (asymmetric, the best of three ranges) or int8 (symmetric)."""
+def quantized(
+    library: Library,
+    weight: Array,
+    kind: int,
+    group: int,
+    arena: Arena,
+    on_read: Callable[[Array], None] = lambda rows: None,
+) -> NativeLinear:
+    """Quantize a 16-bit weight [N, K] in groups to int4 (asymmetric, the best of three ranges) or int8 (symmetric).
+
+    on_read: called with some rows of the weight after the other, each time when they have been read.
+    """
     weight = as_bfloat16(weight)
     outputs, inputs = weight.shape
     data, zeros = map(arena.take, packed_bytes(kind, inputs, outputs, group))
-    library.quantize(kind, address(weight), inputs, outputs, group, address(data), address(zeros), thread_count())
+    for first in range(0, outputs, _ROWS):
+        rows = weight[first : first + _ROWS]
+        at, zeros_at = packed_bytes(kind, inputs, first, group)
+        library.quantize(
+            kind, address(rows), inputs, len(rows), group, address(data) + at, address(zeros) + zeros_at, thread_count()
+        )
+        on_read(rows)
     # four bits lose more than the activations' eight, however many share a scale
     activation_group = group if kind == INT4 else ACTIVATION_GROUP
     return _integer(kind, inputs, outputs, group, activation_group, data, zeros)

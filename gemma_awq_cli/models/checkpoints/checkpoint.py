@@ -31,7 +31,7 @@ from gemma_awq_cli.models.checkpoints.weight_files import (
     array_bytes,
     read_array_pieces,
     read_arrays,
-    require_finite_array,
+    require_finite_mapped,
 )
 from gemma_awq_cli.models.gemma.architecture import TextShape, shape_of
 from gemma_awq_cli.models.gemma.config_values import require_sound, text_values
@@ -309,7 +309,7 @@ class Checkpoint:
         head = keys.pop(HEAD, None) if self.packed_linears and self.packed_linears.head else None
         stored = read_arrays(self.tensors, keys.values())
         for key, array in stored.items():
-            require_finite_array(key, array)
+            require_finite_mapped(key, array)
         read = {name: self._merged(key, stored[key]) for name, key in keys.items()}
         return read if head is None else read | {HEAD: self._packed_head()}
 

@@ -12,7 +12,7 @@ import numpy as np
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.files import REDOWNLOAD
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo, damage_errors
-from gemma_awq_cli.system.arrays import DTYPES, Array, as_array, as_tensor
+from gemma_awq_cli.system.arrays import DTYPES, Array, address, as_array, as_tensor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -65,6 +65,24 @@ def _array(memory: mmap.mmap, info: TensorInfo) -> Array:
     return array.view(dtype).reshape(info.shape)
 
 
+def release(array: Array) -> None:
+    """Let the system take back the memory of a mapped array that was read; it is read again from the file if need be.
+
+    Only where arrays are never written to: what was written would be lost.
+    """
+    owner: Any = array
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, memoryview):
+        owner = owner.obj
+    if not isinstance(owner, mmap.mmap) or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    start = address(array) - address(np.frombuffer(owner, np.uint8, 1))
+    first, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, (start + array.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE
+    if end > first:
+        owner.madvise(mmap.MADV_DONTNEED, first, end - first)
+
+
 def read_tensors(infos: Mapping[str, TensorInfo], names: Iterable[str]) -> "dict[str, Tensor]":
     """The same as torch's tensors."""
     return {name: as_tensor(array) for name, array in read_arrays(infos, names).items()}
@@ -103,6 +121,15 @@ def array_bytes(array: Array) -> memoryview:
 def require_finite(name: str, tensor: "Tensor") -> None:
     """An error if a weight holds NaN or infinity. A bound of activations may be infinite: it clips nothing then."""
     require_finite_array(name, as_array(tensor.contiguous()))
+
+
+def require_finite_mapped(name: str, array: Array) -> None:
+    """The same of an array that `read_arrays` has just mapped; little of it is left in memory."""
+    rows = max(1, PIECE_BYTES * len(array) // max(1, array.nbytes)) if array.ndim else 1
+    for first in range(0, len(array) if array.ndim else 1, rows):
+        piece = array[first : first + rows] if array.ndim else array
+        require_finite_array(name, piece)
+        release(piece)
 
 
 def require_finite_array(name: str, array: Array) -> None:

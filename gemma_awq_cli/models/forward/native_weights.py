@@ -23,6 +23,7 @@ from gemma_awq_cli.kernels.native.structures import (
     ModelSpec,
 )
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.weight_files import release
 from gemma_awq_cli.models.forward.decoder_weights import (
     JOINED,
     LayerReader,
@@ -176,7 +177,7 @@ def read_native_text(library: Library, checkpoint: Checkpoint, arch: Architectur
     if group is None:
         head_linear = native.dense([exact_head])
     else:
-        head_linear = native.quantized(library, exact_head, head_kind, group, arena)
+        head_linear = native.quantized(library, exact_head, head_kind, group, arena, release)
     dense = None
     if group_size is None:
         import torch

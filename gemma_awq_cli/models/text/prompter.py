@@ -4,7 +4,7 @@ The ids fit the model: none of them is beyond its embedding.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.text import tool_calls
 from gemma_awq_cli.models.text.template_worker import PromptError, TemplateWorker
 from gemma_awq_cli.models.text.tokenizer import COPY, load_tokenizer
+from gemma_awq_cli.system.background import begin
 
 __all__ = ["Message", "PromptError", "Prompter", "begin_loading", "located"]
 
@@ -149,7 +150,4 @@ def begin_loading(folder: Path, one_text: bool = False) -> Future[Prompter]:
             prompter.prepare()
         return prompter
 
-    loader = ThreadPoolExecutor(1)
-    prompter = loader.submit(load)
-    loader.shutdown(wait=False)
-    return prompter
+    return begin(load)
