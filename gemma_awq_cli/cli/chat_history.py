@@ -4,7 +4,6 @@ import json
 import os
 import stat
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 
 import platformdirs
@@ -12,6 +11,7 @@ import platformdirs
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.failures import reason_of
 from gemma_awq_cli.system.json_input import parse_json
+from gemma_awq_cli.system.saving import write_whole
 
 HISTORY_BYTES = 1 << 20  # of the file; when it has more, the older half goes
 MESSAGE_BYTES = 1 << 16  # a longer message is not remembered
@@ -73,15 +73,7 @@ class ChatHistory:
             if size > HISTORY_BYTES // 2:
                 break
             kept.insert(0, line)
-        target = Path(os.path.realpath(self._path))
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            with open(partial, "xb", opener=_opened) as file:
-                file.write(b"\n".join(kept))
-            partial.replace(target)
-        finally:
-            with suppress(OSError):
-                partial.unlink()
+        write_whole(self._path, b"\n".join(kept), 0o600)
         return kept
 
     def _give_up(self, error: OSError) -> None:

@@ -37,6 +37,7 @@ gemma-awq run -m google/gemma-3-1b-it --temperature 0.8 --seed 1 "Write a haiku.
 gemma-awq run --input prompts.txt --output answers.jsonl
 """
 ANOTHER_OUTPUT = "give another --output"
+ANOTHER_FILE = "give another file"
 MODEL, SAMPLING, STRUCTURE, FILES, MEMORY, WITH_VLLM, OUTPUT = (
     "Model", "Sampling", "Structured answers", "Chat and batch", "Memory and speed", "vLLM", "Output",
 )  # fmt: skip
@@ -224,6 +225,22 @@ def command(
         bool,
         typer.Option("--resume", help="Skip the prompts of --input that --output has already.", rich_help_panel=FILES),
     ] = False,
+    load_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Begin with what FILE of --save-cache has read: what the prompt begins with need not be read again.",
+            metavar="FILE",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
+    save_cache: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write what the model makes of the prompt to FILE, for prompts that begin with the same text.",
+            metavar="FILE",
+            rich_help_panel=FILES,
+        ),
+    ] = None,
     history: Annotated[
         bool,
         typer.Option(
@@ -329,6 +346,11 @@ def command(
         raise UsageError("--tools cannot be used with --engine vllm.", "Leave --engine out.")
     if tools is not None and form is not None:
         raise UsageError("--tools cannot be combined with a schema or a grammar.", "Leave one of them out.")
+    if load_cache is not None or save_cache is not None:
+        _require_cacheable(files is None and not chatting, engine)
+    if save_cache is not None:
+        save_cache = local_path(save_cache, ANOTHER_FILE)
+        require_file_place(save_cache, ANOTHER_FILE)
     text = "" if chatting or files else read_prompt(prompt)
     sampling = Sampling(temperature, top_k, top_p, seed, min_p, repetition_penalty, presence_penalty, frequency_penalty)
     limit = max_new_tokens or (NEW_TOKENS_THINKING if think else NEW_TOKENS_CHAT if chatting else NEW_TOKENS)
@@ -342,6 +364,8 @@ def command(
         raw,
         think,
         () if tools is None else read_tools(tools),
+        None if load_cache is None else local_path(load_cache, ANOTHER_FILE),
+        save_cache,
     )
     stages.end("command line")
 
@@ -391,6 +415,14 @@ def _require_consistent(
         raise UsageError("A prompt and --input exclude each other.", "Leave one of them out.")
     if verbose and engine is EngineName.vllm:
         raise UsageError("--verbose cannot be used with --engine vllm.", "Leave it out.")
+
+
+def _require_cacheable(single: bool, engine: EngineName) -> None:
+    """Raise UsageError for a saved prompt that nothing could be done with."""
+    if not single:
+        raise UsageError("--load-cache and --save-cache are for a single prompt.", "Give a prompt.")
+    if engine is EngineName.vllm:
+        raise UsageError("--load-cache and --save-cache cannot be used with --engine vllm.", "Leave --engine out.")
 
 
 def _require_shown(logprobs: int | None, has_place: bool, engine: EngineName) -> None:

@@ -17,7 +17,7 @@ from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler, largest, logsumexp
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
-from gemma_awq_cli.models.forward.kv_cache import Mark
+from gemma_awq_cli.models.forward.kv_cache import Mark, SavedRow
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.forward.session import Logits, Session
@@ -153,12 +153,52 @@ class LocalEngine(Engine):
         begin_draft: BeginDraft = exact_lookup,
     ) -> None:
         super().__init__(opened.prompter, context_of(opened.checkpoint), end_tokens(opened.checkpoint, opened.prompter))
-        self._opened = opened
+        self.opened = opened
         self._batch_size = batch_size
         self._keep = keep
         self._begin_draft = begin_draft
         self._live: LiveRow | None = None
+        self._keeps_prompt = False
+        self.read_prompt: SavedRow | None = None
         self._grammars = GrammarCompiler(opened.prompter.tokenizer, opened.checkpoint.vocabulary, self.ends)
+
+    def keep_prompt(self) -> None:
+        """Leave the state after the next row's prompt in `read_prompt`. Raises GemmaAwqError if there is no such state.
+
+        The row must be the only one of its call.
+        """
+        self._require_states()
+        self._keep = self._keeps_prompt = True
+
+    def go_on_from(self, ids: Sequence[int], saved: SavedRow, read: Sequence[int], new_tokens: int) -> int:
+        """Let the next row, which must be the only one, begin with a saved state; return how many tokens it spares.
+
+        ids: the row's prompt; saved: a state of unknown origin; read: the tokens that made it; new_tokens: the row's
+        limit. Raises GemmaAwqError if the state is not one of this model's.
+        """
+        self._require_states()
+        common = 0
+        for one, other in zip(ids[:-1], read, strict=False):
+            if one != other:
+                break
+            common += 1
+        capacity = min(self.context, max(2 * (max(len(ids), saved.length) + new_tokens), KEPT_TOKENS))
+        session = self.opened.session(1, capacity)
+        assert isinstance(session, CachedSession)
+        if not session.fits(saved):
+            raise GemmaAwqError("The saved prompt does not fit this model.", "Save it again with this model.")
+        session.load_row(0, saved, saved.length)
+        if common < saved.length:
+            common = session.shorten_row(0, common)
+        if common:
+            self._keep, self._live = True, LiveRow(session, capacity, list(ids[:common]))
+        return common
+
+    def _require_states(self) -> None:
+        if self.opened.forward.text is None:
+            raise GemmaAwqError(
+                "This model runs in transformers' modules, whose states are not saved.", "Leave the cache out."
+            )
 
     def _steps(
         self, rows: Sequence[Row], options: GenerationOptions, on_done: Callable[[Row], None]
@@ -194,7 +234,7 @@ class LocalEngine(Engine):
         on_done: Callable[[Row], None],
     ) -> Generator[None, None, None]:
         """Run rows in the `count` slots of a new session; takes those that fit out of `waiting` until none is left."""
-        session = self._opened.session(count, capacity)
+        session = self.opened.session(count, capacity)
         slots: list[Slot | None] = [None] * count
         fresh = True
         while True:
@@ -221,11 +261,13 @@ class LocalEngine(Engine):
         live, self._live = self._live, None
         if live is None or not live.continue_with(row):
             capacity = min(self.context, max(2 * needed_room(row), KEPT_TOKENS))  # room for the next turns
-            live = LiveRow(self._opened.session(1, capacity), capacity, [])
+            live = LiveRow(self.opened.session(1, capacity), capacity, [])
         slot = begin(row, row.ids[len(live.read) :])
         while not row.done:
             (read,) = _read_next(live.session, [slot])
             live.read += read
+            if self._keeps_prompt and isinstance(live.session, CachedSession):
+                self._keeps_prompt, self.read_prompt = False, live.session.save_row(0)
             yield
         self._live = live
         on_done(row)

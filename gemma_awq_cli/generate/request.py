@@ -76,7 +76,8 @@ class RunRequest:
     model: a folder, a hub id or `demo`. revision: branch, tag or commit of a hub id. generation: its sampling is what
     the user asked for; the model's generation_config completes it. system: a system message for an instruct model. raw:
     leave out the chat template. think: whether the model is to think before it answers; None for its template's own
-    default. tools: that the model may call.
+    default. tools: that the model may call. load_cache, save_cache: for a single prompt, files of `prompt_cache.py` to
+    begin with and to leave behind.
     """
 
     model: str
@@ -87,6 +88,8 @@ class RunRequest:
     raw: bool = False
     think: bool | None = None
     tools: tuple[Tool, ...] = ()
+    load_cache: Path | None = None
+    save_cache: Path | None = None
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The verb `run`, a function for each of its three modes: one prompt, a chat, a file of prompts."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from gemma_awq_cli.events import Note
 from gemma_awq_cli.generate.batch import (
     Batch,
     complete_batch,
@@ -24,7 +26,7 @@ from gemma_awq_cli.generate.events import (
     StageEnded,
 )
 from gemma_awq_cli.generate.finding import FoundModel
-from gemma_awq_cli.generate.generation import Completion, GenerationOptions
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
 from gemma_awq_cli.generate.opening import choose_sampling, open_engine, read_checkpoint
 from gemma_awq_cli.generate.prompt_file import read_prompts
 from gemma_awq_cli.generate.prompting import Prompt, prompt_ids
@@ -91,10 +93,35 @@ def run_prompt(
     if request.tools:
         options = replace(options, tools=engine.prompter.tool_format)
     on_event(StageEnded("waiting for the tokenizer"))
-    (completion,) = engine.complete(
-        [ids], options, lambda _, piece: on_text(piece), on_thought=lambda _, piece: on_thought(piece)
-    )
+    with _prompt_files(request, checkpoint, engine, ids, options.max_new_tokens, on_event):
+        (completion,) = engine.complete(
+            [ids], options, lambda _, piece: on_text(piece), on_thought=lambda _, piece: on_thought(piece)
+        )
     return PromptResult(completion, options.sampling, completion.logprob_documents(engine.prompter.tokenizer))
+
+
+@contextmanager
+def _prompt_files(
+    request: RunRequest, checkpoint: Checkpoint, engine: Engine, ids: list[int], new_tokens: int, on_event: OnEvent
+) -> Iterator[None]:
+    """Begin with the state in `request.load_cache`, and leave that after the prompt in `request.save_cache`."""
+    if request.load_cache is None and request.save_cache is None:
+        yield
+        return
+    from gemma_awq_cli.generate.local_engine import LocalEngine
+    from gemma_awq_cli.generate.prompt_cache import ReadPrompt, read_prompt_cache, settings_of, write_prompt_cache
+
+    assert isinstance(engine, LocalEngine)
+    settings = settings_of(checkpoint, engine.opened)
+    if request.load_cache is not None:
+        read = read_prompt_cache(request.load_cache, settings, checkpoint.vocabulary)
+        spared = engine.go_on_from(ids, read.row, read.ids, new_tokens)
+        on_event(Note(f"{spared} of the prompt's {len(ids)} tokens have been read before ({request.load_cache})."))
+    if request.save_cache is not None:
+        engine.keep_prompt()
+    yield
+    if request.save_cache is not None and engine.read_prompt is not None:
+        write_prompt_cache(request.save_cache, ReadPrompt(ids, engine.read_prompt), settings)
 
 
 def open_chat(request: RunRequest, found: FoundModel, on_event: OnEvent) -> Chat:

@@ -128,13 +128,14 @@ def _standard_streams() -> Iterator[os.stat_result]:
             yield os.fstat(number)
 
 
-def write_whole(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes, mode: int = 0o666) -> None:
     """Write a file whole or not at all: an earlier file stays until the new one is on the disk.
 
-    A link stays a link, and its target is replaced; a file keeps its mode. Raises OSError.
+    A link stays a link, and its target is replaced; a file keeps its mode, and a new one gets `mode` as far as the
+    process's mask allows: at no time can others read what they may not. Raises OSError.
     """
     path = Path(os.path.realpath(path))
-    with _beside(path, content) as partial:
+    with _beside(path, content, mode) as partial:
         with suppress(FileNotFoundError):
             partial.chmod(stat.S_IMODE(path.stat().st_mode))
         with finishing():
@@ -157,13 +158,14 @@ def write_new(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def _beside(path: Path, content: bytes) -> Iterator[Path]:
+def _beside(path: Path, content: bytes, mode: int = 0o666) -> Iterator[Path]:
     """Write a file with `content` to the same folder, under a free name, and remove what is left of it afterwards."""
     # short enough for a file name, and different in every process
     partial = path.with_name(f".{path.name[:32]}.{os.getpid()}.{os.urandom(4).hex()}.partial")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
     try:
         with errors_about(path):
-            with partial.open("xb") as file:
+            with open(os.open(partial, flags, mode), "wb") as file:
                 file.write(content)
                 file.flush()
                 os.fsync(file.fileno())

@@ -174,12 +174,23 @@ def merge_headers(weights: WeightFiles, read: Callable[[Path], dict[str, TensorI
 
 def read_file_header(file: Path) -> dict[str, TensorInfo]:
     """Every tensor of one file by its name."""
+    header, first = _local_header(file)
+    return {name: _local_info(file, name, entry, first) for name, entry in header.items() if name != METADATA}
+
+
+def read_file_metadata(file: Path) -> dict[str, str]:
+    """What one file says of itself: texts by their names."""
+    stated = _local_header(file)[0].get(METADATA, {})
+    return {name: value for name, value in stated.items() if isinstance(value, str)}
+
+
+def _local_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a file that the library finds sound, and where its data begin."""
     with damage_errors(file):
         with safe_open(file, "numpy"):
             pass  # the library has checked that the tensors fill the file and that none of them overlap
         with file.open("rb") as stream:
-            header, first = read_header(file.name, file.stat().st_size, partial(_read_at, stream), FIRST_BYTES)
-    return {name: _local_info(file, name, entry, first) for name, entry in header.items() if name != METADATA}
+            return read_header(file.name, file.stat().st_size, partial(_read_at, stream), FIRST_BYTES)
 
 
 def _read_at(stream: BinaryIO, start: int, count: int) -> bytes:

@@ -59,6 +59,10 @@ class CachedSession(ABC):
         """A copy of what a row has read, to go on from in this session later."""
         return self._cache.save(row)
 
+    def fits(self, saved: SavedRow) -> bool:
+        """See `KVCache.fits`."""
+        return self._cache.fits(saved)
+
     def load_row(self, row: int, saved: SavedRow, length: int) -> None:
         """Go on in a row from the first `length` tokens of a saved one, which must hold them."""
         self._cache.load(row, saved, length)

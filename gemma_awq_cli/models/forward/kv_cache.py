@@ -118,6 +118,13 @@ class KVCache:
         layers = tuple(layer[row, :, : min(length, layer.shape[2])].copy() for layer in self._own)
         return SavedRow(layers, length, self._reached(row), min(layer.shape[2] for layer in self._own))
 
+    def fits(self, saved: SavedRow) -> bool:
+        """Whether a saved row of unknown origin has the shapes and dtypes of this cache's rows."""
+        shapes = [(layer.shape[1], min(saved.length, layer.shape[2]), layer.shape[3]) for layer in self._own]
+        return saved.length <= self.capacity and [(layer.shape, layer.dtype) for layer in saved.layers] == [
+            (shape, layer.dtype) for shape, layer in zip(shapes, self._own, strict=True)
+        ]
+
     def load(self, row: int, saved: SavedRow, length: int) -> None:
         """Bring one row to the state after the first `length` tokens of a saved one. `saved` must hold it."""
         assert saved.holds(length)
