@@ -17,7 +17,8 @@ from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.forward.session import Logits
 
 COLDEST = 1e-30  # a lower temperature would turn float32 logits into infinities
-FIRST_CANDIDATES = 1024  # a nucleus nearly always lies within this many tokens; if it does not, all are sorted
+# A nucleus nearly always lies within so many tokens, or else within so many; if it does not, all are sorted.
+FIRST_CANDIDATES, MORE_CANDIDATES = 1024, 16384
 _LEAST = float(np.finfo(np.float32).tiny)  # of a nucleus: the likeliest token is always in it
 FOLDS = 64  # into which a vocabulary is folded to find a bound of its largest scores
 
@@ -92,6 +93,8 @@ def largest(scores: Logits, count: int) -> tuple[Logits, Tokens]:
         # `count` columns have a maximum of this or more, so that none of the largest scores is below it
         least = np.partition(scores[: FOLDS * columns].reshape(FOLDS, columns).max(0), -count)[-count]
         likely = np.flatnonzero(scores >= least)
+    elif 0 < count < len(scores):
+        likely = np.flatnonzero(scores >= np.partition(scores, -count)[-count])
     found = scores if likely is None else scores[likely]
     places = np.argsort(-found, kind="stable")[:count]
     return found[places], places if likely is None else likely[places]
@@ -134,13 +137,13 @@ def distribution(logits: Logits, sampling: Sampling) -> tuple[Logits, Tokens | N
     elif top_p is not None or sampling.min_p:
         scores = tempered(logits, sampling)
         total = logsumexp(scores)
-        found, tokens = largest(scores, FIRST_CANDIDATES)
-        weights = np.exp(found - total)
-        # weight that the first candidates do not have may lie anywhere in the rest of the vocabulary
-        covered = weights.sum() >= top_p if top_p is not None else weights[-1] < (sampling.min_p or 0) * weights[0]
-        if not covered:
-            found, tokens = largest(scores, len(scores))
+        for count in (FIRST_CANDIDATES, MORE_CANDIDATES, len(scores)):
+            found, tokens = largest(scores, count)
             weights = np.exp(found - total)
+            # weight that these candidates do not have may lie anywhere in the rest of the vocabulary
+            covered = weights.sum() >= top_p if top_p is not None else weights[-1] < (sampling.min_p or 0) * weights[0]
+            if covered:
+                break
     else:
         return softmax(tempered(logits, sampling)), None
     if top_p is not None:  # a token stays if the likelier ones together do not reach top_p
