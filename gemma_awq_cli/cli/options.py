@@ -67,6 +67,11 @@ class ExportFormat(StrEnum):
     fp16 = "fp16"
 
 
+class KvCache(StrEnum):
+    bits16 = "16bit"
+    int8 = "int8"
+
+
 class GgufHead(StrEnum):
     q8_0 = "q8_0"
     q6_k = "q6_k"
@@ -91,6 +96,14 @@ HeadOption = Annotated[
     Head | None,
     typer.Option(
         help="Bits of the head's copy in memory.  [default: int4 for an artifact, 16bit for other models]",
+        rich_help_panel=SPEED,
+    ),
+]
+KvCacheOption = Annotated[
+    KvCache | None,
+    typer.Option(
+        help="Bits of the keys and values of tokens that were read; int8 holds nearly twice as many tokens in the same "
+        "memory (artifacts on compiled CPU kernels).  [default: 16bit]",
         rich_help_panel=SPEED,
     ),
 ]

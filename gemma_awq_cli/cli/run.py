@@ -16,6 +16,7 @@ from gemma_awq_cli.cli.options import (
     EngineName,
     HeadOption,
     JsonOption,
+    KvCacheOption,
     Quantization,
     QuietOption,
     RevisionOption,
@@ -269,6 +270,7 @@ def command(
         ),
     ] = None,
     head: HeadOption = None,
+    kv_cache: KvCacheOption = None,
     threads: ThreadsOption = None,
     draft: Annotated[
         str | None,
@@ -329,6 +331,7 @@ def command(
         pipeline_parallel,
         threads,
         draft,
+        kv_cache and kv_cache.value,
     )
     opening.require_consistent()
     form = read_grammar(json_schema, grammar, think or False)

@@ -14,6 +14,7 @@ from gemma_awq_cli.cli.options import (
     DeviceOption,
     EngineName,
     HeadOption,
+    KvCacheOption,
     QuietOption,
     RevisionOption,
     ThreadsOption,
@@ -129,6 +130,7 @@ def command(
         ),
     ] = None,
     head: HeadOption = None,
+    kv_cache: KvCacheOption = None,
     engine: Annotated[
         EngineName,
         typer.Option(help="Server to run: this tool's own, or vLLM's.", rich_help_panel=WITH_VLLM),
@@ -152,7 +154,7 @@ def command(
     out = Output(quiet)
     options = EngineOptions(
         device, dtype and dtype.value, None, None, head and head.value, engine.value, tensor_parallel,
-        pipeline_parallel, threads,
+        pipeline_parallel, threads, None, kv_cache and kv_cache.value,
     )  # fmt: skip
     options.require_consistent()
     keys, memory, origins = _keys(api_key_file), _bytes(max_memory), tuple(cors_origin or ())

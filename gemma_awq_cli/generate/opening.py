@@ -13,6 +13,7 @@ from gemma_awq_cli.generate.request import VLLM, EngineOptions
 from gemma_awq_cli.generate.sampling import Sampling, resolve
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.devices import device_name, other_devices
+from gemma_awq_cli.models.forward.kv_kinds import KV_16BIT
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.memory import memory_errors
 from gemma_awq_cli.models.forward.precision import SMALLER, Precision
@@ -80,7 +81,9 @@ def open_local(checkpoint: Checkpoint, found: FoundModel, options: EngineOptions
         )
     precision = Precision(options.dtype, options.quantization, options.attention)
     others = other_devices(options.device, device)
-    opened = open_model(found.folder, device, precision, others, options.head, found.prompter)
+    opened = open_model(
+        found.folder, device, precision, others, options.head, found.prompter, kv_cache=options.kv_cache or KV_16BIT
+    )
     if options.head is not None and options.head != opened.forward.head:
         reason = opened.forward.head_reason
         on_event(Warned(f"--head {options.head} has no effect: the head stays in 16 bits, because {reason}."))

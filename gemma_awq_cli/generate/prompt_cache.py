@@ -16,6 +16,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.headers import TensorInfo, read_file_header, read_file_metadata
 from gemma_awq_cli.models.checkpoints.weight_files import read_arrays, require_finite_array
 from gemma_awq_cli.models.forward.kv_cache import SavedRow
+from gemma_awq_cli.models.forward.kv_kinds import KV_INT8
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.system.arrays import BFLOAT16, Array
@@ -28,7 +29,12 @@ _IDS = "ids"
 _COUNTS = ("length", "reached", "shortest")
 _MOST = 2**31 - 1
 # What must be the same when the file is used -> what it is called when it is not.
-_SETTINGS = {"model": "another model", "forward": "another way to compute", "dtype": "another data type"}
+_SETTINGS = {
+    "model": "another model",
+    "forward": "another way to compute",
+    "dtype": "another data type",
+    "kv_cache": "another --kv-cache",
+}
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class ReadPrompt:
 def settings_of(checkpoint: Checkpoint, opened: OpenModel) -> dict[str, str]:
     """What a state depends on, beside the tokens."""
     forward = "compiled" if isinstance(opened.forward.text, NativeText) else "torch"
-    return {"model": checkpoint.identity(), "forward": forward, "dtype": opened.dtype_name}
+    return {"model": checkpoint.identity(), "forward": forward, "dtype": opened.dtype_name, "kv_cache": opened.kv_cache}
 
 
 def write_prompt_cache(path: Path, read: ReadPrompt, settings: Mapping[str, str]) -> None:
@@ -73,7 +79,8 @@ def _checked(path: Path, settings: Mapping[str, str], vocabulary: int) -> ReadPr
             raise GemmaAwqError(f"{path} was made with {what}.")
     length, reached, shortest = (_count(path, stated.get(name)) for name in _COUNTS)
     names = [_layer(index) for index in range(len(infos) - 1)]
-    kind = "U16" if settings["dtype"] == "bfloat16" else {"float32": "F32", "float16": "F16"}[settings["dtype"]]
+    kinds = {"bfloat16": "U16", "float32": "F32", "float16": "F16"}
+    kind = "U8" if settings["kv_cache"] == KV_INT8 else kinds[settings["dtype"]]
     sound = (
         infos.keys() == {_IDS, *names}
         and (infos[_IDS].stored, infos[_IDS].shape) == ("I32", (length,))

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.generate.generation import GenerationOptions
+from gemma_awq_cli.models.forward.kv_kinds import KV_CACHES
 from gemma_awq_cli.models.text.prompter import Tool
 from gemma_awq_cli.system.devices import require_device_name
 
@@ -16,9 +17,10 @@ CHOICES = {
     "quantization": ("int8", "nf4"),
     "attention": ("sdpa", "eager", "flash_attention_2"),
     "head": ("16bit", "int8", "int4"),
+    "kv_cache": KV_CACHES,
     "engine": (LOCAL, VLLM),
 }
-_OPTION_NAMES = {"attention": "attn"}  # on the command line, where it differs
+_OPTION_NAMES = {"attention": "attn", "kv_cache": "kv-cache"}  # on the command line, where it differs
 
 
 @dataclass(frozen=True)
@@ -29,7 +31,8 @@ class EngineOptions:
     lets the device and the model decide. head: how the head is held in memory; None for int4 in an artifact and 16 bits
     in a 16-bit checkpoint. engine: `local` or `vllm`; only vLLM takes tensor_parallel and pipeline_parallel. threads:
     of the CPU; None for one per core. draft: what guesses tokens ahead, which changes no text: `lookup`, for the text
-    so far; a model of the same tokenizer; or `none`. None: `lookup` where it is exact to the last bit.
+    so far; a model of the same tokenizer; or `none`. None: `lookup` where it is exact to the last bit. kv_cache: how
+    keys and values are held; None for 16 bits.
     """
 
     device: str = "auto"
@@ -42,6 +45,7 @@ class EngineOptions:
     pipeline_parallel: int = 1
     threads: int | None = None
     draft: str | None = None
+    kv_cache: str | None = None
 
     def require_consistent(self) -> None:
         """Raise UsageError for an unknown value and for options that exclude each other."""
@@ -55,7 +59,7 @@ class EngineOptions:
         if self.engine == VLLM:
             given = [
                 name
-                for name in ("quantization", "attention", "head", "threads", "draft")
+                for name in ("quantization", "attention", "head", "threads", "draft", "kv_cache")
                 if getattr(self, name) is not None
             ]
             given += [] if self.device == "auto" else ["device"]

@@ -1,23 +1,24 @@
 // Attention of new tokens over the cached keys of their row (a ring of slots) and over the new tokens themselves.
 #pragma once
 
-#include "vec.h"
+#include "held.h"
 
 #include <algorithm>
 
 constexpr int MAX_QUERIES = 8;     // per tile
 constexpr int MAX_HEAD_DIM = 512;  // for which a tile has room
 
-// Keys and values of one head at equal distances in memory, in bf16.
+// Keys and values of one head at equal distances in memory, as held.h has them.
 struct Run {
-    const uint16_t* k;
-    const uint16_t* v;
-    int64_t stride;  // in elements
+    const uint8_t* k;
+    const uint8_t* v;
+    int64_t stride;  // in bytes
     int64_t count;
 };
 
 // Scores [Q, keys] of Q queries [Q, D] float32 against the keys of the runs.
-template <int Q> static void score(const float* q, int64_t d, const Run* runs, int nruns, float* scores, int64_t keys) {
+template <int Q, int KIND>
+static void score(const float* q, int64_t d, const Run* runs, int nruns, float* scores, int64_t keys) {
     constexpr int TOGETHER = Q <= 4 ? 4 : 2;
     int64_t at = 0;
     for (int n = 0; n < nruns; n++) {
@@ -25,14 +26,14 @@ template <int Q> static void score(const float* q, int64_t d, const Run* runs, i
         for (int64_t j = 0; j < run.count; j += TOGETHER) {
             const int many = (int)std::min<int64_t>(TOGETHER, run.count - j);
             Floats acc[Q][TOGETHER];
-            const uint16_t* k[TOGETHER];
+            const uint8_t* k[TOGETHER];
             for (int t = 0; t < TOGETHER; t++) {
                 k[t] = run.k + (j + std::min(t, many - 1)) * run.stride;
                 for (int i = 0; i < Q; i++) acc[i][t] = splat(0.0f);
             }
             for (int64_t c = 0; c < d; c += LANES)
                 for (int t = 0; t < TOGETHER; t++) {
-                    const Floats key = load_bf16(k[t] + c);
+                    const Floats key = load_held<KIND>(k[t], c, d);
                     for (int i = 0; i < Q; i++) acc[i][t] = fma(load(q + i * d + c), key, acc[i][t]);
                 }
             float sums[Q * TOGETHER];
@@ -46,7 +47,7 @@ template <int Q> static void score(const float* q, int64_t d, const Run* runs, i
 }
 
 // Weights [Q, keys] times the values of the runs: out[i] points to the result [D] of query i.
-template <int Q>
+template <int Q, int KIND>
 static void mix(const float* weights, int64_t keys, const Run* runs, int nruns, int64_t d, float* const* out) {
     constexpr int WIDTH = Q <= 4 ? 4 : 2;
     for (int64_t c = 0; c < d; c += LANES * WIDTH) {
@@ -57,15 +58,15 @@ static void mix(const float* weights, int64_t keys, const Run* runs, int nruns, 
         int64_t at = 0;
         for (int n = 0; n < nruns; n++)
             for (int64_t j = 0; j < runs[n].count; j++, at++) {
-                const uint16_t* v = runs[n].v + j * runs[n].stride + c;
+                const uint8_t* v = runs[n].v + j * runs[n].stride;
                 if (at_most == WIDTH) {
                     for (int w = 0; w < WIDTH; w++) {
-                        const Floats value = load_bf16(v + LANES * w);
+                        const Floats value = load_held<KIND>(v, c + LANES * w, d);
                         for (int i = 0; i < Q; i++) acc[i][w] = fma(value, splat(weights[i * keys + at]), acc[i][w]);
                     }
                 } else {
                     for (int w = 0; w < at_most; w++) {
-                        const Floats value = load_bf16(v + LANES * w);
+                        const Floats value = load_held<KIND>(v, c + LANES * w, d);
                         for (int i = 0; i < Q; i++) acc[i][w] = fma(value, splat(weights[i * keys + at]), acc[i][w]);
                     }
                 }

@@ -1,5 +1,6 @@
 // The forward of a language model over a flat batch of tokens, in one call. Arithmetic between the linears is float32;
-// keys and values are kept in bf16. models/forward/torch_decoder.py is the same forward in torch, and its oracle.
+// keys and values are kept in bf16 or in 8 bits. models/forward/torch_decoder.py is the same forward in torch, and its
+// oracle.
 
 #include "altup.h"
 #include "attention.h"
@@ -35,7 +36,7 @@ struct Queries {
 struct Buffers {
     std::vector<float> x, normed, mixed, qkv, attended, gate_up, act, scale, total, cosine, sine;
     std::vector<int8_t> q;
-    std::vector<std::vector<uint16_t>> k, v;  // of new tokens, by LayerSpec.kv_buffer
+    std::vector<std::vector<uint8_t>> k, v;  // of new tokens, by LayerSpec.kv_buffer
     std::vector<int64_t> position_of;
     std::vector<int32_t> ids;
     std::vector<Queries> queries;
@@ -114,8 +115,8 @@ class Forward {
         at_least(b.k, m.kv_buffers);
         at_least(b.v, m.kv_buffers);
         for (int64_t i = 0; i < m.kv_buffers; i++) {
-            at_least(b.k[i], tokens * most.kv);
-            at_least(b.v[i], tokens * most.kv);
+            at_least(b.k[i], 2 * tokens * most.kv);
+            at_least(b.v[i], 2 * tokens * most.kv);
         }
         at_least(b.cosine, tokens * most.half_head);
         at_least(b.sine, tokens * most.half_head);
@@ -303,9 +304,8 @@ class Forward {
                     for (int64_t i = 0; i < d; i++) x[i] *= l.query_scale;
             }
             if (l.reads_kv) return;
-            const int64_t kv_size = l.kv_heads * d;
-            for (int64_t i = 0; i < kv_size; i += LANES)
-                store_bf16(&b.k[l.kv_buffer][t * kv_size + i], load(row + q_size + i));
+            for (int64_t n = 0; n < l.kv_heads; n++)
+                store_held(cache.kind, held(b.k, l, t, n), row + q_size + n * d, d);
         });
         attend(l, index);
         const Activations attended = activations(b.attended.data(), tokens, q_size);
@@ -330,16 +330,20 @@ class Forward {
     void keep_values(const LayerSpec& l, const float* row, int64_t t) {
         const int64_t d = l.head_dim, kv_size = l.kv_heads * d;
         const float* values = row + l.heads * d + (l.keys_are_values ? 0 : kv_size);
-        uint16_t* to = &b.v[l.kv_buffer][t * kv_size];
         float normed[MAX_HEAD_DIM];
-        for (int64_t n = 0; n < l.kv_heads; n++, values += d, to += d) {
+        for (int64_t n = 0; n < l.kv_heads; n++, values += d) {
             const float* head = values;
             if (l.value_norm) {
                 rms_norm(values, nullptr, d, m.eps, normed);
                 head = normed;
             }
-            for (int64_t i = 0; i < d; i += LANES) store_bf16(to + i, load(head + i));
+            store_held(cache.kind, held(b.v, l, t, n), head, d);
         }
+    }
+
+    // The key or the value of one of the new tokens.
+    uint8_t* held(std::vector<std::vector<uint8_t>>& buffers, const LayerSpec& l, int64_t t, int64_t kv_head) const {
+        return &buffers[l.kv_buffer][(t * l.kv_heads + kv_head) * held_bytes(cache.kind, l.head_dim)];
     }
 
     void mlp(const LayerSpec& l) {
@@ -499,25 +503,28 @@ class Forward {
         }
         at_least(b.scores, pool.threads());
         for (auto& s : b.scores) at_least(s, MAX_QUERIES * most_keys);
-        pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) { tile(tiles[i], l, index, b.scores[thread].data()); });
+        pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) {
+            if (cache.kind == INT8) tile<INT8>(tiles[i], l, index, b.scores[thread].data());
+            else tile<BF16>(tiles[i], l, index, b.scores[thread].data());
+        });
         // Only now: the first tokens of this batch may have seen what the ring overwrites.
         if (!l.kv_buffer) write_cache(l, index);
     }
 
     // Writes keys and values of the new tokens into the layer's cache.
     void write_cache(const LayerSpec& l, int64_t index) {
-        const int64_t slots = cache.slots[index], d = l.head_dim;
+        const int64_t slots = cache.slots[index], bytes = held_bytes(cache.kind, l.head_dim);
         for (int64_t p = 0; p < nchunks; p++)
             for (int64_t i = std::max<int64_t>(0, chunks[p].count - slots); i < chunks[p].count; i++)
                 for (int64_t kv = 0; kv < l.kv_heads; kv++) {
-                    const int64_t to = ((chunks[p].row * l.kv_heads + kv) * slots + (chunks[p].start + i) % slots) * d;
-                    const int64_t from = ((chunks[p].offset + i) * l.kv_heads + kv) * d;
-                    memcpy(cache.keys[index] + to, &b.k[l.kv_buffer][from], 2 * d);
-                    memcpy(cache.values[index] + to, &b.v[l.kv_buffer][from], 2 * d);
+                    const int64_t slot = (chunks[p].start + i) % slots, t = chunks[p].offset + i;
+                    const int64_t to = ((chunks[p].row * l.kv_heads + kv) * slots + slot) * bytes;
+                    memcpy(cache.keys[index] + to, held(b.k, l, t, kv), bytes);
+                    memcpy(cache.values[index] + to, held(b.v, l, t, kv), bytes);
                 }
     }
 
-    void tile(const Tile& t, const LayerSpec& l, int64_t index, float* scores) {
+    template <int KIND> void tile(const Tile& t, const LayerSpec& l, int64_t index, float* scores) {
         const ChunkSpec& chunk = chunks[t.chunk];
         const int64_t d = l.head_dim, slots = cache.slots[index], kv = t.head / (l.heads / l.kv_heads);
         const int64_t qkv_size = l.qkv.outputs;
@@ -527,16 +534,16 @@ class Forward {
         const int64_t low = std::max<int64_t>(0, first - std::min(first, window - 1));  // the oldest key seen by any
         Run runs[3];
         int nruns = 0;
-        const int64_t base = (chunk.row * l.kv_heads + kv) * slots * d;
+        const int64_t bytes = held_bytes(KIND, d), base = (chunk.row * l.kv_heads + kv) * slots * bytes;
         for (int64_t p = low; p < chunk.start;) {
             const int64_t count = std::min(chunk.start - p, slots - p % slots);
-            const int64_t at = base + p % slots * d;
-            runs[nruns++] = {cache.keys[index] + at, cache.values[index] + at, d, count};
+            const int64_t at = base + p % slots * bytes;
+            runs[nruns++] = {cache.keys[index] + at, cache.values[index] + at, bytes, count};
             p += count;
         }
         const int64_t from = std::max(low - chunk.start, (int64_t)0), fresh = asking.first + t.first + t.count - from;
-        const int64_t at = ((chunk.offset + from) * l.kv_heads + kv) * d;
-        runs[nruns++] = {&b.k[l.kv_buffer][at], &b.v[l.kv_buffer][at], l.kv_heads * d, fresh};
+        const int64_t oldest = chunk.offset + from;
+        runs[nruns++] = {held(b.k, l, oldest, kv), held(b.v, l, oldest, kv), l.kv_heads * bytes, fresh};
         const int64_t keys = std::max<int64_t>(0, chunk.start - low) + fresh;
         const int64_t queries = t.count * t.heads;
         float q[MAX_QUERIES * MAX_HEAD_DIM];
@@ -550,19 +557,19 @@ class Forward {
         for (int64_t i = 0; i < queries;) {
             const int64_t left = queries - i;
             const int many = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            if (many == 8) score<8>(q, d, runs, nruns, scores, keys);
-            else if (many == 4) score<4>(q + i * d, d, runs, nruns, scores, keys);
-            else if (many == 2) score<2>(q + i * d, d, runs, nruns, scores, keys);
-            else score<1>(q + i * d, d, runs, nruns, scores, keys);
+            if (many == 8) score<8, KIND>(q, d, runs, nruns, scores, keys);
+            else if (many == 4) score<4, KIND>(q + i * d, d, runs, nruns, scores, keys);
+            else if (many == 2) score<2, KIND>(q + i * d, d, runs, nruns, scores, keys);
+            else score<1, KIND>(q + i * d, d, runs, nruns, scores, keys);
             for (int n = 0; n < many; n++) {
                 const int64_t position = first + (i + n) / t.heads;
                 softmax(scores + n * keys, keys, std::max<int64_t>(0, position - std::min(position, window - 1) - low),
                         position + 1 - low, m.attention_softcap);
             }
-            if (many == 8) mix<8>(scores, keys, runs, nruns, d, out);
-            else if (many == 4) mix<4>(scores, keys, runs, nruns, d, out + i);
-            else if (many == 2) mix<2>(scores, keys, runs, nruns, d, out + i);
-            else mix<1>(scores, keys, runs, nruns, d, out + i);
+            if (many == 8) mix<8, KIND>(scores, keys, runs, nruns, d, out);
+            else if (many == 4) mix<4, KIND>(scores, keys, runs, nruns, d, out + i);
+            else if (many == 2) mix<2, KIND>(scores, keys, runs, nruns, d, out + i);
+            else mix<1, KIND>(scores, keys, runs, nruns, d, out + i);
             i += many;
         }
     }

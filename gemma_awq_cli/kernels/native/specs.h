@@ -89,9 +89,10 @@ struct ModelSpec {
 // The KV cache: for each layer a pointer to [R, kv_heads, slots, head_dim] bf16, the same for layers that
 // share it.
 struct CacheSpec {
-    uint16_t* const* keys;
-    uint16_t* const* values;
+    uint8_t* const* keys;
+    uint8_t* const* values;
     const int64_t* slots;
+    int32_t kind;  // BF16, or INT8: see held.h
 };
 
 // Tokens of one row, positions start .. start + count - 1; `offset` is where they begin in the flat batch.
@@ -199,6 +200,7 @@ inline std::string layout_text() {
     FIELD(CacheSpec, keys);
     FIELD(CacheSpec, values);
     FIELD(CacheSpec, slots);
+    FIELD(CacheSpec, kind);
     STRUCTURE(ChunkSpec);
     FIELD(ChunkSpec, row);
     FIELD(ChunkSpec, start);
@@ -213,6 +215,7 @@ inline std::string layout_text() {
     CONSTANT(MAX_PARTS);
     CONSTANT(MAX_HEAD_DIM);
     CONSTANT(MAX_STREAMS);
+    CONSTANT(HELD_GROUP);
 #undef STRUCTURE
 #undef FIELD
 #undef CONSTANT

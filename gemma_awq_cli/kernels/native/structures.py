@@ -17,6 +17,7 @@ PADDED = 128  # what the outputs of INT4_BY_INPUT are a multiple of
 MAX_PARTS = 3  # weights that a bf16 linear joins
 MAX_HEAD_DIM = 512
 MAX_STREAMS = 8  # of AltUp
+HELD_GROUP = 32  # numbers of a key or a value in 8 bits that share a scale
 
 
 class _Checked(ctypes.Structure):
@@ -133,9 +134,11 @@ class ModelSpec(_Checked):
 
 
 class CacheSpec(_Checked):
-    """A KV cache: a pointer per layer, and how many slots it has."""
+    """A KV cache: a pointer per layer, how many slots it has, and how they are held (BF16 or INT8)."""
 
-    _fields_ = [("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("slots", POINTER(c_int64))]
+    _fields_ = [
+        ("keys", POINTER(c_void_p)), ("values", POINTER(c_void_p)), ("slots", POINTER(c_int64)), ("kind", c_int32),
+    ]  # fmt: skip
 
 
 class ChunkSpec(_Checked):
@@ -156,7 +159,18 @@ ARGUMENTS = {
 }  # fmt: skip
 
 STRUCTURES = (LinearSpec, ExpertsSpec, AltUpSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)
-CONSTANTS = ("INT4", "INT8", "BF16", "INT4_BY_INPUT", "BLOCK", "PADDED", "MAX_PARTS", "MAX_HEAD_DIM", "MAX_STREAMS")
+CONSTANTS = (
+    "INT4",
+    "INT8",
+    "BF16",
+    "INT4_BY_INPUT",
+    "BLOCK",
+    "PADDED",
+    "MAX_PARTS",
+    "MAX_HEAD_DIM",
+    "MAX_STREAMS",
+    "HELD_GROUP",
+)
 
 
 def layout() -> dict[str, str]:

@@ -6,7 +6,7 @@ every position, so its ring never wraps around. A layer without keys and values 
 whose it reads.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,8 +150,17 @@ class KVCache:
             raise ValueError(f"a token outside the vocabulary of {vocabulary}")
 
 
-def make_cache(layouts: Sequence[LayerLayout], rows: int, capacity: int, dtype: np.dtype[Any]) -> KVCache:
-    """An empty cache of `rows` rows, each of at most `capacity` tokens."""
+def make_cache(
+    layouts: Sequence[LayerLayout],
+    rows: int,
+    capacity: int,
+    dtype: np.dtype[Any],
+    width: Callable[[int], int] = lambda head_dim: head_dim,
+) -> KVCache:
+    """An empty cache of `rows` rows, each of at most `capacity` tokens.
+
+    width: how many elements hold a key or a value of head_dim numbers; they take the place of head_dim in the arrays.
+    """
 
     def layers() -> tuple[Array, ...]:
         made: list[Array] = []
@@ -160,7 +169,7 @@ def make_cache(layouts: Sequence[LayerLayout], rows: int, capacity: int, dtype: 
                 made.append(made[layout.kv_source])
                 continue
             slots = min(layout.window + SPARE, capacity) if layout.window else capacity
-            made.append(np.zeros((rows, layout.kv_heads, slots, layout.head_dim), dtype))
+            made.append(np.zeros((rows, layout.kv_heads, slots, width(layout.head_dim)), dtype))
         return tuple(made)
 
     return KVCache(layers(), layers(), [0] * rows, [0] * rows, capacity)

@@ -13,6 +13,7 @@ from gemma_awq_cli.kernels.head_kinds import DEFAULT_HEAD, DENSE_HEAD
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.devices import CPU
 from gemma_awq_cli.models.forward.forward_choice import Forward, choose_forward
+from gemma_awq_cli.models.forward.kv_kinds import KV_16BIT, KV_INT8
 from gemma_awq_cli.models.forward.memory import memory_errors, require_memory
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
@@ -32,7 +33,8 @@ if TYPE_CHECKING:
 class OpenModel:
     """A model that is ready to run.
 
-    device_name, dtype_name: torch's; quantized: whether it is an artifact; build: makes `model`.
+    device_name, dtype_name: torch's; quantized: whether it is an artifact; build: makes `model`; kv_cache: one of
+    `KV_CACHES`, how sessions hold keys and values.
     """
 
     checkpoint: Checkpoint
@@ -42,6 +44,7 @@ class OpenModel:
     forward: Forward
     build: Callable[[], Any]
     loading: Future[Prompter]
+    kv_cache: str = KV_16BIT
 
     @property
     def device(self) -> "torch.device":
@@ -74,7 +77,7 @@ class OpenModel:
         """A new session of `rows` rows, each of at most `capacity` tokens."""
         text = self.forward.text
         if isinstance(text, NativeText):
-            return NativeSession(text, rows, capacity)
+            return NativeSession(text, rows, capacity, self.kv_cache)
         if text is not None:
             from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 
@@ -100,6 +103,7 @@ def open_model(
     head: str | None = None,
     loading: Future[Prompter] | None = None,
     adapter: "Adapter | None" = None,
+    kv_cache: str = KV_16BIT,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; they are never expanded to 16 bits as a whole.
 
@@ -130,10 +134,20 @@ def open_model(
     prompter = loading or begin_loading(folder)
     with memory_errors(f"loading {folder.name}", hint):
         forward = choose_forward(checkpoint, place, dtype, chosen, head or (DEFAULT_HEAD if quantized else DENSE_HEAD))
-    opened = OpenModel(checkpoint, place, dtype, quantized, forward, build, prompter)
+    _require_kv_cache(kv_cache, forward)
+    opened = OpenModel(checkpoint, place, dtype, quantized, forward, build, prompter, kv_cache)
     if forward.text is None:
         assert opened.model is not None  # an error in the files shows now
     return opened
+
+
+def _require_kv_cache(kv_cache: str, forward: Forward) -> None:
+    """Raise UsageError for keys and values in 8 bits where the compiled forward does not do all of the reading."""
+    if kv_cache == KV_INT8 and not (isinstance(forward.text, NativeText) and forward.text.dense is None):
+        raise UsageError(
+            "--kv-cache int8 is for artifacts that run on the compiled CPU kernels.",
+            "Leave it out; --verbose says what runs this model.",
+        )
 
 
 def _transformers_model(opened: OpenModel, others: "Sequence[torch.device]", precision: Precision) -> Any:

@@ -5,9 +5,10 @@ from ctypes import c_void_p
 
 import numpy as np
 
-from gemma_awq_cli.kernels.native.structures import CacheSpec, ChunkSpec, int64s
+from gemma_awq_cli.kernels.native.structures import BF16, HELD_GROUP, INT8, CacheSpec, ChunkSpec, int64s
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache
+from gemma_awq_cli.models.forward.kv_kinds import KV_16BIT, KV_INT8
 from gemma_awq_cli.models.forward.native_weights import MANY_TOKENS, NativeText
 from gemma_awq_cli.models.forward.prefill import FlatBatch
 from gemma_awq_cli.models.forward.session import Logits
@@ -26,9 +27,16 @@ class NativeSession(CachedSession):
     reading_costs = READING_COSTS
     exact_reading = True  # each row of a product is summed up in the same order, however many rows there are
 
-    def __init__(self, text: NativeText, rows: int, capacity: int) -> None:
+    def __init__(self, text: NativeText, rows: int, capacity: int, kv_cache: str = KV_16BIT) -> None:
+        """kv_cache: one of `KV_CACHES`; int8 only for an artifact, as the torch decoder does not read it."""
+        assert kv_cache == KV_16BIT or text.dense is None
         self._text = text
-        super().__init__(make_cache(text.arch.layouts, rows, capacity, BFLOAT16), text.arch.vocabulary)
+        layouts, vocabulary = text.arch.layouts, text.arch.vocabulary
+        if kv_cache == KV_INT8:
+            cache = make_cache(layouts, rows, capacity, np.dtype(np.uint8), _int8_width)
+        else:
+            cache = make_cache(layouts, rows, capacity, BFLOAT16)
+        super().__init__(cache, vocabulary)
 
     def _share_cache(self) -> None:
         """Hand the cache to C++, and to the torch decoder where that is faster: both keep the same one."""
@@ -65,6 +73,11 @@ class NativeSession(CachedSession):
         return logits
 
 
+def _int8_width(head_dim: int) -> int:
+    """Bytes of a key or a value in 8 bits: the numbers, and a scale of 4 bytes for each `HELD_GROUP` of them."""
+    return head_dim + 4 * -(-head_dim // HELD_GROUP)
+
+
 def cache_spec(cache: KVCache) -> CacheSpec:
     """The cache as C++ reads it; `cache` must outlive it."""
     layers = len(cache.keys)
@@ -72,4 +85,5 @@ def cache_spec(cache: KVCache) -> CacheSpec:
         keys=(c_void_p * layers)(*(address(layer) for layer in cache.keys)),
         values=(c_void_p * layers)(*(address(layer) for layer in cache.values)),
         slots=int64s(layer.shape[2] for layer in cache.keys),
+        kind=BF16 if cache.keys[0].dtype == BFLOAT16 else INT8,
     )
