@@ -23,20 +23,20 @@ def stages(document: Path) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("device", "numbers"), [("cpu", "0,1,4,8,10"), ("fake", "2,3,5,6,7,9")])
-def test_every_stage_runs_dry(device: str, numbers: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    document, only = tmp_path / "check.json", ("--dry-run", "--device", device, "--only", numbers, "--cap", "100")
-    code = check(monkeypatch, document, *only)
+def dry_run(device: str, numbers: str, document: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """The records of some stages, all of which have passed."""
+    code = check(monkeypatch, document, "--dry-run", "--device", device, "--only", numbers, "--cap", "100")
     found = stages(document)
     assert {name: record["outcome"] for name, record in found.items()} == dict.fromkeys(numbers.split(","), "passed")
     assert code == 0
     assert all(record["result"]["finished"] for record in found.values())
-    if device == "cpu":
-        assert found["4"]["result"]["same_bytes_after_resuming"] is True
-    else:  # a wrong nibble would not have passed
-        kernels = found["2"]["result"]
-        assert kernels["error_of_a_wrong_nibble"] > 2 * max(kernels["worst_error"].values())
+    return found
+
+
+@pytest.mark.slow
+def test_the_first_stages_run_dry_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = dry_run("cpu", "0,1,4,8,10", tmp_path / "check.json", monkeypatch)
+    assert found["4"]["result"]["same_bytes_after_resuming"] is True
 
 
 @pytest.mark.slow
