@@ -276,7 +276,6 @@ def test_shared_keys_and_values_are_kept_on_the_disk(
         (["--seed", "1"], "seed: 0 then, 1 now"),
         (["--dtype", "float16"], "dtype: none then, float16 now"),
         (["--calibration", "other"], "calibration rows"),
-        (["--max-memory", "100GB"], "max_memory: none then"),
         (["model"], "model: "),
         (["threads"], "threads: "),
         (["torch"], "torch: 2.6.0 then"),
