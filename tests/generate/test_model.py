@@ -223,7 +223,7 @@ def test_events_tell_what_the_command_says(tmp_path: Path, artifacts: Callable[[
 def test_the_command_offers_the_values_that_the_api_takes() -> None:
     enums = {
         "dtype": options.ComputeDtype, "quantization": options.Quantization, "attention": options.Attention,
-        "head": options.Head, "engine": options.EngineName,
+        "head": options.Head, "engine": options.EngineName, "kv_cache": options.KvCache,
     }  # fmt: skip
     for name, choices in CHOICES.items():
         assert sorted(choices) == sorted(member.value for member in enums[name])
