@@ -41,10 +41,10 @@ class Drafter(Protocol):
         ...
 
 
-def matching(draft: Sequence[int], tokens: Sequence[int]) -> int:
-    """Return how many tokens of a draft came."""
+def matching(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two rows have in common at their beginnings, such as a draft and what came."""
     count = 0
-    while count < min(len(draft), len(tokens)) and draft[count] == tokens[count]:
+    while count < min(len(one), len(other)) and one[count] == other[count]:
         count += 1
     return count
 

@@ -11,7 +11,7 @@ import numpy as np
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.constraints import GrammarCompiler
 from gemma_awq_cli.generate.draft_choice import BeginDraft, exact_lookup
-from gemma_awq_cli.generate.drafting import Drafter
+from gemma_awq_cli.generate.drafting import Drafter, matching
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampler import Sampler, largest, logsumexp
@@ -56,11 +56,7 @@ class LiveRow:
 
     def continue_with(self, row: Row) -> bool:
         """Keep what the session has read of the row's prompt. Return whether there is any, and room for the row."""
-        common = 0
-        for read, wanted in zip(self.read, row.ids[:-1], strict=False):  # of the last one the logits are needed
-            if read != wanted:
-                break
-            common += 1
+        common = matching(self.read, row.ids[:-1])  # of the last one the logits are needed
         if common < len(self.read):
             common = max((start for start in self.starts if start <= common), default=0)
             common = self._go_back(common) if common else 0
@@ -177,11 +173,7 @@ class LocalEngine(Engine):
         limit. Raises GemmaAwqError if the state is not one of this model's.
         """
         self._require_states()
-        common = 0
-        for one, other in zip(ids[:-1], read, strict=False):
-            if one != other:
-                break
-            common += 1
+        common = matching(ids[:-1], read)
         capacity = min(self.context, max(2 * (max(len(ids), saved.length) + new_tokens), KEPT_TOKENS))
         session = self.opened.session(1, capacity)
         assert isinstance(session, CachedSession)

@@ -20,7 +20,6 @@ from gemma_awq_cli.models.forward.kv_kinds import KV_INT8
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.system.arrays import BFLOAT16, Array
-from gemma_awq_cli.system.reading import require_regular
 from gemma_awq_cli.system.saving import write_errors, write_whole
 
 _HINT = "Make it anew: give --save-cache instead of --load-cache once."
@@ -63,7 +62,6 @@ def write_prompt_cache(path: Path, read: ReadPrompt, settings: Mapping[str, str]
 
 def read_prompt_cache(path: Path, settings: Mapping[str, str], vocabulary: int) -> ReadPrompt:
     """Read a prompt's file. Raises GemmaAwqError if it is none, damaged, or was made with other settings."""
-    require_regular(path, _HINT)
     try:
         return _checked(path, settings, vocabulary)
     except GemmaAwqError as error:  # the hints for weights do not help here
@@ -73,7 +71,7 @@ def read_prompt_cache(path: Path, settings: Mapping[str, str], vocabulary: int) 
 def _checked(path: Path, settings: Mapping[str, str], vocabulary: int) -> ReadPrompt:
     stated, infos = read_file_metadata(path), read_file_header(path)
     if stated.get("format") != _FORMAT:
-        raise GemmaAwqError(f"{path} is no file of --save-cache.")
+        raise GemmaAwqError(f"{path} was not written by --save-cache.")
     for name, what in _SETTINGS.items():
         if stated.get(name) != settings[name]:
             raise GemmaAwqError(f"{path} was made with {what}.")
@@ -106,7 +104,8 @@ def _contents(
 
 
 def _count(path: Path, stated: str | None) -> int:
-    if stated is None or not stated.isascii() or not stated.isdigit() or not 0 < int(stated[:11]) <= _MOST:
+    digits = stated is not None and stated.isascii() and stated.isdigit() and len(stated) <= len(str(_MOST))
+    if stated is None or not digits or not 0 < int(stated) <= _MOST:
         raise GemmaAwqError(f"{path} is damaged.")
     return int(stated)
 

@@ -17,7 +17,8 @@ from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.forward.session import Logits
 
 COLDEST = 1e-30  # a lower temperature would turn float32 logits into infinities
-# A nucleus nearly always lies within so many tokens, or else within so many; if it does not, all are sorted.
+# A nucleus nearly always lies within the first of these numbers of tokens, or else within the second. If it does not,
+# all are sorted.
 FIRST_CANDIDATES, MORE_CANDIDATES = 1024, 16384
 _LEAST = float(np.finfo(np.float32).tiny)  # of a nucleus: the likeliest token is always in it
 FOLDS = 64  # into which a vocabulary is folded to find a bound of its largest scores

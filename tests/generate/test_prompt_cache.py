@@ -130,6 +130,7 @@ def test_what_is_not_sound_is_refused(artifacts: Callable[[str], Path], tmp_path
     for field, value in (
         ("length", "0"), ("length", "13"), ("length", "-1"), ("length", "x"), ("length", "9" * 40), ("reached", "1"),
         ("reached", ""), ("format", "gemma-awq prompt cache 0"), ("shortest", "²"),
+        ("shortest", "00000000001" + "9" * 5000),  # more digits than Python turns into a number
     ):  # fmt: skip
         with pytest.raises(GemmaAwqError):
             tampered({field: value})
@@ -169,7 +170,7 @@ def test_the_commands(artifacts: Callable[[str], Path], tmp_path: Path, capsys: 
     for options, message in (
         (["x", "--load-cache", str(tmp_path / "none")], "cannot be read"),
         (["x", "--load-cache", str(artifacts("gemma3_text") / "config.json")], "damaged or truncated"),
-        (["x", "--load-cache", str(artifacts("gemma3_text") / "model.safetensors")], "no file of --save-cache"),
+        (["x", "--load-cache", str(artifacts("gemma3_text") / "model.safetensors")], "was not written by --save-cache"),
         (["x", "--save-cache", str(tmp_path / "no" / "folder")], "does not exist"),
         (["x", "--save-cache", str(tmp_path)], "is a folder"),
         (["--input", "x", "--output", "y", "--load-cache", path], "for a single prompt"),
