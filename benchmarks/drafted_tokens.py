@@ -3,43 +3,28 @@
 python benchmarks/drafted_tokens.py MODEL [--draft lookup|MODEL] [--way written|generated] [--tokens 128] [--rounds 3]
     [--texts FILE] [--dtype float32] [--costs]
 
-FILE (default: drafted_tokens.json beside this script) is a list of {"kind", "name", "prompt", "answer", "stop"}:
-summaries, edits and code, which copy spans of their prompts, and other texts, which copy nothing. Each is decoded in
-two ways.
-
-written: the model reads the answer of the file, as if it had chosen each of its tokens: what a model gains that writes
-such answers. All else is done as in decoding, the choice of a token included.
-
-generated: the model's own text, greedily for what copies, and else sampled at temperature 0.8, because small models
-repeat themselves when they are greedy, which drafts gain from and users do not.
+FILE is a list of {"kind", "name", "prompt", "answer", "stop"}; by default it is the set of texts that `gemma-awq bench
+--draft` decodes too: see `gemma_awq_cli.bench.drafts`, also for the two ways to decode one.
 
 Every round decodes each text once with and once without drafts; the table shows medians. The texts with and without are
 compared. --costs prints instead what reading several tokens at once costs, in readings of one token.
 """
 
 import argparse
-import json
 import statistics
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from gemma_awq_cli.generate import local_engine
+from gemma_awq_cli.bench.drafts import TEXTS, DraftText, Way, generated, read_texts, written
 from gemma_awq_cli.generate.draft_choice import BeginDraft, lookup, nothing, open_drafts
-from gemma_awq_cli.generate.generation import Completion, GenerationOptions
-from gemma_awq_cli.generate.local_engine import LocalEngine
+from gemma_awq_cli.generate.generation import Completion
 from gemma_awq_cli.generate.request import LOOKUP
-from gemma_awq_cli.generate.sampler import Sampler
-from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import SPARE
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.precision import Precision
-from gemma_awq_cli.models.forward.session import Logits
 
-TEXTS = Path(__file__).with_name("drafted_tokens.json")
-OTHER = "other"  # the kind that copies nothing
 COSTS_AT = 300  # tokens that are read before the costs are measured
 
 
@@ -56,7 +41,7 @@ def main() -> None:
     args = parser.parse_args()
     opened = open_model(args.model, "cpu", Precision(args.dtype) if args.dtype else None)
     print(opened.kernel_report()[0])
-    texts = json.loads(args.texts.read_text(encoding="utf-8"))
+    texts = read_texts(args.texts)
     if args.costs:
         show_costs(opened, texts, args.rounds)
         return
@@ -68,8 +53,8 @@ def main() -> None:
         totals: dict[str, list[float]] = {}
         for text in texts:
             plain, drafted = measure(way, opened, text, begin, args.tokens, args.rounds)
-            show(way.__name__, text["kind"], text["name"], plain, drafted)
-            add(totals, text["kind"], plain, drafted)
+            show(way.__name__, text.kind, text.name, plain, drafted)
+            add(totals, text.kind, plain, drafted)
         for kind, (tokens, count, right, before, after) in totals.items():
             print(
                 f"{way.__name__:10} {kind:12} all: {before / after:.2f} times as fast, {right / max(count, 1):.0%} of "
@@ -78,48 +63,17 @@ def main() -> None:
 
 
 def measure(
-    way: Any, opened: OpenModel, text: dict[str, Any], begin: BeginDraft, tokens: int, rounds: int
+    way: Way, opened: OpenModel, text: DraftText, begin: BeginDraft, tokens: int, rounds: int
 ) -> tuple[Completion, Completion]:
     """Return the completions without and with drafts, each of median time; their tokens must be the same."""
     made: list[list[Completion]] = [[], []]
     for _ in range(rounds):
         for each, drafts in zip(made, (nothing, begin), strict=True):
-            each.append(way(LocalEngine(opened, 1, begin_draft=drafts), text, tokens))
+            each.append(way(opened, drafts, text, tokens))
     if any(one.tokens != made[0][0].tokens for each in made for one in each):
-        print(f"{text['name']}: THE TEXTS DIFFER")
+        print(f"{text.name}: THE TEXTS DIFFER")
     plain, drafted = (sorted(each, key=lambda one: one.decode_seconds)[len(each) // 2] for each in made)
     return plain, drafted
-
-
-def written(engine: LocalEngine, text: dict[str, Any], tokens: int) -> Completion:
-    """Decode the answer that the file has."""
-    ids = engine.prompter.ids(text["prompt"])
-    answer = engine.prompter.ids(text["prompt"] + text["answer"])[len(ids) :][:tokens]
-
-    class Given(Sampler):
-        """Chooses a token as always, and takes that of the answer."""
-
-        def __init__(self, *args: Any) -> None:
-            super().__init__(*args)
-            self._left = list(answer)
-
-        def sample(self, logits: Logits) -> int:
-            super().sample(logits)
-            return self._left.pop(0)
-
-    chosen = local_engine.Sampler
-    local_engine.Sampler = Given  # type: ignore[misc]
-    try:
-        return engine.complete([ids], GenerationOptions(len(answer), Sampling(temperature=0.0)))[0]
-    finally:
-        local_engine.Sampler = chosen  # type: ignore[misc]
-
-
-def generated(engine: LocalEngine, text: dict[str, Any], tokens: int) -> Completion:
-    """Let the model continue the prompt."""
-    sampling = Sampling(temperature=0.8, seed=1) if text["kind"] == OTHER else Sampling(temperature=0.0)
-    options = GenerationOptions(tokens, sampling, text["stop"])
-    return engine.complete([engine.prompter.ids(text["prompt"])], options)[0]
 
 
 def add(totals: dict[str, list[float]], kind: str, plain: Completion, drafted: Completion) -> None:
@@ -136,9 +90,9 @@ def show(way: str, kind: str, name: str, plain: Completion, drafted: Completion)
     )
 
 
-def show_costs(opened: OpenModel, texts: Sequence[dict[str, Any]], rounds: int) -> None:
+def show_costs(opened: OpenModel, texts: Sequence[DraftText], rounds: int) -> None:
     """Print what reading 1 .. SPARE tokens at once costs."""
-    ids = opened.prompter.ids("\n".join(text["answer"] for text in texts))
+    ids = opened.prompter.ids("\n".join(text.answer for text in texts))
     session = opened.session(1, COSTS_AT + SPARE + 1)
     assert isinstance(session, CachedSession)
     session.next_logits([ids[:COSTS_AT]])

@@ -18,8 +18,8 @@ sums may round differently beside other rows.
 
 Prompts and answers are drawn from --seed alone; some begin with a common text. ttft: seconds to the first piece of
 text, from when the request was due. tpot: seconds per further token of a request. gap: between two pieces of a stream.
-goodput: requests per second that met --slo-ttft and --slo-tpot. Needs no packages beside those of the servers. A table
-goes to stderr; exits with 1 if a request of a soak was lost or answered differently.
+goodput: requests per second that met --slo-ttft and --slo-tpot. A table goes to stderr; exits with 1 if a request of a
+soak was lost or answered differently.
 """
 
 import argparse
@@ -35,12 +35,13 @@ import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+
+from gemma_awq_cli.bench.streaming_client import Answered, Asked, Client, closed_loop
 
 LOADS: dict[str, dict[str, Any]] = {
     "decode": {"streams": [1, 16], "requests": 32, "prompt": [8, 8], "answer": [128, 128], "share": 0.0},
@@ -74,120 +75,6 @@ problem hand part place case week company system program question work governmen
 home water room mother area money story fact month lot right study book eye job word business issue
 side kind head house service friend
 """
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A request: its prompt, how many tokens of answer it asks for, and after how many pieces its client vanishes."""
-
-    prompt: str
-    tokens: int
-    leaves_after: int | None
-
-
-@dataclass
-class Answered:
-    """What came of a request. Times are seconds from when it was due."""
-
-    asked: Asked
-    outcome: str = "failed"  # `ok`, `left`, an HTTP status or the name of an error
-    text: str = ""
-    pieces: list[float] = field(default_factory=list)
-    prompt_tokens: int = 0
-    cached_tokens: int = 0
-    tokens: int = 0
-
-    @property
-    def ttft(self) -> float:
-        return self.pieces[0]
-
-    @property
-    def tpot(self) -> float:
-        return (self.pieces[-1] - self.pieces[0]) / max(1, self.tokens - 1)
-
-
-class Client:
-    """Sends completions to one server, a connection for each."""
-
-    def __init__(self, url: str, model: str | None, key: str | None, timeout: float) -> None:
-        parts = urlsplit(url)
-        self._host, self._port, self._path = parts.hostname or "127.0.0.1", parts.port or 80, parts.path.rstrip("/")
-        self._model, self._key, self._timeout = model, key, timeout
-
-    async def complete(self, asked: Asked, due: float) -> Answered:
-        """Send a request and read its stream."""
-        answered = Answered(asked)
-        try:
-            async with asyncio.timeout(self._timeout):
-                await self._stream(answered, due)
-        except (OSError, EOFError, ValueError, TimeoutError) as error:
-            answered.outcome = type(error).__name__
-        return answered
-
-    async def _stream(self, answered: Answered, due: float) -> None:
-        asked = answered.asked
-        body: dict[str, Any] = {
-            "prompt": asked.prompt, "max_tokens": asked.tokens, "temperature": 0, "stream": True, "ignore_eos": True,
-            "stream_options": {"include_usage": True},
-        }  # fmt: skip
-        if self._model is not None:
-            body["model"] = self._model
-        reader, writer = await asyncio.open_connection(self._host, self._port)
-        try:
-            self._send(writer, json.dumps(body).encode())
-            status = int((await reader.readline()).split()[1])
-            chunked = False
-            while (line := await reader.readline()).strip():
-                chunked |= line.lower().startswith(b"transfer-encoding") and b"chunked" in line.lower()
-            if status != 200:
-                answered.outcome = str(status)
-                return
-            rest = b""
-            while data := await (_chunk(reader) if chunked else reader.read(1 << 16)):
-                *lines, rest = (rest + data).split(b"\n")
-                now = time.perf_counter() - due
-                for event in lines:
-                    if event.startswith(b"data: ") and self._take(answered, event[6:].strip(), now):
-                        return
-                if asked.leaves_after is not None and len(answered.pieces) >= asked.leaves_after:
-                    answered.outcome = "left"
-                    writer.transport.abort()
-                    return
-        finally:
-            writer.close()
-
-    def _take(self, answered: Answered, data: bytes, now: float) -> bool:
-        """Take one event. Returns whether it was the last."""
-        if data == b"[DONE]":
-            answered.outcome = "ok"
-            return True
-        document = json.loads(data)
-        if "error" in document:
-            answered.outcome = "error in the stream"
-            return True
-        for choice in document.get("choices", []):
-            if choice.get("text"):
-                answered.text += choice["text"]
-                answered.pieces.append(now)
-        if usage := document.get("usage"):
-            answered.tokens, answered.prompt_tokens = usage["completion_tokens"], usage["prompt_tokens"]
-            answered.cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-        return False
-
-    def _send(self, writer: asyncio.StreamWriter, body: bytes) -> None:
-        key = f"Authorization: Bearer {self._key}\r\n" if self._key else ""
-        head = (
-            f"POST {self._path}/completions HTTP/1.1\r\nHost: {self._host}\r\nConnection: close\r\n{key}"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        )
-        writer.write(head.encode() + body)
-
-
-async def _chunk(reader: asyncio.StreamReader) -> bytes:
-    size = int((await reader.readline()).split(b";")[0] or b"0", 16)
-    data = await reader.readexactly(size)
-    await reader.readline()
-    return data
 
 
 @dataclass(frozen=True)
@@ -264,16 +151,6 @@ def _length(draw: random.Random, bounds: Sequence[int]) -> int:
     """Short ones are more frequent, as in what people send: uniform in the logarithm."""
     least, most = bounds
     return round(least * (most / least) ** draw.random())
-
-
-async def closed_loop(client: Client, asked: Sequence[Asked], streams: int) -> list[Answered]:
-    """Send all requests, `streams` at a time."""
-    left = iter(asked)
-
-    async def one() -> list[Answered]:
-        return [await client.complete(request, time.perf_counter()) for request in left]
-
-    return [answered for part in await asyncio.gather(*(one() for _ in range(streams))) for answered in part]
 
 
 async def open_loop(client: Client, asked: Sequence[Asked], rate: float, seed: int) -> list[Answered]:
@@ -368,10 +245,10 @@ async def measure(target: Target, options: argparse.Namespace) -> dict[str, Any]
     """Put the loads on one server."""
     client = Client(target.url, options.model, options.key, options.timeout)
     end = time.monotonic() + LOADING_SECONDS
-    warm = await client.complete(Asked("Hello", 4, None), time.perf_counter())
+    warm = await client.complete(Asked("Hello", 4), time.perf_counter())
     while warm.outcome == "503" and time.monotonic() < end:  # some take connections before their model is loaded
         await asyncio.sleep(0.5)
-        warm = await client.complete(Asked("Hello", 4, None), time.perf_counter())
+        warm = await client.complete(Asked("Hello", 4), time.perf_counter())
     if warm.outcome != "ok":
         sys.exit(f"{target.name} does not answer: {warm.outcome}")
     results: dict[str, Any] = {}

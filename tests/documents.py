@@ -58,9 +58,18 @@ def full_bench() -> dict[str, Any]:
         "tpot_seconds": {"mean": 0.1, "p50": 0.1, "p90": 0.1, "p99": 0.1},
         "bytes_per_second": 1e9, "bandwidth_share": 0.5,
     }  # fmt: skip
+    streams = {
+        "streams": 4, "requests": 12, "tokens_per_second": 200.0, "ttft_seconds": run["tpot_seconds"],
+        "tpot_seconds": run["tpot_seconds"],
+    }  # fmt: skip
+    drafted = {
+        "kind": "edit", "tokens": 100, "drafted_tokens": 50, "accepted_tokens": 40, "decode_tokens_per_second": spread,
+        "undrafted_tokens_per_second": spread, "speedup": spread,
+    }  # fmt: skip
     speed = {
         "device": "cpu", "threads": 2, "dtype": "bfloat16", "load_seconds": 1.0, "weight_bytes_per_token": 10**8,
         "peak_rss_bytes": 10**9, "peak_vram_bytes": None, "first_token_seconds": spread, "runs": [run],
+        "streams": [streams], "drafts": {"draft": "lookup", "way": "written", "kinds": [drafted]},
         "relative_to_first": {"prompt_tokens_per_second": 1.0, "decode_tokens_per_second": 1.0},
     }  # fmt: skip
     fidelity = {
@@ -87,7 +96,8 @@ def full_bench() -> dict[str, Any]:
         "started": "2026-11-26T07:34:23+00:00",
         "settings": {
             "speed": True, "fidelity": True, "prompt_tokens": 512, "new_tokens": 128, "batches": [1], "depths": [0],
-            "first_token": True, "repetitions": 3, "warmup": 1, "threads": 2, "device": "cpu", "tasks": ["arc"],
+            "first_token": True, "streams": [4], "draft": "lookup", "repetitions": 3, "warmup": 1, "threads": 2,
+            "device": "cpu", "tasks": ["arc"],
             "task_limit": 5, "confirm_run_unsafe_code": False, "text": "embedded", "window": 64, "windows": 2,
             "reference": "google/gemma-2b", "compare": ["bf16"],
         },

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from gemma_awq_cli.bench.drafts import TEXTS
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -61,7 +62,7 @@ def test_drafted_tokens_compares_with_and_without(
 
 
 def test_the_texts_of_drafted_tokens_are_whole() -> None:
-    texts = json.loads((FOLDER / "drafted_tokens.json").read_text(encoding="utf-8"))
+    texts = json.loads(TEXTS.read_text(encoding="utf-8"))
     assert len({text["name"] for text in texts}) == len(texts)
     assert {text["kind"] for text in texts} == {"summary", "edit", "code", "other"}
     assert all(text.keys() == {"kind", "name", "prompt", "answer", "stop"} for text in texts)

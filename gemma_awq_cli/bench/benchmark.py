@@ -13,6 +13,7 @@ from gemma_awq_cli.bench.fidelity_stage import measure_fidelity
 from gemma_awq_cli.bench.html_page import ELSEWHERE, require_plotting, write_page
 from gemma_awq_cli.bench.measurements import Measurements
 from gemma_awq_cli.bench.model_search import find_models
+from gemma_awq_cli.bench.own_stages import measure_own
 from gemma_awq_cli.bench.request import BenchRequest
 from gemma_awq_cli.bench.speed_stage import measure_speed
 from gemma_awq_cli.bench.task_suites import LACKING
@@ -71,6 +72,7 @@ def _measure(measured: Measurements, request: BenchRequest) -> None:
         _ = [model.report for model in measured.models]  # a damaged report is an error now, not at the end
     if options.speed:
         measure_speed(measured)
+        measure_own(measured)
     if options.fidelity:
         measure_fidelity(measured, request.require_fidelity)
     if specs:

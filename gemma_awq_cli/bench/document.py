@@ -13,6 +13,7 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.bench.measurements import BenchModel, Measurements
 from gemma_awq_cli.bench.model_kinds import OWN
 from gemma_awq_cli.bench.request import BenchOptions
+from gemma_awq_cli.bench.streams import Streams
 from gemma_awq_cli.fidelity.evaluation_text import EvaluationText
 from gemma_awq_cli.fidelity.metrics import Positions
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -117,7 +118,33 @@ def speed_record(model: BenchModel, options: BenchOptions, bandwidth: float | No
         "peak_rss_bytes": max(sample["peak_rss"] or 0 for sample in last) or None,
         "peak_vram_bytes": max(vram, default=None),
         "first_token_seconds": _spread(model.first_tokens) if model.first_tokens else None,
+        "streams": [_streams_record(one) for one in model.streams],
+        "drafts": _drafts_record(options.draft, model.drafts) if model.drafts is not None else None,
         "runs": runs,
+    }
+
+
+def _streams_record(measured: Streams) -> dict[str, Any]:
+    return {
+        "streams": measured.streams,
+        "requests": len(measured.first),
+        "tokens_per_second": measured.tokens / measured.seconds,
+        "ttft_seconds": percentiles(measured.first),
+        "tpot_seconds": percentiles(measured.steps) if measured.steps else None,
+    }
+
+
+def _drafts_record(draft: str | None, measured: Mapping[str, Any]) -> dict[str, Any]:
+    return {"draft": draft, "way": measured["way"], "kinds": [_draft_record(kind) for kind in measured["kinds"]]}
+
+
+def _draft_record(kind: Mapping[str, Any]) -> dict[str, Any]:
+    """The figures of one kind of text as rates. The speed-up is a ratio of each round, as both are of the same time."""
+    return {
+        **{name: kind[name] for name in ("kind", "tokens", "drafted_tokens", "accepted_tokens")},
+        "decode_tokens_per_second": _spread([kind["tokens"] / seconds for seconds in kind["with"]]),
+        "undrafted_tokens_per_second": _spread([kind["tokens"] / seconds for seconds in kind["without"]]),
+        "speedup": _spread([before / after for before, after in zip(kind["without"], kind["with"], strict=True)]),
     }
 
 

@@ -10,6 +10,7 @@ from gemma_awq_cli.bench.events import OnEvent, OnProgress, Progress
 from gemma_awq_cli.bench.model_kinds import GGUF, VLLM
 from gemma_awq_cli.bench.process import WorkerEndedError
 from gemma_awq_cli.bench.request import BenchOptions
+from gemma_awq_cli.bench.streams import Streams
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -24,7 +25,7 @@ class BenchModel:
     role: `model`, or `compare` for a competitor. kind: how it is opened (`model_kinds`). checkpoint: of the first model
     for vLLM, which runs its weights, and for a GGUF file. file: the GGUF file. loaded: the worker's answer to `load`.
     samples: the worker's answers to `sample` by batch size and depth. first_tokens: seconds from the start of the
-    command to its first token.
+    command to its first token. streams: of `gemma-awq serve`. drafts: the worker's answer to `drafts`.
     """
 
     name: str
@@ -35,6 +36,8 @@ class BenchModel:
     loaded: dict[str, Any] | None = None
     samples: dict[tuple[int, int], list[dict[str, Any]]] = field(default_factory=dict)
     first_tokens: list[float] = field(default_factory=list)
+    streams: list[Streams] = field(default_factory=list)
+    drafts: dict[str, Any] | None = None
     fidelity: dict[str, Any] | None = None
     tasks: list[dict[str, Any]] = field(default_factory=list)
 

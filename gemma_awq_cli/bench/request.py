@@ -7,6 +7,7 @@ from pathlib import Path
 from gemma_awq_cli.bench import thresholds
 from gemma_awq_cli.bench.thresholds import Figure
 from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.generate.request import NO_DRAFT
 from gemma_awq_cli.system.devices import require_device_name
 
 
@@ -15,10 +16,11 @@ class BenchOptions:
     """What is measured, and how; the `settings` of the document.
 
     batches: prompts at once. depths: tokens that each has read before. first_token: whether to time the command line
-    from its start to the first token. threads: None for torch's choice. tasks: names for lm-evaluation-harness.
-    task_limit: the most questions of each task, None for all. text, window, windows: see `read_evaluation_text`.
-    reference: a MODEL argument for the 16-bit original, None for the one that an artifact's report names. compare: the
-    competitors.
+    from its start to the first token. streams: clients of `gemma-awq serve` at once. draft: what drafts the tokens of
+    a fixed set of texts, `lookup` or a MODEL argument; None: that is not measured. threads: None for torch's choice.
+    tasks: names for lm-evaluation-harness. task_limit: the most questions of each task, None for all. text, window,
+    windows: see `read_evaluation_text`. reference: a MODEL argument for the 16-bit original, None for the one that an
+    artifact's report names. compare: the competitors.
     """
 
     speed: bool = True
@@ -28,6 +30,8 @@ class BenchOptions:
     batches: tuple[int, ...] = (1,)
     depths: tuple[int, ...] = (0,)
     first_token: bool = False
+    streams: tuple[int, ...] = ()
+    draft: str | None = None
     repetitions: int = 3
     warmup: int = 1
     threads: int | None = None
@@ -78,8 +82,11 @@ class BenchRequest:
     def require_consistent(self) -> None:
         """Raise a usage error for an unknown device, and for a limit, or an option, of what is not measured."""
         require_device_name(self.options.device)
-        if self.options.first_token and not self.options.speed:
-            raise UsageError("--first-token needs --speed.", "Add --speed.")
+        for option in ("first_token", "streams", "draft"):
+            if getattr(self.options, option) and not self.options.speed:
+                raise UsageError(f"--{option.replace('_', '-')} needs --speed.", "Add --speed.")
+        if self.options.draft == NO_DRAFT:
+            raise UsageError("--draft none measures nothing.", "Leave it out, or give --draft lookup.")
         for figure in self.limits:
             if not getattr(self.options, figure.part):
                 raise UsageError(f"A limit for {figure.title} needs --{figure.part}.")

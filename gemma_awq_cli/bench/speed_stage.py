@@ -3,16 +3,14 @@
 So whatever else the machine does meanwhile affects all of them alike.
 """
 
-import random
 from collections.abc import Callable
 from itertools import product
 from typing import Any
 
 from gemma_awq_cli.bench import process
 from gemma_awq_cli.bench.events import StageStarted, counted
-from gemma_awq_cli.bench.first_token import first_token_seconds
 from gemma_awq_cli.bench.measurements import BenchModel, Measurements
-from gemma_awq_cli.bench.model_kinds import OWN
+from gemma_awq_cli.bench.prompts import random_prompts
 from gemma_awq_cli.bench.request import BenchOptions
 from gemma_awq_cli.errors import GemmaAwqError
 
@@ -27,11 +25,9 @@ def measure_speed(measured: Measurements) -> None:
     measured.on_event(StageStarted("Speed"))
     repetitions = range(-options.warmup, options.repetitions)  # the negative ones do not count
     runs = list(product(options.batches, options.depths))
-    steps = len(measured.models) * (1 + len(runs) * len(repetitions) + options.first_token * options.repetitions)
+    steps = len(measured.models) * (1 + len(runs) * len(repetitions))
     step = counted(steps, measured.on_progress)
     workers: Workers = {}
-    if options.first_token:
-        _time_command_line(measured, step)
     try:
         _load(measured, workers, step)
         for batch, depth in runs:
@@ -42,16 +38,6 @@ def measure_speed(measured: Measurements) -> None:
     finally:
         for worker in workers.values():
             worker.end()
-
-
-def _time_command_line(measured: Measurements, step: Callable[[], None]) -> None:
-    """Time the first token of each model that `gemma-awq run` opens as the bench does, one after the other."""
-    options = measured.options
-    for _ in range(options.repetitions):
-        for model in measured.models:
-            if model.kind == OWN and model.adapter is None:
-                model.first_tokens.append(first_token_seconds(model.path, options.device, options.threads))
-            step()
 
 
 def _load(measured: Measurements, workers: Workers, step: Callable[[], None]) -> None:
@@ -118,13 +104,9 @@ def _failed(measured: Measurements, workers: Workers, model: BenchModel, error: 
 def _prompts(
     measured: Measurements, batch: int, depth: int, repetition: int
 ) -> tuple[list[list[int]], list[list[int]]]:
-    """What is read before, [batch, depth], and prompts [batch, prompt_tokens], of random tokens with BOS first.
-
-    They are the same for every model, and in every bench.
-    """
-    rng = random.Random(f"{batch} {repetition}")
+    """What is read before, [batch, depth], and prompts [batch, prompt_tokens], the same for every model."""
     loaded = [model.loaded for model in measured.models if model.loaded is not None]
     bos, vocabulary = loaded[0]["bos"], min(facts["vocabulary"] for facts in loaded)
-    length = depth + measured.options.prompt_tokens - 1
-    rows = [[bos, *(rng.randrange(vocabulary) for _ in range(length))] for _ in range(batch)]
+    length = depth + measured.options.prompt_tokens
+    rows = random_prompts(f"{batch} {repetition}", batch, length, bos, vocabulary)
     return [row[:depth] for row in rows], [row[depth:] for row in rows]

@@ -55,7 +55,35 @@ def _speed_rows(settings: Record, speeds: Sequence[Record | None]) -> list[tuple
         depth_title = f" @ {depth}" if len(depths) > 1 or depth else ""
         batch_title = f" x {batch}" if len(batches) > 1 or batch > 1 else ""
         rows += _rows(RUN_ROWS, runs, {**settings, "batch": depth_title + batch_title})
-    return rows + _rows(SPEED_ROWS, speeds, {})
+    return rows + _rows(SPEED_ROWS, speeds, {}) + _stream_rows(speeds) + _draft_rows(speeds)
+
+
+def _stream_rows(speeds: Sequence[Record | None]) -> list[tuple[str, ...]]:
+    found = [{one["streams"]: one for one in (speed or {}).get("streams") or ()} for speed in speeds]
+    counts = sorted({count for streams in found for count in streams})
+    return [
+        row
+        for count in counts
+        for row in _rows(STREAM_ROWS, [streams.get(count) for streams in found], {"streams": count})
+    ]
+
+
+def _draft_rows(speeds: Sequence[Record | None]) -> list[tuple[str, ...]]:
+    found = [{one["kind"]: one for one in ((speed or {}).get("drafts") or {}).get("kinds", ())} for speed in speeds]
+    names = dict.fromkeys(name for kinds in found for name in kinds)
+    rows = []
+    for name in names:
+        records = [kinds.get(name) for kinds in found]
+        rows += _rows(DRAFT_ROWS, records, {"kind": one_line(name)})
+        # the whole record says how many were right of how many
+        cells = [NOTHING if record is None else _acceptance(record) for record in records]
+        rows.append((f"drafted tokens that were right, {one_line(name)}", *cells))
+    return rows
+
+
+def _acceptance(kind: Record) -> str:
+    drafted = kind["drafted_tokens"]
+    return f"{kind['accepted_tokens'] / drafted:.0%} of {drafted}" if drafted else "none drafted"
 
 
 def _rows(
@@ -114,6 +142,15 @@ SPEED_ROWS = (
     Row("load time, s", "load_seconds", _formatted("{:.1f}")),
     Row("peak RSS", "peak_rss_bytes", _bytes),
     Row("peak VRAM", "peak_vram_bytes", _bytes, optional=True),
+)
+STREAM_ROWS = (
+    Row("serve, streams {streams}, tokens/s", "tokens_per_second", _formatted("{:.1f}")),
+    Row("TTFT p50 / p90 / p99, streams {streams}, ms", "ttft_seconds", _percentiles),
+    Row("TPOT p50 / p90 / p99, streams {streams}, ms", "tpot_seconds", _percentiles),
+)
+DRAFT_ROWS = (
+    Row("drafted, {kind}, tokens/s", "decode_tokens_per_second", _rate),
+    Row("not drafted, {kind}, tokens/s", "undrafted_tokens_per_second", _rate),
 )
 FIDELITY_ROWS = (
     Row("perplexity", "perplexity", _formatted("{:.3f}")),

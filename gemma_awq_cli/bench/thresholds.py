@@ -94,6 +94,37 @@ def _run_figures(then: Model) -> list[Figure]:
     ]  # fmt: skip
 
 
+def _own_figures(then: Model) -> list[Figure]:
+    """The rates of an earlier document's streams and drafted texts."""
+
+    def finder(part: str, key: str, name: str, rate: Callable[[Any], float]) -> Callable[[Model], float | None]:
+        return lambda model: next((rate(one) for one in _parts(model, part) if one[key] == name), None)
+
+    streams = [
+        Figure(
+            f"tokens/s of {one['streams']} streams", "streams",
+            finder("streams", "streams", one["streams"], lambda one: float(one["tokens_per_second"])),
+            more_is_worse=False,
+        )
+        for one in _parts(then, "streams")
+    ]  # fmt: skip
+    drafts = [
+        Figure(
+            f"drafted decoding speed (tokens/s), {one['kind']},", "draft",
+            finder("drafts", "kind", one["kind"], lambda one: float(one["decode_tokens_per_second"]["median"])),
+            more_is_worse=False,
+        )
+        for one in _parts(then, "drafts")
+    ]  # fmt: skip
+    return streams + drafts
+
+
+def _parts(model: Model, part: str) -> list[Mapping[str, Any]]:
+    """The records of `streams` or of the kinds of `drafts`; a document may be older than they are."""
+    found = (model["speed"] or {}).get(part) or ()
+    return list(found["kinds"] if isinstance(found, Mapping) else found)
+
+
 COMPARED = (KL, PERPLEXITY_RATIO, DECODE, PROMPT, RSS, FIRST_TOKEN)
 # for speeds to be compared
 SAME_SETTINGS = ("prompt_tokens", "new_tokens", "batches", "depths", "threads", "device")
@@ -141,7 +172,7 @@ def regressions(
                 f"{model['name']}: the baseline's fidelity was measured on another text or other windows.",
                 "Measure the baseline again with the same --text, --window and --windows.",
             )
-        for figure in (*COMPARED, *_run_figures(then), *_task_figures(then)):
+        for figure in (*COMPARED, *_run_figures(then), *_own_figures(then), *_task_figures(then)):
             before, now = figure.find(then), figure.find(model)
             if before is None or (now is None and not document["settings"].get(figure.part)):
                 continue

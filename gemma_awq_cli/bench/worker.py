@@ -5,12 +5,13 @@
     {"do": "bandwidth"}
     {"do": "open", "kind": "own", "path": "...", "device": "cpu", "threads": 2}
     {"do": "task", "spec": {...}, "limit": null, "unsafe_code": false}
+    {"do": "drafts", "path": "...", "device": "cpu", "threads": 2, "draft": "lookup", "tokens": 128, "rounds": 3}
     {"do": "fidelity", "kind": "nf4", "path": "...", "reference": "...", "text": "embedded", "window": null,
      "windows": null, "device": "cpu", "threads": 2}
 
 `adapter` beside `path`, and `reference_adapter`, name folders of adapters that are merged into these checkpoints.
 
-Lines {"done", "total"} may come before the answer to the last two. An error that a user can meet is the answer
+Lines {"done", "total"} may come before the answer to the last three. An error that a user can meet is the answer
 {"error", "hint"}; any other exception ends the process with a traceback. The end of the input ends the process.
 """
 
@@ -67,6 +68,8 @@ class Server:
 
                 spec = TaskSpec(**request["spec"])
                 return run_task(self.opened, spec, request["limit"], request["unsafe_code"], self.on_progress)
+            case "drafts":
+                return self._drafts(request)
             case "fidelity":
                 from gemma_awq_cli.bench.runtime_fidelity import answer
 
@@ -90,6 +93,14 @@ class Server:
             for name in ("vocabulary", "bos", "context", "dtype", "weight_bytes", "load_seconds")
         }
         return {**facts, "threads": torch.get_num_threads(), "device": str(self.device)}
+
+    def _drafts(self, request: dict[str, Any]) -> dict[str, Any]:
+        from gemma_awq_cli.bench.drafts import measure_drafts
+        from gemma_awq_cli.bench.model_kinds import OWN, open_kind
+
+        self._set_up(request)
+        opened = open_kind(OWN, Path(request["path"]), self.device)
+        return measure_drafts(opened, request["draft"], request["tokens"], request["rounds"], self.on_progress)
 
     def _set_up(self, request: dict[str, Any]) -> None:
         import torch

@@ -22,6 +22,7 @@ gemma-awq bench
 gemma-awq bench ./my-awq --compare bf16 --compare nf4 --report page.html
 gemma-awq bench ./my-awq --text wikitext --max-kl 0.15 --min-decode-tps 20 --json
 """
+MOST_STREAMS = 512
 MODELS, MACHINE, SPEED, FIDELITY, TASKS, LIMITS, OUTPUT = (
     "Models", "Machine", "Speed", "Fidelity", "Tasks", "Limits for CI", "Output",
 )  # fmt: skip
@@ -58,6 +59,13 @@ def command(
     first_token: Annotated[bool, typer.Option(
         "--first-token", help="Also time `gemma-awq run` from its start to its first token, each time in a new "
         "process.", rich_help_panel=SPEED)] = False,
+    streams: Annotated[str | None, typer.Option(
+        help="Also measure `gemma-awq serve` with N clients at once, each of which sends its next request when its "
+        "last is answered; several numbers, separated by commas: 1,16.", metavar="N,...",
+        rich_help_panel=SPEED)] = None,
+    draft: Annotated[str | None, typer.Option(
+        help="Also decode summaries, edits, code and other texts with and without drafted tokens, and count how many "
+        "were right: lookup, or another model that drafts.", metavar="lookup|MODEL", rich_help_panel=SPEED)] = None,
     repetitions: Annotated[int, typer.Option(
         "--repetitions", "-r", help="Number of repetitions that count.", min=1, rich_help_panel=SPEED)] = 3,
     warmup: Annotated[int, typer.Option(
@@ -125,8 +133,9 @@ def command(
 
     options = BenchOptions(
         speed=speed or everything, fidelity=fidelity or everything, prompt_tokens=prompt_tokens, new_tokens=new_tokens,
-        batches=tuple(batch or [1]), depths=_depths(depth), first_token=first_token, repetitions=repetitions,
-        warmup=warmup, threads=threads, device=device,
+        batches=tuple(batch or [1]), depths=_numbers("--depth", depth, 0), first_token=first_token,
+        streams=() if streams is None else _numbers("--streams", streams, 1, MOST_STREAMS), draft=draft,
+        repetitions=repetitions, warmup=warmup, threads=threads, device=device,
         tasks=tuple(tasks or ()), task_limit=task_limit, confirm_run_unsafe_code=confirm_run_unsafe_code,
         text=reported_name(text), window=window, windows=windows, reference=reference, compare=tuple(compare or ()),
     )  # fmt: skip
@@ -143,11 +152,15 @@ def command(
         raise typer.Exit(3)
 
 
-def _depths(text: str) -> tuple[int, ...]:
-    """Return the numbers of --depth."""
+def _numbers(option: str, text: str, least: int, most: int = 9_999_999) -> tuple[int, ...]:
+    """Return the numbers of an option, each once."""
     parts = [part.strip() for part in text.split(",")]
-    if not all(part.isascii() and part.isdigit() and len(part) <= 7 for part in parts):
-        raise UsageError(f"Invalid --depth: {text!r}.", "Give one or more numbers, separated by commas: 0,4096.")
+    whole = all(part.isascii() and part.isdigit() and len(part) <= 7 for part in parts)
+    if not whole or not all(least <= int(part) <= most for part in parts):
+        raise UsageError(
+            f"Invalid {option}: {text!r}.",
+            f"Give one or more numbers from {least} to {most}, separated by commas.",
+        )
     return tuple(dict.fromkeys(int(part) for part in parts))
 
 

@@ -139,6 +139,7 @@ class LocalEngine(Engine):
 
     batch_size: the most rows that run at once. keep: keep the session of a single row, so that a prompt that continues
     the last one reads only its new tokens. begin_draft: what drafts the tokens of a row while no other row runs.
+    make_sampler: makes what chooses a row's tokens, as `Sampler` is made.
     """
 
     def __init__(
@@ -147,12 +148,14 @@ class LocalEngine(Engine):
         batch_size: int = 8,
         keep: bool = False,
         begin_draft: BeginDraft = exact_lookup,
+        make_sampler: Callable[..., Sampler] = Sampler,
     ) -> None:
         super().__init__(opened.prompter, context_of(opened.checkpoint), end_tokens(opened.checkpoint, opened.prompter))
         self.opened = opened
         self._batch_size = batch_size
         self._keep = keep
         self._begin_draft = begin_draft
+        self._make_sampler = make_sampler
         self._live: LiveRow | None = None
         self._keeps_prompt = False
         self.read_prompt: SavedRow | None = None
@@ -202,7 +205,7 @@ class LocalEngine(Engine):
         def begin(row: Row, unread: Sequence[int]) -> Slot:
             row.begin(len(unread))
             constraint = None if compiled is None else compiled.constraint()
-            sampler = Sampler(options.sampling, row.number, row.ids, constraint)
+            sampler = self._make_sampler(options.sampling, row.number, row.ids, constraint)
             return Slot(row, sampler, unread, Drafts(self._begin_draft))
 
         try:

@@ -13,10 +13,11 @@ from xml.etree import ElementTree
 import jsonschema
 import pytest
 
-from gemma_awq_cli.bench import model_search, process
+from gemma_awq_cli.bench import drafts, model_search, process
 from gemma_awq_cli.bench.document import percentiles
 from gemma_awq_cli.bench.first_token import first_token_seconds
 from gemma_awq_cli.bench.process import Worker, WorkerEndedError
+from gemma_awq_cli.bench.streams import served
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
 from tests.bench.in_process import InProcess
@@ -122,10 +123,85 @@ def test_speed_after_tokens_that_were_read_before(artifact: Path, tmp_path: Path
     assert "A depth of 250, 12 prompt tokens and 3 new ones exceed" in " ".join(capsys.readouterr().err.split())
 
 
-@pytest.mark.parametrize("depth", ["", "-1", "1,", "1.5", "x", "1" * 8, "²"])
-def test_depths_are_numbers(depth: str, capsys: Capture) -> None:
-    assert main(["bench", "somewhere", f"--depth={depth}"]) == 2
-    assert "--depth" in capsys.readouterr().err
+@pytest.mark.parametrize("numbers", ["", "-1", "1,", "1.5", "x", "1" * 8, "²"])
+@pytest.mark.parametrize("option", ["--depth", "--streams"])
+def test_numbers_with_commas(option: str, numbers: str, capsys: Capture) -> None:
+    assert main(["bench", "somewhere", f"{option}={numbers}"]) == 2
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("streams", ["0", "1,513"])
+def test_streams_are_at_least_one_and_not_too_many(streams: str, capsys: Capture) -> None:
+    assert main(["bench", "somewhere", "--streams", streams]) == 2
+    assert "from 1 to 512" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--fidelity", "--streams", "2"], "--streams needs --speed"),
+        (["--fidelity", "--draft", "lookup"], "--draft needs --speed"),
+        (["--draft", "none"], "--draft none measures nothing"),
+    ],
+)
+def test_what_has_to_be_measured_with_speed(options: list[str], said: str, capsys: Capture) -> None:
+    assert main(["bench", "somewhere", *options]) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_streams_and_drafted_tokens(
+    artifacts: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    pytest.importorskip("uvicorn")
+    folder = artifacts("gemma3_text")
+    texts = [{"kind": kind, "name": kind, "prompt": "A text that is short. ", "stop": []} for kind in ("edit", "other")]
+    copied = "A text that is short. A text that is short."
+    file = tmp_path / "texts.json"
+    file.write_text(json.dumps([{**text, "answer": copied} for text in texts]))
+    monkeypatch.setattr(drafts, "TEXTS", file)
+    monkeypatch.setenv("GEMMA_AWQ_API_KEY", "a key that the bench does not send")
+    capsys.readouterr()
+    bench = ["bench", str(folder), "--speed", "--json", *QUICK, "--tg", "30", "--streams", "1,3", "--draft", "lookup"]
+    # the second competitor is not one of this tool's own runs, which these are measured of
+    assert main([*bench, "--compare", str(folder), "--compare", "fp16"]) == 0
+    document = documented(capsys.readouterr())
+    for model in document["models"][:2]:
+        speed = model["speed"]
+        assert [(one["streams"], one["requests"]) for one in speed["streams"]] == [(1, 2), (3, 6)]
+        for one in speed["streams"]:
+            assert one["tokens_per_second"] > 0
+            assert 0 < one["ttft_seconds"]["p50"] <= one["ttft_seconds"]["p99"]
+        assert speed["drafts"]["way"] == "written"
+        assert [kind["kind"] for kind in speed["drafts"]["kinds"]] == ["edit", "other"]
+        for kind in speed["drafts"]["kinds"]:
+            assert kind["tokens"] == 29  # behind the first
+            assert kind["drafted_tokens"] >= kind["accepted_tokens"] > 10
+            assert len(kind["speedup"]["samples"]) == 2
+    assert document["models"][2]["speed"]["streams"] == []
+    assert document["models"][2]["speed"]["drafts"] is None
+    # both are compared with a baseline's
+    baseline = tmp_path / "baseline.json"
+    document["models"][0]["speed"]["streams"][1]["tokens_per_second"] *= 1e6
+    document["models"][0]["speed"]["drafts"]["kinds"][0]["decode_tokens_per_second"]["median"] *= 1e6
+    baseline.write_text(json.dumps(document))
+    assert main([*bench, "--baseline", str(baseline), "--tolerance", "0.99"]) == 3
+    said = capsys.readouterr().err
+    assert "tokens/s of 3 streams is" in said
+    assert "drafted decoding speed (tokens/s), edit, is" in said
+    assert "1 streams" not in said
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("in_process")
+def test_a_server_that_does_not_start_is_named(artifact: Path, capsys: Capture) -> None:
+    pytest.importorskip("uvicorn")
+    # the server's rows hold prompt and answer, and more than its context is refused by it, not by the bench
+    failed = pytest.raises(GemmaAwqError, match=f"`gemma-awq serve` of {artifact.name} failed: ")
+    with failed as error, served(artifact, "cpu", 1, 1, 100_000):
+        pass
+    assert "--max-context" in f"{error.value.message} {error.value.hint}"
 
 
 @pytest.mark.slow

@@ -26,6 +26,12 @@ def test_every_figure() -> None:
         "weights read per token": ("100.0 MB", "100.0 MB"),
         "load time, s": ("1.0", "1.0"),
         "peak RSS": ("1.0 GB", "1.0 GB"),
+        "serve, streams 4, tokens/s": ("200.0", "200.0"),
+        "TTFT p50 / p90 / p99, streams 4, ms": ("100.0 / 100.0 / 100.0",) * 2,
+        "TPOT p50 / p90 / p99, streams 4, ms": ("100.0 / 100.0 / 100.0",) * 2,
+        "drafted, edit, tokens/s": ("10.0 (9.0 - 11.0)", "10.0 (9.0 - 11.0) 1.00x"),
+        "not drafted, edit, tokens/s": ("10.0 (9.0 - 11.0)", "10.0 (9.0 - 11.0) 1.00x"),
+        "drafted tokens that were right, edit": ("80% of 50", "80% of 50"),
         "perplexity": ("10.500", "10.500"),
         "perplexity of the 16-bit original": ("10.000", "10.000"),
         "KL divergence, mean": ("0.0100", "0.0100"),
@@ -74,6 +80,20 @@ def test_depths_have_rows_of_their_own() -> None:
     assert rows["TTFT @ 0, ms"] == rows["TTFT @ 4096, ms"] == ("10000", "10000")
     assert "tg128 @ 4096, tokens/s" in rows
     assert not any(title.startswith("first token") for title in rows)  # nor in documents that are older than it
+
+
+def test_streams_and_drafts_of_one_model_only() -> None:
+    document = full_bench()
+    first, other = (model["speed"] for model in document["models"])
+    first["streams"].append({**first["streams"][0], "streams": 1, "tpot_seconds": None})
+    first["drafts"]["kinds"][0] |= {"drafted_tokens": 0, "accepted_tokens": 0}
+    other["streams"] = []
+    other.pop("drafts")  # as in a document that is older than they are
+    rows = rows_of(document)
+    assert rows["serve, streams 1, tokens/s"] == rows["serve, streams 4, tokens/s"] == ("200.0", "-")
+    assert rows["TPOT p50 / p90 / p99, streams 1, ms"] == ("-", "-")
+    assert list(rows).index("serve, streams 1, tokens/s") < list(rows).index("serve, streams 4, tokens/s")
+    assert rows["drafted tokens that were right, edit"] == ("none drafted", "-")
 
 
 def test_the_first_token_of_the_command_line_has_a_row() -> None:
