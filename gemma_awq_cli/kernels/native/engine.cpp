@@ -40,7 +40,8 @@ struct Buffers {
     std::vector<int64_t> position_of;
     std::vector<int32_t> ids;
     std::vector<Queries> queries;
-    std::vector<std::vector<float>> scores;  // one per thread
+    std::vector<Seen> seen;     // of each block of keys
+    std::vector<float> values;  // likewise
     std::vector<float> early_inputs, late_inputs, narrow, input;  // per-layer inputs
     std::vector<float> streams, laurel;                           // AltUp
     Nonzero nonzero;
@@ -479,36 +480,148 @@ class Forward {
         });
     }
 
-    // Queries of one kv head, of consecutive tokens of a chunk.
+    // Queries of one kv head, of consecutive tokens of a chunk, and the blocks of keys that they see.
     struct Tile {
         int64_t chunk, first, count, head, heads;  // the chunk's queries first ..; query heads head ..
+        int64_t block, end;                        // of KEY_BLOCK positions
+        int64_t queries() const { return count * heads; }
     };
 
     void attend(const LayerSpec& l, int64_t index) {
-        const int64_t shared = l.heads / l.kv_heads;
-        int64_t heads = std::min<int64_t>(shared, MAX_QUERIES);  // that read the same keys at once, in each tile
-        while (heads > 1 && tokens * l.kv_heads * (shared / heads) < 2 * pool.threads()) heads = (heads + 1) / 2;
-        std::vector<Tile> tiles;
-        int64_t most_keys = 0;
-        for (int64_t p = 0; p < nchunks; p++) {
-            const int64_t step = MAX_QUERIES / heads;
-            const Queries& queries = b.queries[p];
-            if (!queries.count) continue;
-            for (int64_t first = 0; first < queries.count; first += step)
-                for (int64_t kv = 0; kv < l.kv_heads; kv++)
-                    for (int64_t h = 0; h < shared; h += heads)
-                        tiles.push_back({p, first, std::min(step, queries.count - first), kv * shared + h,
-                                         std::min(heads, shared - h)});
-            most_keys = std::max(most_keys, chunks[p].start + chunks[p].count);
-        }
-        at_least(b.scores, pool.threads());
-        for (auto& s : b.scores) at_least(s, MAX_QUERIES * most_keys);
-        pool.run((int64_t)tiles.size(), [&](int64_t i, int thread) {
-            if (cache.kind == INT8) tile<INT8>(tiles[i], l, index, b.scores[thread].data());
-            else tile<BF16>(tiles[i], l, index, b.scores[thread].data());
-        });
+        if (cache.kind == INT8) attend_held<INT8>(l, index);
+        else attend_held<BF16>(l, index);
         // Only now: the first tokens of this batch may have seen what the ring overwrites.
         if (!l.kv_buffer) write_cache(l, index);
+    }
+
+    template <int KIND> void attend_held(const LayerSpec& l, int64_t index) {
+        const std::vector<Tile> tiles = tiles_of(l);
+        int64_t blocks = 0;
+        for (const Tile& t : tiles) blocks += t.end - t.block;
+        if ((int64_t)tiles.size() < 2 * pool.threads() && blocks > (int64_t)tiles.size())
+            return attend_by_block<KIND>(l, index, tiles, blocks);
+        // tiles that follow each other read the same keys, which stay in the processor's cache meanwhile
+        const int64_t most = (int64_t)tiles.size() / (4 * pool.threads());
+        const int64_t together = std::max<int64_t>(1, std::min<int64_t>(MAX_TILES, most));
+        pool.run(((int64_t)tiles.size() + together - 1) / together, [&](int64_t item, int) {
+            const Tile* first = &tiles[item * together];
+            const int64_t count = std::min(together, (int64_t)tiles.size() - item * together);
+            Seen seen[MAX_TILES * MAX_QUERIES] = {}, next[MAX_QUERIES];
+            float values[MAX_QUERIES * MAX_HEAD_DIM];
+            int64_t block = first->block, end = first->end;
+            for (const Tile* t = first; t < first + count; t++)
+                block = std::min(block, t->block), end = std::max(end, t->end);
+            for (; block < end; block++)
+                for (int64_t n = 0; n < count; n++) {
+                    const Tile& t = first[n];
+                    if (block < t.block || block >= t.end) continue;
+                    meet_block<KIND>(t, l, index, block, next, values);
+                    for (int64_t i = 0; i < t.queries(); i++)
+                        merge(seen[n * MAX_QUERIES + i], result(t, l, i), next[i], values + i * l.head_dim, l.head_dim);
+                }
+            for (int64_t n = 0; n < count; n++)
+                for (int64_t i = 0; i < first[n].queries(); i++)
+                    finish(seen[n * MAX_QUERIES + i], result(first[n], l, i), l.head_dim);
+        });
+    }
+
+    // Few tiles and many keys: the threads share out the blocks.
+    template <int KIND>
+    void attend_by_block(const LayerSpec& l, int64_t index, const std::vector<Tile>& tiles, int64_t blocks) {
+        const int64_t d = l.head_dim, size = MAX_QUERIES * d;
+        struct Item {
+            int64_t tile, block;
+        };
+        std::vector<Item> items;
+        std::vector<int64_t> first_of;  // of each tile's items
+        for (int64_t n = 0; n < (int64_t)tiles.size(); n++) {
+            first_of.push_back((int64_t)items.size());
+            for (int64_t block = tiles[n].block; block < tiles[n].end; block++) items.push_back({n, block});
+        }
+        at_least(b.seen, blocks * MAX_QUERIES);
+        at_least(b.values, blocks * size);
+        pool.run(blocks, [&](int64_t i, int) {
+            const Tile& t = tiles[items[i].tile];
+            meet_block<KIND>(t, l, index, items[i].block, &b.seen[i * MAX_QUERIES], &b.values[i * size]);
+        });
+        pool.run((int64_t)tiles.size() * MAX_QUERIES, [&](int64_t item, int) {
+            const int64_t n = item / MAX_QUERIES, i = item % MAX_QUERIES;
+            const Tile& t = tiles[n];
+            if (i >= t.queries()) return;
+            Seen seen = {};
+            for (int64_t at = first_of[n]; at < first_of[n] + t.end - t.block; at++)
+                merge(seen, result(t, l, i), b.seen[at * MAX_QUERIES + i], &b.values[at * size + i * d], d);
+            finish(seen, result(t, l, i), d);
+        });
+    }
+
+    std::vector<Tile> tiles_of(const LayerSpec& l) {
+        const int64_t shared = l.heads / l.kv_heads;
+        const int64_t heads = std::min<int64_t>(shared, MAX_QUERIES);  // that read the same keys at once, in each tile
+        const int64_t step = MAX_QUERIES / heads;
+        std::vector<Tile> tiles;
+        for (int64_t p = 0; p < nchunks; p++) {
+            const Queries& asking = b.queries[p];
+            for (int64_t kv = 0; kv < l.kv_heads; kv++)
+                for (int64_t h = 0; h < shared; h += heads)
+                    for (int64_t first = 0; first < asking.count; first += step) {
+                        const int64_t count = std::min(step, asking.count - first);
+                        const int64_t position = chunks[p].start + asking.first + first;  // of the first query
+                        tiles.push_back({p, first, count, kv * shared + h, std::min(heads, shared - h),
+                                         oldest(l, position) / KEY_BLOCK, (position + count - 1) / KEY_BLOCK + 1});
+                    }
+        }
+        return tiles;
+    }
+
+    // The position of the oldest key that a query sees.
+    static int64_t oldest(const LayerSpec& l, int64_t position) {
+        return l.window ? std::max<int64_t>(0, position - l.window + 1) : 0;
+    }
+
+    // Where the result of a tile's query goes.
+    float* result(const Tile& t, const LayerSpec& l, int64_t i) {
+        const int64_t token = b.queries[t.chunk].offset + t.first + i / t.heads, head = t.head + i % t.heads;
+        return &b.attended[(token * l.heads + head) * l.head_dim];
+    }
+
+    static void finish(const Seen& seen, float* values, int64_t d) {
+        const float inverse = 1.0f / seen.total;
+        for (int64_t c = 0; c < d; c += LANES) store(values + c, load(values + c) * inverse);
+    }
+
+    // What the queries of a tile see of a block of keys: seen [queries], values [queries, D].
+    template <int KIND>
+    void meet_block(const Tile& t, const LayerSpec& l, int64_t index, int64_t block, Seen* seen, float* values) {
+        const ChunkSpec& chunk = chunks[t.chunk];
+        const Queries& asking = b.queries[t.chunk];
+        const int64_t d = l.head_dim, slots = cache.slots[index], kv = t.head / (l.heads / l.kv_heads);
+        const int64_t bytes = held_bytes(KIND, d), base = (chunk.row * l.kv_heads + kv) * slots * bytes;
+        const int64_t position = chunk.start + asking.first + t.first;  // of the first query
+        const int64_t low = std::max(block * KEY_BLOCK, oldest(l, position));
+        const int64_t high = std::min((block + 1) * KEY_BLOCK, position + t.count);
+        Run runs[3];
+        int nruns = 0;
+        int64_t p = low;
+        while (p < std::min(high, chunk.start)) {
+            const int64_t count = std::min(std::min(high, chunk.start) - p, slots - p % slots);
+            const int64_t at = base + p % slots * bytes;
+            runs[nruns++] = {cache.keys[index] + at, cache.values[index] + at, bytes, count};
+            p += count;
+        }
+        if (p < high) {
+            const int64_t fresh = chunk.offset + p - chunk.start;
+            runs[nruns++] = {held(b.k, l, fresh, kv), held(b.v, l, fresh, kv), l.kv_heads * bytes, high - p};
+        }
+        const float* q[MAX_QUERIES];
+        int64_t first[MAX_QUERIES], last[MAX_QUERIES];
+        for (int64_t i = 0; i < t.queries(); i++) {
+            const int64_t token = asking.offset + t.first + i / t.heads, own = position + i / t.heads;
+            q[i] = &b.qkv[token * l.qkv.outputs + (t.head + i % t.heads) * d];
+            first[i] = std::max(oldest(l, own), low) - low;
+            last[i] = std::min(own + 1, high) - low;
+        }
+        meet<KIND>({q, first, last, t.queries()}, runs, nruns, d, m.attention_softcap, seen, values);
     }
 
     // Writes keys and values of the new tokens into the layer's cache.
@@ -522,56 +635,6 @@ class Forward {
                     memcpy(cache.keys[index] + to, held(b.k, l, t, kv), bytes);
                     memcpy(cache.values[index] + to, held(b.v, l, t, kv), bytes);
                 }
-    }
-
-    template <int KIND> void tile(const Tile& t, const LayerSpec& l, int64_t index, float* scores) {
-        const ChunkSpec& chunk = chunks[t.chunk];
-        const int64_t d = l.head_dim, slots = cache.slots[index], kv = t.head / (l.heads / l.kv_heads);
-        const int64_t qkv_size = l.qkv.outputs;
-        const Queries& asking = b.queries[t.chunk];
-        const int64_t window = l.window ? l.window : INT64_MAX;
-        const int64_t first = chunk.start + asking.first + t.first;  // the first query's position
-        const int64_t low = std::max<int64_t>(0, first - std::min(first, window - 1));  // the oldest key seen by any
-        Run runs[3];
-        int nruns = 0;
-        const int64_t bytes = held_bytes(KIND, d), base = (chunk.row * l.kv_heads + kv) * slots * bytes;
-        for (int64_t p = low; p < chunk.start;) {
-            const int64_t count = std::min(chunk.start - p, slots - p % slots);
-            const int64_t at = base + p % slots * bytes;
-            runs[nruns++] = {cache.keys[index] + at, cache.values[index] + at, bytes, count};
-            p += count;
-        }
-        const int64_t from = std::max(low - chunk.start, (int64_t)0), fresh = asking.first + t.first + t.count - from;
-        const int64_t oldest = chunk.offset + from;
-        runs[nruns++] = {held(b.k, l, oldest, kv), held(b.v, l, oldest, kv), l.kv_heads * bytes, fresh};
-        const int64_t keys = std::max<int64_t>(0, chunk.start - low) + fresh;
-        const int64_t queries = t.count * t.heads;
-        float q[MAX_QUERIES * MAX_HEAD_DIM];
-        float* out[MAX_QUERIES];
-        for (int64_t i = 0; i < queries; i++) {
-            const int64_t token = asking.offset + t.first + i / t.heads, head = t.head + i % t.heads;
-            memcpy(q + i * d, &b.qkv[token * qkv_size + head * d], 4 * d);
-            out[i] = &b.attended[(token * l.heads + head) * d];
-        }
-        // a full tile, or four, two and one queries at a time
-        for (int64_t i = 0; i < queries;) {
-            const int64_t left = queries - i;
-            const int many = left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
-            if (many == 8) score<8, KIND>(q, d, runs, nruns, scores, keys);
-            else if (many == 4) score<4, KIND>(q + i * d, d, runs, nruns, scores, keys);
-            else if (many == 2) score<2, KIND>(q + i * d, d, runs, nruns, scores, keys);
-            else score<1, KIND>(q + i * d, d, runs, nruns, scores, keys);
-            for (int n = 0; n < many; n++) {
-                const int64_t position = first + (i + n) / t.heads;
-                softmax(scores + n * keys, keys, std::max<int64_t>(0, position - std::min(position, window - 1) - low),
-                        position + 1 - low, m.attention_softcap);
-            }
-            if (many == 8) mix<8, KIND>(scores, keys, runs, nruns, d, out);
-            else if (many == 4) mix<4, KIND>(scores, keys, runs, nruns, d, out + i);
-            else if (many == 2) mix<2, KIND>(scores, keys, runs, nruns, d, out + i);
-            else mix<1, KIND>(scores, keys, runs, nruns, d, out + i);
-            i += many;
-        }
     }
 
     void head(float* logits) {
