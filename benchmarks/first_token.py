@@ -1,6 +1,10 @@
-"""How long a command takes to its first token, and its peak memory: this tool and llama.cpp through llama-cpp-python.
+"""How long a command takes to its first token, and its peak memory: this tool, llama.cpp through llama-cpp-python, and,
+where they are named, OpenVINO GenAI and ONNX Runtime GenAI.
 
 python benchmarks/first_token.py ARTIFACT_DIR GGUF_FILE [--llama-python PYTHON] [--runs 7]
+    [--openvino DIR --openvino-python PYTHON] [--onnx DIR --onnx-python PYTHON]
+
+`peers/decode_openvino.py` and `peers/decode_onnx_genai.py` say how the DIRs are made.
 
 The commands take turns, each a new process with a prompt of 6 tokens and one token of answer, with the files in the
 page cache. Time runs from the start of the process to the first byte of its answer. Peak memory is the largest resident
@@ -23,6 +27,25 @@ model = Llama(sys.argv[1], n_ctx=64, n_threads=int(sys.argv[2]), n_threads_batch
 for part in model(sys.argv[3], max_tokens=1, temperature=0, stream=True):
     print(part["choices"][0]["text"], flush=True)
 """
+OPENVINO = """
+import sys
+import openvino_genai as genai
+pipeline = genai.LLMPipeline(sys.argv[1], "CPU", INFERENCE_NUM_THREADS=int(sys.argv[2]))
+print(pipeline.generate(sys.argv[3], max_new_tokens=1, do_sample=False, apply_chat_template=False), flush=True)
+"""
+ONNX = """
+import sys
+import onnxruntime_genai as genai
+config = genai.Config(sys.argv[1])
+model = genai.Model(config)
+tokenizer = genai.Tokenizer(model)
+parameters = genai.GeneratorParams(model)
+parameters.set_search_options(max_length=1024, do_sample=False, batch_size=1)
+generator = genai.Generator(model, parameters)
+generator.append_tokens(tokenizer.encode(sys.argv[3]))
+generator.generate_next_token()
+print(tokenizer.decode(generator.get_next_tokens()), flush=True)
+"""
 
 
 def main() -> None:
@@ -30,6 +53,9 @@ def main() -> None:
     parser.add_argument("artifact", type=Path)
     parser.add_argument("gguf", type=Path)
     parser.add_argument("--llama-python", default=sys.executable, help="a Python that has llama-cpp-python")
+    for peer in ("openvino", "onnx"):
+        parser.add_argument(f"--{peer}", type=Path, metavar="DIR", help="its form of the model")
+        parser.add_argument(f"--{peer}-python", default=sys.executable, metavar="FILE", help="a Python that has it")
     parser.add_argument("--runs", type=int, default=7)
     args = parser.parse_args()
     threads = str(len(os.sched_getaffinity(0)))
@@ -39,6 +65,10 @@ def main() -> None:
         "gemma-awq run, 16-bit head": [*ours, "--head", "16bit"],
         "llama-cpp-python": [args.llama_python, "-c", LLAMA, str(args.gguf), threads, PROMPT],
     }
+    if args.openvino:
+        commands["OpenVINO GenAI"] = [args.openvino_python, "-c", OPENVINO, str(args.openvino), threads, PROMPT]
+    if args.onnx:
+        commands["ONNX Runtime GenAI"] = [args.onnx_python, "-c", ONNX, str(args.onnx), threads, PROMPT]
     times: dict[str, list[float]] = {name: [] for name in commands}
     peaks: dict[str, list[int]] = {name: [] for name in commands}
     for turn in range(args.runs + 1):

@@ -1,6 +1,6 @@
-"""The sizes that a config.json leaves out, as transformers fills them in, without importing it.
+"""The values that a config.json leaves out, as transformers fills them in, without importing it.
 
-Only what decides the shapes of the tensors: enough to say which tensors a model has, not to run it.
+The released Gemma 3 4B, 12B and 27B state five values of their language models and leave the others out.
 """
 
 from collections.abc import Mapping
@@ -8,7 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.models.gemma.family import FULL, SLIDING
+from gemma_awq_cli.models.gemma.family import FULL, SLIDING, Family
+from gemma_awq_cli.models.gemma.features import ACTIVATION
 
 _EVERY_FAMILY = {
     "hidden_size": 2304, "intermediate_size": 9216, "num_attention_heads": 8, "num_key_value_heads": 4,
@@ -42,6 +43,21 @@ _DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     },
     "gemma4_unified_text": {**_GEMMA4, "max_position_embeddings": 262144, "sliding_window": 1024},
 }  # fmt: skip
+# What a forward needs beside that, the activation of each family apart.
+_SOFTCAPS = {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0}
+_FORWARD: Mapping[str, Mapping[str, Any]] = {
+    "gemma2": _SOFTCAPS,
+    "gemma3_text": {**_SOFTCAPS, "attn_logit_softcapping": None, "final_logit_softcapping": None},
+    "vaultgemma": _SOFTCAPS,
+    "gemma3n_text": {"final_logit_softcapping": 30.0},
+    "gemma4_text": {"final_logit_softcapping": None},
+    "gemma4_unified_text": {"final_logit_softcapping": None},
+}
+_PROPORTIONAL = {"rope_type": "proportional", "partial_rotary_factor": 0.25}
+_ROPES: Mapping[str, Mapping[str, Any]] = {  # of the full layers, where they are not the default kind
+    "gemma4_text": _PROPORTIONAL, "gemma4_unified_text": _PROPORTIONAL,
+}  # fmt: skip
+_THETA, _FULL_THETA = 10_000.0, 1_000_000.0  # the latter where full layers have a rope of their own
 _LAYERS = {
     "gemma": 28, "gemma2": 26, "gemma3_text": 26, "vaultgemma": 26, "gemma3n_text": 35, "gemma4_text": 30,
     "gemma4_unified_text": 30,
@@ -64,17 +80,58 @@ def with_defaults(values: Mapping[str, Any], layers: int) -> SimpleNamespace:
     facts = {**_DEFAULTS[model_type], "num_hidden_layers": layers or _LAYERS[model_type], **given}
     count = facts["num_hidden_layers"]
     if len(family.layer_kinds) > 1:
-        period = facts.get("sliding_window_pattern", _PERIOD[model_type])
-        kinds = [SLIDING if index % period else FULL for index in range(1, count + 1)]
-        facts["layer_types"] = list(facts.get("layer_types", kinds))
+        facts["layer_types"] = list(facts.get("layer_types", _kinds_of_layers(facts)))
     if family.heads_per_kind:
         facts["layer_types"][-1] = FULL
         facts["per_layer_config"] = _heads_per_layer(facts)
     if model_type == "gemma3n_text":
-        sparse = 10 if count > 10 else 0
-        facts.setdefault("activation_sparsity_pattern", [0.95] * sparse + [0.0] * (count - sparse))
+        facts.setdefault("activation_sparsity_pattern", _sparsity(count))
     facts["rope_parameters"] = dict.fromkeys(family.layer_kinds, _NO_ROPE) if family.rope_per_kind else _NO_ROPE
     return SimpleNamespace(**facts)
+
+
+def with_all_defaults(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `config_values.text_values` with everything that it lacks, under transformers' names.
+
+    A value that is null stays null. `per_layer_config` and Gemma 3's `rope_scaling` are left as they are.
+    """
+    model_type = values["model_type"]
+    family = FAMILIES[model_type]
+    found = {
+        **_DEFAULTS[model_type], **_FORWARD.get(model_type, {}), "num_hidden_layers": _LAYERS[model_type],
+        "rms_norm_eps": 1e-6, family.activation_key: ACTIVATION, **values,
+    }  # fmt: skip
+    if len(family.layer_kinds) > 1 and "layer_types" not in values:
+        found["layer_types"] = _kinds_of_layers(found)
+        if family.heads_per_kind:
+            found["layer_types"][-1] = FULL
+    if model_type == "gemma3n_text":
+        found.setdefault("activation_sparsity_pattern", _sparsity(found["num_hidden_layers"]))
+    return found
+
+
+def rope_parameters_of(values: Mapping[str, Any], family: Family) -> dict[str, Any]:
+    """Return the rotary parameters of a config that has none in transformers 5's form, as transformers makes them.
+
+    values: see `with_all_defaults`.
+    """
+    full = values.get("rope_theta", _FULL_THETA if family.rope_per_kind else _THETA)
+    kind = _ROPES.get(family.text_type, {"rope_type": "default"})
+    parameters = {**kind, "rope_theta": full, **(values.get("rope_scaling") or {})}
+    if not family.rope_per_kind:
+        return parameters
+    local = {"rope_type": "default", "rope_theta": values.get("rope_local_base_freq", _THETA)}
+    return {SLIDING: local, FULL: parameters}
+
+
+def _kinds_of_layers(facts: Mapping[str, Any]) -> list[str]:
+    period = facts.get("sliding_window_pattern", _PERIOD[facts["model_type"]])
+    return [SLIDING if index % period else FULL for index in range(1, facts["num_hidden_layers"] + 1)]
+
+
+def _sparsity(layers: int) -> list[float]:
+    sparse = 10 if layers > 10 else 0
+    return [0.95] * sparse + [0.0] * (layers - sparse)
 
 
 def _heads_per_layer(facts: Mapping[str, Any]) -> list[SimpleNamespace]:

@@ -1,15 +1,16 @@
-"""A Gemma's text config from config.json alone, if the file states everything that a forward of our own must know.
+"""A Gemma's text config from config.json and the defaults alone, if the file says nothing unusual.
 
-transformers takes a second to import and fills in the values that a config leaves out. Where a value is left out or
-unusual, nothing is guessed here: the answer is None, and transformers reads the file.
+transformers takes a second to import. Where a value is unusual, nothing is guessed here: the answer is None, and
+transformers reads the file.
 """
 
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
+from gemma_awq_cli.models.gemma.config_defaults import rope_parameters_of, with_all_defaults
 from gemma_awq_cli.models.gemma.families import FAMILIES
-from gemma_awq_cli.models.gemma.family import FULL, SLIDING, Family
+from gemma_awq_cli.models.gemma.family import FULL, Family
 from gemma_awq_cli.models.gemma.features import ACTIVATION
 
 _SIZES = (
@@ -20,8 +21,8 @@ _LAYERS = ("layer_types", "sliding_window", "final_logit_softcapping")
 _GEMMA2 = (*_LAYERS, "query_pre_attn_scalar", "attn_logit_softcapping")
 _PER_LAYER_INPUTS = ("vocab_size_per_layer_input", "hidden_size_per_layer_input", "num_kv_shared_layers")
 _EXPERTS = ("num_experts", "top_k_experts", "moe_intermediate_size")
-# By the family's `text_type`: the values that a config must state beside those of every family.
-_STATED: Mapping[str, tuple[str, ...]] = {
+# By the family's `text_type`: the values that a forward needs beside those of every family.
+_NEEDED: Mapping[str, tuple[str, ...]] = {
     "gemma": (),
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA2,
@@ -35,18 +36,20 @@ _STATED: Mapping[str, tuple[str, ...]] = {
     ),
     "gemma4_unified_text": (*_LAYERS, "attention_k_eq_v", "num_kv_shared_layers", "use_double_wide_mlp"),
 }  # fmt: skip
+_OWN_HEADS = ("per_layer_config", "global_head_dim")  # either says how the heads of full layers differ
 _MAY_BE_NULL = ("final_logit_softcapping", "attn_logit_softcapping", *_EXPERTS)
 
 
-def plain_text_config(section: Mapping[str, Any]) -> SimpleNamespace | None:
+def plain_text_config(stated: Mapping[str, Any]) -> SimpleNamespace | None:
     """Return the values of a config.json that layers.py and architecture.py read, under transformers' names.
 
-    None: ask transformers. section: the result of `config_values.text_values`.
+    None: ask transformers. stated: the result of `config_values.text_values`.
     """
-    family = FAMILIES[section["model_type"]]
-    stated = (*_SIZES, "attention_bias", "rms_norm_eps", family.activation_key, *_STATED[family.text_type])
+    family = FAMILIES[stated["model_type"]]
+    section = with_all_defaults(stated)
+    needed = (*_SIZES, "attention_bias", "rms_norm_eps", family.activation_key, *_NEEDED[family.text_type])
     usual = (
-        all(section.get(name) is not None or (name in _MAY_BE_NULL and name in section) for name in stated)
+        all(section[name] is not None or name in _MAY_BE_NULL for name in needed)
         and section.get(family.activation_key) == ACTIVATION
         and section.get("attention_bias") is False
         and section.get("use_bidirectional_attention") in (None, False, "vision")
@@ -57,10 +60,11 @@ def plain_text_config(section: Mapping[str, Any]) -> SimpleNamespace | None:
     types = section.get("layer_types")
     if types is not None and not set(types) <= set(family.layer_kinds):
         return None
-    found: dict[str, Any] = {name: section[name] for name in stated}
+    found: dict[str, Any] = {name: section[name] for name in needed}
     found["tie_word_embeddings"] = section.get("tie_word_embeddings", True)
     if family.heads_per_kind:
-        sizes = _sizes_per_layer(section)
+        told = any(stated.get(name) is not None for name in _OWN_HEADS)
+        sizes = _sizes_per_layer(section) if told else None
         if sizes is None:
             return None
         found["per_layer_config"] = sizes
@@ -74,8 +78,6 @@ def _sizes_per_layer(section: Mapping[str, Any]) -> list[SimpleNamespace] | None
     if types[-1] != FULL:
         return None
     own, other = section.get("per_layer_config"), section.get("global_head_dim")
-    if own is None and other is None:
-        return None
     sizes = {"head_dim": section["head_dim"], "num_key_value_heads": section["num_key_value_heads"]}
     if own is None:
         kv_heads = section.get("num_global_key_value_heads") if section["attention_k_eq_v"] else None
@@ -86,13 +88,12 @@ def _sizes_per_layer(section: Mapping[str, Any]) -> list[SimpleNamespace] | None
 
 def _rope_parameters(section: Mapping[str, Any], family: Family) -> dict[str, Any] | None:
     """The parameters of plain rotary embeddings in the form of transformers 5; None for any other kind."""
-    if section.get("rope_scaling") is not None or "partial_rotary_factor" in section:
-        return None
     parameters = section.get("rope_parameters")
-    if parameters is None:  # as transformers 4 wrote it
-        thetas = {FULL: section.get("rope_theta"), SLIDING: section.get("rope_local_base_freq")}
-        parameters = {kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in thetas.items()}
-        parameters = parameters if family.rope_per_kind else parameters[FULL]
+    scaling = section.get("rope_scaling")
+    if "partial_rotary_factor" in section or (scaling is not None and parameters is not None):
+        return None
+    if parameters is None:  # as transformers 4 wrote it, or not at all
+        parameters = rope_parameters_of(section, family)
     if not isinstance(parameters, dict):
         return None
     if family.rope_per_kind and set(parameters) != set(family.layer_kinds):

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from transformers import AutoConfig
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.forward.torch_decoder import FEATURES
 from gemma_awq_cli.models.gemma.architecture import Architecture, architecture_of
 from gemma_awq_cli.models.gemma.config_values import KINDS, require_sound, text_values
+from gemma_awq_cli.models.gemma.families import FAMILIES as FAMILIES_BY_TYPE
 from gemma_awq_cli.models.gemma.families import family_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
@@ -142,6 +144,26 @@ def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: P
     assert agreed > 20
     assert filled > agreed
     assert refused > 20
+
+
+@pytest.mark.parametrize("raw", [GEMMA_7B, GEMMA3_270M, GEMMA3_4B_IT])
+def test_released_configs_need_no_transformers(raw: dict[str, Any], tmp_path: Path) -> None:
+    """Gemma 3 4B leaves most values out, and its full layers have a scaled rope."""
+    family = family_of(raw["model_type"])
+    plain = plain_text_config(values_of(raw))
+    assert plain is not None
+    assert same(architecture_of(plain, family), architecture_of(theirs(raw, tmp_path), family))
+
+
+@pytest.mark.parametrize("model_type", KINDS)
+def test_a_config_that_says_nothing_is_transformers_default(model_type: str, tmp_path: Path) -> None:
+    family = FAMILIES_BY_TYPE[model_type]
+    theirs = getattr(transformers, family.config_class)()
+    plain = plain_text_config(text_values({"model_type": model_type}, family, tmp_path, theirs.num_hidden_layers))
+    if family.heads_per_kind:  # whose full layers' heads are not guessed
+        assert plain is None
+    else:
+        assert same(architecture_of(plain, family), architecture_of(theirs, family))
 
 
 @pytest.mark.parametrize("raw", [GEMMA_7B, GEMMA_2B, GEMMA3_270M, GEMMA3_4B_IT])
