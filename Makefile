@@ -47,7 +47,7 @@ wheels: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[demo,test,bnb,multi-gpu,eval]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[full,demo,test,examples]"
 	touch $@
 
 clean:

@@ -2,17 +2,13 @@
 
 import ast
 import graphlib
-import json
-import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import gemma_awq_cli
-from tests.conftest import quantize_arguments
 
 PACKAGE = Path(gemma_awq_cli.__file__).parent
 # The rooms in the order of their imports: a room may import from itself and from the rooms of earlier rows.
@@ -127,43 +123,3 @@ def test_autoawq_stays_behind_its_boundary() -> None:
             assert not any(name == "awq" or name.startswith("awq.") for name in names), path
             if isinstance(node, ast.Constant) and node.value in ("awq", "autoawq") and "find_spec" in ast.unparse(tree):
                 assert path.name == "autoawq.py", path
-
-
-@pytest.mark.slow
-def test_quantize_run_and_bench_work_without_autoawq(
-    tmp_path: Path, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], text_file: Path
-) -> None:
-    """In a Python that has every installed package but AutoAWQ: the artifact and the text are the same."""
-    import torch
-
-    packages = tmp_path / "packages"
-    packages.mkdir()
-    for entry in Path(torch.__file__).parent.parent.iterdir():
-        if entry.name != "awq" and not entry.name.startswith("autoawq"):
-            (packages / entry.name).symlink_to(entry)
-    code = (
-        "import importlib.util, sys\n"
-        "assert importlib.util.find_spec('awq') is None\n"
-        "from gemma_awq_cli.kernels.autoawq import autoawq_version\n"
-        "assert autoawq_version() is None\n"
-        "from gemma_awq_cli.cli.app import main\n"
-        "sys.exit(main(sys.argv[1:]))\n"
-    )
-
-    def run(*arguments: str) -> str:
-        environment = {**os.environ, "PYTHONPATH": f"{packages}{os.pathsep}{PACKAGE.parent}"}
-        # -S: without the folder that all packages are in
-        command = [sys.executable, "-S", "-c", code, *arguments]
-        return subprocess.run(command, env=environment, check=True, stdout=subprocess.PIPE, text=True).stdout
-
-    out = tmp_path / "out"
-    run(*quantize_arguments(checkpoints("gemma"), out, text_file))
-    name = "model.safetensors"
-    assert (out / name).read_bytes() == (artifacts("gemma") / name).read_bytes()
-    ask = ("run", "Hello", "--max-new-tokens", "8", "--temperature", "0", "--device", "cpu", "--json", "-m")
-    with_it = subprocess.run(
-        [sys.executable, "-m", "gemma_awq_cli", *ask, str(artifacts("gemma"))], check=True, stdout=subprocess.PIPE
-    ).stdout
-    assert json.loads(run(*ask, str(out)))["text"] == json.loads(with_it)["text"]
-    fidelity = ("--fidelity", "--window", "16", "--windows", "1", "--text", str(text_file), "--device", "cpu", "--json")
-    assert json.loads(run("bench", str(out), *fidelity))["models"]

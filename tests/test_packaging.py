@@ -1,5 +1,6 @@
 """What `pip install` gives: the wheel alone, outside the clone, has every recipe and text and the command."""
 
+import email
 import os
 import subprocess
 import sys
@@ -7,6 +8,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
+from gemma_awq_cli import __version__
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parent.parent
@@ -45,6 +48,27 @@ def test_the_wheel_holds_every_file_of_the_package(installed: Path) -> None:
     assert {".py", ".cpp", ".h", ".md", ".html", ".txt"} <= {name.suffix for name in names}
     for name in names:
         assert (installed / "gemma_awq_cli" / name).read_bytes() == (package / name).read_bytes(), name
+
+
+def test_the_metadata_says_what_an_index_asks_for(installed: Path) -> None:
+    (file,) = installed.glob("*.dist-info/METADATA")
+    metadata = email.message_from_string(file.read_text(encoding="utf-8"))
+    assert metadata["Name"] == "gemma-awq"
+    assert metadata["Version"] == __version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert metadata["Author"] == "The gemma-awq authors"
+    assert metadata["Requires-Python"] == ">=3.11"
+    classifiers = metadata.get_all("Classifier")
+    assert "Typing :: Typed" in classifiers
+    assert (installed / "gemma_awq_cli" / "py.typed").is_file()
+    versions = [f"Programming Language :: Python :: 3.{minor}" for minor in (11, 12, 13, 14)]
+    assert [name for name in classifiers if name in versions] == versions
+    required = {line.partition(">")[0] for line in metadata.get_all("Requires-Dist") if "extra ==" not in line}
+    assert "torch" in required
+    assert not required & {"datasets", "autoawq", "pandas", "pyarrow", "triton"}
+    assert "full" in metadata.get_all("Provides-Extra")
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    assert metadata.get_payload().startswith("# gemma-awq\n")
 
 
 def test_the_wheel_finds_its_recipes_outside_the_clone(installed: Path, tmp_path: Path) -> None:

@@ -19,11 +19,11 @@ from gemma_awq_cli.fidelity.metrics import Positions
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.staging import write_errors
 from gemma_awq_cli.models.checkpoints.writing import json_bytes
+from gemma_awq_cli.reports.artifact_files import BENCH
 from gemma_awq_cli.system.processor import processor_model
 from gemma_awq_cli.system.saving import write_whole
 
 SCHEMA = 1
-BENCH = "bench.json"  # the document beside an artifact's weights
 
 
 def bench_document(measured: Measurements) -> dict[str, Any]:

@@ -21,12 +21,13 @@ def first_token_seconds(folder: Path, device: str, threads: int | None) -> float
     more = [] if threads is None else ["--threads", str(threads)]
     command = [sys.executable, "-P", "-m", "gemma_awq_cli", "run", PROMPT, "-m", str(folder), *options, *more]
     own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GEMMA_AWQ_RUN_")}
     read, write = os.pipe()
     with scratch_file() as errors, os.fdopen(read, "rb", buffering=0) as text:
         started = time.perf_counter()
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=write, stderr=errors, env={**os.environ, **own}
+                command, stdin=subprocess.DEVNULL, stdout=write, stderr=errors, env={**inherited, **own}
             )
         finally:
             os.close(write)

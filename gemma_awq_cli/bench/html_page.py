@@ -13,6 +13,7 @@ from gemma_awq_cli.bench.table import column_names, table_rows
 from gemma_awq_cli.bench.thresholds import tasks_of
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.reports.markup import one_line
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.saving import require_file_place, write_errors, write_whole
 from gemma_awq_cli.system.sizes import format_bytes
 
@@ -23,9 +24,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "html_page.html"
 def require_plotting(target: Path) -> None:
     """Raise an error if no page can be made or written at `target`; for before anything is measured."""
     if find_spec("matplotlib") is None:
-        raise GemmaAwqError(
-            "--report needs matplotlib, which is not installed.", 'Install it: pip install "gemma-awq[report]"'
-        )
+        raise GemmaAwqError("--report needs matplotlib, which is not installed.", install_hint("report"))
     require_file_place(target, ELSEWHERE)
 
 

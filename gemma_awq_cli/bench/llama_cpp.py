@@ -9,6 +9,7 @@ import numpy as np
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.system.extras import install_hint
 
 PACKAGE = "llama_cpp"
 BATCH = 512  # tokens that are read at a time: llama.cpp's own default
@@ -17,7 +18,7 @@ BATCH = 512  # tokens that are read at a time: llama.cpp's own default
 def require_llama_cpp() -> None:
     """Raise an error if llama-cpp-python is not installed."""
     if find_spec(PACKAGE) is None:
-        raise GemmaAwqError("llama-cpp-python is not installed.", 'Install it: pip install "gemma-awq[llama-cpp]"')
+        raise GemmaAwqError("llama-cpp-python is not installed.", install_hint("llama-cpp"))
 
 
 class LlamaModel:

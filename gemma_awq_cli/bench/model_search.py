@@ -12,6 +12,7 @@ from gemma_awq_cli.generate.vllm_engine import INSTALL
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.source import find_source
 from gemma_awq_cli.models.checkpoints.staging import REPORT
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.reading import home_path
 
 
@@ -45,7 +46,7 @@ def _competitor(measured: Measurements, name: str) -> BenchModel:
         return BenchModel(name, "compare", OWN, Checkpoint(find_source(name, None, measured.note).folder))
     kind, package = ORIGINAL_FORMATS[name]
     if package is not None and find_spec(package) is None:
-        raise GemmaAwqError(f"{package} is not installed.", 'Install it: pip install "gemma-awq[bnb]"')
+        raise GemmaAwqError(f"{package} is not installed.", install_hint("bnb"))
     is_original = first.checkpoint.quantization is None
     return BenchModel(name, "compare", kind, first.checkpoint if is_original else original_of(measured, first))
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from gemma_awq_cli.bench.task_suites import SUITES, published_model
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.reading import home_path
 
 HARNESS = "lm_eval"
@@ -44,7 +45,7 @@ def harness_version() -> str:
     if find_spec(HARNESS) is None:
         raise GemmaAwqError(
             "--tasks needs lm-evaluation-harness, which is not installed.",
-            'Install it: pip install "gemma-awq[eval]"',
+            install_hint("eval"),
         )
     return importlib.metadata.version(HARNESS)
 

@@ -12,12 +12,14 @@ import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO, cast
 
 from gemma_awq_cli.calibration_text.document_forms import KEYS
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.failures import VALIDATION_ERRORS, first_line, reason_of
 from gemma_awq_cli.system.json_input import JSON_BYTES, json_items, parse_json
 from gemma_awq_cli.system.reading import open_regular, require_regular
@@ -263,6 +265,11 @@ def _parquet_errors(path: Path) -> Iterator[None]:
 def _parquet_rows(path: Path, column: str | None, rng: random.Random | None) -> Iterator[Row]:
     """Yield the rows of a parquet file: only the columns that can hold a text, a few rows in memory at a time."""
     require_regular(path, HINT)
+    if find_spec("pyarrow") is None:
+        raise GemmaAwqError(
+            f"{path} is a Parquet file, and reading it needs pyarrow, which is not installed.",
+            f"{install_hint('datasets')}. Or convert the file to .jsonl.",
+        )
     with _parquet_errors(path):
         import pyarrow.parquet
 

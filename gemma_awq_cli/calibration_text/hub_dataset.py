@@ -4,11 +4,13 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 from gemma_awq_cli.calibration_text.document_files import Row
 from gemma_awq_cli.calibration_text.document_forms import Document
 from gemma_awq_cli.calibration_text.document_reading import BadRows, Reading, documents_from_rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.failures import VALIDATION_ERRORS, first_line
 
 
@@ -32,6 +34,11 @@ def read_dataset(dataset: Dataset, characters: int | None, bad: BadRows, column:
         raise GemmaAwqError(
             f"{dataset.dataset} is a file or a folder here, so it cannot name a hub dataset.",
             f"Give it as --calibration ./{dataset.dataset}, or run the command from another folder.",
+        )
+    if find_spec("datasets") is None:
+        raise GemmaAwqError(
+            f"{dataset.dataset} is a hub dataset, and reading it needs the library datasets, which is not installed.",
+            f"{install_hint('datasets')}. Or give text of your own.",
         )
     documents: list[Document] = []
     size = 0

@@ -12,8 +12,9 @@ from gemma_awq_cli import __version__
 from gemma_awq_cli.cli import bench, export, inspect, push, quantize, run, serve
 from gemma_awq_cli.cli.console import Output, quiet_libraries
 from gemma_awq_cli.cli.help import WIDTH, GroupHelp
-from gemma_awq_cli.cli.options import Command
+from gemma_awq_cli.cli.options import Command, Debugging, DebugOption, OfflineOption, with_common_options
 from gemma_awq_cli.cli.streams import standard_streams
+from gemma_awq_cli.cli.variables import named
 from gemma_awq_cli.errors import GemmaAwqError, ReaderLeft, Terminated, UsageError
 from gemma_awq_cli.system import interruption
 from gemma_awq_cli.system.failures import unforeseen_error
@@ -43,7 +44,8 @@ app = typer.Typer(
 
 
 def _add(name: str, module: ModuleType) -> None:
-    app.command(name, cls=Command, epilog=getattr(module, "EXAMPLES", None))(module.command)
+    command = with_common_options(module.command)
+    app.command(name, cls=Command, epilog=getattr(module, "EXAMPLES", None))(command)
 
 
 _add("quantize", quantize)
@@ -55,18 +57,38 @@ _add("inspect", inspect)
 _add("push", push)
 
 
-def _version(asked: bool) -> None:
-    if asked:
+def _json(ctx: typer.Context, asked: bool) -> bool:
+    ctx.meta["json"] = asked
+    return asked
+
+
+def _version(ctx: typer.Context, asked: bool) -> None:
+    if not asked:
+        return
+    if ctx.meta.get("json"):
+        from gemma_awq_cli.system.versions import versions
+
+        Output().document(versions())
+    else:
         Output().result(f"gemma-awq {__version__}")
-        raise typer.Exit
+    raise typer.Exit
 
 
 @app.callback()
 def _global(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    version: Annotated[bool, typer.Option("--version", callback=_version, help="Print the version and exit.")] = False,
+    # eager, so that it is known whatever its place
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", callback=_json, is_eager=True, help="With --version: as JSON, with those of the libraries."
+        ),
     ] = False,
+    offline: OfflineOption = False,
+    debug: DebugOption = False,
 ) -> None:
+    if as_json:
+        raise UsageError("--json stands here without --version.", "Put it behind the command.")
     quiet_libraries()
 
 
@@ -81,9 +103,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _main(argv: Sequence[str] | None) -> int:
+    debugging = Debugging()
     with standard_streams():
         try:
-            return _run(argv)
+            return _run(argv, debugging)
         except ReaderLeft:
             return READER_LEFT
         except KeyboardInterrupt:
@@ -93,11 +116,13 @@ def _main(argv: Sequence[str] | None) -> int:
         except Exception as error:
             if (number := interruption.replaced()) is not None:
                 return _interrupted(number)
-            if isinstance(error, GemmaAwqError):
-                return _failed(error)
-            if isinstance(error, OSError | MemoryError):  # caused by the system; any other exception is a bug
-                return _failed(unforeseen_error(error))
-            raise
+            if not isinstance(error, GemmaAwqError | OSError | MemoryError):  # a bug
+                raise
+            if debugging.asked:
+                interruption.end()
+                Output().traceback(error)
+            # OSError, MemoryError: caused by the system
+            return _failed(error if isinstance(error, GemmaAwqError) else unforeseen_error(error))
         finally:
             interruption.end()
 
@@ -114,10 +139,12 @@ def _failed(error: GemmaAwqError) -> int:
     return error.exit_code
 
 
-def _run(argv: Sequence[str] | None) -> int:
+def _run(argv: Sequence[str] | None, debugging: Debugging) -> int:
     try:
         # not standalone, so that Typer's messages pass the terminal's filter
-        code = app(args=list(argv) if argv is not None else None, prog_name="gemma-awq", standalone_mode=False)
+        code = app(
+            args=list(argv) if argv is not None else None, prog_name="gemma-awq", standalone_mode=False, obj=debugging
+        )
     except _WRONG_COMMAND_LINE as error:
         return _wrong_command_line(error)
     except typer.Abort:
@@ -137,6 +164,10 @@ def _wrong_command_line(error: Any) -> int:
     if context is not None:
         Output().usage(context.get_usage())
     _quote_value(error)
+    if (parameter := getattr(error, "param", None)) is not None and getattr(parameter, "envvar", None):
+        # Typer would name the variable in any case
+        name = named(context, parameter)
+        error.param_hint = name if name == parameter.envvar else parameter.opts
     command = context.command_path if context is not None else "gemma-awq"
     return _failed(UsageError(error.format_message(), f"See `{command} --help`."))
 

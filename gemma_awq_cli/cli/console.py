@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from traceback import format_exception
 from typing import Any, TextIO, cast
 
 from gemma_awq_cli.cli import terminal
@@ -95,6 +96,14 @@ class Output:
         self._labelled("error: ", "bold red", error.message)
         if error.hint:
             self._labelled("hint: ", "bold cyan", error.hint)
+
+    def traceback(self, error: BaseException) -> None:
+        """Write the traceback of an error to stderr, and before it those of the errors that caused it."""
+        chain = [error]
+        while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+            chain.append(cause)
+        for one in reversed(chain):
+            self._say(terminal.message("".join(format_exception(one, chain=False))))
 
     def usage(self, text: str) -> None:
         """Write the usage line or the help to stderr, where the command line was wrong."""

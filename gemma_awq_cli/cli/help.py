@@ -74,8 +74,9 @@ def _with_placeholder(option: str) -> str:
 
 
 def _with_plain_bounds(text: str) -> str:
-    """`Text.  [default: a]  [x>=1]` -> `Text.  [default: a; at least 1]`."""
+    """`Text.  [env var: V; default: a]  [x>=1]` -> `Text.  [default: a; at least 1; env var: V]`."""
     text = re.sub(r"\]\s+\[", "; ", text)
+    text = re.sub(r"(env var: \w+); ([^]]*)\]$", r"\2; \1]", text)
     text = re.sub(r"([\d.]+)<=x<=([\d.]+)", r"\1 to \2", text)
     text = re.sub(r"\bx>=([\d.]+)", r"at least \1", text)
     return re.sub(r"\b(\d+)\.0(?=\]|;| to )", r"\1", text)

@@ -1,16 +1,20 @@
 """The options that several commands share, the choices of all options, and the checks that every argument passes."""
 
+import functools
+import inspect
 import math
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated, Any
 
 import typer
 
 from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
+from gemma_awq_cli.cli import variables
 from gemma_awq_cli.cli.help import CommandHelp
-from gemma_awq_cli.errors import Terminated, UsageError
+from gemma_awq_cli.errors import GemmaAwqError, Terminated, UsageError
 from gemma_awq_cli.system.devices import DEVICES_HELP
 
 
@@ -127,6 +131,60 @@ QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print no notes and no progress on stderr.", rich_help_panel=OUTPUT)
 ]
 
+
+def _go_offline(asked: bool) -> bool:
+    if asked:
+        from gemma_awq_cli.models.checkpoints.hub import go_offline
+
+        go_offline()
+    return asked
+
+
+def _begin_debugging(ctx: typer.Context, asked: bool) -> bool:
+    if asked and isinstance(ctx.obj, Debugging):
+        ctx.obj.asked = True
+    return asked
+
+
+@dataclass
+class Debugging:
+    """Whether the command line asked for the traceback of any error."""
+
+    asked: bool = False
+
+
+# Options of every command and of the program itself. Typer carries out what they ask for.
+OfflineOption = Annotated[
+    bool,
+    typer.Option(
+        "--offline",
+        callback=_go_offline,
+        help="Do not contact the hub: take models and data sets from its cache.",
+    ),
+]
+DebugOption = Annotated[
+    bool, typer.Option("--debug", callback=_begin_debugging, help="Show the traceback of an error too.")
+]
+
+
+def with_common_options(command: Callable[..., None]) -> Callable[..., None]:
+    """Return a command that has the options of every command besides its own."""
+
+    @functools.wraps(command)
+    def wrapped(*, offline: bool, debug: bool, **own: Any) -> None:
+        command(**own)
+
+    common = {"offline": OfflineOption, "debug": DebugOption}
+    signature = inspect.signature(command)
+    added = [
+        inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=annotation)
+        for name, annotation in common.items()
+    ]
+    wrapped.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *added])  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {**command.__annotations__, **common}
+    return wrapped
+
+
 _MAY_BE_EMPTY = {"--system", "--stop"}  # no system message, no text to stop at
 _LARGEST = 2**63 - 1  # the largest integer that the libraries accept
 
@@ -138,12 +196,18 @@ class Command(CommandHelp):
     limit of NaN.
     """
 
+    def __init__(self, name: str | None, **settings: Any) -> None:
+        super().__init__(name, **settings)
+        variables.set_variables(str(name), self.params)
+
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         _require_filled(args)
         rest = super().parse_args(ctx, args)
-        for name, value in ctx.params.items():
+        variables.require_filled(ctx, self.params)
+        for parameter in self.params:
+            value = ctx.params.get(parameter.name)
             for single in value if isinstance(value, list | tuple) else (value,):
-                _require_sound(f"--{name.replace('_', '-')}", single)
+                _require_sound(variables.named(ctx, parameter), single)
         return rest
 
     def invoke(self, ctx: Any) -> Any:
@@ -151,6 +215,9 @@ class Command(CommandHelp):
             return super().invoke(ctx)
         except KeyboardInterrupt:  # Typer would turn it into an exit code without a message
             raise Terminated(signal.SIGINT) from None
+        except GemmaAwqError as error:
+            variables.explain(error, ctx, self.params)
+            raise
 
 
 def _require_filled(args: Sequence[str]) -> None:

@@ -20,6 +20,7 @@ from gemma_awq_cli.cli.options import (
     ThreadsOption,
 )
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.sizes import parse_bytes
 
@@ -35,7 +36,6 @@ curl http://127.0.0.1:8000/v1/models
 """
 KEY_VARIABLE = "GEMMA_AWQ_API_KEY"
 MAX_WAITING, TIMEOUT = 64, 600.0
-INSTALL = "Install it: pip install 'gemma-awq[serve]'."
 MODEL, WHO, MEMORY, WITH_VLLM, OUTPUT = "Model", "Address and access", "Memory and speed", "vLLM", "Output"
 
 
@@ -167,7 +167,7 @@ def command(
     else:
         for name in ("starlette", "uvicorn"):
             if find_spec(name) is None:
-                raise GemmaAwqError(f"The server needs {name}, which is not installed.", INSTALL)
+                raise GemmaAwqError(f"The server needs {name}, which is not installed.", install_hint("serve"))
 
     from gemma_awq_cli.generate.finding import find_model
 

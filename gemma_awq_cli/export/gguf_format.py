@@ -21,6 +21,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.models.checkpoints.journal import ANEW
 from gemma_awq_cli.models.checkpoints.side_files import copy_side_files, is_licence_file, side_files
+from gemma_awq_cli.system.extras import install_hint
 
 NAME, MODELFILE, _GENERATION = "gguf", "Modelfile", "generation_config.json"
 _ALIGNMENT = 32  # of the tensors, by default
@@ -148,7 +149,7 @@ def _refusal(checkpoint: Checkpoint, options: Mapping[str, Any]) -> str | None:
     if find_spec("gguf") is None:
         raise GemmaAwqError(
             "Writing gguf needs llama.cpp's Python library, which is not installed.",
-            'Install it with: pip install "gemma-awq[gguf]"',
+            install_hint("gguf"),
         )
     return None
 

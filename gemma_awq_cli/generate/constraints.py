@@ -20,9 +20,9 @@ from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.models.text.thoughts import CLOSES, OPENS
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
 from gemma_awq_cli.models.text.tool_calls import FORMATS
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.failures import first_line
 
-INSTALL = "Install it: pip install 'gemma-awq[grammar]'."
 # White space between the values of JSON: a space, or a line break and the indent. Without a bound, a weak model may
 # write nothing else.
 SPACE = r"( |\n {0,32})"
@@ -52,7 +52,10 @@ class GrammarCompiler:
     def _library(self) -> Any:
         """The module llguidance."""
         if not self.available:
-            raise GemmaAwqError("Schemas, grammars and forced tool calls need llguidance, which is missing.", INSTALL)
+            raise GemmaAwqError(
+                "Schemas, grammars and forced tool calls need llguidance, which is not installed.",
+                install_hint("grammar"),
+            )
         import llguidance
 
         return llguidance

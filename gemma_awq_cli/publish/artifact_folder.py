@@ -7,14 +7,12 @@ import re
 from collections.abc import Collection
 from pathlib import Path, PurePosixPath
 
-from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, SINGLE, read_json
-from gemma_awq_cli.models.checkpoints.side_files import SIDE_FILES, WEIGHT_FILE, is_leftover, is_licence_file
-from gemma_awq_cli.models.checkpoints.staging import REPORT
+from gemma_awq_cli.models.checkpoints.files import INDEX, SINGLE, read_json
+from gemma_awq_cli.models.checkpoints.side_files import is_leftover, is_licence_file
+from gemma_awq_cli.reports.artifact_files import is_artifact_file
 from gemma_awq_cli.system.reading import read_bytes
 
-CARD = "README.md"
 # What the hub's own client leaves in a folder that it downloaded to. It is not uploaded.
 HUB_LEFTOVERS = (".gitattributes", ".cache")
 FILE_LIMIT = 50 * 10**9  # bytes: the hub's limit for one file
@@ -45,9 +43,9 @@ def publishable_files(folder: Path, others: Collection[str] = ()) -> list[Path]:
             links.append(name)
         elif path.is_dir():
             continue
-        elif _SECRET_NAMES.fullmatch(path.name) and not _is_known(name, others):
+        elif _SECRET_NAMES.fullmatch(path.name) and not is_artifact_file(name, others):
             secrets.append(name)
-        elif not _is_known(name, others) or not path.is_file():
+        elif not is_artifact_file(name, others) or not path.is_file():
             strays.append(name)
         else:
             files.append(path)
@@ -92,9 +90,3 @@ def licence_files(files: list[Path]) -> dict[str, bytes]:
     """Return the licence files among an artifact's files, by name."""
     hint = f"Check the file's permissions; {NOT_SENT}."
     return {path.name: read_bytes(path, hint) for path in files if is_licence_file(path.name)}
-
-
-def _is_known(name: str, others: Collection[str]) -> bool:
-    """Whether a file of this name, relative to the folder, belongs to an artifact."""
-    own = name in (CONFIG, INDEX, SINGLE, REPORT, CARD, BENCH, *others)
-    return own or name in SIDE_FILES or WEIGHT_FILE.fullmatch(name) is not None

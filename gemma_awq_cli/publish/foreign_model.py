@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
 from gemma_awq_cli.inspection.facts import Identity
 from gemma_awq_cli.inspection.identify import identify
@@ -23,7 +22,6 @@ from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.forward.verification import require_readable
 from gemma_awq_cli.models.gemma.terms import terms_of
 from gemma_awq_cli.publish.artifact_folder import (
-    CARD,
     licence_files,
     publishable_files,
     require_weights_in_index,
@@ -34,6 +32,7 @@ from gemma_awq_cli.publish.model_card import HUB, PROMPTS, licence_text, marked,
 from gemma_awq_cli.publish.preparation import Prepared, read_bench, require_repo_id, uploads_of
 from gemma_awq_cli.publish.privacy import require_nothing_private
 from gemma_awq_cli.publish.public_documents import public_bench
+from gemma_awq_cli.reports.artifact_files import BENCH, CARD
 from gemma_awq_cli.reports.markup import Markdown, markdown_environment
 
 TEMPLATE = Path(__file__).parent / "templates" / "foreign_card.md"

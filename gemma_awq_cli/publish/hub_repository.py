@@ -11,11 +11,11 @@ from urllib.parse import quote
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.errors import GemmaAwqError, some
-from gemma_awq_cli.models.checkpoints.hub import LOGIN, push_errors
-from gemma_awq_cli.publish.artifact_folder import CARD
+from gemma_awq_cli.models.checkpoints.hub import LOGIN, offline_push, push_errors
 from gemma_awq_cli.publish.model_card import is_unedited
 from gemma_awq_cli.publish.upload_file import UploadFile
 from gemma_awq_cli.publish.upload_plan import Branch, HubFile, UploadPlan
+from gemma_awq_cli.reports.artifact_files import CARD
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -38,7 +38,7 @@ def hub_client() -> "HfApi":
     from huggingface_hub import HfApi, constants, get_token
 
     if constants.is_offline_mode():
-        raise GemmaAwqError("HF_HUB_OFFLINE is set, so nothing can be pushed.", "Unset HF_HUB_OFFLINE.")
+        raise offline_push()
     if get_token() is None:
         raise GemmaAwqError("You are not logged in to the hub.", f"{LOGIN} The token needs write access.")
     return HfApi(library_name="gemma-awq", library_version=__version__)

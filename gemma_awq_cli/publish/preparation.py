@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gemma_awq_cli.bench.document import BENCH
 from gemma_awq_cli.errors import GemmaAwqError, some
 from gemma_awq_cli.export.request import GGUF
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -17,7 +16,6 @@ from gemma_awq_cli.models.checkpoints.staging import REPORT
 from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.terms import terms_of
 from gemma_awq_cli.publish.artifact_folder import (
-    CARD,
     licence_files,
     publishable_files,
     require_weights_in_index,
@@ -30,6 +28,7 @@ from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
 from gemma_awq_cli.publish.public_documents import adapter_name, public_bench, public_report
 from gemma_awq_cli.publish.upload_file import UploadFile
+from gemma_awq_cli.reports.artifact_files import BENCH, CARD
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.text_input import decode

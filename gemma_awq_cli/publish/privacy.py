@@ -10,9 +10,10 @@ from typing import Any
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.local_paths import local_paths, mentioned_path, to_json, without_local_paths
 from gemma_awq_cli.models.checkpoints.side_files import VOCABULARIES
-from gemma_awq_cli.publish.artifact_folder import CARD, NOT_SENT
+from gemma_awq_cli.publish.artifact_folder import NOT_SENT
 from gemma_awq_cli.publish.secret_search import find_secret
 from gemma_awq_cli.publish.upload_file import UploadFile
+from gemma_awq_cli.reports.artifact_files import CARD
 from gemma_awq_cli.system.failures import system_errors
 from gemma_awq_cli.system.json_input import parse_json
 from gemma_awq_cli.system.reading import read_bytes

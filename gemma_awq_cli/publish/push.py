@@ -11,7 +11,6 @@ from pathlib import Path
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.events import Note
-from gemma_awq_cli.publish.artifact_folder import CARD
 from gemma_awq_cli.publish.deep_check import check_deeply
 from gemma_awq_cli.publish.events import Event, UploadStarted
 from gemma_awq_cli.publish.foreign_model import prepare_foreign
@@ -28,6 +27,7 @@ from gemma_awq_cli.publish.hub_repository import (
 from gemma_awq_cli.publish.licensing import read_derived_licence
 from gemma_awq_cli.publish.preparation import AWQ, FORMATS, Prepared, prepare
 from gemma_awq_cli.publish.upload_plan import UploadPlan, plan_upload
+from gemma_awq_cli.reports.artifact_files import CARD
 from gemma_awq_cli.system.devices import require_device_name
 
 

@@ -6,9 +6,9 @@ from fnmatch import fnmatch
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.staging import REPORT
-from gemma_awq_cli.publish.artifact_folder import CARD
 from gemma_awq_cli.publish.preparation import Prepared
 from gemma_awq_cli.publish.upload_file import UploadFile
+from gemma_awq_cli.reports.artifact_files import CARD
 
 # What a reader may load as this model: older weights must not stay beside the new ones.
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")

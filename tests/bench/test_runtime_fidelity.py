@@ -50,7 +50,7 @@ def test_it_is_that_of_the_weights_in_float32(
 @pytest.mark.slow
 @pytest.mark.usefixtures("in_process")
 def test_what_bitsandbytes_runs(artifacts: Callable[[str], Path], capsys: Capture) -> None:
-    pytest.importorskip("bitsandbytes", reason='the extra is not installed: pip install "gemma-awq[bnb]"')
+    pytest.importorskip("bitsandbytes", reason='the extra is not installed: pip install ".[bnb]"')
     arguments = ["bench", str(artifacts("gemma")), "--fidelity", "--device", "cpu", "--windows", "1", "--json"]
     capsys.readouterr()
     assert main([*arguments, "--compare", "int8", "--compare", "bf16"]) == 0
@@ -73,7 +73,7 @@ def test_a_gguf_file_that_cannot_be_measured_is_said(
     capsys.readouterr()
     assert main([*arguments, "--compare", str(file), "--compare", "no.gguf"]) == 0
     captured = capsys.readouterr()
-    assert 'pip install "gemma-awq[llama-cpp]"' in captured.err
+    assert 'pip install "llama-cpp-python>=0.3.16"' in captured.err
     assert "There is no file no.gguf" in captured.err
     assert [part["model"] for part in json.loads(captured.out)["left_out"]] == [str(file), "no.gguf"]
 
@@ -87,7 +87,7 @@ def test_a_gguf_file_has_no_quantization_report(artifacts: Callable[[str], Path]
 
 def test_a_gguf_file_runs_as_sessions(tmp_path: Path) -> None:
     """What llama.cpp itself does not read is an error of ours."""
-    pytest.importorskip("llama_cpp", reason='the extra is not installed: pip install "gemma-awq[llama-cpp]"')
+    pytest.importorskip("llama_cpp", reason='the extra is not installed: pip install ".[llama-cpp]"')
     file = tmp_path / "model.gguf"
     file.write_bytes(b"GGUF")
     with pytest.raises(llama_cpp.GemmaAwqError, match=r"llama\.cpp cannot read"):

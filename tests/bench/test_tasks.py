@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-pytest.importorskip("lm_eval", reason='the extra is not installed: pip install "gemma-awq[eval]"')
+pytest.importorskip("lm_eval", reason='the extra is not installed: pip install ".[eval]"')
 
 from lm_eval import evaluator
 from lm_eval.models.huggingface import HFLM
@@ -348,7 +348,7 @@ def test_without_the_harness_the_extra_is_named(
 ) -> None:
     monkeypatch.setattr(tasks, "find_spec", lambda _: None)
     assert main(["bench", str(artifacts("gemma")), "--tasks", "piqa"]) == 1
-    assert 'pip install "gemma-awq[eval]"' in capsys.readouterr().err
+    assert 'pip install "lm-eval[math]>=0.4.13"' in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

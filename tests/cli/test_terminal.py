@@ -85,6 +85,7 @@ SAID: dict[str, Callable[[Output, str], object]] = {
     "warning": lambda out, text: out.warning(text),
     "violation": lambda out, text: out.violation(text),
     "error": lambda out, text: out.error(GemmaAwqError(text, text)),
+    "traceback": lambda out, text: out.traceback(ValueError(text)),
     "usage": lambda out, text: out.usage(text),
     "confirm": lambda out, text: out.confirm(text),
     "ask": lambda out, text: out.ask(text),

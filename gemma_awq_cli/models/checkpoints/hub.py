@@ -5,7 +5,9 @@ The client's own text is left out where it may quote the request: addresses, hea
 
 import errno
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -15,7 +17,15 @@ from gemma_awq_cli.system.failures import first_line
 REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 UNUSABLE = (ValueError, TypeError, LookupError, AttributeError)  # the client's, when a hub's answer makes no sense
 LOGIN = "Log in with `hf auth login`, or set HF_TOKEN."
+OFFLINE = "HF_HUB_OFFLINE is set or --offline given"
 _ELSEWHERE = "Give another repository or --revision, or a folder that holds the files."
+
+
+def go_offline() -> None:
+    """Keep every library of this process and of those that it starts from contacting the hub."""
+    os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DATASETS_OFFLINE"] = "1"
+    if (constants := sys.modules.get("huggingface_hub.constants")) is not None:  # which has read the variable already
+        constants.HF_HUB_OFFLINE = True  # type: ignore[attr-defined]
 
 
 @contextmanager
@@ -68,6 +78,7 @@ def _malformed(repo: str) -> Iterator[None]:
 
 
 def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> GemmaAwqError:
+    from huggingface_hub import constants
     from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled, RemoteEntryNotFoundError
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]
 
@@ -77,9 +88,11 @@ def _fetch_explained(error: BaseException, repo: str, revision: str | None) -> G
         return GemmaAwqError(f"The hub lists a file of {repo} that it does not have (HTTP 404).", _ELSEWHERE)
     if (refusal := _refusal(error, repo, revision)) is not None:
         return refusal
-    if isinstance(error, OfflineModeIsEnabled):
+    is_offline = isinstance(error, LocalEntryNotFoundError) and constants.HF_HUB_OFFLINE
+    if is_offline or isinstance(error, OfflineModeIsEnabled):
         return GemmaAwqError(
-            f"{repo} is not in the local cache, and HF_HUB_OFFLINE is set.", "Unset HF_HUB_OFFLINE, or give a folder."
+            f"{repo} is not in the local cache, and {OFFLINE}.",
+            "Unset HF_HUB_OFFLINE and leave out --offline, or give a folder.",
         )
     if _is_cut(error):
         return GemmaAwqError(
@@ -144,12 +157,17 @@ def _push_explained(error: BaseException, repo: str, revision: str) -> GemmaAwqE
     if (refusal := _refusal(error, repo, revision)) is not None:
         return refusal
     if isinstance(error, OfflineModeIsEnabled):
-        return GemmaAwqError("HF_HUB_OFFLINE is set, so nothing can be pushed.", "Unset HF_HUB_OFFLINE.")
+        return offline_push()
     if _is_cut(error) or isinstance(error, (httpx.WriteError, httpx.WriteTimeout)):
         return GemmaAwqError(f"The connection to the hub broke off while pushing to {repo}.", again)
     if isinstance(error, (httpx.HTTPError, ConnectionError)):
         return GemmaAwqError("The hub cannot be reached.", f"Check the network (and HF_ENDPOINT). {again}")
     return GemmaAwqError(f"{repo} cannot be pushed to: {_without_token(str(error))}", "Check the files and the hub.")
+
+
+def offline_push() -> GemmaAwqError:
+    """Return the error for a push that may not contact the hub."""
+    return GemmaAwqError(f"Nothing can be pushed, because {OFFLINE}.", "Unset HF_HUB_OFFLINE and leave out --offline.")
 
 
 def _refusal(error: BaseException, repo: str, revision: str | None) -> GemmaAwqError | None:

@@ -14,6 +14,7 @@ from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
 from gemma_awq_cli.models.forward.memory import require_memory
 from gemma_awq_cli.models.forward.precision import SMALLER, Precision
 from gemma_awq_cli.models.forward.transformers_model import finish_model, layer_linears
+from gemma_awq_cli.system.extras import install_hint
 
 INT8_THRESHOLD = 6.0  # LLM.int8(): input channels that exceed it are multiplied in 16 bits (arXiv:2208.07339)
 NF4_BLOCK = 64  # bitsandbytes' kernels for CPUs take only whole blocks
@@ -97,7 +98,7 @@ def _require_bitsandbytes() -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise GemmaAwqError(
             "--quantization needs bitsandbytes, which is not installed.",
-            "Install it: pip install 'gemma-awq[bnb]'. A 4-bit artifact (`gemma-awq quantize`) does not need it.",
+            f"{install_hint('bnb')}. A 4-bit artifact (`gemma-awq quantize`) does not need it.",
         )
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns about optional kernels that it could download
 
@@ -149,7 +150,7 @@ def _places(
     if importlib.util.find_spec("accelerate") is None:
         raise GemmaAwqError(
             f"{name} needs {needed / 1e9:.1f} GB, more than one GPU has free, and spreading it needs accelerate.",
-            f"Install it: pip install 'gemma-awq[multi-gpu]'. Or: {SMALLER}",
+            f"{install_hint('multi-gpu')}. Or: {SMALLER}",
         )
     spread = spread_over(model, free, dtype, quantized)
     return {module: devices[index] for module, index in spread.items()}

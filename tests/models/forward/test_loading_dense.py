@@ -87,7 +87,7 @@ def test_without_bitsandbytes_the_extra_is_named(
     monkeypatch.setattr(loading_dense.importlib.util, "find_spec", lambda _: None)
     with pytest.raises(GemmaAwqError, match="bitsandbytes, which is not installed") as caught:
         open_model(checkpoints("gemma"), CPU, Precision(quantization="nf4"))
-    assert "gemma-awq[bnb]" in caught.value.hint
+    assert '"bitsandbytes>=0.50"' in caught.value.hint
 
 
 def test_attention_is_what_was_asked_or_an_error(checkpoints: Callable[[str], Path]) -> None:

@@ -1,0 +1,13 @@
+"""Constraints for pip: the lowest version that pyproject.toml allows of everything that it names, but test tools."""
+
+import re
+import tomllib
+from pathlib import Path
+
+project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "test"}
+lowest = {}
+for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
+    if found := re.match(r"([\w-]+)(?:\[[^]]*\])?>=([\d.]+)", line):
+        lowest[found[1]] = found[2]
+print("\n".join(f"{name}=={version}" for name, version in sorted(lowest.items())))
