@@ -19,10 +19,10 @@ WITH_TORCH: dict[str, set[str]] = {
     "models.text": set(),
     "models.forward": {
         "altup", "cached_attention", "experts", "hidden_states", "layerwise", "loading_dense", "per_layer_embedding",
-        "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights", "transformers_model", "transformers_session",
-        "verification",
+        "per_layer_inputs", "torch_decoder", "torch_layers", "torch_weights", "transformers_model",
+        "transformers_session", "verification",
     },
-    "kernels": {"aten_int4", "autoawq", "cpu", "cuda", "head", "packed_linear", "reference", "triton"},
+    "kernels": {"aten_int4", "autoawq", "cpu", "cuda", "head", "packed_linear", "plain_ops", "reference", "triton"},
     "kernels.native": set(),
     "generate": {"vllm_engine"},
     "serve": {"vllm_server"},

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_awq_cli.models.forward.rms_norm import rms_norm
+from gemma_awq_cli.kernels.plain_ops import rms_norm
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from gemma_awq_cli.models.gemma.features import features_of, missing_features
 
 if TYPE_CHECKING:
     from gemma_awq_cli.awq.packing import PackedWeight
-    from gemma_awq_cli.models.forward.torch_decoder import TextWeights
+    from gemma_awq_cli.models.forward.torch_layers import TextWeights
 
 
 @dataclass(frozen=True)

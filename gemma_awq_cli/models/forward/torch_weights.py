@@ -22,7 +22,7 @@ from gemma_awq_cli.models.forward.decoder_weights import (
 )
 from gemma_awq_cli.models.forward.experts import Experts, Router
 from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
-from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, StreamWeights, TextWeights
+from gemma_awq_cli.models.forward.torch_layers import LayerWeights, StreamWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.system.arrays import as_tensor
 
