@@ -22,7 +22,10 @@ WITH_TORCH: dict[str, set[str]] = {
         "layerwise", "loading_dense", "per_layer_embedding", "per_layer_inputs", "step_graph", "torch_decoder",
         "torch_layers", "torch_weights", "transformers_model", "transformers_session", "verification",
     },
-    "kernels": {"aten_int4", "autoawq", "cpu", "cuda", "head", "packed_linear", "plain_ops", "reference", "triton"},
+    "kernels": {
+        "aten_int4", "autoawq", "cpu", "cuda", "file_int4", "head", "known_numbers", "packed_linear", "plain_ops",
+        "reference", "triton", "triton_products",
+    },
     "kernels.native": set(),
     "generate": {"vllm_engine"},
     "serve": {"vllm_server"},
