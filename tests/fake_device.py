@@ -188,7 +188,7 @@ class FakeDevice:
         bare_kwargs = {key: _mapped(_bare, value) for key, value in kwargs.items()}
         own = self._int4(name, bare_args)
         out = own if own is not None else func(*bare_args, **bare_kwargs)
-        if not _is_view(func) and name not in _NO_LAUNCH and name not in _WAITS and _any_elements(out):
+        if not _is_view(func) and name not in _NO_LAUNCH and name not in _WAITS and (out is None or _any_elements(out)):
             self.launches[name] += 1
         known = {id(fake.data_on_cpu): fake for fake in fakes}
 

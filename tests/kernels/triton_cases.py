@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import Tensor
 
-from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq import coordinate_descent, gptq
+from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels import triton_products
+from gemma_awq_cli.kernels import column_loops, triton_columns, triton_products
 from gemma_awq_cli.kernels.aten_int4 import scale_zero
 from tests.kernels.test_kernels import packed_weight
 
@@ -65,3 +67,48 @@ def test_unpacking_pytorchs_tiles_gives_the_weight() -> None:
     expected = torch.addcmul(zero, q.view(outputs, -1, group).float() - 8, scale).reshape(outputs, inputs)
     found = triton_products.unpacked_tiles(stored, order, pairs, (outputs, inputs), tile)
     assert torch.equal(found, expected)
+
+
+def rounding_problem(columns: int, rows: int, group: int) -> tuple[Tensor, Tensor, Grid]:
+    """A Gram matrix [k, k] with strong correlations, a weight [n, k] and its grid."""
+    x = torch.randn(2 * columns, columns) @ torch.randn(columns, columns) * columns**-0.5
+    weight = torch.randn(rows, columns)
+    return x.t() @ x / len(x), weight, minmax_grid(weight, group)
+
+
+# more than one outer block, blocks that 128 does not divide, rows that 16 does not divide
+@pytest.mark.parametrize(("columns", "rows", "group"), [(224, 17, 32), (96, 16, 32)])
+def test_one_kernel_for_many_columns_makes_torchs_integers(
+    columns: int, rows: int, group: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gram, weight, grid = rounding_problem(columns, rows, group)
+    gram[5], gram[:, 5] = 0.0, 0.0  # an input that is always 0
+    factor = gptq.factor_gram(gram)
+
+    def both() -> tuple[Tensor, Tensor, Tensor]:
+        q = gptq.quantize_compensated(weight, grid, factor)
+        refined, other = coordinate_descent.refine(q, grid, weight, gram, factor.order, 1, 1)
+        return q, refined, other.scale
+
+    for part in (gptq, coordinate_descent):
+        monkeypatch.setattr(part, "OUTER_COLUMNS", 160)
+    monkeypatch.setattr(gptq, "INNER_COLUMNS", triton_columns.COLUMNS)  # sums in the same order
+    monkeypatch.setattr(coordinate_descent, "INNER_COLUMNS", triton_columns.COLUMNS)
+    expected = both()
+    monkeypatch.setattr(gptq, "round_columns", triton_columns.round_columns)
+    monkeypatch.setattr(coordinate_descent, "move_columns", triton_columns.move_columns)
+    found = both()
+    assert torch.equal(found[0], expected[0])
+    assert (found[1] != expected[1]).float().mean() < 0.002  # -1 / curvature is rounded once less in torch
+    assert not torch.equal(expected[0], expected[1])
+
+
+def test_the_trial_on_known_numbers_tells_right_from_wrong() -> None:
+    right = triton_columns.round_columns, triton_columns.move_columns
+    place = torch.device("cpu")
+    assert column_loops.different_integers(*right, place) <= column_loops._DIFFERENT / 4
+
+    def forgetful(target: Tensor, *rest: Tensor) -> None:
+        triton_columns.round_columns(target, *rest[:2], torch.zeros_like(rest[2]), *rest[3:])
+
+    assert column_loops.different_integers(forgetful, right[1], place) > 2 * column_loops._DIFFERENT
