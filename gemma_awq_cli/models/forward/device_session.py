@@ -72,6 +72,10 @@ class DeviceSession(DecoderSession):
         """Why steps could not be recorded and run kernel by kernel; None if nothing is wrong."""
         return self._step.recorder.failure
 
+    def run_kernel_by_kernel(self, reason: str) -> None:
+        """Replay nothing from here on. reason: what `step_failure` says then."""
+        self._step.recorder.failure = reason
+
     def _share_cache(self) -> None:
         self._cached = CacheTensors(self._cache.keys, self._cache.values)
 
