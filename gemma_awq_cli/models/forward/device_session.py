@@ -102,10 +102,7 @@ class DeviceSession(DecoderSession):
 
     @torch.inference_mode()
     def likeliest(self, tokens: Sequence[Sequence[int]]) -> list[int]:
-        """Read one token of some rows; the most likely next token of each of these, -1 if a logit is not finite.
-
-        For these tokens the logits themselves never leave the device.
-        """
+        """See `CachedSession.likeliest`: the logits themselves do not leave the device."""
         self._cache.require_room(tokens, self._vocabulary)
         read = self._step.run(tokens)
         found: list[int] = self._step.likeliest[:read].tolist()
