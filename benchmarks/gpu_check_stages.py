@@ -27,6 +27,7 @@ from gemma_awq_cli.cli.app import main as command
 from gemma_awq_cli.fidelity.comparison import measure
 from gemma_awq_cli.kernels.column_loops import columns_problem
 from gemma_awq_cli.kernels.packed_linear import KERNELS
+from gemma_awq_cli.kernels.step_ops import steps_problem
 from gemma_awq_cli.kernels.triton import TritonLinear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.device_session import DeviceSession
@@ -163,8 +164,10 @@ def kernels(check: Check) -> None:
                     check.note(worst_error=worst)
                     assert error < TOLERANCE, f"{kernel.name}: {outputs} x {inputs}, groups of {group}, {count} rows"
     if check.is_real_cuda:
-        check.note(refusal_of_column_loops=columns_problem(check.device))
+        refusals = {str(dtype): steps_problem(check.device, dtype) for dtype in (torch.bfloat16, torch.float32)}
+        check.note(refusal_of_column_loops=columns_problem(check.device), refusals_of_step_kernels=refusals)
         assert columns_problem(check.device) is None
+        assert not any(refusals.values())
     packed = packed_on(check, 16, 640, 128)
     q, grid = unpack_weight(PackedWeight(*(tensor.cpu() for tensor in packed)))
     wrong = packed._replace(qweight=packed.qweight.clone())

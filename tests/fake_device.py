@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_awq_cli.kernels import cuda as cuda_kernel
-from gemma_awq_cli.kernels import file_int4, head
+from gemma_awq_cli.kernels import file_int4, head, step_ops
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -500,6 +500,7 @@ def _forget() -> None:
     cuda_kernel._problem.cache_clear()
     file_int4._problem.cache_clear()
     head._int8_problem.cache_clear()
+    step_ops.steps_problem.cache_clear()
 
 
 @contextmanager

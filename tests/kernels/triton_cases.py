@@ -7,7 +7,14 @@ from torch import Tensor
 from gemma_awq_cli.awq import coordinate_descent, gptq
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels import column_loops, triton_columns, triton_products
+from gemma_awq_cli.kernels import (
+    column_loops,
+    plain_ops,
+    step_ops,
+    triton_columns,
+    triton_products,
+    triton_steps,
+)
 from gemma_awq_cli.kernels.aten_int4 import scale_zero
 from tests.kernels.test_kernels import packed_weight
 
@@ -112,3 +119,30 @@ def test_the_trial_on_known_numbers_tells_right_from_wrong() -> None:
         triton_columns.round_columns(target, *rest[:2], torch.zeros_like(rest[2]), *rest[3:])
 
     assert column_loops.different_integers(forgetful, right[1], place) > 2 * column_loops._DIFFERENT
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_what_is_between_the_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("rms_norm", "add_normed", "add_and_norm", "gated", "place"):
+        monkeypatch.setattr(step_ops, name, getattr(triton_steps, name))
+    bound = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 0.012}[dtype]  # which is cut off, see above
+    assert step_ops.furthest_apart(torch.device("cpu"), dtype) < bound
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["keys are values", "values of their own"])
+def test_heads_go_where_they_belong(same: bool) -> None:
+    """One key head, a layer without any, norms with and without a gain, rows that read nothing, strides of a view."""
+    heads, kv_heads, half = 4, 1, 8
+    storage = torch.zeros(3, kv_heads, 6, 2 * half)
+    qkv = torch.randn(2, (heads + kv_heads * (1 if same else 2)) * 2 * half)
+    cos, sin, at = torch.randn(2, 1, half), torch.randn(2, 1, half), torch.tensor([3, 5])
+    norm = torch.randn(2 * half)
+    for own, facts in ((kv_heads, (same, True)), (0, (False, False))):
+        results = []
+        for place in (plain_ops.place, triton_steps.place):
+            keys, values = storage.clone(), storage.clone()
+            q = place(qkv, norm, None, cos, sin, keys, values, at, heads, own, *facts, 1e-6)
+            results.append((q, keys, values))
+        for found, expected in zip(*results, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        assert results[1][1][2].count_nonzero() == 0

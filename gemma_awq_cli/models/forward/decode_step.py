@@ -15,7 +15,7 @@ from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.forward.cached_attention import slot_positions
 from gemma_awq_cli.models.forward.device_cache import DeviceCache, make_device_cache
 from gemma_awq_cli.models.forward.step_graph import Recorder
-from gemma_awq_cli.models.forward.torch_layers import Rotary, TextWeights, TorchLayers, split_qkv
+from gemma_awq_cli.models.forward.torch_layers import LayerOps, Rotary, TextWeights, TorchLayers, head_facts
 
 LEAST_BOUND = 256  # of the lengths: each doubling is a graph of its own
 _IDS, _POSITIONS, _READS = range(3)  # the rows of the inputs
@@ -26,10 +26,11 @@ class StepTokens:
     """The tokens of a step, one of each of the first T rows of a cache: see `Tokens`.
 
     positions: [T]; reads: [T] bool, which rows read anything; bound: of the rows' lengths after the step; visible,
-    angles: what layers share, by window and slots, and by rope.
+    at, angles: what layers share, by window and slots, by slots, and by rope.
     """
 
     weights: TextWeights
+    ops: LayerOps
     rotary: Rotary
     cache: DeviceCache
     positions: Tensor
@@ -38,23 +39,28 @@ class StepTokens:
     embedded: Tensor
     per_layer: Tensor | None
     visible: dict[tuple[int | None, int], Tensor] = field(default_factory=dict)
+    at: dict[int, Tensor] = field(default_factory=dict)
     angles: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def attended(self, index: int, qkv: Tensor) -> Tensor:
         """See `Tokens.attended`."""
         arch, layout = self.weights.arch, self.weights.arch.layouts[index]
-        angles = self.rotary.angles(index, self.positions, qkv.dtype, self.angles)
-        q, k, v = split_qkv(self.weights, index, qkv, angles)
+        cos, sin = self.rotary.angles(index, self.positions, qkv.dtype, self.angles)
         slots = self.cache.keys[index].shape[2]
-        if k is not None and v is not None:
-            rows = torch.arange(len(k), device=k.device)
-            at = torch.where(self.reads, self.positions % slots, slots)  # the last slot is nobody's
-            self.cache.all_keys[index][rows, :, at] = k
-            self.cache.all_values[index][rows, :, at] = v
+        q = self.ops.place(
+            qkv, cos=cos, sin=sin, keys=self.cache.all_keys[index], values=self.cache.all_values[index],
+            at=self._at(slots), **head_facts(self.weights, index),
+        )  # fmt: skip
         held = slice(0, min(self.bound, slots))
         keys, values = (part[index][: len(q), :, held] for part in (self.cache.keys, self.cache.values))
         visible = self._visible(layout.window, slots)[:, None, None, held]
         return attend_once(q, keys, values, visible, arch.query_scale, arch.attention_softcap)
+
+    def _at(self, slots: int) -> Tensor:
+        """Where in a layer of so many slots each token goes: [T]."""
+        if slots not in self.at:
+            self.at[slots] = torch.where(self.reads, self.positions % slots, slots)  # the last slot is nobody's
+        return self.at[slots]
 
     def _visible(self, window: int | None, slots: int) -> Tensor:
         """Which slots of a layer each token sees: [T, slots] bool."""
@@ -127,6 +133,7 @@ class DecodeStep:
         embedded = self.layers.embedded(inputs[_IDS])
         tokens = StepTokens(
             weights=weights,
+            ops=self.layers.ops,
             rotary=self.rotary,
             cache=self.cache,
             positions=inputs[_POSITIONS],

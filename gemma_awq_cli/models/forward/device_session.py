@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
+from gemma_awq_cli.kernels import step_ops
 from gemma_awq_cli.models.forward.cached_attention import CacheTensors
 from gemma_awq_cli.models.forward.decode_step import DecodeStep
 from gemma_awq_cli.models.forward.device_cache import DeviceCache
@@ -19,6 +20,11 @@ from gemma_awq_cli.system.arrays import as_array
 
 SMALL = 2048  # tokens up to which a capacity is rounded up to a power of two, and beyond it to a multiple of LARGE_STEP
 LARGE_STEP = 1024
+
+
+def fused_ops() -> LayerOps:
+    """What a layer computes between its products, in one kernel each; see `step_ops.steps_problem`."""
+    return LayerOps(step_ops.rms_norm, step_ops.add_normed, step_ops.add_and_norm, step_ops.gated, step_ops.place)
 
 
 class DeviceText:

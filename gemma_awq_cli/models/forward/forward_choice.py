@@ -80,7 +80,9 @@ def _on_device(
     import torch
 
     from gemma_awq_cli.kernels.head import head_refusal
-    from gemma_awq_cli.models.forward.device_session import DeviceText
+    from gemma_awq_cli.kernels.step_ops import steps_problem
+    from gemma_awq_cli.models.forward.device_session import DeviceText, fused_ops
+    from gemma_awq_cli.models.forward.torch_layers import LayerOps
 
     report, slow = linear_report(checkpoint, device, dtype)
     text = _torch_text(checkpoint, arch, device, dtype, head)
@@ -88,8 +90,11 @@ def _on_device(
         head, head_reason = DENSE_HEAD, refused
     kind = torch.device(device).type
     how = "decode steps are recorded as CUDA graphs" if kind == "cuda" else f"on {kind}"
-    lines = (f"forward: torch, {how}", *report)
-    return Forward(DeviceText(text), lines, slow, head, head_reason)
+    problem = steps_problem(text.device, text.dtype)
+    between = "Triton kernels of this project" if problem is None else f"PyTorch's kernels (not Triton's: {problem})"
+    lines = (f"forward: torch, {how}", f"between products: {between}", *report)
+    ops = fused_ops() if problem is None else LayerOps()
+    return Forward(DeviceText(text, ops), lines, slow, head, head_reason)
 
 
 def _torch_text(checkpoint: Checkpoint, arch: Architecture, device: str, dtype: str, head: str) -> "TextWeights":

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.kernels.plain_ops import split_qkv
 from gemma_awq_cli.models.forward.cached_attention import (
     CacheTensors,
     ChunkGroup,
@@ -24,7 +25,7 @@ from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import SPARE, KVCache, make_cache
 from gemma_awq_cli.models.forward.prefill import FlatBatch
 from gemma_awq_cli.models.forward.session import Logits
-from gemma_awq_cli.models.forward.torch_layers import LayerOps, Rotary, TextWeights, TorchLayers, split_qkv
+from gemma_awq_cli.models.forward.torch_layers import LayerOps, Rotary, TextWeights, TorchLayers, head_facts
 from gemma_awq_cli.system.arrays import DTYPES, as_array
 
 # What it implements of `models.gemma.features.FEATURES`.
@@ -69,9 +70,10 @@ class FlatTokens:
     def attended(self, index: int, qkv: Tensor) -> Tensor:
         """See `Tokens.attended`."""
         arch, layout = self.weights.arch, self.weights.arch.layouts[index]
-        angles = self.rotary.angles(index, self.positions, qkv.dtype, self.angles)
-        q, k, v = split_qkv(self.weights, index, qkv, angles)
-        if k is not None and v is not None:
+        cos, sin = self.rotary.angles(index, self.positions, qkv.dtype, self.angles)
+        facts = head_facts(self.weights, index)
+        q, k, v = split_qkv(qkv, cos=cos, sin=sin, head_dim=layout.head_dim, **facts)
+        if layout.kv_source is None:
             sizes = [group.positions.numel() for group in self.groups]
             parts = zip(self.groups, k.split(sizes), v.split(sizes), strict=True)
             self.held[index] = [extend(self.cached, index, group, k_, v_) for group, k_, v_ in parts]

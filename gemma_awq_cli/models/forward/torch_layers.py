@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from statistics import NormalDist
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.kernels import plain_ops
 from gemma_awq_cli.kernels.head import soft_cap
-from gemma_awq_cli.kernels.plain_ops import rotate
 from gemma_awq_cli.models.forward.altup import (
     AltUpWeights,
     correct_streams,
@@ -95,6 +94,7 @@ class LayerOps:
         plain_ops.add_and_norm
     )
     gated: Callable[[Tensor], Tensor] = plain_ops.gated
+    place: Callable[..., Tensor] = plain_ops.place
 
 
 class Tokens(Protocol):
@@ -115,6 +115,20 @@ class Tokens(Protocol):
         qkv: the layer's queries, and keys and values if it has its own [T, outputs], neither normed nor rotated.
         """
         ...
+
+
+def head_facts(weights: TextWeights, index: int) -> dict[str, Any]:
+    """What `plain_ops.split_qkv` has to know of layer `index`, by the names of its arguments."""
+    arch, layer, layout = weights.arch, weights.layers[index], weights.arch.layouts[index]
+    return {
+        "q_norm": layer.q_norm,
+        "k_norm": layer.k_norm,
+        "heads": layout.heads,
+        "kv_heads": layout.kv_heads if layout.kv_source is None else 0,
+        "keys_are_values": layout.keys_are_values,
+        "value_norm": layout.value_norm,
+        "eps": arch.eps,
+    }
 
 
 @dataclass(frozen=True)
@@ -194,30 +208,6 @@ class TorchLayers:
         else:
             output = layer.down(self.ops.gated(gate_up))
         return output if layer.experts is None else layer.experts.beside(output, x)
-
-
-def split_qkv(
-    weights: TextWeights, index: int, qkv: Tensor, angles: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The queries [T, heads, D], keys and values [T, kv_heads, D] of a layer, normed and rotated as attention has them.
-
-    Keys and values are None in a layer that reads another's. angles: of `cosines_and_sines`.
-    """
-    arch, layer, layout = weights.arch, weights.layers[index], weights.arch.layouts[index]
-    parts = qkv.unflatten(-1, (-1, layout.head_dim))
-    q, own = parts[:, : layout.heads], parts[:, layout.heads :]
-    q = rotate(_normed(q, layer.q_norm, arch.eps), *angles)
-    if layout.kv_source is not None:
-        return q, None, None
-    k = own[:, : layout.kv_heads]
-    v = k if layout.keys_are_values else own[:, layout.kv_heads :]
-    v = plain_ops.rms_norm(v, None, arch.eps) if layout.value_norm else v
-    return q, rotate(_normed(k, layer.k_norm, arch.eps), *angles), v
-
-
-def _normed(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
-    """x behind a norm that the layer may not have."""
-    return x if gain is None else plain_ops.rms_norm(x, gain, eps)
 
 
 class Rotary:

@@ -110,6 +110,9 @@ def _linear(reader: LayerReader, kind: str, device: torch.device, dtype: torch.d
         )
         for part in reader.parts(kind)
     ]
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    if device.type != CPU and len(dense) == len(parts):
+        parts = [torch.cat(dense)]  # one product; on the CPU they stay mapped from the file
     first = parts[0]
     return first if len(parts) == 1 and isinstance(first, nn.Module) else JoinedLinear(parts)
 

@@ -15,10 +15,11 @@ from torch import Tensor
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import decode_step
 from gemma_awq_cli.models.forward.cached_session import CachedSession
-from gemma_awq_cli.models.forward.device_session import DeviceSession, DeviceText, rounded_up
+from gemma_awq_cli.models.forward.device_session import DeviceSession, DeviceText, fused_ops, rounded_up
 from gemma_awq_cli.models.forward.kv_cache import SPARE
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.torch_layers import LayerOps
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of
@@ -32,11 +33,13 @@ CAPACITY = 64
 PROMPTS, STEPS = (29, 3, 11), 24  # the window is 16 and its rings have 32 slots: the first row wraps around
 
 
-def text_of(folder: Path, place: torch.device = CPU, dtype: torch.dtype = torch.float32) -> DeviceText:
+def text_of(
+    folder: Path, place: torch.device = CPU, dtype: torch.dtype = torch.float32, ops: LayerOps | None = None
+) -> DeviceText:
     checkpoint = Checkpoint(folder)
     arch = architecture_of(checkpoint.facts, checkpoint.family)
     with torch.inference_mode():
-        return DeviceText(read_torch_text(checkpoint, arch, place, dtype))
+        return DeviceText(read_torch_text(checkpoint, arch, place, dtype), ops)
 
 
 def turns() -> list[list[list[int]]]:
@@ -75,7 +78,7 @@ def test_recorded_steps_replay_what_they_computed(kind: str, checkpoints: Callab
     """On the fake device, whose graphs do the recorded operations again: numbers of one step in another would show."""
     expected = read_by(DeviceSession(text_of(checkpoints(kind)), 3, CAPACITY), turns())
     with fake_device(capability=(9, 0)) as device:
-        session = DeviceSession(text_of(checkpoints(kind), GPU), 3, CAPACITY)
+        session = DeviceSession(text_of(checkpoints(kind), GPU, ops=fused_ops()), 3, CAPACITY)
         found = read_by(session, turns())
         assert session.step_failure is None
         assert device.replays == STEPS - 1  # the first one ran as it was
@@ -88,6 +91,24 @@ def test_recorded_steps_replay_what_they_computed(kind: str, checkpoints: Callab
         assert sum(device.launches.values()) <= 3 + 3 * table
         assert not device.unordered
     assert apart(found, expected).max() < 1e-3
+
+
+# Kernels of a step per layer, of which the four linears are one each.
+@pytest.mark.parametrize(("kind", "most"), [("gemma", 10), ("gemma2", 17), ("gemma3_text", 10)])
+def test_a_step_starts_few_kernels(kind: str, most: int, checkpoints: Callable[[str], Path]) -> None:
+    folder = checkpoints(kind)
+    layers = Checkpoint(folder).layers
+    with fake_device(capability=(9, 0)) as device:
+        text = text_of(folder, GPU, ops=fused_ops())
+        session = DeviceSession(text, 2, CAPACITY)
+        session.run_kernel_by_kernel("to be counted")
+        session.next_logits([[2], [3]])
+        device.reset()
+        session.next_logits([[4], [5]])
+        counts = [sum(device.launches.values()), device.launches["place"], device.launches["gated"]]
+    assert counts[1:] == [layers, layers]
+    outside = 55  # of the layers: inputs, angles, masks, head, the likeliest token
+    assert counts[0] <= most * layers + outside
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
