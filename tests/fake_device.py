@@ -6,12 +6,15 @@ allows but punishes is counted: launches, waits of the host for the device (sync
 whose order is not fixed, such as `scatter_add_` with equal indices.
 
 PyTorch's int4 product for CUDA has no CPU form, so it is computed from a packed layout of this file's own.
+
+A CUDA graph is recorded and replayed as a real one is: replaying it launches the same operations on the same memory
+with the same numbers, and what a real one refuses while it records, the host's memory and its waiting, is refused.
 """
 
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -27,6 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_awq_cli.kernels import cuda as cuda_kernel
+from gemma_awq_cli.kernels import file_int4, head, step_ops
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -100,8 +104,8 @@ class FakeDevice:
 
     kind: `cuda` or `mps`; count: how many there are; free: bytes that each says are free, total: that it has; peak:
     what it says was allocated at most; capability: of CUDA devices. launches: kernels by the operation that started
-    them; syncs, uploads: by operation; unordered: operations whose sums have no fixed order; uploaded: tensors by the
-    dtype in which they travelled, and their shape.
+    them; syncs, uploads: by operation; unordered: operations whose sums have no fixed order; replays: of graphs, each
+    of which is one launch; uploaded: tensors by the dtype in which they travelled, and their shape.
     """
 
     kind: str = "cuda"
@@ -114,13 +118,16 @@ class FakeDevice:
     syncs: Counter[str] = field(default_factory=Counter)
     uploads: Counter[str] = field(default_factory=Counter)
     unordered: Counter[str] = field(default_factory=Counter)
+    replays: int = 0
     uploaded: Counter[tuple[torch.dtype, tuple[int, ...]]] = field(default_factory=Counter)
+    recording: list[tuple[Any, Any, Any, Any]] | None = None
 
     def reset(self) -> None:
         """Forget what happened."""
         for counter in (self.launches, self.syncs, self.uploads, self.unordered):
             counter.clear()
         self.uploaded.clear()
+        self.replays = 0
 
     def place(self, device: Any) -> torch.device | None:
         """The fake device that an argument names, or None for the CPU and the meta device."""
@@ -137,6 +144,28 @@ class FakeDevice:
 
     def run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """Do one operation of ATen as the device would."""
+        if self.recording is None:
+            return self._run(func, args, kwargs)
+        waits, uploads = sum(self.syncs.values()), sum(self.uploads.values())
+        out = self._run(func, args, kwargs)
+        if sum(self.syncs.values()) > waits or sum(self.uploads.values()) > uploads:
+            raise RuntimeError(f"CUDA error: operation not permitted when stream is capturing ({func})")
+        if any(isinstance(one, FakeTensor) for one in _tensors([out, *args, *kwargs.values()])):
+            self.recording.append((func, args, kwargs, out))
+        return out
+
+    def replay(self, recorded: Sequence[tuple[Any, Any, Any, Any]]) -> None:
+        """Do recorded operations again, each on the memory that it had, and with the results where they were."""
+        for func, args, kwargs, out in recorded:
+            bare = {key: CPU if key == "device" and value is not None else value for key, value in kwargs.items()}
+            again = self._int4(func.overloadpacket.__name__, _mapped(_bare, args))
+            if again is None:
+                again = func(*_mapped(_bare, args), **{key: _mapped(_bare, value) for key, value in bare.items()})
+            for old, new in zip(_tensors([out]), _tensors([again]), strict=True):
+                if old.numel() and _bare(old).data_ptr() != _bare(new).data_ptr():
+                    _bare(old).copy_(new)
+
+    def _run(self, func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         name = func.overloadpacket.__name__
         if func is torch.ops.prim.device.default:
             return args[0].device
@@ -159,7 +188,7 @@ class FakeDevice:
         bare_kwargs = {key: _mapped(_bare, value) for key, value in kwargs.items()}
         own = self._int4(name, bare_args)
         out = own if own is not None else func(*bare_args, **bare_kwargs)
-        if not _is_view(func) and name not in _NO_LAUNCH and name not in _WAITS and _any_elements(out):
+        if not _is_view(func) and name not in _NO_LAUNCH and name not in _WAITS and (out is None or _any_elements(out)):
             self.launches[name] += 1
         known = {id(fake.data_on_cpu): fake for fake in fakes}
 
@@ -409,7 +438,7 @@ class _Calls(TorchFunctionMode):
             return source
         if not isinstance(source, FakeTensor) and device.place(wanted) is None:
             return func(*args, **kwargs)
-        return device._copied(ATEN._to_copy.default, source, {"dtype": dtype, "device": wanted})
+        return device.run(ATEN._to_copy.default, (source,), {"dtype": dtype, "device": wanted})
 
 
 _RealGenerator = torch.Generator
@@ -420,6 +449,31 @@ class _Generator(torch.Generator):
 
     def __new__(cls, device: Any = None) -> torch.Generator:  # type: ignore[misc]
         return _RealGenerator("cpu" if device is None or _current().place(device) else device)
+
+
+class _Graph:
+    """A CUDA graph: the operations that ran while it was recorded."""
+
+    def __init__(self) -> None:
+        self._recorded: list[tuple[Any, Any, Any, Any]] = []
+
+    @contextmanager
+    def recorded(self) -> Iterator[None]:
+        device = _current()
+        assert device.recording is None, "two graphs are recorded at once"
+        device.recording = self._recorded
+        launches = Counter(device.launches)
+        try:
+            yield
+        finally:
+            device.recording, device.launches = None, launches  # recording launches nothing
+
+    def replay(self) -> None:
+        device = _current()
+        device.replays += 1
+        device.launches["graph"] += 1
+        with torch._C._DisableTorchDispatch(), torch._C.DisableTorchFunction():
+            device.replay(self._recorded)
 
 
 class _Event:
@@ -444,6 +498,9 @@ def _forget() -> None:
     """Forget what was found out about a device of the same name."""
     cuda_kernel._order.cache_clear()
     cuda_kernel._problem.cache_clear()
+    file_int4._problem.cache_clear()
+    head._int8_problem.cache_clear()
+    step_ops.steps_problem.cache_clear()
 
 
 @contextmanager
@@ -463,6 +520,10 @@ def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
         (torch.cuda, "synchronize", lambda *_: None),
         (torch.cuda, "current_stream", lambda *_: None),
         (torch.cuda, "Event", _Event),
+        (torch.cuda, "CUDAGraph", _Graph),
+        (torch.cuda, "graph", lambda graph, pool=None: graph.recorded()),
+        (torch.cuda, "graph_pool_handle", lambda: (0, 1)),
+        (torch.cuda, "device", lambda *_: nullcontext()),
         (torch.backends.mps, "is_available", lambda: not is_cuda),
         (torch, "Generator", _Generator),
     ]

@@ -56,33 +56,59 @@ def fit_scales(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor) -> Tensor:
 def _move_integers(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: Tensor, sweeps: int) -> Tensor:
     """Coordinate descent on the integers [n, k]. gram: [k, k] with its columns in `order`."""
     group_size = q.shape[1] // grid.scale.shape[1]
-    group_of = (order // group_size).tolist()
+    group_of = order // group_size
     scale = grid.scale.t().contiguous()  # [G, n]
     integers = q[:, order].t().contiguous()  # [k, n]
     error = dequantize(q, grid).sub_(weight)[:, order].t().contiguous()  # [k, n]
-    curvature = gram.diagonal().tolist()
+    curvature = gram.diagonal().contiguous()
     inverse = scale.reciprocal()
     blocks = [slice(start, start + OUTER_COLUMNS) for start in range(0, len(group_of), OUTER_COLUMNS)]
     for block in blocks * sweeps:
         slope = gram[block] @ error  # [OUTER_COLUMNS, n]: half the derivative of the error by each weight
-        near = gram[block, block]
-        for first in range(0, slope.shape[0], INNER_COLUMNS):
-            part = slope[first : first + INNER_COLUMNS]
-            moves = torch.zeros_like(part)
-            for i in range(part.shape[0]):
-                column = block.start + first + i
-                group = group_of[column]
-                if curvature[column] <= 0:
-                    continue
-                before, move = integers[column], moves[i]
-                best = torch.addcmul(before, part[i], inverse[group], value=-1 / curvature[column])
-                torch.sub(best.round_().clamp_(0, QMAX), before, out=move)
-                before.copy_(best)
-                move.mul_(scale[group])
-                part[i + 1 :].addr_(near[first + i + 1 : first + part.shape[0], first + i], move)
-            last = first + INNER_COLUMNS
-            error[block][first:last] += moves
-            slope[last:].addmm_(near[last:, first:last], moves)
+        move_columns(
+            slope, integers[block], error[block], gram[block, block], scale, inverse, curvature[block], group_of[block]
+        )
     result = torch.empty_like(q)
     result[:, order] = integers.t()
     return result
+
+
+def move_columns_in_torch(
+    slope: Tensor,
+    integers: Tensor,
+    error: Tensor,
+    near: Tensor,
+    scale: Tensor,
+    inverse: Tensor,
+    curvature: Tensor,
+    group_of: Tensor,
+) -> None:
+    """Move C columns of n integers one after the other, each to its best value while the others are fixed.
+
+    slope: [C, n], half the derivative of the error by each weight; its contents are lost. integers, error: [C, n],
+    which change; near: [C, C] of the Gram matrix, curvature: [C], its diagonal; scale, inverse: [G, n], and one by the
+    other; group_of: [C], the group of each column.
+    """
+    groups, bends = group_of.tolist(), curvature.tolist()
+    for first in range(0, len(groups), INNER_COLUMNS):
+        part = slope[first : first + INNER_COLUMNS]
+        moves = torch.zeros_like(part)
+        for i in range(part.shape[0]):
+            column, group = first + i, groups[first + i]
+            if bends[column] <= 0:
+                continue
+            before, move = integers[column], moves[i]
+            best = torch.addcmul(before, part[i], inverse[group], value=-1 / bends[column])
+            torch.sub(best.round_().clamp_(0, QMAX), before, out=move)
+            before.copy_(best)
+            move.mul_(scale[group])
+            part[i + 1 :].addr_(near[column + 1 : first + part.shape[0], column], move)
+        last = first + INNER_COLUMNS
+        error[first:last] += moves
+        slope[last:].addmm_(near[last:, first:last], moves)
+
+
+# See `gptq.round_columns`.
+move_columns = torch.library.custom_op(
+    "gemma_awq::move_columns", move_columns_in_torch, mutates_args=("slope", "integers", "error")
+)

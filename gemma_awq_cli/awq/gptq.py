@@ -100,25 +100,43 @@ def quantize_compensated(weight: Tensor, grid: Grid, factor: Compensation) -> Te
     work = weight[:, order].t().contiguous()  # [k, n]: a column's weights, and its error once it is rounded
     scale = grid.scale.t().contiguous()  # [G, n]
     zero = grid.zero.t().contiguous()
-    group_of = (order // group_size).tolist()
+    group_of = order // group_size
     q = torch.empty_like(work)
     for start in range(0, work.shape[0], OUTER_COLUMNS):
-        block = work[start : start + OUTER_COLUMNS]
-        near = feedback[start : start + OUTER_COLUMNS, start : start + OUTER_COLUMNS]
-        target = block.clone()  # the weights that would compensate the errors of the columns before
+        block = slice(start, start + OUTER_COLUMNS)
+        target = work[block].clone()  # the weights that would compensate the errors of the columns before
         if start:
-            target.addmm_(feedback[:start, start : start + OUTER_COLUMNS].t(), work[:start], alpha=-1.0)
-        for first in range(0, block.shape[0], INNER_COLUMNS):
-            wanted = target[first : first + INNER_COLUMNS]
-            last = first + wanted.shape[0]
-            for i in range(wanted.shape[0]):
-                column, group = start + first + i, group_of[start + first + i]
-                torch.div(wanted[i], scale[group], out=q[column]).add_(zero[group]).round_().clamp_(0, QMAX)
-                # from here on the column of `work` holds its error
-                error = torch.sub(q[column], zero[group]).mul_(scale[group]).sub_(work[column])
-                work[column] = error
-                wanted[i + 1 :].addr_(near[first + i, first + i + 1 : last], error, alpha=-1.0)
-            target[last:].addmm_(near[first:last, last:].t(), block[first:last], alpha=-1.0)
+            target.addmm_(feedback[:start, block].t(), work[:start], alpha=-1.0)
+        round_columns(target, work[block], q[block], feedback[block, block], scale, zero, group_of[block])
     result = torch.empty_like(weight)
     result[:, order] = q.t()
     return result
+
+
+def round_columns_in_torch(
+    target: Tensor, work: Tensor, q: Tensor, near: Tensor, scale: Tensor, zero: Tensor, group_of: Tensor
+) -> None:
+    """Round C columns of n weights one after the other, each with what the errors of those before it ask for.
+
+    target: [C, n], the weights to round; its contents are lost. work: [C, n], the weights themselves, which become
+    their errors; q: [C, n], which becomes the integers; near: [C, C] of the feedback; scale, zero: [G, n]; group_of:
+    [C], the group of each column.
+    """
+    groups = group_of.tolist()
+    for first in range(0, len(groups), INNER_COLUMNS):
+        wanted = target[first : first + INNER_COLUMNS]
+        last = first + wanted.shape[0]
+        for i in range(wanted.shape[0]):
+            column, group = first + i, groups[first + i]
+            torch.div(wanted[i], scale[group], out=q[column]).add_(zero[group]).round_().clamp_(0, QMAX)
+            # from here on the column of `work` holds its error
+            error = torch.sub(q[column], zero[group]).mul_(scale[group]).sub_(work[column])
+            work[column] = error
+            wanted[i + 1 :].addr_(near[column, column + 1 : last], error, alpha=-1.0)
+        target[last:].addmm_(near[first:last, last:].t(), work[first:last], alpha=-1.0)
+
+
+# In torch's own dispatcher, so that a device may have one kernel for it (`kernels.column_loops`).
+round_columns = torch.library.custom_op(
+    "gemma_awq::round_columns", round_columns_in_torch, mutates_args=("target", "work", "q")
+)

@@ -9,6 +9,7 @@ from gemma_awq_cli.generate.generation_config import context_of
 from gemma_awq_cli.generate.model_drafting import ModelDrafts
 from gemma_awq_cli.generate.request import LOOKUP, NO_DRAFT
 from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.devices import CPU
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.token_bytes import stored_bytes_per_token
 
@@ -44,6 +45,10 @@ def open_drafts(choice: str | None, opened: OpenModel, note: Callable[[str], Non
             "--draft cannot be used with this model, device and precision: they take transformers' own forward, which "
             "cannot take tokens back.",
             "Leave it out.",
+        )
+    if opened.device_name != CPU:
+        raise UsageError(
+            "--draft is for the CPU: on a GPU, reading a draft would cost more than it spares.", "Leave it out."
         )
     return lookup if choice == LOOKUP else _by_model(choice, opened, note)
 

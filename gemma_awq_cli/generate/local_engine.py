@@ -130,6 +130,20 @@ class Slot:
         self.unread = taken[-1:]
         return read
 
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the row reads one token, and of the logits only the largest one's token is asked for."""
+        return len(self.unread) == 1 and self.row.logprobs is None and self.sampler.takes_likeliest
+
+    def take(self, token: int) -> list[int]:
+        """Take the row's most likely next token, -1 if a logit is not finite; return what the row has read now."""
+        if token < 0:
+            raise _not_finite()
+        self.sampler.take(token)
+        self.row.take(token)
+        read, self.unread = list(self.unread), [token]
+        return read
+
 
 Begin = Callable[[Row, Sequence[int]], Slot]  # of the tokens that its session has to read
 
@@ -277,7 +291,12 @@ def _read_next(session: Session, slots: Sequence[Slot | None]) -> list[list[int]
             alone.drafts.guess(alone.row, session)
         if alone.drafts.draft:
             return [_read_drafted(session, slots.index(alone), len(slots), alone)]
-    logits = session.next_logits([slot.unread if slot is not None else [] for slot in slots])
+    unread = [slot.unread if slot is not None else [] for slot in slots]
+    if isinstance(session, CachedSession) and all(slot.takes_likeliest for slot in taken):
+        found = session.likeliest(unread)
+        if found is not None:
+            return [slot.take(token) for slot, token in zip(taken, found, strict=True)]
+    logits = session.next_logits(unread)
     return [slot.advance(logits[place : place + 1]) for place, slot in enumerate(taken)]
 
 
@@ -320,7 +339,11 @@ def require_finite_logits(logits: Logits) -> None:
     """Raise GemmaAwqError if any logit is NaN or infinite; the text would be nothing but `<pad>`."""
     # the least and the largest show it, in a twentieth of the time of a look at each
     if not (np.isfinite(logits.min()) and np.isfinite(logits.max())):
-        raise GemmaAwqError(
-            "The model's output is NaN or infinite.",
-            "If you gave --dtype float16, give bfloat16, which has a wider range. If not, the weights are damaged.",
-        )
+        raise _not_finite()
+
+
+def _not_finite() -> GemmaAwqError:
+    return GemmaAwqError(
+        "The model's output is NaN or infinite.",
+        "If you gave --dtype float16, give bfloat16, which has a wider range. If not, the weights are damaged.",
+    )

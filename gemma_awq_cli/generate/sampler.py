@@ -58,11 +58,23 @@ class Sampler:
     def sample(self, logits: Logits) -> int:
         """Return the next token of the row from its logits [V] float32, which stay as they are."""
         token = self._draw(self._adjusted(logits))
+        self.take(token)
+        return token
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the one with the largest logit, whatever came before."""
+        sampling = self._sampling
+        changed = sampling.logit_bias or sampling.repetition_penalty
+        changed = changed or sampling.presence_penalty or sampling.frequency_penalty
+        return sampling.greedy and not changed and self._constraint is None
+
+    def take(self, token: int) -> None:
+        """Take notice of the row's next token."""
         self._seen.add(token)
         self._generated[token] += 1
         if self._constraint is not None:
             self._constraint.take(token)
-        return token
 
     def _adjusted(self, logits: Logits) -> Logits:
         """Return the logits after everything that adds to them or forbids tokens."""

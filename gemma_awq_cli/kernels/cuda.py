@@ -8,6 +8,7 @@ This project has never run it on a GPU: the search for the layout is tested with
 device. So a GPU must first multiply known numbers rightly.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import cache
 
@@ -15,13 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.grid import Grid, dequantize
-from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
+from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
-from gemma_awq_cli.system.failures import first_line
+from gemma_awq_cli.kernels.known_numbers import problem_with
 
 MANY_ROWS = 64
-KNOWN_TOLERANCE = 0.01  # of the product of known numbers: bfloat16 rounds by 0.4 %
 _INNER_TILES = 8
 _TILE = (8, 16 * _INNER_TILES)  # outputs and inputs that the op packs together
 
@@ -63,37 +62,37 @@ class CudaInt4Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """Return the weight [N, K] in bf16, as the op sees it."""
-        order = _order(self.packed.device)
-        tiles = _nibbles(self.packed).view(self.shape[0] // _TILE[0], self.shape[1] // _TILE[1], -1)[:, :, order]
-        q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(self.shape[0], -1, self.group_size)
-        scale, zero = (part.t().contiguous() for part in self.scale_zero.unbind(-1))  # [N, G] each
-        # rounded once, as in the op
-        return torch.addcmul(zero[:, :, None], q.to(torch.bfloat16) - 8, scale[:, :, None]).reshape(self.shape)
+        return unpacked_tiles(self.packed, _order(self.packed.device), self.scale_zero, list(self.shape))
+
+
+def _unpacked_tiles(packed: Tensor, order: Tensor, scale_zero: Tensor, shape: list[int]) -> Tensor:
+    """The weight of the op's tensors, `shape` [N, K] bf16. order: see `tile_order`."""
+    outputs, inputs = shape
+    tiles = _nibbles(packed).view(outputs // _TILE[0], inputs // _TILE[1], -1)[:, :, order]
+    q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(outputs, scale_zero.shape[0], -1)
+    scale, zero = (part.t().contiguous() for part in scale_zero.unbind(-1))  # [N, G] each
+    # rounded once, as in the op
+    return torch.addcmul(zero[:, :, None], q.to(torch.bfloat16) - 8, scale[:, :, None]).reshape(outputs, inputs)
+
+
+# In torch's own dispatcher, so that a GPU has a kernel for it.
+unpacked_tiles = torch.library.custom_op("gemma_awq::unpacked_tiles", _unpacked_tiles, mutates_args=())
+
+
+@unpacked_tiles.register_kernel("cuda")
+def _(packed: Tensor, order: Tensor, scale_zero: Tensor, shape: list[int]) -> Tensor:
+    if importlib.util.find_spec("triton") is None:  # as on Windows
+        return _unpacked_tiles(packed, order, scale_zero, shape)
+    from gemma_awq_cli.kernels import triton_products
+
+    with torch.cuda.device(packed.device):
+        return triton_products.unpacked_tiles(packed, order, scale_zero, (shape[0], shape[1]), _TILE)
 
 
 @cache
 def _problem(device: torch.device) -> str | None:
     """Why the op is not to be used on a device, or None: it is tried on known numbers there, for few rows and many."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    shape, group = (4 * _TILE[0], 2 * _TILE[1]), 64
-    q = torch.randint(0, 16, shape, generator=generator, dtype=torch.uint8)
-    sizes = torch.rand(shape[0], shape[1] // group, generator=generator)
-    grid = Grid(
-        (sizes + 0.5).to(torch.bfloat16).float(), torch.randint(0, 16, sizes.shape, generator=generator).float()
-    )
-    x = torch.randn(MANY_ROWS, shape[1], generator=generator).to(torch.bfloat16)
-    expected = x.float() @ dequantize(q, grid).t()
-    try:
-        linear = CudaInt4Linear(PackedWeight(*(tensor.to(device) for tensor in pack_weight(q, grid))))
-        for rows in (1, 17, MANY_ROWS):
-            found = linear(x[:rows].to(device)).cpu().float()
-            if not (found - expected[:rows]).norm() <= KNOWN_TOLERANCE * expected[:rows].norm():  # also if it is NaN
-                return f"it multiplies known numbers wrongly here ({rows} rows)"
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"it fails here: {first_line(error)}"
-    return None
+    return problem_with(CudaInt4Linear, device, torch.bfloat16, (4 * _TILE[0], 2 * _TILE[1]), (1, 17, MANY_ROWS))
 
 
 def _pack(q: Tensor) -> Tensor:

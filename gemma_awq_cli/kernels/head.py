@@ -6,16 +6,21 @@ which hold practically all of the probability, are recomputed from the 16-bit we
 instead of 256 thousand.
 """
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
+from gemma_awq_cli.awq.packed_arrays import PACK
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
 from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.packed_linear import make_linear
+from gemma_awq_cli.system.failures import first_line
 
 REFINED = 1024  # tokens whose logits a 4-bit head recomputes
+KNOWN_TOLERANCE = 0.02  # of the product of known numbers: 8 bits round by less than 1 %
 _ROWS = 8192  # vocabulary entries that are quantized at a time
 
 
@@ -80,6 +85,25 @@ def make_head(weight: Tensor, head: str) -> nn.Module:
     return RefinedHead(make_linear(packed, weight.device, weight.dtype), weight)
 
 
+@cache
+def _int8_problem(device: torch.device) -> str | None:
+    """Why torch's int8 product is not to be used on a device, or None: off the CPU it is tried on known numbers."""
+    if device.type == "cpu":
+        return None
+    generator = torch.Generator("cpu").manual_seed(0)
+    weight, x = (torch.randn(rows, 128, generator=generator).to(torch.bfloat16) for rows in (64, 3))
+    expected = x.float() @ weight.float().t()
+    try:
+        found = Int8Head(weight.to(device))(x.to(device)).cpu().float()
+    except (RuntimeError, NotImplementedError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        return f"torch's int8 product fails here: {first_line(error)}"
+    if not (found - expected).norm() <= KNOWN_TOLERANCE * expected.norm():  # also if it is NaN
+        return "torch's int8 product multiplies known numbers wrongly here"
+    return None
+
+
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:
     """`cap * tanh(logits / cap)`, in place; the logits as they are without a cap."""
     return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
@@ -89,8 +113,8 @@ def head_refusal(weight: Tensor, head: str) -> str | None:
     """Why the weight [V, K] cannot be quantized as `head` for torch, or None."""
     if weight.dtype != torch.bfloat16:
         return "torch's quantized heads compute in bfloat16 only"
-    if head == "int8" and weight.device.type != "cpu":
-        return "torch's int8 product runs on the CPU only"
-    if head == "int4" and (head_group(head, weight.shape[1]) is None or weight.shape[0] % 16):
+    if head == "int8" and (problem := _int8_problem(weight.device)):
+        return problem
+    if head == "int4" and (head_group(head, weight.shape[1]) is None or weight.shape[0] % PACK):
         return "no group size fits the shape"
     return None

@@ -14,6 +14,7 @@ from torch import nn
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 from gemma_awq_cli.kernels.cuda import CudaInt4Linear
+from gemma_awq_cli.kernels.file_int4 import FileInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.kernels.triton import TritonLinear
 
@@ -40,6 +41,7 @@ class Kernel:
 KERNELS = (
     Kernel("PyTorch's int4 product for CPUs", CpuInt4Linear),
     Kernel("PyTorch's int4 product for CUDA", CudaInt4Linear),
+    Kernel("a Triton product of this project", FileInt4Linear),
     Kernel("AutoAWQ's Triton product", TritonLinear),
     Kernel("unpack and multiply", ReferenceLinear),
 )

@@ -17,6 +17,7 @@ from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.round_group import Rounded, round_and_compare, round_nearest
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
+from gemma_awq_cli.kernels import column_loops  # noqa: F401 (a GPU's kernels for the loops of `awq`)
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout

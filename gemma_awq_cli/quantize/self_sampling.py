@@ -96,7 +96,7 @@ def sample_rows(
     """
     from transformers import StaticCache
 
-    opened = open_model(folder, device, adapter=adapter)
+    opened = open_model(folder, device, adapter=adapter, modules=True)
     model = opened.model
     generator = torch.Generator(device=device).manual_seed(seed)
     cache = StaticCache(config=model.config, max_cache_len=seq_len)

@@ -1,5 +1,6 @@
 """The int4 product for CUDA on a fake device: how it prepares what PyTorch's operation gets, and what it returns."""
 
+import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
 from gemma_awq_cli.kernels.cuda import MANY_ROWS, CudaInt4Linear
+from gemma_awq_cli.kernels.file_int4 import FEW_ROWS, FileInt4Linear
 from gemma_awq_cli.kernels.head import RefinedHead, make_head
 from gemma_awq_cli.kernels.packed_linear import describe, make_linear
 from gemma_awq_cli.kernels.triton import MANY_ROWS as TRITON_MANY_ROWS
@@ -100,8 +102,37 @@ def test_a_gpu_whose_product_is_wrong_gets_another_kernel(wrong: str, monkeypatc
     monkeypatch.setattr(FakeDevice, "_int4", broken)
     with fake_device(capability=(8, 0)) as device:
         line = describe(on(device, packed), PLACE, torch.bfloat16)
-        assert line.startswith("unpack and multiply")
+        assert line.startswith(("a Triton product of this project", "unpack and multiply"))
         assert ("no kernel image" if wrong == "an error" else "multiplies known numbers wrongly") in line
         found = make_linear(on(device, packed), PLACE, torch.bfloat16)(device.on(x)).cpu()
     expected = x.float() @ dense.t()
     assert (found.float() - expected).norm() < 0.01 * expected.norm()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_the_triton_product_takes_what_pytorchs_op_does_not() -> None:
+    """Here in plain torch, as the kernels' own arithmetic is Triton's: 72 outputs are no multiple of anything but 8."""
+    packed, dense = packed_weight(72, 192, 64)
+    x = torch.randn(FEW_ROWS + 1, 192, dtype=torch.bfloat16)
+    with fake_device(capability=(8, 0)) as device:
+        linear = make_linear(on(device, packed), PLACE, torch.bfloat16)
+        assert isinstance(linear, FileInt4Linear)
+        device.reset()
+        few = linear(device.on(x[:FEW_ROWS])).cpu()
+        assert device.launches == {"few_rows_product": 1, "_to_copy": 1}
+        many = linear(device.on(x)).cpu()
+    with fake_device(capability=(7, 5)) as device:
+        assert "needs compute capability" in describe(on(device, packed), PLACE, torch.bfloat16)
+    expected = x.float() @ dense.t()
+    for found in (few, many[:FEW_ROWS]):
+        assert (found.float() - expected[:FEW_ROWS]).norm() < 0.01 * expected[:FEW_ROWS].norm()
+
+
+def test_unpacking_for_many_rows_is_one_kernel() -> None:
+    packed, _ = packed_weight(32, 256, 64)
+    with fake_device(capability=(8, 0)) as device:
+        linear = make_linear(on(device, packed), PLACE, torch.bfloat16)
+        assert isinstance(linear, CudaInt4Linear)
+        device.reset()
+        linear.dense()
+        assert device.launches == {"unpacked_tiles": 1}

@@ -18,11 +18,14 @@ WITH_TORCH: dict[str, set[str]] = {
     "models.checkpoints": {"adapter", "adapter_update", "companions", "qat_grid", "writing"},
     "models.text": set(),
     "models.forward": {
-        "altup", "cached_attention", "experts", "hidden_states", "layerwise", "loading_dense", "per_layer_embedding",
-        "per_layer_inputs", "rms_norm", "torch_decoder", "torch_weights", "transformers_model", "transformers_session",
-        "verification",
+        "altup", "cached_attention", "decode_step", "device_cache", "device_session", "experts", "hidden_states",
+        "layerwise", "loading_dense", "per_layer_embedding", "per_layer_inputs", "step_graph", "torch_decoder",
+        "torch_layers", "torch_weights", "transformers_model", "transformers_session", "verification",
     },
-    "kernels": {"aten_int4", "autoawq", "cpu", "cuda", "head", "packed_linear", "reference", "triton"},
+    "kernels": {
+        "aten_int4", "autoawq", "column_loops", "cpu", "cuda", "file_int4", "head", "known_numbers", "packed_linear",
+        "plain_ops", "reference", "step_ops", "triton", "triton_columns", "triton_products", "triton_steps",
+    },
     "kernels.native": set(),
     "generate": {"vllm_engine"},
     "serve": {"vllm_server"},

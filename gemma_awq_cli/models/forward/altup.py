@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_awq_cli.models.forward.rms_norm import rms_norm
+from gemma_awq_cli.kernels.plain_ops import rms_norm
 
 _LEAST_SQUARE = 1e-5  # of a projected stream's mean square, so that dividing by it is safe
 

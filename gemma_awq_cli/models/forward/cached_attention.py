@@ -129,12 +129,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, so
     return (weights @ v[:, :, None]).flatten(1, 2)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The rotary embedding of x [T, heads, D]. cos, sin: [T, 1, D/2]."""
-    first, second = x.chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
-
-
 def slot_positions(ends: Tensor, slots: int) -> Tensor:
     """The position that each slot of a ring holds after positions 0 .. ends - 1 were written: [B] -> [B, slots].
 

@@ -42,6 +42,13 @@ class CachedSession(ABC):
         lengths[:] = [length + len(new) for length, new in zip(lengths, tokens, strict=True)]
         return self._logits(parts)
 
+    def likeliest(self, tokens: Sequence[Sequence[int]]) -> list[int] | None:
+        """Let some rows read one token each; the most likely next token of each of these, -1 if a logit is not finite.
+
+        None, and nothing is read, if the session computes where its logits are read anyway.
+        """
+        return None
+
     def reset_row(self, row: int) -> None:
         """See `Session.reset_row`."""
         self._cache.reset(row)

@@ -1,5 +1,7 @@
 """Which forward runs a model, best first: the compiled decoder, the torch decoder, transformers' own modules.
 
+The compiled one runs on the CPU; on a GPU the torch decoder runs in recorded steps (`device_session`).
+
 Each declares the features that it implements; a model that needs more goes to the next one.
 """
 
@@ -21,7 +23,8 @@ from gemma_awq_cli.models.gemma.features import features_of, missing_features
 
 if TYPE_CHECKING:
     from gemma_awq_cli.awq.packing import PackedWeight
-    from gemma_awq_cli.models.forward.torch_decoder import TextWeights
+    from gemma_awq_cli.models.forward.device_session import DeviceText
+    from gemma_awq_cli.models.forward.torch_layers import TextWeights
 
 
 @dataclass(frozen=True)
@@ -32,21 +35,24 @@ class Forward:
     held, one of `kernels.head.HEADS`; head_reason: why that is not what was asked for.
     """
 
-    text: "NativeText | TextWeights | None"
+    text: "NativeText | TextWeights | DeviceText | None"
     report: tuple[str, ...]
     slow: str | None = None
     head: str = DENSE_HEAD
     head_reason: str = ""
 
 
-def choose_forward(checkpoint: Checkpoint, device: str, dtype: str, precision: Precision, head: str) -> Forward:
+def choose_forward(
+    checkpoint: Checkpoint, device: str, dtype: str, precision: Precision, head: str, refusal: str | None = None
+) -> Forward:
     """The fastest forward that can run this model as it was asked for, with its weights read.
 
-    device, dtype: torch's names. torch is imported only if the compiled decoder cannot run it.
+    device, dtype: torch's names. refusal: why it must be transformers' modules, if it must. torch is imported only if
+    the compiled decoder cannot run it.
     """
     is_packed = checkpoint.packed_linears is not None
     needed = features_of(checkpoint.facts, checkpoint.family)
-    if refusal := _decoders_refusal(device, precision, needed):
+    if refusal := refusal or _decoders_refusal(precision, needed):
         report, slow = linear_report(checkpoint, device, dtype)
         reason = f"transformers' modules run this model ({refusal})"
         return Forward(None, (f"forward: transformers' modules ({refusal})", *report), slow, head_reason=reason)
@@ -54,34 +60,58 @@ def choose_forward(checkpoint: Checkpoint, device: str, dtype: str, precision: P
     reason = ""
     if head != DENSE_HEAD and head_group(head, arch.hidden) is None:
         head, reason = DENSE_HEAD, f"no group size divides its {arch.hidden} inputs"
+    if device != CPU:
+        return _on_device(checkpoint, arch, device, dtype, head, reason)
     library = _native_library(checkpoint, arch, dtype, needed)
     if isinstance(library, Library):
         text = read_native_text(library, checkpoint, arch, head)
         return Forward(text, tuple(native_report(text)), head=head, head_reason=reason)
     report, slow = linear_report(checkpoint, device, dtype)
-    decoder = _torch_text(checkpoint, arch, dtype, head)
+    decoder = _torch_text(checkpoint, arch, device, dtype, head)
     if dtype == DEFAULT_DTYPE and is_packed:
         slow = f"the compiled forward, several times as fast, is not used: {library}" + (f"; {slow}" if slow else "")
     return Forward(decoder, (f"forward: torch (not the compiled one: {library})", *report), slow, head, reason)
 
 
-def _torch_text(checkpoint: Checkpoint, arch: Architecture, dtype: str, head: str) -> "TextWeights":
+def _on_device(
+    checkpoint: Checkpoint, arch: Architecture, device: str, dtype: str, head: str, head_reason: str
+) -> Forward:
+    """The torch decoder on a GPU. head_reason: why the head is not what was asked for, if that is known."""
+    import torch
+
+    from gemma_awq_cli.kernels.head import head_refusal
+    from gemma_awq_cli.kernels.step_ops import steps_problem
+    from gemma_awq_cli.models.forward.device_session import DeviceText, fused_ops
+    from gemma_awq_cli.models.forward.torch_layers import LayerOps
+
+    report, slow = linear_report(checkpoint, device, dtype)
+    text = _torch_text(checkpoint, arch, device, dtype, head)
+    if head != DENSE_HEAD and (refused := head_refusal(text.embedding, head)):
+        head, head_reason = DENSE_HEAD, refused
+    kind = torch.device(device).type
+    how = "decode steps are recorded as CUDA graphs" if kind == "cuda" else f"on {kind}"
+    problem = steps_problem(text.device, text.dtype)
+    between = "Triton kernels of this project" if problem is None else f"PyTorch's kernels (not Triton's: {problem})"
+    lines = (f"forward: torch, {how}", f"between products: {between}", *report)
+    ops = fused_ops() if problem is None else LayerOps()
+    return Forward(DeviceText(text, ops), lines, slow, head, head_reason)
+
+
+def _torch_text(checkpoint: Checkpoint, arch: Architecture, device: str, dtype: str, head: str) -> "TextWeights":
     import torch
 
     from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 
-    return read_torch_text(checkpoint, arch, torch.device(CPU), getattr(torch, dtype), head)
+    return read_torch_text(checkpoint, arch, torch.device(device), getattr(torch, dtype), head)
 
 
-def _decoders_refusal(device: str, precision: Precision, needed: frozenset[str]) -> str | None:
+def _decoders_refusal(precision: Precision, needed: frozenset[str]) -> str | None:
     """Why neither decoder of our own can run the model, or None."""
     if missing_features(needed, native_weights.FEATURES):
         from gemma_awq_cli.models.forward import torch_decoder
 
         if missing := missing_features(needed, torch_decoder.FEATURES):
             return missing
-    if device != CPU:
-        return f"our own decoders run on the CPU, and this is {device.partition(':')[0]}"
     if precision.quantization or precision.attention:
         return "they implement --quantization and --attn"
     return None

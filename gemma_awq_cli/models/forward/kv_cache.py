@@ -47,25 +47,26 @@ class SavedRow:
 class Mark:
     """What brings one row back to an earlier end although its rings have wrapped around since.
 
-    rings: copies of the layers whose slots are fewer than the cache's capacity; length: how many tokens the row had
-    read; reached: as in `KVCache`. All other slots of that time are still there while the row only reads on.
+    rings: copies of the layers whose slots are fewer than the cache's capacity, where the cache is; length: how many
+    tokens the row had read; reached: as in `KVCache`. All other slots of that time are still there while the row only
+    reads on.
     """
 
-    rings: tuple[Array, ...]
+    rings: tuple[Any, ...]
     length: int
     reached: int
 
 
 @dataclass(frozen=True)
 class KVCache:
-    """keys, values: [R, kv_heads, slots, head_dim] per layer, one array for all layers that share it.
+    """keys, values: [R, kv_heads, slots, head_dim] per layer, one array (or tensor) for all layers that share it.
 
     lengths: how many tokens each row has read. reached: the most that it had read, of those that were taken back since;
     so far its slots have been overwritten.
     """
 
-    keys: tuple[Array, ...]
-    values: tuple[Array, ...]
+    keys: tuple[Any, ...]
+    values: tuple[Any, ...]
     lengths: list[int]
     reached: list[int]
     capacity: int
@@ -75,17 +76,17 @@ class KVCache:
         return sum(layer.nbytes for layer in self._own)
 
     @property
-    def _own(self) -> list[Array]:
+    def _own(self) -> list[Any]:
         return list({id(layer): layer for layer in (*self.keys, *self.values)}.values())
 
     @property
-    def _rings(self) -> list[Array]:
+    def _rings(self) -> list[Any]:
         return [layer for layer in self._own if layer.shape[2] < self.capacity]
 
     def mark(self, row: int) -> Mark:
         """What `shorten` needs to come back to the row as it is now."""
         length = self.lengths[row]
-        rings = tuple(ring[row, :, : min(length, ring.shape[2])].copy() for ring in self._rings)
+        rings = tuple(self._kept(ring[row, :, : min(length, ring.shape[2])]) for ring in self._rings)
         return Mark(rings, length, self._reached(row))
 
     def shorten(self, row: int, length: int, mark: Mark | None = None) -> int:
@@ -98,7 +99,7 @@ class KVCache:
         if length < self.lengths[row] and reached > min(layer.shape[2] for layer in self._own):
             if mark is not None and mark.length == length:
                 for ring, copy in zip(self._rings, mark.rings, strict=True):
-                    ring[row, :, : copy.shape[1]] = copy
+                    self._restore(ring[row, :, : copy.shape[1]], copy)
                 reached = mark.reached
             elif reached - length > SPARE:
                 length = reached = 0
@@ -115,22 +116,42 @@ class KVCache:
     def save(self, row: int) -> SavedRow:
         """A copy of one row, as long as it is."""
         length = self.lengths[row]
-        layers = tuple(layer[row, :, : min(length, layer.shape[2])].copy() for layer in self._own)
+        layers = tuple(self._saved(layer[row, :, : min(length, layer.shape[2])]) for layer in self._own)
         return SavedRow(layers, length, self._reached(row), min(layer.shape[2] for layer in self._own))
 
     def fits(self, saved: SavedRow) -> bool:
         """Whether a saved row of unknown origin has the shapes and dtypes of this cache's rows."""
         shapes = [(layer.shape[1], min(saved.length, layer.shape[2]), layer.shape[3]) for layer in self._own]
         return saved.length <= self.capacity and [(layer.shape, layer.dtype) for layer in saved.layers] == [
-            (shape, layer.dtype) for shape, layer in zip(shapes, self._own, strict=True)
+            (shape, self._dtype(layer)) for shape, layer in zip(shapes, self._own, strict=True)
         ]
 
     def load(self, row: int, saved: SavedRow, length: int) -> None:
         """Bring one row to the state after the first `length` tokens of a saved one. `saved` must hold it."""
         assert saved.holds(length)
         for layer, copy in zip(self._own, saved.layers, strict=True):
-            layer[row, :, : copy.shape[1]] = copy
+            self._restore(layer[row, :, : copy.shape[1]], copy)
         self.lengths[row], self.reached[row] = length, saved.reached
+
+    # What depends on where the cache is.
+
+    def _kept(self, part: Any) -> Any:
+        """A copy of a part of the cache, where the cache is."""
+        return part.copy()
+
+    def _saved(self, part: Any) -> Array:
+        """A copy of a part of the cache in the memory of the host."""
+        found: Array = part.copy()
+        return found
+
+    def _restore(self, part: Any, copy: Any) -> None:
+        """Write to a part of the cache what `_kept` or `_saved` returned."""
+        part[:] = copy
+
+    def _dtype(self, layer: Any) -> np.dtype[Any]:
+        """The dtype of what `_saved` returns of a layer."""
+        found: np.dtype[Any] = layer.dtype
+        return found
 
     def repeated(self, rows: int) -> "KVCache":
         """A cache of `rows` equal rows, from this cache of one row."""

@@ -14,7 +14,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.devices import CPU
 from gemma_awq_cli.models.forward.forward_choice import Forward, choose_forward
 from gemma_awq_cli.models.forward.kv_kinds import KV_16BIT, KV_INT8
-from gemma_awq_cli.models.forward.memory import memory_errors, require_memory
+from gemma_awq_cli.models.forward.memory import free_memory, memory_errors, require_memory
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.precision import SMALLER, Precision
@@ -78,9 +78,16 @@ class OpenModel:
         text = self.forward.text
         if isinstance(text, NativeText):
             return NativeSession(text, rows, capacity, self.kv_cache)
+        if self.device_name != CPU and text is not None:
+            from gemma_awq_cli.models.forward.device_session import DeviceSession, DeviceText
+
+            assert isinstance(text, DeviceText)
+            return DeviceSession(text, rows, capacity)
         if text is not None:
             from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+            from gemma_awq_cli.models.forward.torch_layers import TextWeights
 
+            assert isinstance(text, TextWeights)
             return DecoderSession(text, rows, capacity)
         from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 
@@ -104,13 +111,15 @@ def open_model(
     loading: Future[Prompter] | None = None,
     adapter: "Adapter | None" = None,
     kv_cache: str = KV_16BIT,
+    modules: bool = False,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; they are never expanded to 16 bits as a whole.
 
     device: torch's, or its name. precision, others: for a 16-bit checkpoint only, how to open it and further devices
     for what does not fit `device`.
     head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
-    loading: the folder's prompter, if it is being loaded already; adapter: merged into a 16-bit checkpoint.
+    loading: the folder's prompter, if it is being loaded already; adapter: merged into a 16-bit checkpoint; modules:
+    whether transformers' modules are to run it, for a caller that uses `OpenModel.model` itself.
     Raises GemmaAwqError for a damaged model or too little memory.
     """
     checkpoint = Checkpoint(folder, adapter)
@@ -124,8 +133,13 @@ def open_model(
     place = str(device)
     dtype = chosen.dtype_name(checkpoint, place)
     hint = "Close other programs, or use another --device or machine." if quantized else SMALLER
-    if quantized or (place == CPU and chosen.quantization is None):  # `open_dense` checks the other cases
-        _require_room(checkpoint, place, dtype, hint)
+    refusal = "as its caller asks for" if modules else None
+    needed = _least_memory(checkpoint, dtype)
+    if others and not quantized and needed * 1.1 > (free_memory(place) or needed * 2):
+        refusal = "only they spread a model over several GPUs"
+    if quantized or (refusal is None and chosen.quantization is None):  # `open_dense` checks the other cases
+        name = checkpoint.folder.name
+        require_memory(needed, place, name if quantized else f"{name} in {dtype}", hint)
 
     def build() -> Any:
         with memory_errors(f"loading {folder.name}", hint):
@@ -133,7 +147,8 @@ def open_model(
 
     prompter = loading or begin_loading(folder)
     with memory_errors(f"loading {folder.name}", hint):
-        forward = choose_forward(checkpoint, place, dtype, chosen, head or (DEFAULT_HEAD if quantized else DENSE_HEAD))
+        head = head or (DEFAULT_HEAD if quantized else DENSE_HEAD)
+        forward = choose_forward(checkpoint, place, dtype, chosen, head, refusal)
     _require_kv_cache(kv_cache, forward)
     opened = OpenModel(checkpoint, place, dtype, quantized, forward, build, prompter, kv_cache)
     if forward.text is None:
@@ -161,15 +176,12 @@ def _transformers_model(opened: OpenModel, others: "Sequence[torch.device]", pre
     return open_dense(opened.checkpoint, [opened.device, *others], precision)
 
 
-def _require_room(checkpoint: Checkpoint, device: str, dtype: str, hint: str) -> None:
-    """Raise GemmaAwqError if the language model's weights need more memory than the device has free."""
+def _least_memory(checkpoint: Checkpoint, dtype: str) -> int:
+    """Bytes of the language model's weights, without a per-layer table, which stays in its file."""
     left = set(checkpoint.companions())
-    if device == CPU and checkpoint.shape.per_layer is not None:
-        left.add(checkpoint.key(PER_LAYER_TABLE))  # it stays in its file
+    if checkpoint.shape.per_layer is not None:
+        left.add(checkpoint.key(PER_LAYER_TABLE))
     infos = [info for name, info in checkpoint.tensors.items() if name not in left]
-    name = checkpoint.folder.name
     if checkpoint.quantization is not None:
-        require_memory(sum(info.nbytes for info in infos), device, name, hint)
-    else:
-        needed = sum(prod(info.shape) * DTYPES[dtype].itemsize for info in infos)
-        require_memory(needed, device, f"{name} in {dtype}", hint)
+        return sum(info.nbytes for info in infos)
+    return sum(prod(info.shape) * DTYPES[dtype].itemsize for info in infos)

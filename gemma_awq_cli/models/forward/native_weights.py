@@ -48,7 +48,7 @@ from gemma_awq_cli.system.arrays import Array, address
 from gemma_awq_cli.system.threads import thread_count
 
 if TYPE_CHECKING:
-    from gemma_awq_cli.models.forward.torch_decoder import TextWeights
+    from gemma_awq_cli.models.forward.torch_layers import TextWeights
 
 # What engine.cpp implements of `models.gemma.features.FEATURES`.
 FEATURES = frozenset({

@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_awq_cli.kernels.plain_ops import rms_norm
 from gemma_awq_cli.models.checkpoints.weight_files import require_finite
-from gemma_awq_cli.models.forward.rms_norm import rms_norm
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 
 

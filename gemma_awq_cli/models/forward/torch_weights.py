@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packed_arrays import PackedArrays
-from gemma_awq_cli.awq.packing import as_packed_weight
+from gemma_awq_cli.awq.packing import PackedWeight, as_packed_weight
 from gemma_awq_cli.kernels.head import make_head
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -20,9 +20,10 @@ from gemma_awq_cli.models.forward.decoder_weights import (
     read_per_layer,
     read_streams,
 )
-from gemma_awq_cli.models.forward.experts import Experts, Router
+from gemma_awq_cli.models.forward.devices import CPU
+from gemma_awq_cli.models.forward.experts import Experts, Router, StackedLinears
 from gemma_awq_cli.models.forward.per_layer_embedding import PerLayerEmbedding, PerLayerGate
-from gemma_awq_cli.models.forward.torch_decoder import LayerWeights, StreamWeights, TextWeights
+from gemma_awq_cli.models.forward.torch_layers import LayerWeights, StreamWeights, TextWeights
 from gemma_awq_cli.models.gemma.architecture import Architecture
 from gemma_awq_cli.system.arrays import as_tensor
 
@@ -109,6 +110,9 @@ def _linear(reader: LayerReader, kind: str, device: torch.device, dtype: torch.d
         )
         for part in reader.parts(kind)
     ]
+    dense = [part for part in parts if isinstance(part, Tensor)]
+    if device.type != CPU and len(dense) == len(parts):
+        parts = [torch.cat(dense)]  # one product; on the CPU they stay mapped from the file
     first = parts[0]
     return first if len(parts) == 1 and isinstance(first, nn.Module) else JoinedLinear(parts)
 
@@ -159,10 +163,11 @@ def _experts(
         active=layout.active,
         eps=reader.arch.eps,
     )
+    linears = expert_linears if device.type == CPU else stacked_linears
     return Experts(
         router=router,
-        gate_up=expert_linears(reader, "gate_up", device, dtype),
-        down=expert_linears(reader, "down", device, dtype),
+        gate_up=linears(reader, "gate_up", device, dtype),
+        down=linears(reader, "down", device, dtype),
         dense_norm=gains["dense_norm"],
         input_norm=gains["experts_norm"],
         output_norm=gains["post_experts_norm"],
@@ -177,3 +182,13 @@ def expert_linears(reader: LayerReader, kind: str, device: torch.device, dtype: 
         return [JoinedLinear([weight]) for weight in as_tensor(reader.dense_experts(kind)).to(device, dtype)]
     count = reader.layout.experts.count
     return [make_linear(as_packed_weight(reader.packed_expert(expert, kind)), device, dtype) for expert in range(count)]
+
+
+def stacked_linears(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> StackedLinears:
+    """The same, stacked: a device chooses among them itself."""
+    assert reader.layout.experts is not None
+    if not reader.packs_experts:
+        return StackedLinears(as_tensor(reader.dense_experts(kind)).to(device, dtype))
+    count = reader.layout.experts.count
+    packed = [as_packed_weight(reader.packed_expert(expert, kind)) for expert in range(count)]
+    return StackedLinears(PackedWeight(*(torch.stack(tensors).to(device) for tensors in zip(*packed, strict=True))))

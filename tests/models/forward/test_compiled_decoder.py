@@ -17,12 +17,13 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward import altup, cached_attention, prefill, torch_decoder
+from gemma_awq_cli.models.forward import altup, cached_attention, prefill, torch_decoder, torch_layers
 from gemma_awq_cli.models.forward.kv_cache import KVCache
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
-from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights, sparse_gate
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.torch_layers import TextWeights, sparse_gate
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
@@ -72,7 +73,7 @@ def arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
         return sparse_gate(gate, NormalDist().cdf(float(deviations)))
 
     monkeypatch.setattr(torch_decoder, "extend", extend)
-    monkeypatch.setattr(torch_decoder, "sparse_gate", cut)
+    monkeypatch.setattr(torch_layers, "sparse_gate", cut)
 
 
 @pytest.fixture

@@ -22,7 +22,8 @@ from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.session import Session
-from gemma_awq_cli.models.forward.torch_decoder import DecoderSession, TextWeights
+from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
+from gemma_awq_cli.models.forward.torch_layers import TextWeights
 from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
