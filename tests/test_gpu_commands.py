@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,24 @@ def test_quantize_every_family(
         assert run["peak_vram_bytes"] == device.peak
 
 
+# Elsewhere PyTorch chooses kernels by a device that the fake one cannot show it: attention that keeps a gradient on
+# Apple's GPUs, and `one_hot`, which routes experts, outside inference mode.
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3n_text", "gemma4_text"])
+def test_rows_give_each_other_feedback(
+    kind: str,
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    short_descent: None,
+    with_feedback: None,
+) -> None:
+    with fake_device("cuda") as device:
+        assert main(quick(checkpoints(kind), tmp_path / "out", text_file, "cuda")) == 0
+        assert not device.unordered
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert any(group["method"].endswith("+row feedback") for layer in report["layers"] for group in layer)
+
+
 def test_each_weight_is_uploaded_once_and_in_16_bits(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None
 ) -> None:
@@ -111,7 +130,6 @@ def _with_one_layer(config: Any) -> Any:
 def test_quantize_at_every_quality(
     quality: str, tmp_path: Path, one_layer: Path, text_file: Path, short_descent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
 
     from gemma_awq_cli.quantize.quality import QUALITIES
 
