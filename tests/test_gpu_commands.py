@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.fidelity.comparison import measure
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.quantize import output_information
 from tests.bench.in_process import InProcess
 from tests.conftest import quantize_arguments
 from tests.fake_device import FakeDevice, fake_device
@@ -72,19 +74,24 @@ def test_quantize_every_family(
         assert run["peak_vram_bytes"] == device.peak
 
 
-# Elsewhere PyTorch chooses kernels by a device that the fake one cannot show it: attention that keeps a gradient on
-# Apple's GPUs, and `one_hot`, which routes experts, outside inference mode.
-@pytest.mark.parametrize("kind", ["gemma2", "gemma3n_text", "gemma4_text"])
+# Outside inference mode PyTorch asks some tensors for their device in ways that the fake one cannot answer: for
+# `one_hot`, which routes experts, and for attention without a cap on Apple's GPUs or in a fixed order.
+@pytest.mark.parametrize(
+    ("kind", "place"), [("gemma2", "cuda"), ("gemma2", "mps"), ("gemma3n_text", "cuda"), ("gemma4_text", "cuda")]
+)
 def test_rows_give_each_other_feedback(
     kind: str,
+    place: str,
     tmp_path: Path,
     checkpoints: Callable[[str], Path],
     text_file: Path,
     short_descent: None,
     with_feedback: None,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with fake_device("cuda") as device:
-        assert main(quick(checkpoints(kind), tmp_path / "out", text_file, "cuda")) == 0
+    monkeypatch.setattr(output_information, "ordered_attention", lambda _: nullcontext())
+    with fake_device(place) as device:
+        assert main(quick(checkpoints(kind), tmp_path / "out", text_file, place)) == 0
         assert not device.unordered
     report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
     assert any(group["method"].endswith("+row feedback") for layer in report["layers"] for group in layer)

@@ -14,7 +14,7 @@ from gemma_awq_cli.awq.search import RATIOS, Effort
 from gemma_awq_cli.models.forward.layerwise import GPU_LOGIT_CHUNK, LOGIT_CHUNK
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Linear
 from gemma_awq_cli.quantize.expert_inputs import SEARCHED, TOKENS_AT_A_TIME
-from gemma_awq_cli.quantize.information_layout import BATCH_SHARE, matrix_sizes, measured_rows
+from gemma_awq_cli.quantize.information_layout import BATCH_SHARE, LOGITS, matrix_sizes, measured_rows
 
 FLOAT32 = 4  # bytes
 
@@ -52,7 +52,7 @@ INFORMATION_ENTRY, FACTORED_ENTRY = 10, 24
 # float32 activations that are kept for the gradient: as wide as the hidden states, and as the widest linear
 KEPT_HIDDEN, KEPT_WIDE = 24, 5
 KEPT_STATES = 10  # of a hidden state of all measured rows: 16-bit, and the gradients at both ends of a layer
-KEPT_LOGITS = 5 * 2**27  # the logits of the positions whose gradients are computed at a time, and what is made of them
+KEPT_LOGIT = 12  # of a logit of the positions whose gradients are computed at a time: three float32 matrices
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
 # Time. The rates are those of two CPU cores with AVX-512: matrix products, and elementwise operations.
@@ -154,7 +154,7 @@ def _computing(work: Workload, fit: Fit) -> int:
     chunk = GPU_LOGIT_CHUNK if work.on_gpu else LOGIT_CHUNK
     per_token = LOGIT_COPIES * chunk + (FINAL_COPIES + work.streams - 1) * work.hidden
     comparing = head + work.heldout_tokens * FLOAT32 * per_token
-    sampling = head + KEPT_LOGITS + KEPT_STATES * work.information_tokens * work.streams * work.hidden
+    sampling = head + KEPT_LOGIT * LOGITS + KEPT_STATES * work.information_tokens * work.streams * work.hidden
     return max(layers, comparing, sampling if work.information_tokens else 0)
 
 

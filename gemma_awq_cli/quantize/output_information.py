@@ -10,11 +10,13 @@ batch is done. Weights get no gradients. The linears of experts are left out: on
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
@@ -24,13 +26,12 @@ from gemma_awq_cli.models.forward.layerwise import KeysAndValues, TextStack
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.information_files import GRADIENT, INFORMATION, INPUT, InformationFiles
-from gemma_awq_cli.quantize.information_layout import matrix_sizes, measured_rows
+from gemma_awq_cli.quantize.information_layout import LOGITS, matrix_sizes, measured_rows
 from gemma_awq_cli.quantize.input_statistics import bfloat16_products, multiplies_bfloat16
 from gemma_awq_cli.quantize.self_sampling import draw_weighted
 
 KEPT = torch.bfloat16  # the data type of the kept inputs and matrices
 PRECISION = "medium"  # of products in float32
-LOGITS = 2**26  # entries of the logits that are held at a time
 HEAD_CHUNK = 8192  # vocabulary entries whose logits are computed at a time
 
 _STATES = "states"
@@ -192,7 +193,7 @@ class OutputInformation:
                 for source, (keys, values) in self._shared(index, given, batch).items()
             }
             inputs = [states, *(part for both in shared.values() for part in both)]
-            with torch.enable_grad(), bfloat16_products(device):
+            with torch.enable_grad(), bfloat16_products(device), ordered_attention(device):
                 output = stack.run_layer(index, module, states, self._rows[batch], shared)
             outputs, slopes = [output], [behind[_STATES][batch].to(device)]
             if (name := _shared_name(index)) in behind:
@@ -286,6 +287,11 @@ class _OutputObserver:
     def matrices(self) -> dict[str, Tensor]:
         """Return the means [n, n] by their names in the file."""
         return {name: total.div_(self._tokens).to("cpu", KEPT) for name, total in self._sums.items()}
+
+
+def ordered_attention(device: torch.device) -> AbstractContextManager[object]:
+    """Let attention compute its gradient in a fixed order: the faster kernels of GPUs add in any."""
+    return nullcontext() if device.type == "cpu" else sdpa_kernel(SDPBackend.MATH)
 
 
 def product_dtype(device: torch.device) -> torch.dtype:
