@@ -52,7 +52,7 @@ INFORMATION_ENTRY, FACTORED_ENTRY = 10, 24
 # float32 activations that are kept for the gradient: as wide as the hidden states, and as the widest linear
 KEPT_HIDDEN, KEPT_WIDE = 24, 5
 KEPT_STATES = 10  # of a hidden state of all measured rows: 16-bit, and the gradients at both ends of a layer
-KEPT_LOGIT = 12  # of a logit of the positions whose gradients are computed at a time: three float32 matrices
+KEPT_LOGIT = 6  # of a logit of the positions whose gradients are computed at a time: three matrices in 16 bits
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
 # Time. The rates are those of two CPU cores with AVX-512: matrix products, and elementwise operations.

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from gemma_awq_cli.awq.gram import add_products, mirror
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
@@ -32,7 +33,7 @@ from gemma_awq_cli.quantize.self_sampling import draw_weighted
 
 KEPT = torch.bfloat16  # the data type of the kept inputs and matrices
 PRECISION = "medium"  # of products in float32
-HEAD_CHUNK = 8192  # vocabulary entries whose logits are computed at a time
+HEAD_CHUNK = 2**15  # vocabulary entries whose logits are computed at a time
 
 _STATES = "states"
 
@@ -235,22 +236,24 @@ def label_gradient(stack: TextStack, head: Tensor, normed: Tensor, generator: to
 
     The labels are drawn from p. head: [V, hidden]. A few positions at a time are computed.
     """
-    result = torch.zeros_like(normed, dtype=torch.float32)
+    result = torch.empty_like(normed, dtype=torch.float32)
     count, softcap, dtype = max(1, LOGITS // head.shape[0]), stack.softcap, product_dtype(stack.device)
     for part in (slice(first, first + count) for first in range(0, normed.shape[0], count)):
         states = normed[part].to(dtype)
-        logits = torch.empty(states.shape[0], head.shape[0], device=stack.device)
-        for weights, own in zip(head.split(HEAD_CHUNK), logits.split(HEAD_CHUNK, dim=1), strict=True):
-            own.copy_(soft_cap((states @ weights.to(dtype).t()).to(torch.float32), softcap))
-        inner = None if softcap is None else 1.0 - (logits / softcap).square_()
-        slope = logits.sub_(logits.max(1, keepdim=True).values).exp_()
-        labels = draw_weighted(slope, generator)
-        slope /= slope.sum(1, keepdim=True)
-        slope[torch.arange(len(labels), device=labels.device), labels] -= 1.0
+        weights = torch.empty(states.shape[0], head.shape[0], dtype=dtype, device=stack.device)
+        for rows, own in zip(head.split(HEAD_CHUNK), weights.split(HEAD_CHUNK, dim=1), strict=True):
+            own.copy_(soft_cap(states @ rows.to(dtype).t(), softcap))
+        inner = None if softcap is None else 1.0 - (weights / softcap).square_()  # the slope of the cap
+        weights.sub_(weights.amax(1, keepdim=True)).exp_()
+        labels, total = draw_weighted(weights, generator)
+        wanted = head[labels].to(torch.float32)
         if inner is not None:
-            slope *= inner
-        for weights, own in zip(head.split(HEAD_CHUNK), slope.split(HEAD_CHUNK, dim=1), strict=True):
-            result[part] += own.to(dtype) @ weights.to(dtype)
+            weights *= inner
+            wanted *= inner.gather(1, labels[:, None])
+        expected = torch.zeros_like(wanted)
+        for rows, own in zip(head.split(HEAD_CHUNK), weights.split(HEAD_CHUNK, dim=1), strict=True):
+            expected += own @ rows.to(dtype)
+        result[part] = expected.div_(total[:, None]).sub_(wanted)
     return result
 
 
@@ -281,12 +284,14 @@ class _OutputObserver:
         for group in self._layout.groups:
             stacked = torch.cat([gradients[name][:, 1:].flatten(0, 1) for name in group.linears], dim=-1)
             for place, part in enumerate(stacked.to(self._dtype).split(matrix_sizes(self._layout, group), dim=-1)):
-                self._sums[f"{group.name}.{place}"] += part.t() @ part
+                add_products(self._sums[f"{group.name}.{place}"], part)
         self._tokens += len(stacked)
 
     def matrices(self) -> dict[str, Tensor]:
         """Return the means [n, n] by their names in the file."""
-        return {name: total.div_(self._tokens).to("cpu", KEPT) for name, total in self._sums.items()}
+        for total in self._sums.values():
+            mirror(total.div_(self._tokens))
+        return {name: total.to("cpu", KEPT) for name, total in self._sums.items()}
 
 
 def ordered_attention(device: torch.device) -> AbstractContextManager[object]:

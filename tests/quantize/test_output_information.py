@@ -34,7 +34,7 @@ def exact(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(output_information, "PRECISION", "highest")
     monkeypatch.setattr(output_information, "bfloat16_products", lambda _: nullcontext())
     monkeypatch.setattr(output_information, "product_dtype", lambda _: torch.float32)
-    monkeypatch.setattr(output_information, "draw_weighted", lambda weights, _: weights.argmin(1))
+    monkeypatch.setattr(output_information, "draw_weighted", lambda weights, _: (weights.argmin(1), weights.sum(1)))
     monkeypatch.setattr(output_information, "LOGITS", 3000)  # a few positions at a time
     monkeypatch.setattr(output_information, "HEAD_CHUNK", 100)
 
