@@ -301,7 +301,7 @@ def test_killed_while_it_measures_and_resumed_gives_the_same_bytes(
     assert code == 0
     expected = identity(out)
     rng = random.Random(1)
-    for at in rng.sample(range(10, operations // 2), 8):
+    for at in rng.sample(range(10, operations // 2), 4):
         shutil.rmtree(out)
         assert runner.run([*command, "--force"], at_operation=at)[0] == -9
         runner.run([*command, "--resume", "--force"], at_operation=1 + rng.randrange(operations // 2))
