@@ -4,7 +4,9 @@ import os
 import signal
 import tempfile
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.text.prompter import Prompter
-from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, heldout_samples
+from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality, heldout_samples
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
 # A shell starts its background jobs with SIGINT ignored, which the commands that are tested would heed.
@@ -50,6 +52,14 @@ def _threads() -> Iterator[None]:
     """A test may compute with another number of threads; the next one does not."""
     yield
     torch.set_num_threads(THREADS)
+
+
+@pytest.fixture
+def with_feedback(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`fast` with feedback between rows, which only slower qualities have."""
+    fast = QUALITIES["fast"]
+    fed = replace(fast, effort=fast.effort._replace(feedback=1.0))
+    monkeypatch.setitem(cast(dict[str, Quality], QUALITIES), "fast", fed)
 
 
 @pytest.fixture(scope="session")

@@ -7,17 +7,19 @@ from unittest import mock
 from torch import Tensor
 
 from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.quantize import layer_pass
+from gemma_awq_cli.quantize.plan import Plan
 
 
 @contextmanager
 def as_layer_begins(layer: int, do: Callable[[], None]) -> Iterator[None]:
     """`do` is called before the weights of layer `layer` (0, 1, ...) are read to be quantized."""
-    read_layer = TextStack.read_layer
+    read = layer_pass._read
 
-    def observed(stack: TextStack, index: int) -> dict[str, Tensor]:
+    def observed(stack: TextStack, plan: Plan, index: int) -> dict[str, Tensor]:
         if index == layer:
             do()
-        return read_layer(stack, index)
+        return read(stack, plan, index)
 
-    with mock.patch.object(TextStack, "read_layer", observed):
+    with mock.patch.object(layer_pass, "_read", observed):
         yield

@@ -3,6 +3,8 @@
 import json
 from collections import Counter
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.fidelity.comparison import measure
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.quantize import output_information
 from tests.bench.in_process import InProcess
 from tests.conftest import quantize_arguments
 from tests.fake_device import FakeDevice, fake_device
@@ -70,6 +73,29 @@ def test_quantize_every_family(
         assert run["peak_vram_bytes"] == device.peak
 
 
+# Outside inference mode PyTorch asks some tensors for their device in ways that the fake one cannot answer: for
+# `one_hot`, which routes experts, and for attention without a cap on Apple's GPUs or in a fixed order.
+@pytest.mark.parametrize(
+    ("kind", "place"), [("gemma2", "cuda"), ("gemma2", "mps"), ("gemma3n_text", "cuda"), ("gemma4_text", "cuda")]
+)
+def test_rows_give_each_other_feedback(
+    kind: str,
+    place: str,
+    tmp_path: Path,
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    short_descent: None,
+    with_feedback: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(output_information, "ordered_attention", lambda _: nullcontext())
+    with fake_device(place) as device:
+        assert main(quick(checkpoints(kind), tmp_path / "out", text_file, place)) == 0
+        assert not device.unordered
+    report = json.loads((tmp_path / "out" / "quantization_report.json").read_text())
+    assert any(group["method"].endswith("+row feedback") for layer in report["layers"] for group in layer)
+
+
 def test_each_weight_is_uploaded_once_and_in_16_bits(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None
 ) -> None:
@@ -110,7 +136,6 @@ def _with_one_layer(config: Any) -> Any:
 def test_quantize_at_every_quality(
     quality: str, tmp_path: Path, one_layer: Path, text_file: Path, short_descent: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from dataclasses import replace
 
     from gemma_awq_cli.quantize.quality import QUALITIES
 

@@ -44,9 +44,7 @@ class InputStatistics:
         if root is not None:
             x = x * root
         for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
-            for first in range(0, total.shape[0], TILE):
-                tile = slice(first, first + TILE)
-                total[tile, first:].addmm_(part[:, tile].t(), part[:, first:])
+            add_products(total, part)
 
     def finish(self, tokens: int | None = None) -> None:
         """Turn the sums into means. Call it once, after the last token.
@@ -55,9 +53,7 @@ class InputStatistics:
         """
         over = self.tokens if tokens is None else tokens
         for total in self.gram:
-            for first in range(0, total.shape[0], TILE):
-                end = first + TILE
-                total[end:, first:end] = total[first:end, end:].t()
+            mirror(total)
         self.gram /= over
         if self.error_gram is not None:
             self.error_gram /= over
@@ -67,6 +63,23 @@ class InputStatistics:
         """Hand `error_gram` over and forget it: it is as large as a weight, and needed once."""
         taken, self.error_gram = self.error_gram, None
         return taken
+
+
+def add_products(total: Tensor, x: Tensor) -> None:
+    """Add `x^T x` to the upper tiles of `total` [k, k] float32. x: [T, k]."""
+    for first in range(0, total.shape[0], TILE):
+        tile = slice(first, first + TILE)
+        if x.dtype == total.dtype:
+            total[tile, first:].addmm_(x[:, tile].t(), x[:, first:])
+        else:
+            total[tile, first:] += x[:, tile].t() @ x[:, first:]
+
+
+def mirror(total: Tensor) -> None:
+    """Copy the upper tiles of a symmetric matrix [k, k] to the lower ones, in place."""
+    for first in range(0, total.shape[0], TILE):
+        end = first + TILE
+        total[end:, first:end] = total[first:end, end:].t()
 
 
 def block_width(width: int, group_size: int, limit: int) -> int:

@@ -14,6 +14,7 @@ from gemma_awq_cli.awq.coordinate_descent import refine
 from gemma_awq_cli.awq.gptq import DAMPING, damping_amount, factor_gram, quantize_compensated
 from gemma_awq_cli.awq.gram import output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
+from gemma_awq_cli.awq.output_feedback import OutputFeedback
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.search import Effort, search_range
 
@@ -42,25 +43,58 @@ def round_nearest(weight: Tensor, columns: Tensor, rows: Tensor, group_size: int
 
 
 def round_compensated(
-    weight: Tensor, columns: Tensor, rows: Tensor, gram: Tensor, group_size: int, effort: Effort
+    weight: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    gram: Tensor,
+    group_size: int,
+    effort: Effort,
+    feedback: OutputFeedback | None = None,
 ) -> Rounded:
-    """Search the ranges, round with compensation and refine, one block of the Gram matrix after the other."""
+    """Search the ranges, round with compensation and refine, one block of the Gram matrix after the other.
+
+    feedback: between the rows of the weight; None: each is rounded alone.
+    """
     result = _empty(weight, group_size)
     width = gram.shape[1]
     for index in range(gram.shape[0]):
         block = slice(index * width, (index + 1) * width)
         groups = slice(block.start // group_size, block.stop // group_size)
-        damped = scaled_gram(gram[index : index + 1], columns[block])[0]
-        factor = factor_gram(damped)  # which damps by itself
-        damped.diagonal().add_(damping_amount(damped, DAMPING))
-        for part in _parts(weight, width):
-            scaled = (weight[part, block] * columns[block]).mul_(rows[part])
-            grid = search_range(scaled, factor.residual, group_size, effort)
-            q = quantize_compensated(scaled, grid, factor)
-            if effort.refinements:
-                q, grid = refine(q, grid, scaled, damped, factor.order, effort.refinements, effort.sweeps)
-            _put(result, part, block, groups, q, grid)
+        rounder = _Rounder(scaled_gram(gram[index : index + 1], columns[block])[0], group_size, effort)
+        if feedback is None:
+            for part in _parts(weight, width):
+                scaled = (weight[part, block] * columns[block]).mul_(rows[part])
+                _put(result, part, block, groups, *rounder.round(scaled))
+            continue
+        error = torch.zeros(weight.shape[0], width, device=weight.device)
+        for turn in range(feedback.turns):
+            own = feedback.rows(turn)
+            target = feedback.wanted_error(turn, error).add_(weight[own, block])
+            for part in _parts(target):
+                scaled = (target[part] * columns[block]).mul_(rows[own[part]])
+                q, grid = rounder.round(scaled)
+                _put(result, own[part], block, groups, q, grid)
+                made = dequantize(q, grid).div_(columns[block]).div_(rows[own[part]])
+                error[own[part]] = made.sub_(weight[own[part], block])
     return result
+
+
+class _Rounder:
+    """Rounds rows of one block of columns. gram: [k, k] of the block's input as the scaled weight gets it."""
+
+    def __init__(self, gram: Tensor, group_size: int, effort: Effort) -> None:
+        self._factor = factor_gram(gram)  # which damps by itself
+        gram.diagonal().add_(damping_amount(gram, DAMPING))
+        self._gram, self._group_size, self._effort = gram, group_size, effort
+
+    def round(self, scaled: Tensor) -> tuple[Tensor, Grid]:
+        """Return the integers [n, k] float32 and the grid of scaled weights [n, k]."""
+        effort, factor = self._effort, self._factor
+        grid = search_range(scaled, factor.residual, self._group_size, effort)
+        q = quantize_compensated(scaled, grid, factor)
+        if effort.refinements:
+            q, grid = refine(q, grid, scaled, self._gram, factor.order, effort.refinements, effort.sweeps)
+        return q, grid
 
 
 def rounding_error(weight: Tensor, columns: Tensor, rows: Tensor, rounded: Rounded, gram: Tensor) -> float:
@@ -73,10 +107,16 @@ def rounding_error(weight: Tensor, columns: Tensor, rows: Tensor, rounded: Round
 
 
 def round_and_compare(
-    weight: Tensor, columns: Tensor, rows: Tensor, gram: Tensor, group_size: int, effort: Effort
+    weight: Tensor,
+    columns: Tensor,
+    rows: Tensor,
+    gram: Tensor,
+    group_size: int,
+    effort: Effort,
+    feedback: OutputFeedback | None = None,
 ) -> tuple[Rounded, float, float]:
     """Return what `round_compensated` returns, its `rounding_error`, and that of round-to-nearest without scales."""
-    rounded = round_compensated(weight, columns, rows, gram, group_size, effort)
+    rounded = round_compensated(weight, columns, rows, gram, group_size, effort, feedback)
     one, ones = torch.ones_like(columns), torch.ones_like(rows)
     nearest = round_nearest(weight, one, ones, group_size)
     with matmul_precision("medium"):  # they are only compared
@@ -103,7 +143,7 @@ def _parts(weight: Tensor, width: int | None = None) -> Iterator[slice]:
     return (slice(start, start + count) for start in range(0, weight.shape[0], count))
 
 
-def _put(result: Rounded, rows: slice, columns: slice, groups: slice, q: Tensor, grid: Grid) -> None:
+def _put(result: Rounded, rows: slice | Tensor, columns: slice, groups: slice, q: Tensor, grid: Grid) -> None:
     result.q[rows, columns] = q.to(torch.uint8)
     result.grid.scale[rows, groups] = grid.scale
     result.grid.zero[rows, groups] = grid.zero

@@ -27,7 +27,8 @@ class Effort(NamedTuple):
     of a linear that both look at, evenly spaced; shrinks: the shares of a group's range that are tried; refinements:
     turns of fitting scales and integers to each other after the rounding; sweeps: passes over the columns in each turn;
     correction: strength of the correction for the layers before (see error_propagation.py). With it, the calibration
-    rows pass through each layer three times instead of once.
+    rows pass through each layer three times instead of once. feedback: damping of the feedback between rows (see
+    output_feedback.py); 0: there is none.
     """
 
     stride: int
@@ -37,6 +38,7 @@ class Effort(NamedTuple):
     refinements: int
     sweeps: int
     correction: float = 0.0
+    feedback: float = 0.0
 
     @property
     def paths(self) -> int:
@@ -48,7 +50,7 @@ FAST = Effort(stride=10, descent=30, rows=256, shrinks=(1.0, 0.92, 0.84, 0.76), 
 BALANCED = Effort(
     stride=4, descent=30, rows=512, shrinks=tuple(1 - 0.04 * step for step in range(11)), refinements=1, sweeps=1
 )
-BEST = BALANCED._replace(stride=2, descent=60, rows=1024, refinements=4, sweeps=2, correction=0.25)
+BEST = BALANCED._replace(stride=2, descent=60, rows=1024, refinements=4, sweeps=2, correction=0.25, feedback=1.0)
 
 
 class ScaleChoice(NamedTuple):

@@ -216,6 +216,7 @@ class _Screen:
         self._bar = ExitStack()
         self._progress = Progress(None, None)
         self._finished = self._layers = 0
+        self._measured = 0
 
     def __enter__(self) -> Self:
         return self
@@ -225,6 +226,8 @@ class _Screen:
             self._out.note(
                 f"{self._finished} of {self._layers} layers are kept. To continue, repeat the command with --resume."
             )
+        elif kind is not None and self._measured:
+            self._out.note("What was measured is kept. To continue, repeat the command with --resume.")
         self._bar.close()
 
     def show(self, event: "Event") -> None:
@@ -244,6 +247,15 @@ class _Screen:
                 self._bar.close()
             case events.PlanMade():
                 _show_plan(self._out, event)
+            case events.InformationStarted(steps, left):
+                self._out.note("Measuring what an error of each output does to the predictions.")
+                self._begin("Measuring outputs", steps)
+                self._progress.begin_at(steps - left, steps)
+            case events.InformationStep():
+                self._measured += 1
+                self._progress.step()
+            case events.InformationFinished():
+                self._bar.close()
             case events.LayersStarted(layers):
                 self._layers = layers
                 self._begin("Quantizing", layers)

@@ -14,6 +14,7 @@ from gemma_awq_cli.awq.search import RATIOS, Effort
 from gemma_awq_cli.models.forward.layerwise import GPU_LOGIT_CHUNK, LOGIT_CHUNK
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Linear
 from gemma_awq_cli.quantize.expert_inputs import SEARCHED, TOKENS_AT_A_TIME
+from gemma_awq_cli.quantize.information_layout import BATCH_SHARE, LOGITS, matrix_sizes, measured_rows
 
 FLOAT32 = 4  # bytes
 
@@ -45,6 +46,13 @@ WIDE_COPIES = 5
 PER_LAYER_COPIES = 4
 UNPACKED_WEIGHT = 4  # of a weight of the layer that stays in 16 bits: float32 in the module
 LOGIT_COPIES = 8  # float32 rows of one chunk of logits: both paths, their log probabilities and differences
+# of an entry of a matrix of Fisher information: of all matrices of a group as they are read and in float32, and of the
+# one that is factored, damped and factored in float64
+INFORMATION_ENTRY, FACTORED_ENTRY = 10, 24
+# float32 activations that are kept for the gradient: as wide as the hidden states, and as the widest linear
+KEPT_HIDDEN, KEPT_WIDE = 24, 5
+KEPT_STATES = 10  # of a hidden state of all measured rows: 16-bit, and the gradients at both ends of a layer
+KEPT_LOGIT = 6  # of a logit of the positions whose gradients are computed at a time: three matrices in 16 bits
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
 # Time. The rates are those of two CPU cores with AVX-512: matrix products, and elementwise operations.
@@ -57,6 +65,9 @@ ROUND_FLOPS = 6  # per weight and channel of its block: the compensation, and th
 REFINE_FLOPS = 12  # the same, to fit the scales once
 SWEEP_FLOPS = 4  # the same, for one pass over the integers
 CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
+GRADIENT_PASSES = 3  # of the rows that information is measured on through a layer: forward, again, and backward
+DRAW_OPERATIONS = 20  # elementwise operations per logit to draw a label and to compute the gradient
+FACTOR_FLOPS = 3  # per cubed size of a matrix of information: its float64 factor and the gains
 FORWARDS_WITH_CORRECTION = 3  # of a calibration row through a layer: reference, quantized, and quantized once more
 
 
@@ -93,6 +104,18 @@ class Workload:
     streams: int = 1
     on_gpu: bool = False
 
+    @property
+    def information_rows(self) -> tuple[int, int] | None:
+        """The rows, and the tokens of each, that feedback between rows is measured on; None without feedback."""
+        if not self.effort.feedback or self.keeps_grid:
+            return None
+        return measured_rows(self.calibration_tokens // self.seq_len, self.seq_len)
+
+    @property
+    def information_tokens(self) -> int:
+        """All of these tokens."""
+        return 0 if self.information_rows is None else math.prod(self.information_rows)
+
 
 def peak_bytes(work: Workload, fit: Fit) -> int:
     """Return the peak memory of a device that shares the system's."""
@@ -119,13 +142,20 @@ def host_peak_bytes(work: Workload) -> int:
 def _computing(work: Workload, fit: Fit) -> int:
     """Bytes of the largest layer's stages, or of comparing the predictions at the end."""
     layers = max(
-        max(_observing(work, fit, layout), _rounding(work, fit, layout), _proving(layout)) for layout in work.layouts
+        max(
+            _observing(work, fit, layout),
+            _rounding(work, fit, layout),
+            _proving(layout),
+            _informing(work, fit, layout),
+        )
+        for layout in work.layouts
     )
     head = HEAD_WEIGHT * work.vocabulary * work.hidden
     chunk = GPU_LOGIT_CHUNK if work.on_gpu else LOGIT_CHUNK
     per_token = LOGIT_COPIES * chunk + (FINAL_COPIES + work.streams - 1) * work.hidden
     comparing = head + work.heldout_tokens * FLOAT32 * per_token
-    return max(layers, comparing)
+    sampling = head + KEPT_LOGIT * LOGITS + KEPT_STATES * work.information_tokens * work.streams * work.hidden
+    return max(layers, comparing, sampling if work.information_tokens else 0)
 
 
 def _observing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
@@ -154,8 +184,14 @@ def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
         linear = max(linear.outputs * linear.inputs for linear in layout.linears.values())
         return HELD_WEIGHT * _weights(layout) + KEPT_WEIGHT * linear + KEPT_PART_WEIGHT * min(linear, known_grid.PART)
     largest = 0
-    for group in _joined_groups(layout):
-        largest = max(largest, _rounding_group(work, fit, group))
+    for names in layout.groups:
+        group = layout.joined(names.linears)
+        own = _rounding_group(work, fit, group)
+        if work.information_tokens:
+            sizes = matrix_sizes(layout, names)
+            own += INFORMATION_ENTRY * sum(size**2 for size in sizes) + FACTORED_ENTRY * max(sizes) ** 2
+            own += FLOAT32 * group.outputs * block_width(group.inputs, work.group_size, fit.gram_limit)
+        largest = max(largest, own)
     if (experts := layout.experts) is not None:
         gate_up = _expert_groups(experts)[0]
         gram = FLOAT32 * gate_up.inputs * block_width(gate_up.inputs, work.group_size, fit.gram_limit)
@@ -163,6 +199,7 @@ def _rounding(work: Workload, fit: Fit, layout: LayerLayout) -> int:
         samples = FLOAT32 * SEARCHED * work.effort.rows * gate_up.inputs
         largest = max(largest, _rounding_group(work, fit, gate_up) + gram + states) + samples
     kept = _grams(work, fit, layout) + _expert_inputs(work, fit, layout)
+    kept += 2 * _information_entries(layout) if work.information_tokens else 0
     return HELD_WEIGHT * _weights(layout) + kept + largest
 
 
@@ -176,6 +213,35 @@ def _rounding_group(work: Workload, fit: Fit, group: Linear) -> int:
 def _proving(layout: LayerLayout) -> int:
     """Bytes while the folds of a layer with experts are proved. Other layers are smaller than their Gram matrices."""
     return 0 if layout.experts is None else int(PROVED_WEIGHT * _weights(layout))
+
+
+def _informing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
+    """Bytes while the information of a layer's outputs is measured."""
+    if work.information_rows is None:
+        return 0
+    seq_len = work.information_rows[1]
+    batch = max(seq_len, min(fit.tokens_per_batch // BATCH_SHARE, work.information_tokens))
+    widest = max(max(group.inputs, group.outputs) for group in _joined_groups(layout))
+    wide = widest if layout.experts is None else widest + layout.experts.active * 4 * layout.experts.intermediate
+    activations = batch * FLOAT32 * (KEPT_HIDDEN * work.streams * layout.hidden + KEPT_WIDE * wide)
+    scores = 3 * FLOAT32 * layout.heads * seq_len * batch
+    states = KEPT_STATES * work.information_tokens * work.streams * layout.hidden
+    weights = OBSERVED_WEIGHT * _weights(layout) + UNPACKED_WEIGHT * _kept(layout)
+    return weights + FLOAT32 * _information_entries(layout) + states + activations + scores
+
+
+def _information_entries(layout: LayerLayout) -> int:
+    """Entries of all matrices of information of a layer."""
+    return sum(size**2 for group in layout.groups for size in matrix_sizes(layout, group))
+
+
+def information_disk_bytes(work: Workload) -> int:
+    """Return how many bytes the files of the information take: inputs and matrices in 16 bits, two gradients."""
+    if not work.information_tokens:
+        return 0
+    matrices = sum(2 * _information_entries(layout) for layout in work.layouts)
+    states = 2 * (len(work.layouts) + 1) + 2 * FLOAT32
+    return matrices + states * work.information_tokens * work.streams * work.hidden
 
 
 def _expert_inputs(work: Workload, fit: Fit, layout: LayerLayout) -> int:
@@ -254,8 +320,10 @@ def _forward_flops(work: Workload) -> float:
 def _seconds(work: Workload, fit: Fit) -> float:
     """`seconds` of one process."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
-    elements = 0.0
+    elements = float(DRAW_OPERATIONS * work.information_tokens * work.vocabulary)
+    flops += 4.0 * work.information_tokens * work.vocabulary * work.hidden
     for layout in work.layouts:
+        flops += _information_flops(work, layout)
         flops += sum(_group_flops(work, fit, group) for group in _joined_groups(layout))
         flops += 2.0 * _tokens(work) * _kept(layout)
         elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
@@ -263,6 +331,20 @@ def _seconds(work: Workload, fit: Fit) -> float:
             flops += _expert_flops(work, fit, experts)
             elements += sum(experts.count * _group_elements(work, group, 1) for group in _expert_groups(experts))
     return START_SECONDS + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
+
+
+def _information_flops(work: Workload, layout: LayerLayout) -> float:
+    """Floating-point operations for the information of a layer's outputs, and for the feedback."""
+    if not work.information_tokens:
+        return 0.0
+    weights = float(sum(group.inputs * group.outputs for group in _joined_groups(layout)) + _kept(layout))
+    if (experts := layout.experts) is not None:
+        weights += _expert_weights(experts) * experts.active / experts.count
+    flops = work.information_tokens * (2.0 * GRADIENT_PASSES * weights + _information_entries(layout))
+    for group in layout.groups:
+        inputs = layout.joined(group.linears).inputs
+        flops += sum(FACTOR_FLOPS * size**3 + inputs * size**2 for size in matrix_sizes(layout, group))
+    return flops
 
 
 def _expert_flops(work: Workload, fit: Fit, experts: Experts) -> float:

@@ -49,6 +49,27 @@ class PlanMade:
 
 
 @dataclass(frozen=True)
+class InformationStarted:
+    """It begins to be measured what errors of the linears' outputs do. One `InformationStep` follows per step.
+
+    left: of `steps`; an interrupted run has done the others.
+    """
+
+    steps: int
+    left: int
+
+
+@dataclass(frozen=True)
+class InformationStep:
+    """One more step of measuring is on the disk."""
+
+
+@dataclass(frozen=True)
+class InformationFinished:
+    """All of it is measured."""
+
+
+@dataclass(frozen=True)
 class LayersStarted:
     """The first of `layers` layers begins. One `LayerDone` follows per layer."""
 
@@ -93,6 +114,9 @@ Event = (
     | SamplingStep
     | SamplingFinished
     | PlanMade
+    | InformationStarted
+    | InformationStep
+    | InformationFinished
     | LayersStarted
     | LayerDone
     | MeasuringStarted

@@ -14,6 +14,7 @@ from gemma_awq_cli.awq.error_propagation import correct
 from gemma_awq_cli.awq.gptq import residuals
 from gemma_awq_cli.awq.gram import InputStatistics
 from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.output_feedback import OutputFeedback
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.round_group import Rounded, round_and_compare, round_nearest
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
@@ -25,6 +26,7 @@ from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_row
 
 NEAREST, COMPENSATED, DESCENDED = "round-to-nearest", "scale+compensation", "descended scale+compensation"
 UNSCALED = "compensation"
+WITH_FEEDBACK = "+row feedback"  # after any of them but the first
 
 
 @dataclass
@@ -89,16 +91,21 @@ def quantize_layer(
     group_size: int,
     device: torch.device,
     effort: Effort = BALANCED,
+    information: Mapping[str, Sequence[Tensor]] | None = None,
 ) -> QuantizedLayer:
     """Quantize one layer, but for its experts (see experts.py).
 
     gain_offset: of the family's norms; weights: all of the layer's parameters in the dtype that is stored, by name;
     observed: the groups from the last to the first with the statistics of their inputs (`Observer.hand_over`). The last
     comes first, so that the rows that a linear gets from folding (v from o, up from down) are known when it is rounded.
+    information: of the outputs of each group by its name, see `OutputFeedback`; None: rows are rounded alone.
     """
     layer = QuantizedLayer({name: weight.cpu() for name, weight in weights.items() if name not in layout.unpacked()})
     for group, statistics in observed:
-        record = _quantize_group(layer, layout, gain_offset, weights, group, statistics, group_size, device, effort)
+        own = None if information is None else information[group.name]
+        record = _quantize_group(
+            layer, layout, gain_offset, weights, group, statistics, group_size, device, effort, own
+        )
         layer.groups.insert(0, record)
     return layer
 
@@ -113,6 +120,7 @@ def _quantize_group(
     group_size: int,
     device: torch.device,
     effort: Effort,
+    information: Sequence[Tensor] | None,
 ) -> GroupRecord:
     """Quantize one group, and add its linears and its folded source to `layer`."""
     gram = statistics.gram
@@ -147,7 +155,11 @@ def _quantize_group(
         )
         method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
         scale = fold(choice.scale)
-    rounded, error, rtn_error = round_and_compare(stacked, scale, rows, gram, group_size, effort)
+    feedback = None
+    if information is not None:
+        feedback = OutputFeedback([matrix.to(device).to(torch.float32) for matrix in information], effort.feedback)
+        method += WITH_FEEDBACK
+    rounded, error, rtn_error = round_and_compare(stacked, scale, rows, gram, group_size, effort, feedback)
     if not error <= rtn_error:  # also if it is NaN
         method, exponents, error = NEAREST, (0.0, 0.0), rtn_error
         scale = fold(ones)

@@ -16,18 +16,26 @@ from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
+from gemma_awq_cli.quantize.information_files import InformationFiles
 from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
 from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
+from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
 
 
 def process_layer(
-    checkpoint: Checkpoint, stack: TextStack, plan: Plan, hidden: HiddenStates, index: int
+    checkpoint: Checkpoint,
+    stack: TextStack,
+    plan: Plan,
+    hidden: HiddenStates,
+    information: InformationFiles,
+    index: int,
 ) -> QuantizedLayer:
     """Quantize layer `index`, counted from 0, and write the hidden states behind it.
 
     Rows that `hidden` does not have take no time: without held-out rows only the calibration rows go on.
+    information: which a plan with feedback between rows has been measured for.
     """
     weights = _read(stack, plan, index)
     batch, paired = plan.rows_per_batch, plan.effort.paths == 2
@@ -61,7 +69,11 @@ def process_layer(
         layer = keep_layer(layout, weights, stack.device, plan.effort)
     else:
         observed = observer.hand_over()
-        layer = quantize_layer(layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort)
+        known = layer_information(information, layout, index) if plan.feedback_tokens else None
+        layer = quantize_layer(
+            layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known
+        )
+        del known
         if experts is not None:
             quantize_experts(layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort)
             del experts

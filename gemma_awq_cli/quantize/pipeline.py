@@ -33,6 +33,9 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.forward.verification import verify_artifact
 from gemma_awq_cli.quantize.events import (
+    InformationFinished,
+    InformationStarted,
+    InformationStep,
     LayerDone,
     LayerMeasured,
     LayersStarted,
@@ -40,9 +43,12 @@ from gemma_awq_cli.quantize.events import (
     OnEvent,
     ignore,
 )
+from gemma_awq_cli.quantize.information_files import InformationFiles
+from gemma_awq_cli.quantize.information_layout import BATCH_SHARE
 from gemma_awq_cli.quantize.kept_grid import kept_groups
 from gemma_awq_cli.quantize.layer_files import LayerFiles
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, pass_heldout, process_layer
+from gemma_awq_cli.quantize.output_information import OutputInformation, information_steps
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared, prepare
 from gemma_awq_cli.quantize.processes import (
@@ -59,6 +65,7 @@ from gemma_awq_cli.quantize.report import (
     CalibrationSection,
     FidelitySection,
     Report,
+    RowFeedbackSection,
     RunSection,
     SourceSection,
     VersionsSection,
@@ -192,8 +199,11 @@ def _quantize(
         require_space(target, plan.artifact_bytes + plan.state_bytes + SMALL_FILES_BYTES - kept)
         writer = TensorWriter(work.model, plan.tensors, begun=bool(journal.records))
         hidden = _hidden_states(prepared, work.state, journal)
+        information = InformationFiles(work.state)
         if not journal.records:
             journal.begin(fingerprint)
+            if plan.feedback_tokens:
+                _measure_information(prepared, information, hidden, on_event)
         if group is not None:
             work.layer_files.begin()
             remove_leftovers(work.state)
@@ -204,7 +214,7 @@ def _quantize(
             _share_out(prepared, work.layer_files, work.state, group, progress)
             _collect_layers(prepared, work.layer_files, writer, hidden, journal, on_event)
         else:
-            _quantize_layers(prepared, writer, hidden, journal, on_event)
+            _quantize_layers(prepared, writer, hidden, information, journal, on_event)
         with layer_memory_errors(plan, plan.layers):
             fidelity = _measure(prepared.stack, hidden, prepared.rows.heldout)
         _write_unquantized(prepared.checkpoint, prepared.stack, plan, writer)
@@ -218,6 +228,7 @@ def _quantize(
             ArtifactSection.of(plan),
             prepared.arguments,
             CalibrationSection.of(prepared.rows),
+            RowFeedbackSection.of(plan),
             FidelitySection.of(fidelity, prepared.rows),
             kept_groups(journal.records) if plan.keeps_grid else None,
             verified,
@@ -242,8 +253,29 @@ def _hidden_states(prepared: Prepared, folder: Path, journal: Journal) -> Hidden
     return hidden
 
 
+def _measure_information(prepared: Prepared, files: InformationFiles, hidden: HiddenStates, on_event: OnEvent) -> None:
+    """Measure the information of all linears' outputs, as far as an interrupted run has not."""
+    plan, rows, seed = prepared.plan, prepared.rows, int(prepared.arguments["seed"])
+    tokens = plan.fit.tokens_per_batch // BATCH_SHARE
+    measured = OutputInformation(prepared.stack, files, rows.ids, tokens, seed)
+    if any(layout.experts is not None for layout in plan.layouts):
+        on_event(
+            Note("The rows of experts are rounded alone: one expert gets too few tokens for feedback between them.")
+        )
+    if left := measured.steps_left:
+        on_event(InformationStarted(information_steps(plan.layers), left))
+        with layer_memory_errors(plan, 0):
+            measured.measure(hidden, lambda: on_event(InformationStep()))
+        on_event(InformationFinished())
+
+
 def _quantize_layers(
-    prepared: Prepared, writer: TensorWriter, hidden: HiddenStates, journal: Journal, on_event: OnEvent
+    prepared: Prepared,
+    writer: TensorWriter,
+    hidden: HiddenStates,
+    information: InformationFiles,
+    journal: Journal,
+    on_event: OnEvent,
 ) -> None:
     """Quantize and write every layer that is not in the journal yet."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
@@ -254,7 +286,7 @@ def _quantize_layers(
     for index in range(len(journal.records), plan.layers):
         started = time.perf_counter()
         with layer_memory_errors(plan, index):
-            layer = process_layer(checkpoint, prepared.stack, plan, hidden, index)
+            layer = process_layer(checkpoint, prepared.stack, plan, hidden, information, index)
         _write_layer(checkpoint, writer, hidden, index, layer.tensors)
         record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
         journal.add(record)

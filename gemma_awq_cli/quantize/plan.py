@@ -26,6 +26,7 @@ from gemma_awq_cli.quantize.estimates import (
     Workload,
     device_peak_bytes,
     host_peak_bytes,
+    information_disk_bytes,
     peak_bytes,
     seconds,
 )
@@ -49,7 +50,8 @@ class Plan:
     memory that is planned, the GPU's if it has its own; None if there is no such fit; state_bytes: on the disk while
     the work goes on; seconds: None on a GPU, where none was measured; keeps_grid: whether the weights stay on the 4-bit
     grid that they are on, and nothing is searched; processes: how many share out the layers, each with the memory that
-    is planned.
+    is planned; feedback_tokens: rows and tokens of each that feedback between the rows of weights is measured on, None
+    without it.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -69,6 +71,7 @@ class Plan:
     effort: Effort
     keeps_grid: bool = False
     processes: int = 1
+    feedback_tokens: tuple[int, int] | None = None
 
     @property
     def layers(self) -> int:
@@ -165,7 +168,7 @@ def make_plan(
     linears = quantized_linears(layouts)
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
-    disk = state_bytes(checkpoint.shape, states)
+    disk = state_bytes(checkpoint.shape, states) + information_disk_bytes(work)
     if processes > 1:  # each has the calibration rows once more, and the layers lie in files of their own first
         disk += processes * state_bytes(checkpoint.shape, work.calibration_tokens)
         disk += sum(tensor.nbytes for tensor in tensors)
@@ -187,6 +190,7 @@ def make_plan(
         effort=effort,
         keeps_grid=keeps_grid,
         processes=processes,
+        feedback_tokens=work.information_rows,
     )
 
 

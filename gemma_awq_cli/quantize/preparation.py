@@ -74,7 +74,7 @@ class Prepared:
         """Return everything that the artifact's bytes depend on: sums only repeat if all of it does."""
         import transformers
 
-        device = self.stack.device
+        device, measured = self.stack.device, self.plan.feedback_tokens
         return {
             "gemma-awq": __version__,
             "model": self.checkpoint.identity(),
@@ -82,6 +82,7 @@ class Prepared:
             **self.arguments,
             "stored dtype": self.plan.dtype_name,
             **({"grid": "kept"} if self.plan.keeps_grid else {}),
+            **({} if measured is None else {"row feedback": f"{measured[0]} x {measured[1]} tokens"}),
             "calibration rows": self.rows.text_sha256,
             "held-out rows": self.rows.heldout_sha256,
             "tokens a batch": self.plan.fit.tokens_per_batch,

@@ -109,6 +109,19 @@ class CalibrationSection:
 
 
 @dataclass(frozen=True)
+class RowFeedbackSection:
+    """The calibration tokens that the feedback between the rows of weights was measured on, and its damping."""
+
+    rows: int
+    seq_len: int
+    damping: float
+
+    @classmethod
+    def of(cls, plan: Plan) -> "RowFeedbackSection | None":
+        return None if plan.feedback_tokens is None else cls(*plan.feedback_tokens, plan.effort.feedback)
+
+
+@dataclass(frozen=True)
 class FidelitySection:
     """What was measured on the held-out rows. kl: nats per token."""
 
@@ -179,8 +192,9 @@ class RunSection:
 class Report:
     """The report that lies in the artifact.
 
-    arguments: of the request; qat: of a checkpoint whose grid was kept; verified: the result of reading the artifact
-    back; layers: the decisions, layer by layer; fingerprint: everything that the artifact's bytes depend on.
+    arguments: of the request; row_feedback: if the rows of weights gave each other any; qat: of a checkpoint whose grid
+    was kept; verified: the result of reading the artifact back; layers: the decisions, layer by layer; fingerprint:
+    everything that the artifact's bytes depend on.
     """
 
     schema: int
@@ -188,6 +202,7 @@ class Report:
     artifact: ArtifactSection
     arguments: dict[str, Any]
     calibration: CalibrationSection
+    row_feedback: RowFeedbackSection | None
     fidelity: FidelitySection
     qat: KeptGroups | None
     verified: dict[str, Any]
@@ -200,8 +215,9 @@ class Report:
         """Return the report as reading the file will return it: with lists for tuples."""
         layers = [[group.to_json() for group in groups] for groups in self.layers]
         value: dict[str, Any] = json.loads(json.dumps({**asdict(self), "layers": layers}))
-        if self.qat is None:
-            del value["qat"]
+        for name in ("qat", "row_feedback"):
+            if value[name] is None:
+                del value[name]
         if self.source.adapter is None:
             del value["source"]["adapter"]
         return value

@@ -115,22 +115,30 @@ def sample_rows(
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one token per row from softmax(logits [R, V]): [R]. First a part of the vocabulary is drawn, then a token.
+    """Draw one token per row from softmax(logits [R, V]): [R]."""
+    return draw_weighted((logits - logits.max(1, keepdim=True).values).exp_(), generator)[0]
+
+
+def draw_weighted(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw one token per row in proportion to the weights [R, V]: [R], and the sums of the rows' weights: [R] float32.
+
+    First a part of the vocabulary is drawn, then a token.
 
     Running sums over rows of 262144 entries would take longer than the model.
     """
-    rows, vocabulary = logits.shape
+    rows, vocabulary = weights.shape
     width = -(-vocabulary // CHUNKS)
-    weights = (logits - logits.max(1, keepdim=True).values).exp_()
-    weights = torch.nn.functional.pad(weights, (0, width * CHUNKS - vocabulary)).view(rows, CHUNKS, width)
-    sums = running_sums(weights.sum(2, dtype=torch.float32))
-    point = torch.rand(rows, 1, generator=generator, device=logits.device) * sums[:, -1:]
+    if width * CHUNKS > vocabulary:
+        weights = torch.nn.functional.pad(weights, (0, width * CHUNKS - vocabulary))
+    parts = weights.view(rows, CHUNKS, width)
+    sums = running_sums(parts.sum(2, dtype=torch.float32))
+    point = torch.rand(rows, 1, generator=generator, device=weights.device) * sums[:, -1:]
     part = torch.searchsorted(sums, point).clamp_(max=CHUNKS - 1)
     before = torch.where(part > 0, sums.gather(1, (part - 1).clamp_(min=0)), torch.zeros_like(point))
-    inside = running_sums(weights[torch.arange(rows, device=logits.device), part[:, 0]].to(torch.float32))
+    inside = running_sums(parts[torch.arange(rows, device=weights.device), part[:, 0]].to(torch.float32))
     # rounding may put the point beyond the sum of the part: it then takes the part's last token of any weight
     token = torch.searchsorted(inside, torch.minimum(point - before, inside[:, -1:]))
-    return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1)
+    return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1), sums[:, -1]
 
 
 def with_sampled_rows(rows: Rows, sampled: Tensor) -> Rows:

@@ -18,6 +18,7 @@ from gemma_awq_cli.models.checkpoints.journal import LayerRecord
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.quantize.events import LayerDone, OnEvent
+from gemma_awq_cli.quantize.information_files import InformationFiles
 from gemma_awq_cli.quantize.layer_files import LayerFiles
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, pass_calibration, process_layer
 from gemma_awq_cli.quantize.plan import Plan
@@ -63,12 +64,12 @@ def quantize_share(
         return
     # not named by the process's number: one that was given up for lost may still be writing to its folder
     folder = Path(tempfile.mkdtemp(prefix=_OWN, dir=state))
-    hidden = _hidden_states(prepared, folder)
+    hidden, information = _hidden_states(prepared, folder), InformationFiles(state)
     for index in range(max(own) + 1):
         started = time.perf_counter()
         with layer_memory_errors(plan, index):
             if index in own:
-                layer = process_layer(prepared.checkpoint, stack, plan, hidden, index)
+                layer = process_layer(prepared.checkpoint, stack, plan, hidden, information, index)
                 record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
                 files.add(index, layer.tensors, record)
                 del layer

@@ -17,6 +17,7 @@ from gemma_awq_cli.models.checkpoints.journal import (
     require_same,
 )
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, write_errors
+from gemma_awq_cli.quantize.information_files import InformationFiles
 from gemma_awq_cli.quantize.layer_files import LayerFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
@@ -77,7 +78,7 @@ class WorkFolder:
                 journal = Journal(self.state)
                 self._require_asked(journal)
                 journal.require_at_most(layers)
-                if self._finished(journal) and self._is_same(journal.fingerprint, fingerprint, self._staged.path):
+                if self._is_begun(journal) and self._is_same(journal.fingerprint, fingerprint, self._staged.path):
                     return journal
             except GemmaAwqError:
                 if not self._force:
@@ -91,17 +92,22 @@ class WorkFolder:
 
     def _require_asked(self, journal: Journal) -> None:
         """Raise if there are finished layers and the user did not choose to resume them."""
-        finished = self._finished(journal)
-        if not finished or self._resume:
+        if not self._is_begun(journal) or self._resume:
             return
         if self._staged.is_being_written():
             raise GemmaAwqError(
                 f"Another process is writing {self.target}.", f"Wait for it, or {self._staged.elsewhere}."
             )
+        finished = self._finished(journal)
+        when = f"after {finished} layers; they are" if finished else "before its first layer; what it measured is"
         raise GemmaAwqError(
-            f"An earlier run was interrupted after {finished} layers; they are kept in {self._staged.path}.",
+            f"An earlier run was interrupted {when} kept in {self._staged.path}.",
             "Continue it with --resume, or start over with --force.",
         )
+
+    def _is_begun(self, journal: Journal) -> bool:
+        """Whether there is anything that a run can continue after."""
+        return bool(self._finished(journal)) or InformationFiles(self.state).begun
 
     def _finished(self, journal: Journal) -> int:
         """How many layers are finished: those of the journal, or those that several processes have in files."""
@@ -116,4 +122,4 @@ class WorkFolder:
 
 def _is_worth_keeping(state: Path) -> bool:
     """Whether an unfinished artifact can be continued."""
-    return has_finished_layers(state) or bool(LayerFiles(state).finished())
+    return has_finished_layers(state) or bool(LayerFiles(state).finished()) or InformationFiles(state).begun

@@ -21,13 +21,16 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from torch import Tensor
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord, Journal, KeptGroups, LayerRecord, differences
 from gemma_awq_cli.models.forward.hidden_states import state_bytes
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.quantize import layer_pass
+from gemma_awq_cli.quantize.information_files import INFORMATION, INPUT, InformationFiles
 from gemma_awq_cli.quantize.quality import heldout_samples
 from tests.conftest import quantize_arguments
 from tests.layers import as_layer_begins
@@ -251,6 +254,59 @@ def test_both_paths_of_the_rows_are_gone_on_with(
         assert main([*arguments, "--resume"]) == 130
     assert main([*arguments, "--resume"]) == 0
     assert identity(out) == identity(whole)
+
+
+def test_a_run_that_was_interrupted_while_it_measured_goes_on(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, capsys: Capture, with_feedback: None
+) -> None:
+    whole, out = tmp_path / "whole", tmp_path / "out"
+    assert main(quantize_arguments(checkpoints("gemma4_text"), whole, text_file, *SMALL)) == 0
+    arguments = quantize_arguments(checkpoints("gemma4_text"), out, text_file, *SMALL)
+    files = InformationFiles(tmp_path / ".out.partial" / "state")
+    read_layer, reads = TextStack.read_layer, 0
+
+    def interrupted(stack: TextStack, index: int) -> dict[str, Tensor]:
+        nonlocal reads
+        reads += 1
+        if reads == 3:
+            raise KeyboardInterrupt
+        return read_layer(stack, index)
+
+    layers = Checkpoint(checkpoints("gemma4_text")).layers
+    with mock.patch.object(TextStack, "read_layer", interrupted):
+        assert main(arguments) == 130
+        assert "What was measured is kept" in capsys.readouterr().err
+        assert files.there(INPUT) == [0, 1, 2]
+        assert main(arguments) == 1
+        assert "interrupted before its first layer" in capsys.readouterr().err
+        assert main([*arguments, "--resume", "--seed", "1"]) == 1
+        assert "seed: 0 then, 1 now" in capsys.readouterr().err
+        reads = 2 - layers  # the rest of the way to the last layer, and two layers back
+        assert main([*arguments, "--resume"]) == 130
+    assert files.there(INFORMATION) == [layers - 2, layers - 1]
+    assert main([*arguments, "--resume"]) == 0
+    assert identity(out) == identity(whole)
+    report = json.loads((out / "quantization_report.json").read_text())
+    assert report["row_feedback"] == {"rows": 4, "seq_len": 40, "damping": 1.0}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_killed_while_it_measures_and_resumed_gives_the_same_bytes(
+    runner: Runner, checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    out = runner.folder / "work" / "best"
+    command = quantize_arguments(checkpoints("gemma3_text"), out, text_file, "--num-samples", "4", "--quality", "best")
+    code, operations = runner.run(command)
+    assert code == 0
+    expected = identity(out)
+    rng = random.Random(1)
+    for at in rng.sample(range(10, operations // 2), 4):
+        shutil.rmtree(out)
+        assert runner.run([*command, "--force"], at_operation=at)[0] == -9
+        runner.run([*command, "--resume", "--force"], at_operation=1 + rng.randrange(operations // 2))
+        assert runner.run([*command, "--resume", "--force"])[0] == 0
+        assert identity(out) == expected, f"killed at operation {at}"
 
 
 def test_shared_keys_and_values_are_kept_on_the_disk(

@@ -198,7 +198,7 @@ class TextStack:
         self.shapes = parameter_shapes(self.model, checkpoint.tied_head)
         require_known_matrices(self.shapes, checkpoint.shape.layouts)
         self._layers = list(self.model.model.layers)
-        self._calls: dict[int, list[LayerCall]] = {}  # by the rows' length
+        self._calls: dict[tuple[int, bool], list[LayerCall]] = {}  # by the rows' length and the mode
 
     @property
     def softcap(self) -> float | None:
@@ -262,9 +262,10 @@ class TextStack:
 
     def _call(self, index: int, length: int) -> LayerCall:
         """How transformers' model calls layer `index` for rows of `length` tokens; the last length is remembered."""
-        if length not in self._calls:
-            self._calls = {length: record_calls(self.model.model, self.config, length, self.device)}
-        return self._calls[length][index]
+        key = (length, torch.is_inference_mode_enabled())  # whose tensors cannot be kept for a gradient
+        if key not in self._calls:
+            self._calls = {key: record_calls(self.model.model, self.config, length, self.device)}
+        return self._calls[key][index]
 
     @cached_property
     def _per_layer_inputs(self) -> PerLayerInputs:
