@@ -6,6 +6,7 @@ import sys
 import time
 from pathlib import Path
 
+from gemma_awq_cli.bench.process import measured_environment
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.saving import scratch_file
 
@@ -20,14 +21,12 @@ def first_token_seconds(folder: Path, device: str, threads: int | None) -> float
     options = ["--raw", "--temperature", "0", "--max-new-tokens", "1", "--quiet", "--device", device]
     more = [] if threads is None else ["--threads", str(threads)]
     command = [sys.executable, "-P", "-m", "gemma_awq_cli", "run", PROMPT, "-m", str(folder), *options, *more]
-    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("GEMMA_AWQ_RUN_")}
     read, write = os.pipe()
     with scratch_file() as errors, os.fdopen(read, "rb", buffering=0) as text:
         started = time.perf_counter()
         try:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=write, stderr=errors, env={**inherited, **own}
+                command, stdin=subprocess.DEVNULL, stdout=write, stderr=errors, env=measured_environment(threads)
             )
         finally:
             os.close(write)

@@ -12,7 +12,18 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.saving import scratch_file
 
 ENDING_SECONDS = 10.0  # that a process which has closed its answers is given to end
+CACHE, OPTIONS = "GEMMA_AWQ_CACHE", "GEMMA_AWQ_"  # the former's folder is everybody's
 TRACEBACK = "Traceback (most recent call last):"
+
+
+def measured_environment(threads: int | None) -> dict[str, str]:
+    """Return the environment of a process that is measured, in which no variable sets an option of a command.
+
+    threads: None for torch's choice.
+    """
+    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    inherited = {name: value for name, value in os.environ.items() if name == CACHE or not name.startswith(OPTIONS)}
+    return {**inherited, **own}
 
 
 class WorkerEndedError(GemmaAwqError):
@@ -31,7 +42,6 @@ class Worker:
 
     def __init__(self, name: str, threads: int | None) -> None:
         self.name = name
-        own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
         self._output = scratch_file()
         read, write = os.pipe()
         self.process = subprocess.Popen(
@@ -39,7 +49,7 @@ class Worker:
             stdin=subprocess.PIPE,
             stdout=write,
             stderr=self._output,
-            env={**os.environ, **own},
+            env=measured_environment(threads),
         )
         os.close(write)
         self._answers = os.fdopen(read, encoding="utf-8")

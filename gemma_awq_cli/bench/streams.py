@@ -5,7 +5,6 @@ join and leave while others run.
 """
 
 import asyncio
-import os
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 
+from gemma_awq_cli.bench.process import measured_environment
 from gemma_awq_cli.bench.streaming_client import Answered, Asked, Client, closed_loop
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.system.saving import scratch_file
@@ -23,7 +23,6 @@ from gemma_awq_cli.system.saving import scratch_file
 LOADING_SECONDS = 600.0  # in which the server must answer
 ANSWER_SECONDS = 3600.0  # in which a request must be answered
 SAMPLING = {"temperature": 1.0, "top_k": 64, "top_p": 0.95, "seed": 1}  # as Gemma's cards have it
-_KEY_VARIABLE = "GEMMA_AWQ_API_KEY"  # of `gemma-awq serve`; the clients here have no key
 _ASKING_SECONDS = 0.1  # between two questions whether the server is there
 
 
@@ -54,11 +53,13 @@ def served(folder: Path, device: str, threads: int | None, rows: int, context: i
         "--max-rows", str(rows), "--max-context", str(context), "--quiet",
     ]  # fmt: skip
     command += [] if threads is None else ["--threads", str(threads)]
-    own = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    inherited = {name: value for name, value in os.environ.items() if name != _KEY_VARIABLE}
     with scratch_file() as errors:
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=errors, env={**inherited, **own}
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=errors,
+            env=measured_environment(threads),
         )
         try:
             end = time.monotonic() + LOADING_SECONDS

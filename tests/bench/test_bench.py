@@ -161,7 +161,8 @@ def test_streams_and_drafted_tokens(
     file = tmp_path / "texts.json"
     file.write_text(json.dumps([{**text, "answer": copied} for text in texts]))
     monkeypatch.setattr(drafts, "TEXTS", file)
-    monkeypatch.setenv("GEMMA_AWQ_API_KEY", "a key that the bench does not send")
+    for name, value in (("API_KEY", "a key that the bench does not send"), ("SERVE_MAX_ROWS", "1"), ("ENGINE", "vllm")):
+        monkeypatch.setenv(f"GEMMA_AWQ_{name}", value)  # these are for the command that a user gives
     capsys.readouterr()
     bench = ["bench", str(folder), "--speed", "--json", *QUICK, "--tg", "30", "--streams", "1,3", "--draft", "lookup"]
     # the second competitor is not one of this tool's own runs, which these are measured of
