@@ -60,7 +60,7 @@ def served(folder: Path, device: str, threads: int | None, rows: int, context: i
             stdout=subprocess.DEVNULL,
             stderr=errors,
             env=measured_environment(threads),
-        )
+        )  # fmt: skip
         try:
             end = time.monotonic() + LOADING_SECONDS
             while not _answers(port):
