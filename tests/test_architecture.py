@@ -23,7 +23,7 @@ ROOMS = (
     ("models.text",),
     ("models.forward", "calibration_text", "reports"),
     ("fidelity", "generate"),
-    ("quantize", "bench", "inspection", "export", "serve"),
+    ("quantize", "bench", "inspection", "inventory", "export", "serve"),
     ("publish",),
     ("cli",),
 )
@@ -105,7 +105,8 @@ def test_only_output_prints() -> None:
 def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gemma_awq_cli.cli.app import main\n"
-        "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['export'], ['inspect'], ['push']):\n"
+        "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['export'], ['inspect'], ['push'],\n"
+        "                ['list'], ['show'], ['rm']):\n"
         "    assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -54,6 +55,16 @@ def test_extras_bring_what_their_hints_name() -> None:
     # the others are a model, need a compiler, or have no wheels for most systems; `grammar` is a part of `serve`
     assert set(extras) - set(inside) == {"demo", "llama-cpp", "vllm", "grammar"}
     assert set(BRINGS["grammar"]) <= set(BRINGS["serve"])
+
+
+def test_the_oldest_versions_are_those_of_every_dependency() -> None:
+    script = ROOT / ".ci" / "oldest_versions.py"
+    if not script.is_file():
+        pytest.skip("the source archive has no .ci")
+    printed = subprocess.run([sys.executable, str(script)], check=True, capture_output=True, text=True).stdout.split()
+    for line in project()["dependencies"]:
+        name, bound = re.match(r"([\w-]+)>=([\d.]+)", line).groups()  # type: ignore[union-attr]
+        assert f"{name}=={bound}" in printed
 
 
 def test_hints_name_packages_and_not_this_tool() -> None:

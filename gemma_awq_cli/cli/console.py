@@ -114,9 +114,11 @@ class Output:
         if not self.quiet:
             _print_table(self.console, title, rows, header)
 
-    def result_table(self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
-        """Write a table that is the result to stdout."""
-        _print_table(_console(sys.stdout), title, rows, header)
+    def result_table(
+        self, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str], words: Sequence[int] = (0,)
+    ) -> None:
+        """Write a table that is the result to stdout. words: the columns that hold text; the others hold figures."""
+        _print_table(_console(sys.stdout), title, rows, header, words)
         sys.stdout.flush()
 
     def result_facts(self, sections: Sequence[tuple[str, Sequence[tuple[str, str]]]]) -> None:
@@ -214,7 +216,9 @@ def _print_facts(console: Any, rows: Sequence[tuple[str, str]], wrap: bool) -> N
     console.print(table)
 
 
-def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str]) -> None:
+def _print_table(
+    console: Any, title: str, rows: Sequence[tuple[str, ...]], header: Sequence[str], words: Sequence[int] = (0,)
+) -> None:
     """Print a table, or one line per figure if the table is wider than the terminal."""
     from rich import box
     from rich.measure import Measurement
@@ -229,7 +233,7 @@ def _print_table(console: Any, title: str, rows: Sequence[tuple[str, ...]], head
     )
     columns = header or ("",) * len(rows[0])
     for index, name in enumerate(columns):
-        table.add_column(shown(name), justify="left" if index == 0 else "right")
+        table.add_column(shown(name), justify="left" if index in words else "right")
     for row in rows:
         table.add_row(*map(shown, row))
     if Measurement.get(console, console.options.update(width=10_000), table).maximum <= console.width:

@@ -18,15 +18,16 @@ from gemma_awq_cli.export.done_parts import DoneParts, has_done_parts
 from gemma_awq_cli.export.events import ExportPlanned, OnEvent, PartDone, PartsStarted, ignore
 from gemma_awq_cli.export.formats import FORMATS
 from gemma_awq_cli.export.request import ExportRequest
+from gemma_awq_cli.models.checkpoints.cache import remember_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import read_json
 from gemma_awq_cli.models.checkpoints.journal import ANEW, require_same
 from gemma_awq_cli.models.checkpoints.source import find_source
 from gemma_awq_cli.models.checkpoints.staging import StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.writing import write_json
+from gemma_awq_cli.reports.artifact_files import EXPORT
 from gemma_awq_cli.system.saving import local_path
 
-DOCUMENT = "export.json"  # what marks a folder as an export of this tool
 SMALL_FILES_BYTES = 40_000_000  # tokenizer and configs, at most
 _ANOTHER_FOLDER = "choose another folder with -o"
 
@@ -52,7 +53,7 @@ def run_export(request: ExportRequest, on_event: OnEvent = ignore) -> Exported:
     output = None if request.output is None else local_path(request.output, _ANOTHER_FOLDER)
     source = find_source(request.model, request.revision, lambda text: on_event(Note(text)))
     target = output or Path(f"{source.name}-{request.format}")
-    staged = StagedFolder(target, request.force, request.resume, is_worth_keeping=has_done_parts, mark=DOCUMENT)
+    staged = StagedFolder(target, request.force, request.resume, is_worth_keeping=has_done_parts, mark=EXPORT)
     checkpoint = Checkpoint(source.folder)
     for line in checkpoint.notes:
         on_event(Warned(line))
@@ -81,12 +82,13 @@ def run_export(request: ExportRequest, on_event: OnEvent = ignore) -> Exported:
             "form": conversion.form,
             "source": {"name": source.name, "revision": source.revision},
             "files": {
-                path.name: path.stat().st_size for path in sorted(staged.folder.iterdir()) if path.name != DOCUMENT
+                path.name: path.stat().st_size for path in sorted(staged.folder.iterdir()) if path.name != EXPORT
             },
             "verified": {"largest_difference_in_scales": worst, "tolerance": conversion.tolerance},
             "fingerprint": fingerprint,
         }
-        write_json(staged.folder / DOCUMENT, document)
+        write_json(staged.folder / EXPORT, document)
+    remember_folder(target)  # if that fails, only `list` in another folder misses it
     return Exported(target, document)
 
 
@@ -116,7 +118,7 @@ def _fingerprint(checkpoint: Checkpoint, chosen: Format, request: ExportRequest)
 
 def _complete(target: Path, fingerprint: dict[str, Any], request: ExportRequest) -> dict[str, Any] | None:
     """Return the document of a complete export that `resume` finds at the target; None if there is none to find."""
-    path = target / DOCUMENT
+    path = target / EXPORT
     if not request.resume or not path.is_file():
         return None
     document = read_json(path, ANEW)

@@ -8,6 +8,7 @@ from gemma_awq_cli.models.checkpoints.staging import REPORT
 
 CARD = "README.md"
 BENCH = "bench.json"
+EXPORT = "export.json"  # what marks a folder as an export of this tool
 
 
 def is_artifact_file(name: str, others: Collection[str] = ()) -> bool:

@@ -23,6 +23,7 @@ OTHER = {"GEMMA_AWQ_CACHE", "GEMMA_AWQ_MODEL", "GEMMA_AWQ_API_KEY", "GEMMA_AWQ_W
 NEEDED = {
     "export": ["model", "--to", "mlx"],
     "inspect": ["model"],
+    "rm": ["name"],
     "push": ["owner/name"],
 }  # what a command cannot lack
 

@@ -16,9 +16,10 @@ from safetensors.torch import load_file
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.export import gguf_format
-from gemma_awq_cli.export.exporting import DOCUMENT, run_export
+from gemma_awq_cli.export.exporting import run_export
 from gemma_awq_cli.export.request import ExportRequest
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.reports.artifact_files import EXPORT
 from tests.tiny import SPECIAL, VOCAB, make_gemma_tokenizer
 
 Capture = pytest.CaptureFixture[str]
@@ -300,7 +301,7 @@ def test_an_interrupted_export_continues_and_ends_in_the_same_bytes(
     assert 0 < len(again) < 30
     (path,) = out.glob("*.gguf")
     assert path.read_bytes() == (tmp_path / "whole" / path.name).read_bytes()
-    assert json.loads((out / DOCUMENT).read_text()) == json.loads((tmp_path / "whole" / DOCUMENT).read_text())
+    assert json.loads((out / EXPORT).read_text()) == json.loads((tmp_path / "whole" / EXPORT).read_text())
     capsys.readouterr()
     assert main([*arguments, str(out), "--resume"]) == 0
     assert "complete already" in capsys.readouterr().err

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import platformdirs
 
@@ -12,6 +13,7 @@ from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.saving import local_path, write_whole
 
 _REMEMBERED_BYTES = 100_000
+_REMEMBERED = 100  # folders
 ENVIRONMENT = "GEMMA_AWQ_CACHE"
 
 
@@ -29,24 +31,56 @@ def _last_artifact_file() -> Path:
 
 def remember_artifact(folder: Path) -> str | None:
     """Make `folder` the default model of later commands. Returns the reason if that failed; the artifact is whole."""
-    path = _last_artifact_file()
+    return _remember(folder, is_last=True)
+
+
+def remember_folder(folder: Path) -> str | None:
+    """Remember a folder that this tool wrote, to list it. Returns the reason if that failed."""
+    return _remember(folder, is_last=False)
+
+
+def last_artifact() -> Path | None:
+    """The last artifact written, which may have been moved since; None if none is remembered or the note is damaged."""
+    return _usable(_note().get("artifact"))
+
+
+def remembered_folders() -> list[Path]:
+    """The folders that this tool wrote, the latest first, of which some may be gone."""
+    kept = _note().get("folders")
+    return [path for name in (kept if isinstance(kept, list) else []) if (path := _usable(name)) is not None]
+
+
+def _remember(folder: Path, is_last: bool) -> str | None:
+    path, written = _last_artifact_file(), folder.resolve()
+    before = [other for other in remembered_folders() if other != written]
+    last = written if is_last else last_artifact()
+    note: dict[str, Any] = {} if last is None else {"artifact": str(last)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        folders = [str(each) for each in (written, *before)][:_REMEMBERED]
         # escaped, so that a name that is not UTF-8 is kept too
-        write_whole(path, json.dumps({"artifact": str(folder.resolve())}).encode("ascii"))
+        while len(text := json.dumps({**note, "folders": folders}).encode("ascii")) > _REMEMBERED_BYTES:
+            folders.pop()
+        write_whole(path, text)
     except OSError as error:
         return f"{path} cannot be written ({reason_of(error)})"
     return None
 
 
-def last_artifact() -> Path | None:
-    """The last artifact written, which may have been moved since; None if none is remembered or the note is damaged."""
+def _note() -> dict[str, Any]:
     try:
         kept = json.loads(read_bytes(_last_artifact_file(), "", _REMEMBERED_BYTES))
-        name = kept.get("artifact") if isinstance(kept, dict) else None
-        if not isinstance(name, str) or not os.path.isabs(name):
-            return None
-        Path(name).exists()  # raises for an impossible name
     except (GemmaAwqError, OSError, ValueError, RecursionError):
+        return {}
+    return kept if isinstance(kept, dict) else {}
+
+
+def _usable(name: object) -> Path | None:
+    """The path of that name, or None if it cannot be one."""
+    if not isinstance(name, str) or not os.path.isabs(name) or "\0" in name:
         return None
-    return None if "\0" in name else Path(name)
+    try:
+        Path(name).exists()  # raises for an impossible name
+    except (OSError, ValueError):
+        return None
+    return Path(name)
