@@ -12,6 +12,7 @@ import pytest
 
 from gemma_awq_cli.bench.drafts import TEXTS
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.quantize import information_layout
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 Capture = pytest.CaptureFixture[str]
@@ -40,6 +41,36 @@ def test_rounding_to_nearest_writes_a_model(
     run("round_to_nearest.py", monkeypatch, checkpoints("gemma2"), tmp_path / "out", "--group-size", 32)
     assert capsys.readouterr().out.endswith(f"{tmp_path / 'out'}\n")
     assert Checkpoint(tmp_path / "out").quantization is not None
+
+
+def test_kinds_of_text_measures_an_artifact(
+    artifacts: Callable[[str], Path],
+    checkpoints: Callable[[str], Path],
+    text_file: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    texts = ["--text", f"one={text_file}", "--text", f"other={text_file}", "--window", 40]
+    run("kinds_of_text.py", monkeypatch, *texts, "--reference", checkpoints("gemma2"), artifacts("gemma2"))
+    first, _, row = capsys.readouterr().out.splitlines()[-3:]
+    assert first == "| | one | other | mean |"
+    one, other, mean = (float(value) for value in row.split("|")[2:5])
+    assert 0 < one == other == mean
+
+
+def test_row_feedback_compares_settings(
+    checkpoints: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.setattr(information_layout, "ROWS", information_layout.ROWS)  # which the script changes
+    more = ["--calibration", text_file, "--text", f"one={text_file}", "--window", 40, "--group-size", 32]
+    more += ["--seq-len", 40, "--rows", 8, "--measured-rows", 6]
+    settings = ["--setting", "none=0", "--setting", "all=0.5", "--setting", "nowhere=0.5:experts"]
+    run("row_feedback.py", monkeypatch, checkpoints("gemma4_text"), *more, *settings)
+    measuring, first, _, *rows = capsys.readouterr().out.splitlines()
+    assert measuring.startswith("measuring: ")
+    assert first == "| | one | mean |"
+    none, everywhere, nowhere = (float(row.split("|")[2]) for row in rows)
+    assert none == nowhere != everywhere
 
 
 @pytest.mark.parametrize("draft", ["lookup", "itself"])

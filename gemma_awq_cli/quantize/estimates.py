@@ -66,7 +66,7 @@ REFINE_FLOPS = 12  # the same, to fit the scales once
 SWEEP_FLOPS = 4  # the same, for one pass over the integers
 CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
 GRADIENT_PASSES = 3  # of the rows that information is measured on through a layer: forward, again, and backward
-DRAW_OPERATIONS = 20  # elementwise operations per logit to draw a label and to compute the gradient
+DRAW_OPERATIONS = 8  # elementwise operations per logit to draw a label and to compute the gradient
 FACTOR_FLOPS = 3  # per cubed size of a matrix of information: its float64 factor and the gains
 FORWARDS_WITH_CORRECTION = 3  # of a calibration row through a layer: reference, quantized, and quantized once more
 

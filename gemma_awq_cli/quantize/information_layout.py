@@ -5,11 +5,12 @@ from itertools import pairwise
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 
-# More rows change little: see docs/method.md.
+# Fewer gain less: see docs/benchmarks.md.
 ROWS = 64
 SEQ_LEN = 256
 # The largest matrix has this many outputs. A wider linear has several, whose rows give each other no feedback.
 WIDEST = 4096
+JOINED = 2048  # linears of one input share a matrix up to this width: a wider one gains nothing (docs/benchmarks.md)
 LOGITS = 2**26  # entries of the logits that are held at a time
 BATCH_SHARE = 2  # a batch has this many times fewer tokens than one of the calibration rows
 
@@ -25,7 +26,7 @@ def matrix_sizes(layout: LayerLayout, group: ScaleGroup) -> list[int]:
     Linears share one matrix if it is not too wide; a linear that is too wide alone is cut into equal pieces.
     """
     outputs = [layout.linears[name].outputs for name in group.linears]
-    if sum(outputs) <= WIDEST:
+    if sum(outputs) <= JOINED:
         return [sum(outputs)]
     sizes = []
     for count in outputs:

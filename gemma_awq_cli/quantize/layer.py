@@ -98,11 +98,12 @@ def quantize_layer(
     gain_offset: of the family's norms; weights: all of the layer's parameters in the dtype that is stored, by name;
     observed: the groups from the last to the first with the statistics of their inputs (`Observer.hand_over`). The last
     comes first, so that the rows that a linear gets from folding (v from o, up from down) are known when it is rounded.
-    information: of the outputs of each group by its name, see `OutputFeedback`; None: rows are rounded alone.
+    information: of the outputs of groups by their names, see `OutputFeedback`; the rows of other groups are rounded
+    alone.
     """
     layer = QuantizedLayer({name: weight.cpu() for name, weight in weights.items() if name not in layout.unpacked()})
     for group, statistics in observed:
-        own = None if information is None else information[group.name]
+        own = None if information is None else information.get(group.name)
         record = _quantize_group(
             layer, layout, gain_offset, weights, group, statistics, group_size, device, effort, own
         )

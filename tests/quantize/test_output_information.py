@@ -104,6 +104,7 @@ def test_a_wide_linear_has_several_matrices(
     whole = measured(checkpoints("gemma2"), tmp_path / "whole", ids)
     layout = Checkpoint(checkpoints("gemma2")).shape.layouts[0]
     matrix = layer_information(whole, layout, 0)["gate_up"][0]
+    monkeypatch.setattr(information_layout, "JOINED", 50)
     monkeypatch.setattr(information_layout, "WIDEST", 50)
     parts = layer_information(measured(checkpoints("gemma2"), tmp_path / "parts", ids), layout, 0)["gate_up"]
     gate_up = next(group for group in layout.groups if group.name == "gate_up")
