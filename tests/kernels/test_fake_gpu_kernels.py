@@ -9,6 +9,7 @@ import torch
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.kernels import step_ops
 from gemma_awq_cli.kernels.cuda import MANY_ROWS, CudaInt4Linear
 from gemma_awq_cli.kernels.file_int4 import FEW_ROWS, FileInt4Linear
 from gemma_awq_cli.kernels.head import RefinedHead, make_head
@@ -136,3 +137,16 @@ def test_unpacking_for_many_rows_is_one_kernel() -> None:
         device.reset()
         linear.dense()
         assert device.launches == {"unpacked_tiles": 1}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_gpu_whose_kernels_are_wrong_gets_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is between the products: tried on known numbers, like the products."""
+    sizes = frozenset({32, 256})
+    with fake_device(capability=(8, 0)):
+        assert step_ops.steps_problem(PLACE, torch.bfloat16, sizes) is None
+        assert "96 channels" in str(step_ops.steps_problem(PLACE, torch.bfloat16, frozenset({96})))
+        assert "16 and 32 bits" in str(step_ops.steps_problem(PLACE, torch.float64, sizes))
+    monkeypatch.setattr(step_ops, "gated", lambda gate_up: gate_up[:, ::2])
+    with fake_device(capability=(8, 0)):
+        assert "wrongly" in str(step_ops.steps_problem(PLACE, torch.bfloat16, sizes))

@@ -24,7 +24,8 @@ WITH_TORCH: dict[str, set[str]] = {
     },
     "kernels": {
         "aten_int4", "autoawq", "column_loops", "cpu", "cuda", "file_int4", "head", "known_numbers", "packed_linear",
-        "plain_ops", "reference", "step_ops", "triton", "triton_columns", "triton_products", "triton_steps",
+        "plain_ops", "reference", "step_ops", "triton", "triton_attention", "triton_columns",
+        "triton_products", "triton_steps",
     },
     "kernels.native": set(),
     "generate": {"vllm_engine"},
