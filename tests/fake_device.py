@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_awq_cli.kernels import cuda as cuda_kernel
-from gemma_awq_cli.kernels import file_int4, head, step_ops
+from gemma_awq_cli.kernels import file_int4, head, mps, step_ops
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -498,6 +498,7 @@ def _forget() -> None:
     """Forget what was found out about a device of the same name."""
     cuda_kernel._order.cache_clear()
     cuda_kernel._problem.cache_clear()
+    mps._problem.cache_clear()
     file_int4._problem.cache_clear()
     head._int8_problem.cache_clear()
     step_ops.steps_problem.cache_clear()

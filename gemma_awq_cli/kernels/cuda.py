@@ -17,12 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
+from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, TILE, pack_tiles, scale_zero
 from gemma_awq_cli.kernels.known_numbers import problem_with
 
 MANY_ROWS = 64
-_INNER_TILES = 8
-_TILE = (8, 16 * _INNER_TILES)  # outputs and inputs that the op packs together
 
 
 class CudaInt4Linear(nn.Module):
@@ -41,7 +39,7 @@ class CudaInt4Linear(nn.Module):
             return "it computes in bfloat16 only"
         if torch.cuda.get_device_capability(device)[0] < 8:
             return "it needs compute capability 8.0 or later"
-        if outputs % _TILE[0] or inputs % _TILE[1] or inputs // weight.scales.shape[0] not in GROUP_SIZES:
+        if outputs % TILE[0] or inputs % TILE[1] or inputs // weight.scales.shape[0] not in GROUP_SIZES:
             return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
         return _problem(device)
 
@@ -50,7 +48,7 @@ class CudaInt4Linear(nn.Module):
         q, grid = unpack_weight(weight)
         self.shape = q.shape
         self.group_size = q.shape[1] // grid.scale.shape[1]
-        self.register_buffer("packed", _pack(q), persistent=False)
+        self.register_buffer("packed", pack_tiles(q), persistent=False)
         self.register_buffer("scale_zero", scale_zero(grid), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -68,8 +66,8 @@ class CudaInt4Linear(nn.Module):
 def _unpacked_tiles(packed: Tensor, order: Tensor, scale_zero: Tensor, shape: list[int]) -> Tensor:
     """The weight of the op's tensors, `shape` [N, K] bf16. order: see `tile_order`."""
     outputs, inputs = shape
-    tiles = _nibbles(packed).view(outputs // _TILE[0], inputs // _TILE[1], -1)[:, :, order]
-    q = tiles.unflatten(2, _TILE).transpose(1, 2).reshape(outputs, scale_zero.shape[0], -1)
+    tiles = _nibbles(packed).view(outputs // TILE[0], inputs // TILE[1], -1)[:, :, order]
+    q = tiles.unflatten(2, TILE).transpose(1, 2).reshape(outputs, scale_zero.shape[0], -1)
     scale, zero = (part.t().contiguous() for part in scale_zero.unbind(-1))  # [N, G] each
     # rounded once, as in the op
     return torch.addcmul(zero[:, :, None], q.to(torch.bfloat16) - 8, scale[:, :, None]).reshape(outputs, inputs)
@@ -86,18 +84,13 @@ def _(packed: Tensor, order: Tensor, scale_zero: Tensor, shape: list[int]) -> Te
     from gemma_awq_cli.kernels import triton_products
 
     with torch.cuda.device(packed.device):
-        return triton_products.unpacked_tiles(packed, order, scale_zero, (shape[0], shape[1]), _TILE)
+        return triton_products.unpacked_tiles(packed, order, scale_zero, (shape[0], shape[1]), TILE)
 
 
 @cache
 def _problem(device: torch.device) -> str | None:
     """Why the op is not to be used on a device, or None: it is tried on known numbers there, for few rows and many."""
-    return problem_with(CudaInt4Linear, device, torch.bfloat16, (4 * _TILE[0], 2 * _TILE[1]), (1, 17, MANY_ROWS))
-
-
-def _pack(q: Tensor) -> Tensor:
-    """q [N, K] uint8 -> the op's layout. The op takes two inputs per byte, the first in the high half."""
-    return torch.ops.aten._convert_weight_to_int4pack((q[:, ::2] << 4 | q[:, 1::2]).contiguous(), _INNER_TILES)
+    return problem_with(CudaInt4Linear, device, torch.bfloat16, (4 * TILE[0], 2 * TILE[1]), (1, 17, MANY_ROWS))
 
 
 def _nibbles(packed: Tensor) -> Tensor:
@@ -108,7 +101,7 @@ def _nibbles(packed: Tensor) -> Tensor:
 
 @cache
 def _order(device: torch.device) -> Tensor:
-    return tile_order(lambda q: _nibbles(_pack(q.to(device))), _TILE).to(device)
+    return tile_order(lambda q: _nibbles(pack_tiles(q.to(device))), TILE).to(device)
 
 
 def tile_order(pack: Callable[[Tensor], Tensor], tile: tuple[int, int]) -> Tensor:

@@ -15,6 +15,7 @@ from gemma_awq_cli.awq.packing import PackedWeight
 from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 from gemma_awq_cli.kernels.cuda import CudaInt4Linear
 from gemma_awq_cli.kernels.file_int4 import FileInt4Linear
+from gemma_awq_cli.kernels.mps import MpsInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.kernels.triton import TritonLinear
 
@@ -41,6 +42,7 @@ class Kernel:
 KERNELS = (
     Kernel("PyTorch's int4 product for CPUs", CpuInt4Linear),
     Kernel("PyTorch's int4 product for CUDA", CudaInt4Linear),
+    Kernel("PyTorch's int4 product for Apple's GPUs", MpsInt4Linear),
     Kernel("a Triton product of this project", FileInt4Linear),
     Kernel("AutoAWQ's Triton product", TritonLinear),
     Kernel("unpack and multiply", ReferenceLinear),

@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_awq_cli.kernels.head import soft_cap
+
 
 def rms_norm(x: Tensor, gain: Tensor | None, eps: float) -> Tensor:
     """x [..., N] over its root mean square, times the gain [N] float32 if there is one, in the dtype of x."""
@@ -90,3 +92,43 @@ def place(
         keys[rows, :, at] = k
         values[rows, :, at] = v
     return q
+
+
+def slot_positions(ends: Tensor, slots: int) -> Tensor:
+    """The position that each slot of a ring holds after positions 0 .. ends - 1 were written: [B] -> [B, slots].
+
+    Negative where nothing was written yet.
+    """
+    last = ends[:, None] - 1
+    return last - (last - torch.arange(slots, device=ends.device)) % slots
+
+
+def seen_slots(positions: Tensor, slots: int, window: int | None) -> Tensor:
+    """Which slots of a ring tokens at positions [T] see that are in it themselves: [T, slots] bool."""
+    held = slot_positions(positions + 1, slots)
+    seen = held >= 0
+    return seen if window is None else seen & (held > positions[:, None] - window)
+
+
+def attend_seen(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """One query per row and head: q [T, heads, D], k, v [T, kv_heads, S, D], visible [T, 1, 1, S] -> [T, heads * D].
+
+    The heads that share keys are the queries of one attention over these: keys and values are read once for them all.
+    """
+    grouped = q.unflatten(1, (k.shape[1], -1))  # [T, kv_heads, heads per kv head, D]
+    if softcap is None:
+        mask = visible.expand(-1, -1, grouped.shape[2], -1)
+        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).flatten(1)
+    scores = soft_cap(grouped @ k.transpose(-1, -2) * scale, softcap).masked_fill(~visible, float("-inf"))
+    return (torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).flatten(1)
+
+
+def attend_once(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: int, window: int, scale: float, softcap: float
+) -> Tensor:
+    """`attend_seen` of tokens at positions [T] that are in the ring themselves.
+
+    keys, values: [T, kv_heads, S, D], the first S slots of a ring of `slots`; window, softcap: 0: none.
+    """
+    visible = seen_slots(positions, slots, window or None)[:, None, None, : keys.shape[2]]
+    return attend_seen(q, keys, values, visible, scale, softcap or None)

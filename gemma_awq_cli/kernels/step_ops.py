@@ -14,6 +14,7 @@ from gemma_awq_cli.kernels import plain_ops
 from gemma_awq_cli.system.failures import first_line
 
 _TOLERANCE = 0.02  # bfloat16 rounds by 0.4 %, some times one after the other
+HEAD_SIZES = (32, 64, 128, 256, 512)
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -38,6 +39,7 @@ add_normed = torch.library.custom_op("gemma_awq::add_normed", _add_normed, mutat
 add_and_norm = torch.library.custom_op("gemma_awq::add_and_norm", _add_and_norm, mutates_args=())
 gated = torch.library.custom_op("gemma_awq::gated", _gated, mutates_args=())
 place = torch.library.custom_op("gemma_awq::place", plain_ops.place, mutates_args=("keys", "values"))
+attend_once = torch.library.custom_op("gemma_awq::attend_once", plain_ops.attend_once, mutates_args=())
 
 
 @rms_norm.register_kernel("cuda")
@@ -96,13 +98,28 @@ def _(
         )  # fmt: skip
 
 
+@attend_once.register_kernel("cuda")
+def _(
+    q: Tensor, keys: Tensor, values: Tensor, positions: Tensor, slots: int, window: int, scale: float, softcap: float
+) -> Tensor:
+    from gemma_awq_cli.kernels import triton_attention
+
+    with torch.cuda.device(q.device):
+        return triton_attention.attend_once(q, keys, values, positions, slots, window, scale, softcap)
+
+
 @cache
-def steps_problem(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels are not to be used on a device, or None: they are tried on known numbers there."""
+def steps_problem(device: torch.device, dtype: torch.dtype, head_sizes: frozenset[int]) -> str | None:
+    """Why the kernels are not to be used on a device for heads of these sizes, or None.
+
+    They are tried on known numbers there.
+    """
     if device.type != "cuda":
         return "they need an NVIDIA or AMD GPU"
     if dtype not in _DTYPES:
         return "they compute in 16 and 32 bits only"
+    if odd := [size for size in head_sizes if size not in HEAD_SIZES]:
+        return f"heads of {odd[0]} channels do not fit their tiles"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
@@ -114,6 +131,7 @@ def steps_problem(device: torch.device, dtype: torch.dtype) -> str | None:
     return None if apart <= _TOLERANCE else "they compute known numbers wrongly here"  # also if it is NaN
 
 
+@torch.inference_mode()
 def furthest_apart(device: torch.device, dtype: torch.dtype) -> float:
     """The largest relative distance of what the operations and the plain functions make of known numbers."""
     generator = torch.Generator("cpu").manual_seed(0)
@@ -133,6 +151,16 @@ def furthest_apart(device: torch.device, dtype: torch.dtype) -> float:
         q = how(qkv, *norms, cos, sin, keys, values, at, 4, 2, False, norms[0] is None, 1e-6)
         return torch.cat([part.flatten() for part in (q, keys, values)])
 
+    ring, positions = known(3, 2, 2, 48, 32), torch.tensor([5, 47, 130], device=device)
+    looked = [(4.0, 0, 48), (0.0, 20, 48), (0.0, 0, 48)]  # a cap, a window, slots
+
+    def attended(how: object) -> Tensor:
+        assert callable(how)
+        q = qkv.view(3, 8, 32)
+        return torch.stack([
+            how(q, ring[:, 0], ring[:, 1], positions, slots, window, 0.3, cap) for cap, window, slots in looked
+        ])  # fmt: skip
+
     both = (how(x, change, post, gain, 1e-6) for how in (add_and_norm, plain_ops.add_and_norm))
     pairs = [
         (rms_norm(x, gain, 1e-6), plain_ops.rms_norm(x, gain, 1e-6)),
@@ -140,6 +168,7 @@ def furthest_apart(device: torch.device, dtype: torch.dtype) -> float:
         (gated(wide), plain_ops.gated(wide)),
         (placed(place, q_norm, k_norm), placed(plain_ops.place, q_norm, k_norm)),
         (placed(place, None, None), placed(plain_ops.place, None, None)),
+        (attended(attend_once), attended(plain_ops.attend_once)),
         *zip(*both, strict=True),
     ]
     distances = [(found.float() - wanted.float()).norm() / wanted.float().norm() for found, wanted in pairs]

@@ -9,9 +9,11 @@ import torch
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.kernels import step_ops
 from gemma_awq_cli.kernels.cuda import MANY_ROWS, CudaInt4Linear
 from gemma_awq_cli.kernels.file_int4 import FEW_ROWS, FileInt4Linear
 from gemma_awq_cli.kernels.head import RefinedHead, make_head
+from gemma_awq_cli.kernels.mps import MpsInt4Linear
 from gemma_awq_cli.kernels.packed_linear import describe, make_linear
 from gemma_awq_cli.kernels.triton import MANY_ROWS as TRITON_MANY_ROWS
 from gemma_awq_cli.kernels.triton import TritonLinear
@@ -136,3 +138,32 @@ def test_unpacking_for_many_rows_is_one_kernel() -> None:
         device.reset()
         linear.dense()
         assert device.launches == {"unpacked_tiles": 1}
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_a_gpu_whose_kernels_are_wrong_gets_pytorchs_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For what is between the products: tried on known numbers, like the products."""
+    sizes = frozenset({32, 256})
+    with fake_device(capability=(8, 0)):
+        assert step_ops.steps_problem(PLACE, torch.bfloat16, sizes) is None
+        assert "96 channels" in str(step_ops.steps_problem(PLACE, torch.bfloat16, frozenset({96})))
+        assert "16 and 32 bits" in str(step_ops.steps_problem(PLACE, torch.float64, sizes))
+    monkeypatch.setattr(step_ops, "gated", lambda gate_up: gate_up[:, ::2])
+    with fake_device(capability=(8, 0)):
+        assert "wrongly" in str(step_ops.steps_problem(PLACE, torch.bfloat16, sizes))
+
+
+def test_apples_gpus_get_pytorchs_product() -> None:
+    packed, dense = packed_weight(32, 256, 64)
+    odd, _ = packed_weight(32, 192, 64)
+    place = torch.device("mps", 0)
+    x = torch.randn(70, 256, dtype=torch.bfloat16)
+    with fake_device("mps") as device:
+        linear = make_linear(on(device, packed), place, torch.bfloat16)
+        assert isinstance(linear, MpsInt4Linear)
+        few, many = linear(device.on(x[:2])).cpu(), linear(device.on(x)).cpu()
+        assert describe(on(device, odd), place, torch.bfloat16).startswith("unpack and multiply")
+        assert describe(on(device, packed), place, torch.float16).startswith("unpack and multiply")
+    expected = x.float() @ dense.t()
+    for found in (few, many[:2]):
+        assert (found.float() - expected[:2]).norm() < 0.01 * expected[:2].norm()

@@ -11,6 +11,7 @@ from gemma_awq_cli.kernels import (
     column_loops,
     plain_ops,
     step_ops,
+    triton_attention,
     triton_columns,
     triton_products,
     triton_steps,
@@ -125,6 +126,7 @@ def test_the_trial_on_known_numbers_tells_right_from_wrong() -> None:
 def test_what_is_between_the_products(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("rms_norm", "add_normed", "add_and_norm", "gated", "place"):
         monkeypatch.setattr(step_ops, name, getattr(triton_steps, name))
+    monkeypatch.setattr(step_ops, "attend_once", triton_attention.attend_once)
     bound = {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 0.012}[dtype]  # which is cut off, see above
     assert step_ops.furthest_apart(torch.device("cpu"), dtype) < bound
 
@@ -146,3 +148,21 @@ def test_heads_go_where_they_belong(same: bool) -> None:
         for found, expected in zip(*results, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
         assert results[1][1][2].count_nonzero() == 0
+
+
+@pytest.mark.parametrize("programs", [1, 8, 256], ids=["one part", "some parts", "a part per block"])
+@pytest.mark.parametrize(("slots", "held", "window"), [(80, 80, 0), (80, 64, 0), (48, 48, 32), (36, 36, 20)])
+def test_attention_over_a_ring(
+    slots: int, held: int, window: int, programs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows at the beginning and at any place of the ring, far beyond its window, parts of which no slot is seen."""
+    monkeypatch.setattr(triton_attention, "_PROGRAMS", programs)
+    last = held - 1 if window == 0 else 5 * slots + 7
+    positions = torch.tensor([0, min(30, held - 1), last])
+    storage = torch.randn(2, 4, 2, slots + 1, 32)
+    keys, values = (part[:3, :, :held] for part in storage)
+    q = torch.randn(3, 6, 32)
+    for softcap in (0.0, 2.0):
+        expected = plain_ops.attend_once(q, keys, values, positions, slots, window, 0.4, softcap)
+        found = triton_attention.attend_once(q, keys, values, positions, slots, window, 0.4, softcap)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)

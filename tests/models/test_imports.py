@@ -23,8 +23,9 @@ WITH_TORCH: dict[str, set[str]] = {
         "torch_layers", "torch_weights", "transformers_model", "transformers_session", "verification",
     },
     "kernels": {
-        "aten_int4", "autoawq", "column_loops", "cpu", "cuda", "file_int4", "head", "known_numbers", "packed_linear",
-        "plain_ops", "reference", "step_ops", "triton", "triton_columns", "triton_products", "triton_steps",
+        "aten_int4", "autoawq", "column_loops", "cpu", "cuda", "file_int4", "head", "known_numbers", "mps",
+        "packed_linear", "plain_ops", "reference", "step_ops", "triton", "triton_attention", "triton_columns",
+        "triton_products", "triton_steps",
     },
     "kernels.native": set(),
     "generate": {"vllm_engine"},

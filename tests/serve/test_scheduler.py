@@ -13,8 +13,11 @@ from gemma_awq_cli.generate.local_engine import Drafts, LocalEngine
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.device_session import DeviceSession, DeviceText
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.precision import Precision
+from gemma_awq_cli.models.forward.session import Session
+from gemma_awq_cli.models.forward.torch_layers import TextWeights
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
 from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
@@ -53,8 +56,20 @@ def sampling_of(number: int) -> Sampling:
 @pytest.mark.parametrize("drafts", [exact_lookup, lookup])
 @pytest.mark.parametrize("limit", [0, 500_000, 10**9], ids=["no cache", "small cache", "cache"])
 def test_rows_are_as_they_are_alone(limit: int, drafts: BeginDraft, opened: OpenModel) -> None:
+    run_scheduler(opened, opened.session(3, CAPACITY), limit, drafts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("opened", ["gemma4_unified_text"], indirect=True)
+def test_rows_of_a_gpus_session_are_as_they_are_alone(opened: OpenModel) -> None:
+    """Its steps run on the CPU here."""
+    assert isinstance(opened.forward.text, TextWeights)
+    run_scheduler(opened, DeviceSession(DeviceText(opened.forward.text), 3, CAPACITY), 500_000, exact_lookup)
+
+
+def run_scheduler(opened: OpenModel, session: Session, limit: int, drafts: BeginDraft) -> None:
+    """Let rows come and go in a session, and compare each with the same row alone. limit: bytes of the cache."""
     engine, draw = LocalEngine(opened), random.Random(limit)
-    session = opened.session(3, CAPACITY)
     assert isinstance(session, CachedSession)
     scheduler = Scheduler(session, 3, CAPACITY, PrefixCache(limit))
     done: list[Task] = []

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gemma_awq_cli.kernels.head import soft_cap
+from gemma_awq_cli.kernels.plain_ops import slot_positions
 from gemma_awq_cli.models.forward.kv_cache import KVCache
 from gemma_awq_cli.models.forward.prefill import FlatBatch, RowChunk
 from gemma_awq_cli.system.arrays import as_tensor
@@ -127,12 +128,3 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, so
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
     return (weights @ v[:, :, None]).flatten(1, 2)
-
-
-def slot_positions(ends: Tensor, slots: int) -> Tensor:
-    """The position that each slot of a ring holds after positions 0 .. ends - 1 were written: [B] -> [B, slots].
-
-    Negative where nothing was written yet.
-    """
-    last = ends[:, None] - 1
-    return last - (last - torch.arange(slots, device=ends.device)) % slots

@@ -8,11 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from gemma_awq_cli.kernels.head import soft_cap
-from gemma_awq_cli.models.forward.cached_attention import slot_positions
+from gemma_awq_cli.kernels.plain_ops import attend_seen, seen_slots
 from gemma_awq_cli.models.forward.device_cache import DeviceCache, make_device_cache
 from gemma_awq_cli.models.forward.step_graph import Recorder
 from gemma_awq_cli.models.forward.torch_layers import LayerOps, Rotary, TextWeights, TorchLayers, head_facts
@@ -53,8 +51,13 @@ class StepTokens:
         )  # fmt: skip
         held = slice(0, min(self.bound, slots))
         keys, values = (part[index][: len(q), :, held] for part in (self.cache.keys, self.cache.values))
-        visible = self._visible(layout.window, slots)[:, None, None, held]
-        return attend_once(q, keys, values, visible, arch.query_scale, arch.attention_softcap)
+        if self.ops.attend_once is not None:
+            return self.ops.attend_once(
+                q, keys, values, self.positions, slots, layout.window or 0, arch.query_scale,
+                arch.attention_softcap or 0.0,
+            )  # fmt: skip
+        visible = self._visible(layout.window, slots)[:, None, None, : keys.shape[2]]
+        return attend_seen(q, keys, values, visible, arch.query_scale, arch.attention_softcap)
 
     def _at(self, slots: int) -> Tensor:
         """Where in a layer of so many slots each token goes: [T]."""
@@ -65,25 +68,8 @@ class StepTokens:
     def _visible(self, window: int | None, slots: int) -> Tensor:
         """Which slots of a layer each token sees: [T, slots] bool."""
         if (window, slots) not in self.visible:
-            held = slot_positions(self.positions + 1, slots)
-            seen = held >= 0
-            if window is not None:
-                seen &= held > self.positions[:, None] - window
-            self.visible[window, slots] = seen
+            self.visible[window, slots] = seen_slots(self.positions, slots, window)
         return self.visible[window, slots]
-
-
-def attend_once(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """One query per row and head: q [T, heads, D], k, v [T, kv_heads, S, D], visible [T, 1, 1, S] -> [T, heads * D].
-
-    The heads that share keys are the queries of one attention over these: keys and values are read once for them all.
-    """
-    grouped = q.unflatten(1, (k.shape[1], -1))  # [T, kv_heads, heads per kv head, D]
-    if softcap is None:
-        mask = visible.expand(-1, -1, grouped.shape[2], -1)
-        return F.scaled_dot_product_attention(grouped, k, v, mask, scale=scale).flatten(1)
-    scores = soft_cap(grouped @ k.transpose(-1, -2) * scale, softcap).masked_fill(~visible, float("-inf"))
-    return (torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ v).flatten(1)
 
 
 class DecodeStep:

@@ -42,7 +42,7 @@ class DeviceCache(KVCache):
         return kept
 
     def _saved(self, part: Any) -> Array:
-        return as_array(part.contiguous())
+        return as_array(part.to("cpu", copy=True).contiguous())
 
     @torch.inference_mode()
     def _restore(self, part: Any, copy: Any) -> None:

@@ -24,7 +24,10 @@ LARGE_STEP = 1024
 
 def fused_ops() -> LayerOps:
     """What a layer computes between its products, in one kernel each; see `step_ops.steps_problem`."""
-    return LayerOps(step_ops.rms_norm, step_ops.add_normed, step_ops.add_and_norm, step_ops.gated, step_ops.place)
+    return LayerOps(
+        step_ops.rms_norm, step_ops.add_normed, step_ops.add_and_norm, step_ops.gated, step_ops.place,
+        step_ops.attend_once,
+    )  # fmt: skip
 
 
 class DeviceText:

@@ -90,7 +90,7 @@ def _on_device(
         head, head_reason = DENSE_HEAD, refused
     kind = torch.device(device).type
     how = "decode steps are recorded as CUDA graphs" if kind == "cuda" else f"on {kind}"
-    problem = steps_problem(text.device, text.dtype)
+    problem = steps_problem(text.device, text.dtype, frozenset(layout.head_dim for layout in arch.layouts))
     between = "Triton kernels of this project" if problem is None else f"PyTorch's kernels (not Triton's: {problem})"
     lines = (f"forward: torch, {how}", f"between products: {between}", *report)
     ops = fused_ops() if problem is None else LayerOps()

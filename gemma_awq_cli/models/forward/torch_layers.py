@@ -95,6 +95,7 @@ class LayerOps:
     )
     gated: Callable[[Tensor], Tensor] = plain_ops.gated
     place: Callable[..., Tensor] = plain_ops.place
+    attend_once: Callable[..., Tensor] | None = None  # None: `plain_ops.attend_seen`, whose masks layers share
 
 
 class Tokens(Protocol):

@@ -93,9 +93,12 @@ def test_recorded_steps_replay_what_they_computed(kind: str, checkpoints: Callab
     assert apart(found, expected).max() < 1e-3
 
 
-# Kernels of a step per layer, of which the four linears are one each.
-@pytest.mark.parametrize(("kind", "most"), [("gemma", 10), ("gemma2", 17), ("gemma3_text", 10)])
-def test_a_step_starts_few_kernels(kind: str, most: int, checkpoints: Callable[[str], Path]) -> None:
+@pytest.mark.parametrize("kind", ["gemma", "gemma2", "gemma3_text"])
+def test_a_step_starts_few_kernels(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    """Ten operations per layer: four products, attention, and one for each thing between them.
+
+    Attention and a product whose inputs are split are two kernels each.
+    """
     folder = checkpoints(kind)
     layers = Checkpoint(folder).layers
     with fake_device(capability=(9, 0)) as device:
@@ -107,8 +110,8 @@ def test_a_step_starts_few_kernels(kind: str, most: int, checkpoints: Callable[[
         session.next_logits([[4], [5]])
         counts = [sum(device.launches.values()), device.launches["place"], device.launches["gated"]]
     assert counts[1:] == [layers, layers]
-    outside = 55  # of the layers: inputs, angles, masks, head, the likeliest token
-    assert counts[0] <= most * layers + outside
+    outside = 35  # of the layers: inputs, angles, masks, head, the likeliest token
+    assert counts[0] <= 10 * layers + outside
 
 
 @pytest.mark.parametrize("name", ["cpu", "cuda"])
