@@ -22,7 +22,10 @@ from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.serve.prefix_cache import WORTH_KEEPING, PrefixCache
 
 LEAST_PROMPT_TOKENS = 16  # of new prompts in a step, however slow they are
-STRETCH = 1.0  # how much longer than without new prompts a step may take: 1 is twice as long
+MEASURED_FOR = 64  # steps, after which one without new prompts is measured again
+# How much longer than without new prompts a step may take: 1 is twice as long. Between these, the rows that read and
+# those that generate share the time as their numbers are: if most rows wait for their first token, that comes first.
+LEAST_STRETCH, MOST_STRETCH = 1.0, 4.0
 _SMOOTHING = 0.1  # weight of the newest measurement
 
 
@@ -52,7 +55,8 @@ class Task:
     on_done: called when the row has ended by itself or has failed. shared: its prompt, if other tasks have the same.
     cached_tokens: how many tokens of the prompt it did not have to read. cancelled: set by whoever no longer wants it;
     the next step drops it. error: why it failed. keep_at: after how many tokens its state is worth keeping for others.
-    begun: whether its slot of the session holds anything of it. drafts: of its tokens, while it runs alone.
+    begun: whether its slot of the session holds anything of it. turn: how many tasks had a row before it. drafts: of
+    its tokens, while it runs alone.
     """
 
     row: Row
@@ -60,6 +64,7 @@ class Task:
     on_done: Callable[["Task"], None]
     shared: SharedPrompt | None = None
     begun: bool = False
+    turn: int = 0
     cancelled: bool = False
     cached_tokens: int = 0
     error: Exception | None = None
@@ -90,7 +95,10 @@ class Scheduler:
         self._cache = cache
         self.capacity = capacity
         self.waiting: deque[Task] = deque()
-        self._decode_seconds = 0.0  # of a step without new prompts
+        self._turns = 0
+        self._steps = 0
+        self._decode_seconds: dict[int, float] = {}  # of a step without new prompts, by how many rows generate
+        self._measured_at: dict[int, int] = {}  # the steps in which they were measured
         self._prompt_seconds = 0.0  # of one prompt token beyond that
 
     @property
@@ -123,7 +131,9 @@ class Scheduler:
         """Give free rows to tasks that wait, in their order, and begin those whose prompt nobody else is reading."""
         for index, slot in enumerate(self._slots):
             if slot is None and self.waiting:
-                self._slots[index] = self.waiting.popleft()
+                admitted = self._slots[index] = self.waiting.popleft()
+                admitted.turn = self._turns
+                self._turns += 1
         for index, task in enumerate(self._slots):
             if task is None or task.begun:
                 continue
@@ -160,40 +170,45 @@ class Scheduler:
 
     def _next_tokens(self) -> list[Sequence[int]]:
         """The tokens that each row reads in this step."""
-        decoding = any(task is not None and not task.prefilling for task in self._slots)
-        if decoding and self.running == 1:
-            (alone,) = (task for task in self._slots if task is not None)
+        running = [(index, task) for index, task in enumerate(self._slots) if task is not None]
+        generating = [(index, task) for index, task in running if not task.prefilling]
+        reading = [(index, task) for index, task in running if task.prefilling]
+        tokens: list[Sequence[int]] = [[] for _ in self._slots]
+        if generating and len(running) == 1:
+            ((_, alone),) = generating
             alone.drafts.guess(alone.row, self._session)
-        left = self._prompt_budget() if decoding else CHUNK
-        tokens: list[Sequence[int]] = []
-        for index, task in enumerate(self._slots):
-            if task is None:
-                tokens.append([])
-                continue
-            if not task.prefilling:
-                tokens.append([*task.unread, *task.drafts.draft])
-                continue
+        for index, task in generating:
+            tokens[index] = [*task.unread, *task.drafts.draft]
+        left = self._prompt_budget(len(generating), len(reading)) if generating else CHUNK
+        for index, task in sorted(reading, key=lambda one: one[1].turn):  # whoever came first is not overtaken
             count = min(left, len(task.unread))
             if task.keep_at is not None:  # stop there once, to keep that state
                 count = min(count, task.keep_at - self._session.length(index))
             left -= count
-            tokens.append(task.unread[:count])
+            tokens[index] = task.unread[:count]
         return tokens
 
-    def _prompt_budget(self) -> int:
-        """How many prompt tokens lengthen a step by STRETCH of its time at most."""
+    def _prompt_budget(self, generating: int, reading: int) -> int:
+        """How many prompt tokens a step may read beside so many rows that generate, while so many have prompts left."""
+        if self._steps - self._measured_at.get(generating, -MEASURED_FOR) >= MEASURED_FOR:
+            return 0  # this step is measured
         if not self._prompt_seconds:
             return LEAST_PROMPT_TOKENS
-        return int(min(CHUNK, max(LEAST_PROMPT_TOKENS, STRETCH * self._decode_seconds / self._prompt_seconds)))
+        stretch = min(MOST_STRETCH, max(LEAST_STRETCH, reading / generating))
+        wanted = stretch * self._decode_seconds[generating] / self._prompt_seconds
+        return int(min(CHUNK, max(LEAST_PROMPT_TOKENS, wanted)))
 
     def _measure(self, tokens: Sequence[Sequence[int]], seconds: float) -> None:
-        prompt = sum(
-            len(new) for new, task in zip(tokens, self._slots, strict=True) if task is not None and task.prefilling
-        )
-        if prompt == 0:
-            self._decode_seconds = _smoothed(self._decode_seconds, seconds)
+        """Learn from a step what its parts cost."""
+        taken = [(new, task) for new, task in zip(tokens, self._slots, strict=True) if task is not None and new]
+        prompt = sum(len(new) for new, task in taken if task.prefilling)
+        generating = sum(not task.prefilling for _, task in taken)
+        self._steps += 1
+        if not prompt:
+            self._decode_seconds[generating] = _smoothed(self._decode_seconds.get(generating, 0.0), seconds)
+            self._measured_at[generating] = self._steps
         else:
-            alone = self._decode_seconds if any(task and not task.prefilling for task in self._slots) else 0.0
+            alone = self._decode_seconds.get(generating, 0.0)
             self._prompt_seconds = _smoothed(self._prompt_seconds, max(0.0, seconds - alone) / prompt)
 
     def _deliver(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], logits: Logits) -> None:

@@ -20,7 +20,7 @@ from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_layers import TextWeights
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.serve.prefix_cache import PrefixCache
-from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
+from gemma_awq_cli.serve.scheduler import LEAST_PROMPT_TOKENS, MEASURED_FOR, Scheduler, SharedPrompt, Task
 
 CAPACITY = 96
 
@@ -137,6 +137,48 @@ def test_a_row_that_runs_alone_is_drafted(opened: OpenModel) -> None:
         pass
     assert tasks[0].row.completion.accepted_tokens == 9
     assert [task.row.completion.tokens for task in tasks] == [alone.tokens] * 2
+
+
+def test_prompts_are_read_in_the_order_in_which_they_came(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a later one has an earlier row, which another task has left."""
+    engine = LocalEngine(opened)
+    session = opened.session(3, CAPACITY)
+    assert isinstance(session, CachedSession)
+    scheduler = Scheduler(session, 3, CAPACITY, PrefixCache(0))
+    monkeypatch.setattr(scheduler, "_prompt_budget", lambda *_: 4)
+    long = [2, *range(10, 60)]
+    short, first, generating, second = (
+        task_of(engine, 1, ids, limit, lambda task: None)
+        for ids, limit in (([2, 5], 3), (long, 4), ([2, 7], 40), ([2, 9, *long[2:]], 4))
+    )
+    scheduler.waiting.extend([short, generating])
+    scheduler.step()
+    scheduler.waiting.extend([first, second])  # the latter gets the row of the short one
+    while first.prefilling:
+        assert second.turn == 0 or len(second.unread) == 51
+        assert scheduler.step()
+    assert second.turn == 3
+    while scheduler.step():
+        pass
+    wanted = engine.complete([second.row.ids], GenerationOptions(4, sampling_of(1)), numbers=[1])[0]
+    assert second.row.completion.tokens == wanted.tokens
+
+
+def test_rows_that_wait_for_their_first_token_get_their_share_of_the_time(opened: OpenModel) -> None:
+    session = opened.session(1, CAPACITY)
+    assert isinstance(session, CachedSession)
+    scheduler = Scheduler(session, 1, CAPACITY, PrefixCache(0))
+    assert scheduler._prompt_budget(4, 4) == 0  # the first step of so many rows is measured without new prompts
+    scheduler._decode_seconds, scheduler._measured_at = {4: 0.05}, {4: 1}
+    assert scheduler._prompt_budget(4, 4) == LEAST_PROMPT_TOKENS  # no prompt was measured yet
+    scheduler._prompt_seconds = 0.001
+    assert scheduler._prompt_budget(4, 1) == 50  # a step takes twice as long
+    assert scheduler._prompt_budget(4, 8) == 100  # two thirds of its time are for two thirds of the rows
+    assert scheduler._prompt_budget(4, 99) == 200
+    scheduler._decode_seconds[4] = 0.001
+    assert scheduler._prompt_budget(4, 1) == LEAST_PROMPT_TOKENS
+    scheduler._steps = 1 + MEASURED_FOR  # the figures are old
+    assert scheduler._prompt_budget(4, 1) == 0
 
 
 def test_a_shared_prompt_outlives_its_reader(opened: OpenModel, monkeypatch: pytest.MonkeyPatch) -> None:
