@@ -557,7 +557,13 @@ class Forward {
 
     std::vector<Tile> tiles_of(const LayerSpec& l) {
         const int64_t shared = l.heads / l.kv_heads;
-        const int64_t heads = std::min<int64_t>(shared, MAX_QUERIES);  // that read the same keys at once, in each tile
+        int64_t heads = std::min<int64_t>(shared, MAX_QUERIES), met = 0;  // heads that read the same keys, in each tile
+        for (int64_t p = 0; p < nchunks; p++) {
+            const int64_t last = chunks[p].start + b.queries[p].first + b.queries[p].count - 1;
+            if (b.queries[p].count)
+                met += l.kv_heads * b.queries[p].count * (last / KEY_BLOCK + 1 - oldest(l, last) / KEY_BLOCK);
+        }
+        while (heads > 1 && met * (shared / heads) < 2 * pool.threads()) heads = (heads + 1) / 2;  // work for all threads
         const int64_t step = MAX_QUERIES / heads;
         std::vector<Tile> tiles;
         for (int64_t p = 0; p < nchunks; p++) {
