@@ -17,7 +17,8 @@ from tests.conftest import quantize_arguments
 
 PACKAGE = ROOT / "gemma_awq_cli"
 # Beside these, every module can be imported without any extra.
-NEED_EXTRAS = ("gemma_awq_cli.serve.", "gemma_awq_cli.bench.lm_eval_model")
+# triton comes with the torch of GPUs, or with autoawq
+NEED_EXTRAS = ("gemma_awq_cli.serve.", "gemma_awq_cli.bench.lm_eval_model", "gemma_awq_cli.kernels.triton_")
 
 
 class Run(Protocol):
