@@ -3,6 +3,7 @@
 import os
 import signal
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ THREADS = 1
 torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums repeat only for as many
 SLOW = 8.0  # seconds from which on a test should be marked so
+TIMES = {"demo": 60.0, "slow": 8.0}  # roughly, of a test with such a marker
 FUZZ = Path(__file__).parent / "fuzz"
 FAMILIES = sorted(CONFIGS)
 
@@ -35,9 +37,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the fuzzer's tests, and put the files that take longest first: a long one at the end keeps one core busy."""
+    seconds: Counter[Path] = Counter()
     for item in items:
         if item.path.is_relative_to(FUZZ):
             item.add_marker(pytest.mark.slow)
+        seconds[item.path] += next((time for name, time in TIMES.items() if item.get_closest_marker(name)), 0.1)
+    items.sort(key=lambda item: -seconds[item.path])  # stable: a file's tests stay in their order
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -19,7 +19,7 @@ from gemma_awq_cli.generate.draft_choice import BeginDraft, nothing, open_drafts
 from gemma_awq_cli.generate.generation import Completion, GenerationOptions
 from gemma_awq_cli.generate.local_engine import LocalEngine
 from gemma_awq_cli.generate.request import LOOKUP
-from gemma_awq_cli.generate.sampler import Sampler
+from gemma_awq_cli.generate.sampler import Largest, Sampler
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.session import Logits
@@ -61,8 +61,8 @@ def written(opened: OpenModel, begin: BeginDraft, text: DraftText, tokens: int) 
             super().__init__(*args)
             self._left = list(answer)
 
-        def sample(self, logits: Logits) -> int:
-            super().sample(logits)
+        def sample(self, logits: Logits, leading: Largest | None = None) -> int:
+            super().sample(logits, leading)
             return self._left.pop(0)
 
     engine = LocalEngine(opened, 1, begin_draft=begin, make_sampler=Given)

@@ -3,7 +3,7 @@
 It knows a model by its sessions only.
 """
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,13 +14,13 @@ from gemma_awq_cli.generate.draft_choice import BeginDraft, exact_lookup
 from gemma_awq_cli.generate.drafting import Drafter, matching
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, Row, TokenLogprobs
 from gemma_awq_cli.generate.generation_config import context_of, end_tokens
-from gemma_awq_cli.generate.sampler import Sampler, largest, logsumexp
+from gemma_awq_cli.generate.sampler import Largest, Sampler, largest, logsumexp
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import Mark, SavedRow
 from gemma_awq_cli.models.forward.loading import OpenModel
 from gemma_awq_cli.models.forward.memory import memory_errors
-from gemma_awq_cli.models.forward.session import Logits, Session
+from gemma_awq_cli.models.forward.session import Leading, Logits, Session
 
 KEPT_TOKENS = 512  # the least room, in tokens, of a session that is kept for further turns
 SMALLER = "Use fewer tokens (--max-new-tokens, a shorter prompt), fewer prompts at once (--batch-size), or 4 bits."
@@ -95,16 +95,21 @@ class Drafts:
             # one token more comes from the logits behind the draft
             self.draft = self._drafter.draft(row.limit - len(row.completion.tokens) - 1)
 
-    def check(self, row: Row, sampler: Sampler, logits: Logits) -> list[int]:
+    def check(self, row: Row, sampler: Sampler, logits: Logits, leading: Leading | None) -> list[int]:
         """Sample the row's next tokens from logits [1 + drafted, V] float32, as long as they are those of the draft.
 
-        Each token is chosen as without a draft, from the same logits with the same random numbers. Returns the tokens;
-        all but the last have been read now, and the rest of the draft has to be taken back.
+        leading: of these logits, as many as the sampler wants, or None; see `leading_logits`. Each token is chosen as
+        without a draft, from the same logits with the same random numbers. Returns the tokens; all but the last have
+        been read now, and the rest of the draft has to be taken back.
         """
         taken: list[int] = []
         for place, row_logits in enumerate(logits):
-            require_finite_logits(row_logits)
-            taken.append(take_next(row, sampler, row_logits))
+            if leading is None:
+                require_finite_logits(row_logits)
+            elif leading.tokens[place, 0] < 0:
+                raise _not_finite()
+            found = None if leading is None else (leading.values[place], leading.tokens[place])
+            taken.append(take_next(row, sampler, row_logits, found))
             if row.done or (place < len(self.draft) and taken[-1] != self.draft[place]):
                 break
         if self._drafter is not None:
@@ -123,9 +128,9 @@ class Slot:
     unread: Sequence[int]
     drafts: Drafts
 
-    def advance(self, logits: Logits) -> list[int]:
-        """Sample the row's next tokens from logits [1 + drafted, V] float32; return those that it has read now."""
-        taken = self.drafts.check(self.row, self.sampler, logits)
+    def advance(self, logits: Logits, leading: Leading | None) -> list[int]:
+        """Sample the row's next tokens; return those that it has read now. logits, leading: see `Drafts.check`."""
+        taken = self.drafts.check(self.row, self.sampler, logits, leading)
         read = [*self.unread, *taken[:-1]]
         self.unread = taken[-1:]
         return read
@@ -297,7 +302,11 @@ def _read_next(session: Session, slots: Sequence[Slot | None]) -> list[list[int]
         if found is not None:
             return [slot.take(token) for slot, token in zip(taken, found, strict=True)]
     logits = session.next_logits(unread)
-    return [slot.advance(logits[place : place + 1]) for place, slot in enumerate(taken)]
+    leading = leading_logits(session, logits, [slot.sampler for slot in taken])
+    return [
+        slot.advance(logits[place : place + 1], None if leading is None else leading.rows(place, place + 1))
+        for place, slot in enumerate(taken)
+    ]
 
 
 def _read_drafted(session: CachedSession, index: int, rows: int, slot: Slot) -> list[int]:
@@ -307,15 +316,23 @@ def _read_drafted(session: CachedSession, index: int, rows: int, slot: Slot) -> 
         [tokens if place == index else [] for place in range(rows)],
         [count if place == index else 0 for place in range(rows)],
     )
-    read = slot.advance(logits)
+    read = slot.advance(logits, leading_logits(session, logits, [slot.sampler]))
     if len(read) < len(tokens):
         session.shorten_row(index, session.length(index) - len(tokens) + len(read))
     return read
 
 
-def take_next(row: Row, sampler: Sampler, logits: Logits) -> int:
-    """Sample the row's next token from logits [V] float32, append and return it."""
-    token = sampler.sample(logits)
+def leading_logits(session: Session, logits: Logits, samplers: Iterable[Sampler]) -> Leading | None:
+    """The largest of logits [R, V], as many as one of the samplers wants. None if each looks for its own."""
+    count = max((sampler.leading for sampler in samplers), default=0)
+    if not count or not isinstance(session, CachedSession):
+        return None
+    return session.leading(logits, min(count, logits.shape[1]))
+
+
+def take_next(row: Row, sampler: Sampler, logits: Logits, leading: Largest | None) -> int:
+    """Sample the row's next token from logits [V] float32, append and return it. leading: see `Sampler.sample`."""
+    token = sampler.sample(logits, leading)
     if row.logprobs is not None:
         row.completion.logprobs.append(token_logprobs(logits, token, row.logprobs))
     row.take(token)

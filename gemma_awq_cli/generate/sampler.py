@@ -11,19 +11,19 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from gemma_awq_cli.generate.sampling import Sampling, row_seed
-from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.models.forward.session import Logits, Tokens
 
 COLDEST = 1e-30  # a lower temperature would turn float32 logits into infinities
 # A nucleus nearly always lies within the first of these numbers of tokens, or else within the second. If it does not,
 # all are sorted.
 FIRST_CANDIDATES, MORE_CANDIDATES = 1024, 16384
 _LEAST = float(np.finfo(np.float32).tiny)  # of a nucleus: the likeliest token is always in it
+MOST_LEADING = 1024  # of a row's largest logits that a session is asked for
 FOLDS = 64  # into which a vocabulary is folded to find a bound of its largest scores
 
-Tokens = npt.NDArray[np.int64]
+Largest = tuple[Logits, Tokens]  # numbers [C] in descending order, equal ones by token, and their tokens [C]
 
 
 class Constraint(Protocol):
@@ -55,19 +55,30 @@ class Sampler:
         self._generated: Counter[int] = Counter()
         self._random = random.Random(None if sampling.seed is None else row_seed(sampling.seed, row))
 
-    def sample(self, logits: Logits) -> int:
-        """Return the next token of the row from its logits [V] float32, which stay as they are."""
-        token = self._draw(self._adjusted(logits))
+    def sample(self, logits: Logits, leading: Largest | None = None) -> int:
+        """Return the next token of the row from its logits [V] float32, which stay as they are.
+
+        leading: their `self.leading` largest or more, if they are known, as `largest` returns them.
+        """
+        token = self._draw(self._adjusted(logits), leading if self.leading else None)
         self.take(token)
         return token
 
     @property
-    def takes_likeliest(self) -> bool:
-        """Whether the next token is the one with the largest logit, whatever came before."""
+    def leading(self) -> int:
+        """From how many of the largest logits the next token is chosen, whatever came before; 0 if others count too."""
         sampling = self._sampling
         changed = sampling.logit_bias or sampling.repetition_penalty
         changed = changed or sampling.presence_penalty or sampling.frequency_penalty
-        return sampling.greedy and not changed and self._constraint is None
+        if changed or self._constraint is not None:
+            return 0
+        count = 1 if sampling.greedy else sampling.top_k or 0
+        return count if count <= MOST_LEADING else 0
+
+    @property
+    def takes_likeliest(self) -> bool:
+        """Whether the next token is the one with the largest logit, whatever came before."""
+        return self._sampling.greedy and self.leading == 1
 
     def take(self, token: int) -> None:
         """Take notice of the row's next token."""
@@ -87,17 +98,17 @@ class Sampler:
             logits = reduced(logits, self._generated, sampling.presence_penalty, sampling.frequency_penalty)
         return logits if self._constraint is None else self._constraint.mask(logits)
 
-    def _draw(self, logits: Logits) -> int:
+    def _draw(self, logits: Logits, leading: Largest | None) -> int:
         if self._sampling.greedy:
-            return int(logits.argmax())
-        weights, tokens = distribution(logits, self._sampling)
+            return int(logits.argmax() if leading is None else leading[1][0])
+        weights, tokens = distribution(logits, self._sampling, leading)
         sums = weights.cumsum(dtype=np.float64)
         point = self._random.random() * sums[-1]
         place = min(int(np.searchsorted(sums, point, side="right")), len(sums) - 1)
         return place if tokens is None else int(tokens[place])
 
 
-def largest(scores: Logits, count: int) -> tuple[Logits, Tokens]:
+def largest(scores: Logits, count: int) -> Largest:
     """Return the `count` largest scores in descending order, all if there are fewer, and their tokens."""
     count = min(count, len(scores))
     columns = len(scores) // FOLDS
@@ -138,14 +149,16 @@ def penalized(logits: Logits, previous: Collection[int], penalty: float) -> Logi
     return lowered
 
 
-def distribution(logits: Logits, sampling: Sampling) -> tuple[Logits, Tokens | None]:
+def distribution(logits: Logits, sampling: Sampling, leading: Largest | None = None) -> tuple[Logits, Tokens | None]:
     """Return the weights [C] of the candidate tokens, which need not sum to 1, and their token ids [C].
 
-    logits: [V] float32. The ids are None if every token of the vocabulary is a candidate, in order.
+    logits: [V] float32; leading: their top_k largest or more, if they are known and there is a top_k. The ids are None
+    if every token of the vocabulary is a candidate, in order.
     """
     top_p = sampling.top_p if sampling.top_p is not None and sampling.top_p < 1 else None
     if sampling.top_k:
-        found, tokens = largest(logits, sampling.top_k)
+        found, tokens = leading or largest(logits, sampling.top_k)
+        found, tokens = found[: sampling.top_k], tokens[: sampling.top_k]
         weights = softmax(tempered(found, sampling))
     elif top_p is not None or sampling.min_p:
         scores = tempered(logits, sampling)

@@ -13,12 +13,12 @@ from dataclasses import dataclass, field
 
 from gemma_awq_cli.generate.draft_choice import exact_lookup
 from gemma_awq_cli.generate.generation import Row
-from gemma_awq_cli.generate.local_engine import Drafts, needed_room
+from gemma_awq_cli.generate.local_engine import Drafts, leading_logits, needed_room
 from gemma_awq_cli.generate.sampler import Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
 from gemma_awq_cli.models.forward.kv_cache import SavedRow
 from gemma_awq_cli.models.forward.prefill import CHUNK
-from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.models.forward.session import Leading, Logits
 from gemma_awq_cli.serve.prefix_cache import WORTH_KEEPING, PrefixCache
 
 LEAST_PROMPT_TOKENS = 16  # of new prompts in a step, however slow they are
@@ -166,7 +166,7 @@ class Scheduler:
         task.cached_tokens = saved.length
         task.row.begin(0)
         shared.used()
-        self._take(index, task, logits)
+        self._take(index, task, logits, None)
 
     def _next_tokens(self) -> list[Sequence[int]]:
         """The tokens that each row reads in this step."""
@@ -213,14 +213,17 @@ class Scheduler:
 
     def _deliver(self, tokens: Sequence[Sequence[int]], wanted: Sequence[int], logits: Logits) -> None:
         """Sample for the rows that have logits, and free those that are done."""
+        samplers = [task.sampler for task, count in zip(self._slots, wanted, strict=True) if task is not None and count]
+        leading = leading_logits(self._session, logits, samplers)
         place = 0
         for index, task in enumerate(self._slots):
             if task is None:
                 continue
-            row_logits = logits[place : place + wanted[index]]
-            place += wanted[index]
+            last = place + wanted[index]
+            own = None if leading is None else leading.rows(place, last)
             with self._own_failure(index, task):
-                self._advance(index, task, len(tokens[index]), row_logits)
+                self._advance(index, task, len(tokens[index]), logits[place:last], own)
+            place = last
 
     @contextmanager
     def _own_failure(self, index: int, task: Task) -> Iterator[None]:
@@ -232,8 +235,11 @@ class Scheduler:
             task.error = error
             task.on_done(task)
 
-    def _advance(self, index: int, task: Task, read: int, logits: Logits) -> None:
-        """Bring a task forward that has read some tokens. logits: [1 + drafted, V] after the last of them, or none."""
+    def _advance(self, index: int, task: Task, read: int, logits: Logits, leading: Leading | None) -> None:
+        """Bring a task forward that has read some tokens.
+
+        logits: [1 + drafted, V] after the last of them, or none; leading: of these, or None.
+        """
         task.unread = task.unread[read:]
         if task.keep_at is not None and self._session.length(index) == task.keep_at:
             self._cache.add(task.row.ids, self._session.save_row(index))
@@ -244,12 +250,12 @@ class Scheduler:
             if task.shared.left > 1:
                 task.shared.read = self._session.save_row(index), logits.copy()
             task.shared.used()
-        self._take(index, task, logits)
+        self._take(index, task, logits, leading)
 
-    def _take(self, index: int, task: Task, logits: Logits) -> None:
-        """Sample a task's next tokens from logits [1 + drafted, V]."""
+    def _take(self, index: int, task: Task, logits: Logits, leading: Leading | None) -> None:
+        """Sample a task's next tokens. logits, leading: see `Drafts.check`."""
         drafted = len(task.drafts.draft)
-        taken = task.drafts.check(task.row, task.sampler, logits)
+        taken = task.drafts.check(task.row, task.sampler, logits, leading)
         task.unread = taken[-1:]
         if (wrong := drafted - len(taken) + 1) > 0:
             self._session.shorten_row(index, self._session.length(index) - wrong)

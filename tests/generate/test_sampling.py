@@ -115,6 +115,38 @@ def test_a_constraint_bounds_every_draw_and_is_told_it(sampling: Sampling) -> No
     assert constraint.taken == drawn
 
 
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(temperature=0),
+        Sampling(temperature=0, repetition_penalty=1.5),
+        Sampling(temperature=0, logit_bias=((40, 9.0),)),
+        Sampling(temperature=0.7, top_k=20, seed=3),
+        Sampling(temperature=2.0, top_k=64, top_p=0.95, min_p=0.01, seed=3),
+        Sampling(temperature=2.0, top_k=500, frequency_penalty=0.5, seed=3),
+        Sampling(temperature=2.0, top_k=4000, seed=3),
+        Sampling(temperature=2.0, seed=3),
+    ],
+)
+@pytest.mark.parametrize("constraint", [None, FewTokens(4, 9)])
+def test_draws_are_the_same_if_the_largest_logits_are_known(sampling: Sampling, constraint: FewTokens | None) -> None:
+    rng = np.random.default_rng(5)
+    alone, told = (Sampler(sampling, 0, [40, 41], constraint) for _ in range(2))
+    known = max(100, told.leading)  # another row may want more
+    for logits in rng.standard_normal((20, 5000)).astype(np.float32) * 3:
+        assert alone.sample(logits) == told.sample(logits, largest(logits, known))
+
+
+def test_what_may_change_any_logit_is_not_chosen_from_the_largest() -> None:
+    plain = Sampling(temperature=1.0, top_k=64, top_p=0.95)
+    assert Sampler(plain, 0, ()).leading == 64
+    assert Sampler(Sampling(temperature=0), 0, ()).leading == 1
+    assert Sampler(plain, 0, (), FewTokens(1)).leading == 0
+    for changed in ({"repetition_penalty": 1.1}, {"presence_penalty": 0.1}, {"frequency_penalty": 0.1},
+                    {"logit_bias": ((1, 1.0),)}, {"top_k": None}, {"top_k": 5000}):  # fmt: skip
+        assert Sampler(replace(plain, **changed), 0, ()).leading == 0  # type: ignore[arg-type]
+
+
 def test_draws_follow_the_distribution() -> None:
     logits = np.array([0.0, 1.0, 2.0, -1.0], np.float32)
     sampler = Sampler(Sampling(temperature=1.0, top_k=3, seed=4), 0, ())

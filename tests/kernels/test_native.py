@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -18,7 +19,8 @@ from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native import structures
 from gemma_awq_cli.kernels.native.library import LayoutMismatchError, Library, Unavailable
-from gemma_awq_cli.system.arrays import as_array, as_tensor
+from gemma_awq_cli.models.forward.session import Logits, Tokens
+from gemma_awq_cli.system.arrays import address, as_array, as_tensor
 from tests.kernels.test_kernels import packed_weight
 
 
@@ -420,3 +422,35 @@ def test_a_library_of_other_sources_is_not_taken(
     assert native_library.build_key(["/bin/sh"]) == before
     (sources / "pool.h").write_text("// changed\n")
     assert native_library.build_key(["/bin/sh"]) != before
+
+
+@pytest.mark.parametrize("entries", [1, 127, 128, 1000, 70_001])
+@pytest.mark.parametrize("count", [1, 3, 64, 1000])
+def test_the_largest_logits_are_those_that_numpy_finds(library: Library, entries: int, count: int) -> None:
+    """Equal ones in the order of their tokens, from vocabularies of less than a stretch to many pieces."""
+    count = min(count, entries)
+    rng = np.random.default_rng(entries + count)
+    smooth = rng.standard_normal((2, entries))
+    logits = np.stack([*smooth, np.round(smooth[0] * 3), np.zeros(entries), np.sort(smooth[1])]).astype(np.float32)
+    values, tokens = leading(library, logits, count)
+    for row in range(len(logits)):
+        expected = np.lexsort((np.arange(entries), -logits[row]))[:count]
+        assert tokens[row].tolist() == expected.tolist()
+        assert values[row].tolist() == logits[row][expected].tolist()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [0, 17, 127, 128, 998, 999])
+def test_a_row_with_a_logit_that_is_not_finite_has_no_largest(library: Library, bad: float, place: int) -> None:
+    logits = np.random.default_rng(1).standard_normal((3, 1000)).astype(np.float32)
+    logits[1, place] = bad
+    _, tokens = leading(library, logits, 5)
+    assert tokens[1, 0] == -1
+    for row in (0, 2):
+        assert tokens[row].tolist() == np.argsort(-logits[row], kind="stable")[:5].tolist()
+
+
+def leading(library: Library, logits: Logits, count: int) -> tuple[Logits, Tokens]:
+    values, tokens = np.empty((len(logits), count), np.float32), np.empty((len(logits), count), np.int32)
+    library.leading(address(logits), *logits.shape, count, address(values), address(tokens), 3)
+    return values, tokens

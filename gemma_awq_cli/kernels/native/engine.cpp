@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "by_input.h"
 #include "experts.h"
+#include "leading.h"
 #include "norm.h"
 #include "pack.h"
 #include "per_layer.h"
@@ -735,6 +736,13 @@ void gaq_forward(const ModelSpec* model, const CacheSpec* cache, const ChunkSpec
                  const int32_t* ids, int64_t tokens, const int64_t* wanted, float* logits, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
     Forward(*model, pool_of(threads), *cache, chunks, nchunks, ids, tokens).run(wanted, logits);
+}
+
+// See leading.h.
+void gaq_leading(const float* logits, int64_t rows, int64_t entries, int64_t count, float* values, int32_t* tokens,
+                 int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    leading(pool_of(threads), logits, rows, entries, count, values, tokens);
 }
 
 // Asks for large pages for weights that are not written yet: a token reads all of them once, page by page.

@@ -60,6 +60,7 @@ class Library:
         self.sources: str = handle.gaq_sources().decode()
         self.forward = handle.gaq_forward
         self.large_pages = handle.gaq_large_pages
+        self.leading = handle.gaq_leading
         self.linear = handle.gaq_linear
         self.pack_awq = handle.gaq_pack_awq
         self.quantize = handle.gaq_quantize

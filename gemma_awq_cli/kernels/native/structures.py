@@ -153,6 +153,7 @@ ARGUMENTS = {
         c_void_p, Int32,
     ),
     "gaq_large_pages": (c_void_p, Int64),
+    "gaq_leading": (c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_linear": (POINTER(LinearSpec), c_void_p, Int64, c_void_p, Int32),
     "gaq_pack_awq": (Int32, c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),

@@ -6,7 +6,7 @@ from typing import Any
 
 from gemma_awq_cli.models.forward.kv_cache import KVCache, Mark, SavedRow
 from gemma_awq_cli.models.forward.prefill import FlatBatch, flat_batches
-from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.models.forward.session import Leading, Logits
 
 
 class CachedSession(ABC):
@@ -47,6 +47,10 @@ class CachedSession(ABC):
 
         None, and nothing is read, if the session computes where its logits are read anyway.
         """
+        return None
+
+    def leading(self, logits: Logits, count: int) -> Leading | None:
+        """The `count` largest of each row of logits [R, V] that came from this session; None if it is not faster."""
         return None
 
     def reset_row(self, row: int) -> None:

@@ -11,7 +11,7 @@ from gemma_awq_cli.models.forward.kv_cache import KVCache, make_cache
 from gemma_awq_cli.models.forward.kv_kinds import KV_16BIT, KV_INT8
 from gemma_awq_cli.models.forward.native_weights import MANY_TOKENS, NativeText
 from gemma_awq_cli.models.forward.prefill import FlatBatch
-from gemma_awq_cli.models.forward.session import Logits
+from gemma_awq_cli.models.forward.session import Leading, Logits
 from gemma_awq_cli.system.arrays import BFLOAT16, address
 from gemma_awq_cli.system.threads import thread_count
 
@@ -52,6 +52,16 @@ class NativeSession(CachedSession):
         if self._torch is not None and sum(map(len, tokens)) >= MANY_TOKENS:
             return self._torch.last_logits(tokens, counts)
         return super().last_logits(tokens, counts)
+
+    def leading(self, logits: Logits, count: int) -> Leading:
+        """See `CachedSession.leading`."""
+        logits = np.ascontiguousarray(logits)
+        rows, vocabulary = logits.shape
+        found = Leading(np.empty((rows, count), np.float32), np.empty((rows, count), np.int32))
+        self._text.library.leading(
+            address(logits), rows, vocabulary, count, address(found.values), address(found.tokens), thread_count()
+        )
+        return found
 
     def _logits(self, parts: list[Logits]) -> Logits:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)

@@ -4,12 +4,28 @@
 """
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Logits = npt.NDArray[np.float32]
+Tokens = npt.NDArray[np.integer[Any]]
+
+
+class Leading(NamedTuple):
+    """The largest of some rows' logits.
+
+    values: [R, C] float32 in descending order, equal ones by token; tokens: [R, C]. The first token of a row with a
+    logit that is not finite is -1, and the rest of that row means nothing.
+    """
+
+    values: Logits
+    tokens: Tokens
+
+    def rows(self, first: int, last: int) -> "Leading":
+        """Those of the rows from `first` to before `last`."""
+        return Leading(self.values[first:last], self.tokens[first:last])
 
 
 class Session(Protocol):
