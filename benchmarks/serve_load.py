@@ -7,8 +7,8 @@
 decode: a closed loop, in which each of N clients sends its next request when its last is answered, with short prompts
 and answers of one length: total throughput of 1 and of 16 streams. open: requests of mixed lengths arrive as a Poisson
 process of R per second whether or not earlier ones are answered: what users see. soak: many requests of clients of whom
-some vanish in mid-stream, with the server's memory over time; afterwards some are asked again alone, and each answer
-must be the same.
+some vanish in mid-stream, with the memory of the server and of its prefix cache over time; afterwards some are asked
+again alone, and each answer must be the same.
 
 --serve starts `gemma-awq serve` on a free port, for as long as the load lasts; --llama a llama.cpp server with the
 Python of --llama-python: its own (`xllamacpp`, which has requests answered together) or else llama-cpp-python's
@@ -32,6 +32,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -203,14 +204,15 @@ async def timed(work: Callable[[], Awaitable[list[Answered]]], options: argparse
 async def soak(client: Client, target: Target, options: argparse.Namespace) -> dict[str, Any]:
     """Many requests of which some are left; then some again, alone: each must be answered as before."""
     asked = requests(options, options.requests, seed=-1, vanish=options.vanish)
-    memory: list[tuple[float, float]] = []
+    memory: list[tuple[float, float, float | None]] = []
     answers: list[Answered] = []
     started = time.perf_counter()
     step = max(1, len(asked) // 50)
     for first in range(0, len(asked), step):
         answers += await closed_loop(client, asked[first : first + step], options.soak_streams)
         if target.pid is not None:
-            memory.append((round(time.perf_counter() - started, 1), resident_mb(target.pid)))
+            seconds = round(time.perf_counter() - started, 1)
+            memory.append((seconds, resident_mb(target.pid), await asyncio.to_thread(prefix_cache_mb, target)))
     result = figures(answers, time.perf_counter() - started, options)
     whole = [answer for answer in answers if answer.outcome == "ok"]
     again = random.Random(options.seed).sample(whole, min(options.compare, len(whole)))
@@ -221,7 +223,7 @@ async def soak(client: Client, target: Target, options: argparse.Namespace) -> d
     lost = len(asked) - sum(answer.outcome in ("ok", "left") for answer in answers)
     # the start: when all rows have been used once
     places = {"start": 1, "quarter": len(memory) // 4, "half": len(memory) // 2, "end": len(memory) - 1}
-    shown = {name: memory[place][1] for name, place in places.items()} if len(memory) > 3 else {}
+    shown = {name: memory[place][1:] for name, place in places.items()} if len(memory) > 3 else {}
     checks = {"lost": lost, "compared": len(again), "different": different}
     return {**result, "memory_mb": shown, "memory_over_time": memory, **checks}
 
@@ -230,6 +232,17 @@ def resident_mb(pid: int) -> float:
     """Memory of a process (Linux)."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
     return next(round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmRSS:"))
+
+
+def prefix_cache_mb(target: Target) -> float | None:
+    """Memory of a server's prefix cache, as its metrics say; None if they do not."""
+    try:
+        with urllib.request.urlopen(target.url.removesuffix("/v1") + "/metrics", timeout=60) as answer:
+            lines = answer.read().decode().splitlines()
+    except OSError:
+        return None
+    found = [line.split()[1] for line in lines if line.startswith("gemma_awq_prefix_cache_bytes ")]
+    return round(float(found[0]) / 2**20, 1) if found else None
 
 
 def show(name: str, result: dict[str, Any]) -> None:
