@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_columns, unpack_weight
-from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, scale_zero
+from gemma_awq_cli.kernels.aten_int4 import scale_zero, shape_refusal
 
 MANY_ROWS = 256
-_ROW_MULTIPLE = 16  # the number of outputs must be a multiple of this
+_OUTPUT_MULTIPLE = 16  # the number of outputs must be a multiple of this
 
 
 class CpuInt4Linear(nn.Module):
@@ -27,12 +27,9 @@ class CpuInt4Linear(nn.Module):
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `PackedLinear.refusal`."""
-        inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
         if device.type != "cpu" or dtype != torch.bfloat16:
             return "it computes in bfloat16 on the CPU only"
-        if outputs % _ROW_MULTIPLE or inputs // weight.scales.shape[0] not in GROUP_SIZES:
-            return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
-        return None
+        return shape_refusal(weight, (_OUTPUT_MULTIPLE, 1))
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()

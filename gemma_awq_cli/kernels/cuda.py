@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, TILE, pack_tiles, scale_zero
+from gemma_awq_cli.kernels.aten_int4 import TILE, pack_tiles, scale_zero, shape_refusal
 from gemma_awq_cli.kernels.known_numbers import problem_with
 
 MANY_ROWS = 64
@@ -32,16 +32,13 @@ class CudaInt4Linear(nn.Module):
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `PackedLinear.refusal`."""
-        inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
         if device.type != "cuda" or torch.version.hip is not None:
             return "it needs an NVIDIA GPU"
         if dtype != torch.bfloat16:
             return "it computes in bfloat16 only"
         if torch.cuda.get_device_capability(device)[0] < 8:
             return "it needs compute capability 8.0 or later"
-        if outputs % TILE[0] or inputs % TILE[1] or inputs // weight.scales.shape[0] not in GROUP_SIZES:
-            return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
-        return _problem(device)
+        return shape_refusal(weight, TILE) or _problem(device)
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()

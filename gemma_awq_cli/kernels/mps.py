@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.kernels.aten_int4 import GROUP_SIZES, TILE, pack_tiles, scale_zero
+from gemma_awq_cli.kernels.aten_int4 import TILE, pack_tiles, scale_zero, shape_refusal
 from gemma_awq_cli.kernels.known_numbers import problem_with
 
 
@@ -23,14 +23,11 @@ class MpsInt4Linear(nn.Module):
     @staticmethod
     def refusal(weight: PackedWeight, device: torch.device, dtype: torch.dtype) -> str | None:
         """See `PackedLinear.refusal`."""
-        inputs, outputs = weight.qweight.shape[0], weight.scales.shape[1]
         if device.type != "mps":
             return "it needs an Apple GPU"
         if dtype != torch.bfloat16:
             return "it computes in bfloat16 only"
-        if outputs % TILE[0] or inputs % TILE[1] or inputs // weight.scales.shape[0] not in GROUP_SIZES:
-            return f"{outputs} outputs in groups of {inputs // weight.scales.shape[0]} do not fit its tiles"
-        return _problem(device)
+        return shape_refusal(weight, TILE) or _problem(device)
 
     def __init__(self, weight: PackedWeight) -> None:
         super().__init__()
