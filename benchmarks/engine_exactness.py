@@ -27,7 +27,7 @@ from gemma_awq_cli.models.forward.session import Session
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("artifact", type=Path)
-    parser.add_argument("--text", nargs="+", default=["embedded"], metavar="TEXT", help="a recipe's name, or a text file")
+    parser.add_argument("--text", nargs="+", default=["embedded"], metavar="TEXT", help="names of recipes, or files")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--heads", nargs="+", choices=HEADS, default=["int4", "int8", "16bit"])
     parser.add_argument("--activations", nargs="+", type=int, choices=(32, 64, 128), default=[32, 64, 128])
