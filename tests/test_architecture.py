@@ -25,6 +25,7 @@ ROOMS = (
     ("fidelity", "generate"),
     ("quantize", "bench", "inspection", "inventory", "export", "serve"),
     ("publish",),
+    ("pages",),
     ("cli",),
 )
 RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row}
