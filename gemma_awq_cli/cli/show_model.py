@@ -8,7 +8,7 @@ import typer
 
 from gemma_awq_cli.cli.console import Output
 from gemma_awq_cli.cli.default_model import last_artifact_folder
-from gemma_awq_cli.cli.options import JsonOption, QuietOption
+from gemma_awq_cli.cli.options import OUTPUT, JsonOption, QuietOption
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.system.saving import local_path
 from gemma_awq_cli.system.sizes import format_bytes
@@ -43,6 +43,7 @@ def command(
         typer.Option(
             "--html",
             help="Write its report, and its bench if that was saved, as an HTML page (extra `report`).",
+            rich_help_panel=OUTPUT,
         ),
     ] = False,
     output: Annotated[
@@ -53,6 +54,7 @@ def command(
             help="Where to write the page.  [default: the artifact's name and .html]",
             metavar="FILE.html",
             show_default=False,
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     as_json: JsonOption = False,
