@@ -23,6 +23,7 @@ EXIT_STATUS = (
     ("1", "Failed; standard error has the reason and a hint."),
     ("2", "Wrong usage."),
     ("3", "A limit that was set is not met."),
+    ("4", "verify: the artifact cannot be compared."),
     ("129, 130, 143", "The terminal was closed, Ctrl-C, SIGTERM."),
     ("141", "The reader of a pipe went away."),
 )
