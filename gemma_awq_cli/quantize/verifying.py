@@ -20,12 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.calibration_text.recipes import SELF, recipe_names
 from gemma_awq_cli.errors import GemmaAwqError, NotComparableError, UsageError
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.files import CONFIG, read_json
+from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.models.checkpoints.journal import Fingerprint, differences
-from gemma_awq_cli.models.checkpoints.source import find_source
+from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.checkpoints.staging import require_space
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_pieces, read_tensors
 from gemma_awq_cli.models.forward.memory import return_freed_memory
@@ -120,7 +122,8 @@ def verify_artifact(request: VerifyRequest, on_event: OnEvent = ignore) -> Verif
         found = find_source(request.artifact, request.revision, lambda text: on_event(Note(text)))
         report = read_quantization_report(found.folder, "Only an artifact with its report can be compared.")
         with _threads(report["fingerprint"].get("threads")):
-            prepared = prepare(_request_of(report, request, Path(scratch) / "artifact"), on_event)
+            asked = recorded_request(report, request, Path(scratch) / "artifact", found.revision is not None)
+            prepared = prepare(asked, on_event)
             conditions = _conditions(report["fingerprint"], prepared.fingerprint())
             for line in conditions:
                 on_event(Warned(f"Bytes may differ for this reason alone: {line}."))
@@ -221,8 +224,13 @@ def _digest(pieces: Iterable[Tensor]) -> bytes:
     return digest.digest()
 
 
-def _request_of(report: Mapping[str, Any], request: VerifyRequest, output: Path) -> QuantizeRequest:
-    """Return the request that the report records. Its values are of unknown origin."""
+def recorded_request(
+    report: Mapping[str, Any], request: VerifyRequest, output: Path, is_strangers: bool
+) -> QuantizeRequest:
+    """Return the request that a report records. Its values are of unknown origin.
+
+    is_strangers: whether it is from the hub: it then names no files of this machine.
+    """
     options: dict[str, Any] = {}
     for name, kind in _ARGUMENTS.items():
         value = report["arguments"].get(name)
@@ -232,12 +240,28 @@ def _request_of(report: Mapping[str, Any], request: VerifyRequest, output: Path)
             raise GemmaAwqError(f"The report's argument {name} is {value!r}.", "Ask whoever made the artifact.")
         options[name] = value
     source, adapter = report["source"], report["source"].get("adapter")
+    if request.source is None:
+        _require_reachable(source["model"], source["model"] == DEMO, is_strangers, "--source")
     if adapter is not None:
+        _require_reachable(adapter["model"], False, is_strangers, "an artifact of your own")
         options |= {"adapter": adapter["model"], "adapter_revision": adapter["revision"]}
     if request.calibration is not None:
         options["calibration"] = request.calibration
+    elif (text := options.get("calibration")) is not None:
+        _require_reachable(text, text in (SELF, *recipe_names()), is_strangers, "--calibration")
     model, revision = (source["model"], source["revision"]) if request.source is None else (request.source, None)
     return QuantizeRequest(model, output, revision, **options)
+
+
+def _require_reachable(name: str, is_own: bool, is_strangers: bool, instead: str) -> None:
+    """Raise for a name that a report may not make this machine look up.
+
+    is_own: whether it comes with this tool; instead: what the user may give.
+    """
+    if is_own or (not is_strangers and not name.startswith(("//", "\\\\"))):  # which a share of a network is
+        return
+    if not REPO_ID.fullmatch(name):
+        raise GemmaAwqError(f"The report names {name!r}, which is of another machine.", f"Give {instead}.")
 
 
 def _conditions(then: Fingerprint, now: Fingerprint) -> tuple[str, ...]:

@@ -13,7 +13,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.quantize.verifying import VerifyRequest, recorded_request
 from tests.conftest import quantize_arguments
+from tests.documents import full_report, planted
 
 Capture = pytest.CaptureFixture[str]
 REPORT = "quantization_report.json"
@@ -147,3 +150,21 @@ def test_what_cannot_be_had_is_no_difference(
         refused(*moved)
     os.remove(artifact / REPORT)
     assert "quantization_report.json" in refused()
+
+
+def test_a_strangers_report_names_no_files_of_this_machine() -> None:
+    report, asked = full_report(), VerifyRequest("org/artifact")
+    made = recorded_request(report, asked, Path("out"), True)
+    assert (made.model, made.revision, made.calibration) == ("google/gemma-2b", "0" * 40, "wikitext")
+    for place, name, option in (
+        (("source", "model"), "/etc", "--source"),
+        (("source", "model"), "my-model", "--source"),
+        (("arguments", "calibration"), "../text.txt", "--calibration"),
+    ):
+        with pytest.raises(GemmaAwqError, match="of another machine") as caught:
+            recorded_request(planted(report, place, name), asked, Path("out"), True)
+        assert option in caught.value.hint
+        recorded_request(planted(report, place, name), asked, Path("out"), False)
+    for share in ("//server/share", "\\\\server\\share"):
+        with pytest.raises(GemmaAwqError, match="of another machine"):
+            recorded_request(planted(report, ("source", "model"), share), asked, Path("out"), False)
