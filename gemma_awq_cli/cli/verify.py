@@ -81,8 +81,8 @@ def _facts(result: "Verified") -> list[tuple[str, str]]:
         ("layers", f"{layers} of {result.of}, picked by seed {result.seed}"),
         ("result", result.verdict),
     ]
-    if different := [*result.layers_different, *result.others_different]:
-        facts.append(("differs", some(different)))
+    if result.different:
+        facts.append(("differs", some(result.different)))
     if result.conditions:
         facts.append(("not as recorded", "; ".join(result.conditions)))
     return facts

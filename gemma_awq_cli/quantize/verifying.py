@@ -43,6 +43,7 @@ from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from gemma_awq_cli.system.failures import unforeseen_error
 
 LAYERS = 3
+ELSEWHERE = "set TMPDIR to a folder of another disk"
 SAME, DIFFERENT, UNKNOWN = "same", "different", "cannot be compared"
 MOST_THREADS = 1024
 # What the bytes are made from. If these are not the recorded ones, there is nothing to compare.
@@ -81,9 +82,9 @@ class VerifyRequest:
 
 @dataclass(frozen=True)
 class Verified:
-    """The result. seed: that picked the layers, counted from 0; of: how many layers there are; layers_different: names
-    of tensors of the compared layers; others_different: names of what else there is in an artifact; conditions: in what
-    this run differs from the recorded one, though bytes depend on it.
+    """The result. seed: that picked the layers, counted from 0; of: how many layers there are; computed_different:
+    names of tensors of these layers, and of files, that are not as stored; copied_different: names of tensors that no
+    arithmetic made; conditions: in what this run differs from the recorded one, though bytes depend on it.
     """
 
     artifact: Path
@@ -91,16 +92,21 @@ class Verified:
     seed: int
     layers: tuple[int, ...]
     of: int
-    layers_different: tuple[str, ...]
-    others_different: tuple[str, ...]
+    computed_different: tuple[str, ...]
+    copied_different: tuple[str, ...]
     conditions: tuple[str, ...]
 
     @property
     def verdict(self) -> str:
-        """`same`, `different`, or `cannot be compared`: the layers differ, and the conditions may be the reason."""
-        if self.others_different or (self.layers_different and not self.conditions):
+        """`same`, `different`, or `cannot be compared`: what is computed differs, and the conditions may be why."""
+        if self.copied_different or (self.computed_different and not self.conditions):
             return DIFFERENT
-        return UNKNOWN if self.layers_different else SAME
+        return UNKNOWN if self.computed_different else SAME
+
+    @property
+    def different(self) -> list[str]:
+        """The names of all that differs."""
+        return [*self.computed_different, *self.copied_different]
 
     @property
     def document(self) -> dict[str, Any]:
@@ -108,7 +114,7 @@ class Verified:
         return {
             "artifact": str(self.artifact), "source": self.source, "verdict": self.verdict, "seed": self.seed,
             "layers": [index + 1 for index in self.layers], "of": self.of,
-            "different": [*self.layers_different, *self.others_different], "conditions": list(self.conditions),
+            "different": self.different, "conditions": list(self.conditions),
         }  # fmt: skip
 
 
@@ -127,7 +133,7 @@ def verify_artifact(request: VerifyRequest, on_event: OnEvent = ignore) -> Verif
             conditions = _conditions(report["fingerprint"], prepared.fingerprint())
             for line in conditions:
                 on_event(Warned(f"Bytes may differ for this reason alone: {line}."))
-            require_space(Path(scratch), prepared.plan.state_bytes)
+            require_space(Path(scratch), prepared.plan.state_bytes, ELSEWHERE)
             return _compare(request, found.folder, prepared, conditions, Path(scratch), on_event)
 
 
@@ -144,14 +150,15 @@ def _compare(
     seed = secrets.randbelow(2**31) if request.seed is None else request.seed
     own = sorted(random.Random(seed).sample(range(plan.layers), min(request.layers, plan.layers)))
     on_event(Note(f"Comparing the layers {', '.join(str(index + 1) for index in own)} of {plan.layers} (seed {seed})."))
-    others = _different_shapes(stored, prepared)
-    layers: list[str] = []
-    if not others:
-        others += _different_copies(stored, folder, prepared)
-        layers += _different_layers(stored, prepared, own, scratch, on_event)
+    copied = _different_shapes(stored, prepared)
+    computed: list[str] = []
+    if not copied:
+        copied += _different_copies(stored, prepared)
+        computed += _different_files(folder, prepared)
+        computed += _different_layers(stored, prepared, own, scratch, on_event)
     source = prepared.source
     name = source.asked if source.revision is None else f"{source.asked} at commit {source.revision}"
-    return Verified(folder, name, seed, tuple(own), plan.layers, tuple(layers), tuple(others), conditions)
+    return Verified(folder, name, seed, tuple(own), plan.layers, tuple(computed), tuple(copied), conditions)
 
 
 def _different_layers(
@@ -196,11 +203,15 @@ def _different_shapes(stored: Checkpoint, prepared: Prepared) -> list[str]:
     return sorted(name for name in there.keys() | planned.keys() if there.get(name) != planned.get(name))
 
 
-def _different_copies(stored: Checkpoint, folder: Path, prepared: Prepared) -> Iterator[str]:
-    """Yield the names of tensors outside the layers, and of files, that are not as stored."""
+def _different_copies(stored: Checkpoint, prepared: Prepared) -> Iterator[str]:
+    """Yield the names of tensors outside the layers that are not as stored."""
     for key, pieces in unquantized(prepared.checkpoint, prepared.stack, prepared.plan):
         if _digest(pieces) != _digest(read_pieces(key, stored.tensors[key])):
             yield key
+
+
+def _different_files(folder: Path, prepared: Prepared) -> Iterator[str]:
+    """Yield the names of files beside the weights that are not as stored."""
     if read_json(folder / CONFIG) != artifact_config(prepared.checkpoint, prepared.plan):
         yield CONFIG
     for name, content in prepared.side_files.items():
