@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gemma_awq_cli.errors import GemmaAwqError, UsageError
-    from gemma_awq_cli.generate.generation import Completion
+    from gemma_awq_cli.generate.generation import Completion, TextStream
     from gemma_awq_cli.generate.model import Model, load_model
+    from gemma_awq_cli.inventory.finding import list_artifacts
     from gemma_awq_cli.quantize.pipeline import PlannedModel, QuantizedModel, plan_model, quantize_model
     from gemma_awq_cli.quantize.request import QuantizeRequest
 
@@ -22,8 +23,10 @@ __all__ = [
     "PlannedModel",
     "QuantizeRequest",
     "QuantizedModel",
+    "TextStream",
     "UsageError",
     "__version__",
+    "list_artifacts",
     "load_model",
     "plan_model",
     "quantize_model",
@@ -41,6 +44,8 @@ _MODULES = {
     "load_model": "generate.model",
     "Model": "generate.model",
     "Completion": "generate.generation",
+    "TextStream": "generate.generation",
+    "list_artifacts": "inventory.finding",
 }
 
 

@@ -39,6 +39,12 @@ class UsageError(GemmaAwqError):
     exit_code = 2
 
 
+class NotComparableError(GemmaAwqError):
+    """What `verify` is to compare cannot be had. Exit code 4: nothing is known of the artifact."""
+
+    exit_code = 4
+
+
 def some(names: Iterable[str], shown: int = 5) -> str:
     """Return the first few of many names and the number of the others, for a message."""
     listed = list(names)

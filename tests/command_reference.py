@@ -1,10 +1,14 @@
-"""docs/commands.md, made from the help of every command: `python -m tests.command_reference` writes it."""
+"""docs/commands.md, made from the help of every command.
+
+`python -m tests.command_reference` writes it, and the man pages and completions of `shell_files.py`.
+"""
 
 from pathlib import Path
 
 import typer.main
 
 from gemma_awq_cli.cli.app import app
+from tests import shell_files
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "commands.md"
 WIDTH = 98  # columns, whatever terminal writes the file
@@ -33,3 +37,4 @@ def _section(title: str, text: str) -> str:
 
 if __name__ == "__main__":
     REFERENCE.write_text(command_reference(), encoding="utf-8")
+    shell_files.write()

@@ -25,6 +25,7 @@ ROOMS = (
     ("fidelity", "generate"),
     ("quantize", "bench", "inspection", "inventory", "export", "serve"),
     ("publish",),
+    ("pages",),
     ("cli",),
 )
 RANK = {room: rank for rank, row in enumerate(ROOMS) for room in row}
@@ -106,7 +107,7 @@ def test_help_imports_neither_torch_nor_transformers() -> None:
     code = (
         "import sys\nfrom gemma_awq_cli.cli.app import main\n"
         "for command in ([], ['quantize'], ['run'], ['serve'], ['bench'], ['export'], ['inspect'], ['push'],\n"
-        "                ['list'], ['show'], ['rm']):\n"
+        "                ['list'], ['show'], ['rm'], ['verify']):\n"
         "    assert main([*command, '--help']) == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'awq', 'safetensors'} & set(sys.modules)\n"
         "assert not heavy, heavy\n"

@@ -36,9 +36,19 @@ def test_the_wheel_holds_all_calibration_data_and_no_tests(installed: Path) -> N
     assert {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()} == expected
     for name in ("bench-schema.json", "report-schema.json"):
         assert (installed / "gemma_awq_cli" / "schemas" / name).read_bytes() == (ROOT / "docs" / name).read_bytes()
-    assert {path.name for path in installed.iterdir() if not path.name.endswith(".dist-info")} == {"gemma_awq_cli"}
+    folders = {path.name for path in installed.iterdir() if path.suffix not in (".dist-info", ".data")}
+    assert folders == {"gemma_awq_cli"}
     (entry_points,) = installed.glob("*.dist-info/entry_points.txt")
     assert "gemma-awq = gemma_awq_cli.__main__:entry" in entry_points.read_text()
+
+
+def test_the_wheel_installs_man_pages_and_completions(installed: Path) -> None:
+    (data,) = installed.glob("*.data/data")
+    there = {path.relative_to(data): path.read_bytes() for path in data.rglob("*") if path.is_file()}
+    assert there == {
+        path.relative_to(ROOT): path.read_bytes() for path in (ROOT / "share").rglob("*") if path.is_file()
+    }
+    assert Path("share/man/man1/gemma-awq-quantize.1") in there
 
 
 def test_the_wheel_holds_every_file_of_the_package(installed: Path) -> None:

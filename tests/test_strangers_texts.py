@@ -9,17 +9,18 @@ from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
 
-import matplotlib
 import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from gemma_awq_cli.bench import html_page, html_plots
+from gemma_awq_cli.bench import html_page
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.terms import GEMMA_TERMS
+from gemma_awq_cli.pages import report_page
 from gemma_awq_cli.publish.licensing import DerivedLicence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, render_card
 from gemma_awq_cli.publish.public_documents import public_bench, public_report
+from gemma_awq_cli.reports import plots
 from gemma_awq_cli.reports.markup import code, escape, one_line
 from gemma_awq_cli.reports.schema_check import load_schema, require_schema
 from tests.documents import Place, full_bench, full_report, leaves, planted
@@ -158,9 +159,8 @@ class Tags(HTMLParser):
         self.text += data
 
 
-def page(bench: dict[str, Any], reports: list[Any]) -> Tags:
+def page(text: str) -> Tags:
     tags = Tags()
-    text = html_page.render(bench, reports)
     tags.feed(text)
     for svg in re.findall(r"<svg .*?</svg>", text, re.DOTALL):
         ElementTree.fromstring(svg)
@@ -168,11 +168,37 @@ def page(bench: dict[str, Any], reports: list[Any]) -> Tags:
     return tags
 
 
+def require_harmless(after: Tags, before: Tags) -> None:
+    """A page with attacks in it has no element, attribute or address that it has not without them."""
+    assert after.tags <= before.tags
+    assert after.attributes.keys() <= before.attributes.keys()
+    assert not [name for name in after.attributes if name.startswith("on")]
+    for name in ("href", "xlink:href", "src"):
+        assert all(value.startswith("#") for value in after.attributes.get(name, ()))
+
+
+def test_every_text_of_a_report_on_its_page() -> None:
+    before = page(report_page.render("name", full_report(), full_bench()))
+    bench, report, attack = full_bench(), full_report(), ATTACKS[0]
+    for number, place in enumerate(strings(bench)):
+        bench = planted(bench, place, ATTACKS[number % len(ATTACKS)])
+    for number, place in enumerate(strings(report)):
+        report = planted(report, place, ATTACKS[(number + 1) % len(ATTACKS)])
+    report["run"]["machine"] = attack
+    for group in (group for layer in report["layers"] for group in layer):
+        group["method"] = {"<script>": [attack]}  # a field that the report's schema does not know
+    report["run"] |= {"seconds": attack, "peak_memory_bytes": [attack], "threads": {"<img>": attack}}
+    report["fingerprint"] |= {"processor": attack, "instructions": f"<b>{attack}"}
+    after = page(report_page.render(attack, report, bench))
+    require_harmless(after, before)
+    assert " ".join(one_line(attack).split()) in " ".join(after.text.split())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("first", range(0, len(ATTACKS), 8))
 def test_every_text_of_a_bench_and_its_reports_on_the_page(first: int) -> None:
     """Another attack in every field: each of them in some, and no field without one."""
-    before = page(full_bench(), [full_report(), None])
+    before = page(html_page.render(full_bench(), [full_report(), None]))
     bench, report = full_bench(), full_report()
     bench["models"][1]["tasks"][0]["title"] = None
     said = []
@@ -183,12 +209,8 @@ def test_every_text_of_a_bench_and_its_reports_on_the_page(first: int) -> None:
             said.append(attack.rsplit("/", 1)[-1] if "name" in place else attack)
     for index, place in enumerate(strings(report)):
         report = planted(report, place, ATTACKS[(first + index) % len(ATTACKS)])
-    after = page(bench, [report, report])
-    assert after.tags <= before.tags
-    assert after.attributes.keys() <= before.attributes.keys()
-    assert not [name for name in after.attributes if name.startswith("on")]
-    for name in ("href", "xlink:href", "src"):
-        assert all(value.startswith("#") for value in after.attributes.get(name, ()))
+    after = page(html_page.render(bench, [report, report]))
+    require_harmless(after, before)
     for attack in said:
         assert " ".join(one_line(attack).split()) in " ".join(after.text.split())
 
@@ -200,11 +222,11 @@ def test_names_in_a_plot(attack: str) -> None:
     report = full_report()
     for layer in report["layers"]:
         layer[0]["name"] = attack
-    with matplotlib.rc_context(html_plots.STYLE), warnings.catch_warnings(action="ignore"):
-        plot = html_plots.layer_errors(report, html_plots.label_of(attack))
+    with plots.plotting(), warnings.catch_warnings(action="ignore"):
+        plot = plots.layer_errors(report, plots.label_of(attack))
     assert plot is not None
     svg = ElementTree.fromstring(str(plot["svg"]))
-    shown = one_line(attack, html_plots.LABEL)
+    shown = one_line(attack, plots.LABEL)
     assert " ".join(shown.split()) in " ".join("".join(svg.itertext()).split())
     assert shown in svg.attrib["aria-label"]
 

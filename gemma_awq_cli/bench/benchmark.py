@@ -10,7 +10,7 @@ from typing import Any
 from gemma_awq_cli.bench.document import bench_document, environment, save_beside
 from gemma_awq_cli.bench.events import Measured, OnEvent
 from gemma_awq_cli.bench.fidelity_stage import measure_fidelity
-from gemma_awq_cli.bench.html_page import ELSEWHERE, require_plotting, write_page
+from gemma_awq_cli.bench.html_page import render
 from gemma_awq_cli.bench.measurements import Measurements
 from gemma_awq_cli.bench.model_search import find_models
 from gemma_awq_cli.bench.own_stages import measure_own
@@ -21,8 +21,11 @@ from gemma_awq_cli.bench.tasks import find_tasks
 from gemma_awq_cli.bench.tasks_stage import measure_tasks
 from gemma_awq_cli.bench.thresholds import regressions, violations
 from gemma_awq_cli.errors import GemmaAwqError, Terminated
+from gemma_awq_cli.reports.html_pages import require_page, write_page
 from gemma_awq_cli.reports.stored_documents import read_bench_document
 from gemma_awq_cli.system.saving import local_path
+
+ELSEWHERE = "choose another --report"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,7 @@ def run_bench(request: BenchRequest, on_event: OnEvent = lambda event: None) -> 
     baseline = read_bench_document(request.baseline) if request.baseline is not None else None
     page = local_path(request.report, ELSEWHERE) if request.report is not None else None
     if page is not None:
-        require_plotting(page)
+        require_page(page, "--report", ELSEWHERE)
     measured = Measurements(request.options, on_event, environment(request.options.device))
     try:
         _measure(measured, request)
@@ -87,7 +90,7 @@ def _publish(measured: Measurements, page: Path | None) -> dict[str, Any]:
     document = bench_document(measured)
     measured.on_event(Measured(document))
     if page is not None:
-        write_page(page, document, [model.report for model in measured.models])
+        write_page(page, render(document, [model.report for model in measured.models]), ELSEWHERE)
         measured.note(f"Report: {page}")
     return document
 

@@ -9,7 +9,19 @@ from typing import Annotated, Any
 import typer
 
 from gemma_awq_cli import __version__
-from gemma_awq_cli.cli import bench, export, inspect, list_models, push, quantize, remove_models, run, serve, show_model
+from gemma_awq_cli.cli import (
+    bench,
+    export,
+    inspect,
+    list_models,
+    push,
+    quantize,
+    remove_models,
+    run,
+    serve,
+    show_model,
+    verify,
+)
 from gemma_awq_cli.cli.console import Output, quiet_libraries
 from gemma_awq_cli.cli.help import WIDTH, GroupHelp
 from gemma_awq_cli.cli.options import Command, Debugging, DebugOption, OfflineOption, with_common_options
@@ -55,6 +67,7 @@ _add("bench", bench)
 _add("export", export)
 _add("inspect", inspect)
 _add("push", push)
+_add("verify", verify)
 _add("list", list_models)
 _add("show", show_model)
 _add("rm", remove_models)

@@ -24,7 +24,7 @@ class CommandHelp(TyperCommand):
         return [re.sub(r"^\{(.*)\}(\.\.\.)?$", r"\1\2", piece) for piece in super().collect_usage_pieces(ctx)]
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        _write_lists(formatter, _parameters(self, ctx))
+        _write_lists(formatter, parameters_by_heading(self, ctx))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         _write_examples(formatter, self.epilog)
@@ -40,13 +40,13 @@ class GroupHelp(TyperGroup):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         commands = [(name, self.commands[name].get_short_help_str()) for name in self.list_commands(ctx)]
         _write_lists(formatter, {"Commands": commands})
-        _write_lists(formatter, _parameters(self, ctx))
+        _write_lists(formatter, parameters_by_heading(self, ctx))
 
     def format_epilog(self, ctx: Any, formatter: Any) -> None:
         _write_examples(formatter, self.epilog)
 
 
-def _parameters(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
+def parameters_by_heading(command: Any, ctx: Any) -> dict[str, list[tuple[str, str]]]:
     """The help of arguments and options by heading, in the order of their declarations."""
     groups: dict[str, list[tuple[str, str]]] = {}
     for parameter in command.get_params(ctx):

@@ -22,7 +22,8 @@ SHARED = frozenset(
 COMMAND_LINE_ONLY = frozenset(
     {
         "--output", "--input", "--resume", "--force", "--dry-run", "--json", "--save-cache", "--load-cache", "--image",
-        "--stop", "--message", "--yes", "--to", "--confirm-run-unsafe-code", "--replace-card", "--foreign", "--help",
+        "--stop", "--message", "--yes", "--to", "--confirm-run-unsafe-code", "--replace-card", "--foreign", "--html",
+        "--help",
     }
 )  # fmt: skip
 

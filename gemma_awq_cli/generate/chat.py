@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.generate.chat_file import as_tool_call, read_chat, write_chat
+from gemma_awq_cli.generate.chat_file import read_chat, write_chat
+from gemma_awq_cli.generate.conversation import as_tool_call
 from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, require_room
 from gemma_awq_cli.generate.prompting import require_switch
 from gemma_awq_cli.models.text.prompter import Message, Tool

@@ -174,6 +174,24 @@ class Row:
         self.completion.calls = self.text.calls
 
 
+class TextStream(Iterator[str]):
+    """The text of one row, piece by piece while it is generated; without thoughts and calls.
+
+    completion: of the row; it is whole when the iterator has ended.
+    """
+
+    def __init__(self, pieces: Generator[str, None, None], completion: Completion) -> None:
+        self.completion = completion
+        self._pieces = pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        """Stop generating."""
+        self._pieces.close()
+
+
 class Engine(ABC):
     """Continues rows of token ids with one model.
 
@@ -217,18 +235,30 @@ class Engine(ABC):
                 row.interrupt()
         return [row.completion for row in work]
 
-    def stream(self, ids: Sequence[int], options: GenerationOptions) -> Iterator[str]:
-        """Yield the text of one row, without thoughts, piece by piece while it is generated.
+    def stream(
+        self,
+        ids: Sequence[int],
+        options: GenerationOptions,
+        on_thought: Callable[[str], None] = lambda piece: None,
+    ) -> TextStream:
+        """Return an iterator over the text of one row, piece by piece while it is generated.
 
-        ids: token ids, BOS included. Nothing is generated until the first piece is asked for.
+        ids: token ids, BOS included. on_thought: called with each piece of the thoughts before the text. Nothing is
+        generated until the first piece is asked for.
         """
         pieces: list[str] = []
-        work = self._rows([ids], options, lambda _, piece: pieces.append(piece), lambda *_: None, None)
-        with closing(self._steps(work, options, lambda row: None)) as steps:
-            for _ in steps:
-                yield from pieces
-                pieces.clear()
-        yield from pieces
+        work = self._rows(
+            [ids], options, lambda _, piece: pieces.append(piece), lambda _, piece: on_thought(piece), None
+        )
+
+        def generate() -> Generator[str, None, None]:
+            with closing(self._steps(work, options, lambda row: None)) as steps:
+                for _ in steps:
+                    yield from pieces
+                    pieces.clear()
+            yield from pieces
+
+        return TextStream(generate(), work[0].completion)
 
     def _rows(
         self,

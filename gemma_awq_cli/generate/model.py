@@ -1,16 +1,17 @@
 """The Python API for running a model: `load_model`, and the `Model` that it returns."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from gemma_awq_cli.calibration_text.document_forms import read_messages
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.events import Note
 from gemma_awq_cli.generate import MOST_LOGPROBS, NEW_TOKENS, NEW_TOKENS_THINKING
+from gemma_awq_cli.generate.conversation import read_turns
 from gemma_awq_cli.generate.events import OnEvent, ignore
 from gemma_awq_cli.generate.finding import find_model
-from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions
+from gemma_awq_cli.generate.generation import Completion, Engine, GenerationOptions, TextStream
 from gemma_awq_cli.generate.generation_config import generation_config
 from gemma_awq_cli.generate.grammar import lark_grammar, schema_grammar
 from gemma_awq_cli.generate.opening import open_engine, read_checkpoint
@@ -128,7 +129,7 @@ class Model:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Message],
         *,
         max_new_tokens: int | None = None,
         temperature: float | None = None,
@@ -139,15 +140,19 @@ class Model:
         system: str | None = None,
         raw: bool = False,
         think: bool | None = None,
+        on_thought: Callable[[str], None] = lambda piece: None,
         **more: Unpack[MoreOptions],
-    ) -> Iterator[str]:
-        """Return an iterator over the text that `generate` would return, piece by piece.
+    ) -> TextStream:
+        """Return an iterator over the text that `generate` would return, or `chat` for messages, piece by piece.
 
-        Wrong arguments are an error at once; the text is generated while the iterator is read, and no further than it
-        is read.
+        on_thought: called with each piece of the thoughts before the text. When the iterator has ended, its
+        `completion` is what `generate` or `chat` would have returned. Wrong arguments are an error at once; the text is
+        generated while the iterator is read, and no further than it is read.
         """
         options, tools = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
-        return self._engine.stream(prompt_ids(self._engine.prompter, prompt, system, raw, think, tools), options)
+        given = prompt if isinstance(prompt, str) else _conversation(prompt)
+        ids = prompt_ids(self._engine.prompter, given, system, raw, think, tools)
+        return self._engine.stream(ids, options, on_thought)
 
     def chat(
         self,
@@ -164,12 +169,12 @@ class Model:
     ) -> Completion:
         """Return an instruct model's answer to a conversation.
 
-        messages: dicts with `role` (`system`, `user`, `assistant`) and `content`; the last one is the user's. The
-        answer is not added to them.
+        messages: dicts with `role` (`system`, `user`, `assistant`) and `content`; the last one is the user's. An answer
+        that called tools has `tool_calls`, whose arguments are objects, and is followed by a message of the role `tool`
+        with the result of each; such a message may be the last one. The answer is not added to them.
         """
         options, tools = self._options(max_new_tokens, temperature, top_p, top_k, seed, stop, think, more)
-        conversation = read_messages(list(messages), "The conversation")
-        ids = prompt_ids(self._engine.prompter, conversation, None, False, think, tools)
+        ids = prompt_ids(self._engine.prompter, _conversation(messages), None, False, think, tools)
         return self._engine.complete([ids], options)[0]
 
     def _options(
@@ -209,3 +214,14 @@ class Model:
             self._engine.prompter.tool_format if tools else None,
         )
         return options, tools
+
+
+def _conversation(messages: Sequence[Message]) -> list[Message]:
+    """Return the messages, checked; those with calls of tools are in the order of their turns."""
+    where = "The conversation"
+    if not any(isinstance(each, dict) and (each.get("role") == "tool" or each.get("tool_calls")) for each in messages):
+        return read_messages(list(messages), where)
+    system, turns = read_turns(messages, where, "Give the messages in the order in which they were said.")
+    if turns[-1]["role"] == "assistant":
+        raise UsageError(f"{where} ends with an answer.", "Let it end with a message of the user or of a tool.")
+    return [*([] if system is None else [{"role": "system", "content": system}]), *turns]

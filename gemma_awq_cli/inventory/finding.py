@@ -38,12 +38,26 @@ def find_in(folders: Iterable[str]) -> list[Entry]:
 
 def find_all() -> list[Entry]:
     """Return everything: what is in the current folder, what this tool remembers writing, and both caches."""
-    found = list(entries_in(Path(".")))
-    known = {entry.path.resolve() for entry in found}
+    return [*written(), *cached(), *hub_models()]
+
+
+def list_artifacts() -> list[Path]:
+    """Return the folders of the artifacts in the current folder, and of those that this tool remembers writing.
+
+    A folder whose report cannot be read is left out. Reads no weights.
+    """
+    return [entry.path for entry in written() if entry.kind is Kind.artifact and entry.problem is None]
+
+
+def written() -> Iterator[Entry]:
+    """Yield what is in the current folder, and what this tool remembers writing, the latest first."""
+    known = set()
+    for entry in entries_in(Path(".")):
+        known.add(entry.path.resolve())
+        yield entry
     for folder in remembered_folders():
-        if folder not in known and (entry := entry_of(folder, str(folder))) is not None:
-            found.append(entry)
-    return [*found, *cached(), *hub_models()]
+        if folder not in known and (found := entry_of(folder, str(folder))) is not None:
+            yield found
 
 
 def find(name: str) -> Entry:

@@ -165,7 +165,7 @@ def _metadata(facts: CardFacts) -> str:
             task_type="text-generation",
             task_name="Text generation",
             dataset_type=dataset or "held-out-text",
-            dataset_name=f"{fidelity['heldout_tokens']} held-out tokens ({one_line(_heldout(report))})",
+            dataset_name=f"{fidelity['heldout_tokens']} held-out tokens ({one_line(heldout_text(report))})",
             metric_type=kind,
             metric_name=name,
             metric_value=round(value, 5),
@@ -225,13 +225,13 @@ def _body(facts: CardFacts) -> str:
             source_size=size_of(report["source"]["bytes"]),
             artifact_size=size_of(artifact["bytes"]),
             heldout_tokens=fidelity["heldout_tokens"],
-            heldout_text=_heldout(report),
+            heldout_text=heldout_text(report),
             perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
             perplexity_4bit=f"{fidelity['perplexity_4bit']:.2f}",
             kl=f"{fidelity['kl']:.4f}",
             top1=f"{100 * fidelity['top1_agreement']:.1f} %",
-            reading=_reading(facts),
-            qat=_qat(report),
+            reading=fidelity_sentence(report),
+            qat=qat_sentences(report),
             speed=speed_table(facts.bench),
             prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
             chat=facts.chat,
@@ -250,7 +250,7 @@ def _body(facts: CardFacts) -> str:
             left=_left(facts.tied, facts.contents),
             calibration_rows=calibration["rows"],
             calibration_seq_len=calibration["seq_len"],
-            calibration_text=_calibration(report),
+            calibration_text=calibration_text(report),
             calibration_sha256=calibration["sha256"],
             heldout_sha256=fidelity["heldout_sha256"],
             versions=", ".join(f"{name.replace('_', '-')} {versions[name]}" for name in named),
@@ -264,8 +264,9 @@ def _body(facts: CardFacts) -> str:
     return text
 
 
-def _reading(facts: CardFacts) -> str:
-    fidelity = facts.report["fidelity"]
+def fidelity_sentence(report: Mapping[str, Any]) -> str:
+    """Return what quantizing did to the perplexity."""
+    fidelity = report["fidelity"]
     ratio = fidelity["perplexity_4bit"] / fidelity["perplexity_16bit"] - 1
     return (
         f"Perplexity is {100 * abs(ratio):.1f} % {'higher' if ratio >= 0 else 'lower'} than the 16-bit model's. "
@@ -273,7 +274,7 @@ def _reading(facts: CardFacts) -> str:
     )
 
 
-def _qat(report: Mapping[str, Any]) -> dict[str, str] | None:
+def qat_sentences(report: Mapping[str, Any]) -> dict[str, str] | None:
     """Return what was lost of the training of a QAT checkpoint, in a sentence and in counts; None for another one."""
     if "qat" not in report:
         return None
@@ -334,14 +335,16 @@ def _left(tied: bool, contents: Contents) -> str:
     return ", ".join(parts + [_PARTS[name] for name in contents.companions])
 
 
-def _heldout(report: Mapping[str, Any]) -> str:
+def heldout_text(report: Mapping[str, Any]) -> str:
+    """Return the name of the text that fidelity was measured on."""
     asked = report["arguments"]["calibration"]
     if asked in ("embedded", "self"):
         return "the embedded held-out text of gemma-awq"
     return public_name(asked)
 
 
-def _calibration(report: Mapping[str, Any]) -> str:
+def calibration_text(report: Mapping[str, Any]) -> str:
+    """Return the name of the text that the model was calibrated with."""
     text = report["calibration"]["text"]
     if text == "self":
         return "the 16-bit model's own writing, sampled at temperature 1"

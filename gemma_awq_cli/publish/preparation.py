@@ -26,9 +26,10 @@ from gemma_awq_cli.publish.gguf_files import export_gguf
 from gemma_awq_cli.publish.licensing import DerivedLicence, Licence, decide_licence
 from gemma_awq_cli.publish.model_card import CardFacts, contents_of, is_unedited, modification_notice, render_card
 from gemma_awq_cli.publish.privacy import require_nothing_private, without_paths
+from gemma_awq_cli.publish.provenance import provenance_statement
 from gemma_awq_cli.publish.public_documents import adapter_name, public_bench, public_report
 from gemma_awq_cli.publish.upload_file import UploadFile
-from gemma_awq_cli.reports.artifact_files import BENCH, CARD
+from gemma_awq_cli.reports.artifact_files import BENCH, CARD, PROVENANCE
 from gemma_awq_cli.reports.stored_documents import read_bench_document, read_quantization_report
 from gemma_awq_cli.system.reading import read_bytes
 from gemma_awq_cli.system.text_input import decode
@@ -109,7 +110,10 @@ def prepare(
     made = {**decided.files, REPORT: to_json(shown), CARD: card.encode()}
     if measured is not None:
         made[BENCH] = to_json(measured)
-    uploads, notes = uploads_of(files, made)
+    uploads, notes = uploads_of([path for path in files if path.name != PROVENANCE], made)
+    if not alone:
+        statement = UploadFile(PROVENANCE, provenance_statement(shown, [file for file in uploads if file.name != CARD]))
+        uploads = tuple(sorted((*uploads, statement), key=lambda file: file.name))
     if ignored := system_leftovers(folder):
         notes.append(f"Not sent, because the operating system left it there: {some(ignored)}.")
     require_nothing_private(uploads)

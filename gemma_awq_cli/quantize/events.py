@@ -106,6 +106,21 @@ class LayerMeasured:
     """The held-out rows have passed one more layer."""
 
 
+@dataclass(frozen=True)
+class ComparingStarted:
+    """`verify` begins: one `LayerPassed` follows for each of the layers up to the last one that it compares."""
+
+    layers: int
+
+
+@dataclass(frozen=True)
+class LayerPassed:
+    """The calibration rows have passed layer `index`, counted from 0. same: as it is stored; None: not compared."""
+
+    index: int
+    same: bool | None
+
+
 Event = (
     Note
     | Warned
@@ -121,6 +136,8 @@ Event = (
     | LayerDone
     | MeasuringStarted
     | LayerMeasured
+    | ComparingStarted
+    | LayerPassed
 )
 OnEvent = Callable[[Event], None]
 

@@ -100,6 +100,19 @@ def pass_calibration(stack: TextStack, plan: Plan, hidden: HiddenStates, index: 
         hidden.advance(index, hidden.calibration, rows, partial(stack.run_layer, index, module))
 
 
+def pass_quantized(
+    stack: TextStack, plan: Plan, hidden: HiddenStates, index: int, tensors: Mapping[str, Tensor]
+) -> None:
+    """Write the hidden states of the calibration rows behind the quantized layer `index`, as `process_layer` does.
+
+    tensors: of the quantized layer, as they are written.
+    """
+    module = stack.layer(index, dense_weights(tensors, plan.layouts[index], stack.device))
+    with matmul_precision("medium"), bfloat16_products(stack.device):
+        run = partial(stack.run_layer, index, module)
+        hidden.advance(index, hidden.calibration_quantized, plan.rows_per_batch, run)
+
+
 def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int, tensors: Mapping[str, Tensor]) -> None:
     """Write the hidden states of the held-out rows behind layer `index` on both paths, as `process_layer` does.
 

@@ -8,7 +8,7 @@ the layers that are done.
 
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -203,7 +203,7 @@ def _quantize(
         if not journal.records:
             journal.begin(fingerprint)
             if plan.feedback_tokens:
-                _measure_information(prepared, information, hidden, on_event)
+                measure_information(prepared, information, hidden, on_event)
         if group is not None:
             work.layer_files.begin()
             remove_leftovers(work.state)
@@ -217,7 +217,8 @@ def _quantize(
             _quantize_layers(prepared, writer, hidden, information, journal, on_event)
         with layer_memory_errors(plan, plan.layers):
             fidelity = _measure(prepared.stack, hidden, prepared.rows.heldout)
-        _write_unquantized(prepared.checkpoint, prepared.stack, plan, writer)
+        for key, pieces in unquantized(prepared.checkpoint, prepared.stack, plan):
+            writer.write_pieces(key, pieces)
         writer.finish()
         copy_side_files(prepared.side_files, work.model)
         write_json(work.model / CONFIG, artifact_config(prepared.checkpoint, plan))
@@ -253,7 +254,7 @@ def _hidden_states(prepared: Prepared, folder: Path, journal: Journal) -> Hidden
     return hidden
 
 
-def _measure_information(prepared: Prepared, files: InformationFiles, hidden: HiddenStates, on_event: OnEvent) -> None:
+def measure_information(prepared: Prepared, files: InformationFiles, hidden: HiddenStates, on_event: OnEvent) -> None:
     """Measure the information of all linears' outputs, as far as an interrupted run has not."""
     plan, rows, seed = prepared.plan, prepared.rows, int(prepared.arguments["seed"])
     tokens = plan.fit.tokens_per_batch // BATCH_SHARE
@@ -385,10 +386,9 @@ def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> F
         return compare(both, targets).summary()
 
 
-def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:
-    """Write the tensors outside the layers: embedding, final norm, an untied head, and the companions."""
+def unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
+    """Yield the tensors outside the layers by their keys, in pieces: embedding, final norm, untied head, companions."""
     for name in (n for n in stack.shapes if not n.startswith("model.layers.")):
-        pieces = (piece.to(plan.dtype) for piece in checkpoint.pieces(name))
-        writer.write_pieces(checkpoint.artifact_key(name), pieces)
+        yield checkpoint.artifact_key(name), (piece.to(plan.dtype) for piece in checkpoint.pieces(name))
     for key in checkpoint.companions():
-        writer.write_pieces(key, checkpoint.stored_pieces(key))
+        yield key, checkpoint.stored_pieces(key)

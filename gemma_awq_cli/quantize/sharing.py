@@ -64,7 +64,7 @@ def quantize_share(
         return
     # not named by the process's number: one that was given up for lost may still be writing to its folder
     folder = Path(tempfile.mkdtemp(prefix=_OWN, dir=state))
-    hidden, information = _hidden_states(prepared, folder), InformationFiles(state)
+    hidden, information = calibration_states(prepared, folder), InformationFiles(state)
     for index in range(max(own) + 1):
         started = time.perf_counter()
         with layer_memory_errors(plan, index):
@@ -80,11 +80,11 @@ def quantize_share(
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hidden_states(prepared: Prepared, folder: Path) -> HiddenStates:
-    """The hidden states of the calibration rows in front of the first layer, which no held-out rows go with."""
+def calibration_states(prepared: Prepared, folder: Path) -> HiddenStates:
+    """Return the hidden states of the calibration rows in front of the first layer, which no held-out rows go with."""
     rows, plan = prepared.rows, prepared.plan
     ids = rows.heldout[:1] if plan.keeps_grid else rows.ids  # a row on which the layer is proved
-    hidden = HiddenStates(folder, prepared.checkpoint.shape, ids)
+    hidden = HiddenStates(folder, prepared.checkpoint.shape, ids, both_paths=plan.effort.paths == 2)
     hidden.start(prepared.stack.embedder(torch.cat([rows.ids, rows.heldout])))
     return hidden
 

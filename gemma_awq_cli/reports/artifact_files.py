@@ -8,6 +8,7 @@ from gemma_awq_cli.models.checkpoints.staging import REPORT
 
 CARD = "README.md"
 BENCH = "bench.json"
+PROVENANCE = "provenance.json"  # of what was pushed
 EXPORT = "export.json"  # what marks a folder as an export of this tool
 
 
@@ -16,5 +17,5 @@ def is_artifact_file(name: str, others: Collection[str] = ()) -> bool:
 
     others: names of files that another tool writes, and that belong to its models.
     """
-    own = name in (CONFIG, INDEX, SINGLE, REPORT, CARD, BENCH, *others)
+    own = name in (CONFIG, INDEX, SINGLE, REPORT, CARD, BENCH, PROVENANCE, *others)
     return own or name in SIDE_FILES or WEIGHT_FILE.fullmatch(name) is not None

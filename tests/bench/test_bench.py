@@ -419,11 +419,11 @@ def test_percentiles_are_nearest_ranks() -> None:
 def test_a_page_needs_its_library_before_anything_is_measured(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    from gemma_awq_cli.bench import html_page
+    from gemma_awq_cli.reports import html_pages
 
     assert main(["bench", str(artifact), "--report", str(tmp_path / "no" / "page.html")]) == 1
     assert "does not exist" in capsys.readouterr().err
-    monkeypatch.setattr(html_page, "find_spec", lambda _: None)
+    monkeypatch.setattr(html_pages, "find_spec", lambda _: None)
     assert main(["bench", str(artifact), "--report", str(tmp_path / "page.html")]) == 1
     assert 'pip install "matplotlib>=3.9"' in capsys.readouterr().err
 

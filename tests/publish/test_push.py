@@ -89,7 +89,7 @@ def test_the_artifact_arrives_whole_and_a_second_push_sends_nothing(
     assert captured.out == f"{hub.url}/{REPO}\n"
     assert "Everyone will be able to read it" in captured.err
     tree = hub.tree(REPO)
-    made = {"README.md", "Notice", "GEMMA_TERMS_OF_USE.md", "quantization_report.json"}
+    made = {"README.md", "Notice", "GEMMA_TERMS_OF_USE.md", "provenance.json", "quantization_report.json"}
     assert set(tree) == {path.name for path in folder.iterdir()} | made | {".gitattributes"}
     for path in folder.iterdir():
         if path.name not in made:
@@ -137,7 +137,7 @@ def test_only_what_changed_is_sent(hub: WritingHub, artifact: Path, capsys: Capt
     hub.seen.clear()
     assert push(artifact, "--json", "--message", "sampling by default") == 0
     document = json.loads(capsys.readouterr().out)
-    assert [file["name"] for file in document["files"]] == ["generation_config.json"]
+    assert [file["name"] for file in document["files"]] == ["generation_config.json", "provenance.json"]
     assert document["commit"] == hub.repos[REPO]["refs"]["main"]
     assert document["verified"] == len(hub.tree(REPO)) - 1  # all but .gitattributes
     assert "put" not in steps(hub)
@@ -427,7 +427,7 @@ def test_a_dry_run_needs_neither_hub_nor_login(
     assert captured.out.startswith("---\nbase_model: org/tiny\n")
     for path in artifact.iterdir():
         assert path.name in captured.err
-    assert "9 files" in captured.err
+    assert "10 files" in captured.err
     assert main([*arguments, "--json", "--private"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert f"{document['card'].rstrip()}\n" == captured.out
