@@ -39,6 +39,12 @@ class UsageError(GemmaAwqError):
     exit_code = 2
 
 
+class ThresholdError(GemmaAwqError):
+    """A threshold that the caller set was not met. Exit code 3."""
+
+    exit_code = 3
+
+
 def some(names: Iterable[str], shown: int = 5) -> str:
     """Return the first few of many names and the number of the others, for a message."""
     listed = list(names)

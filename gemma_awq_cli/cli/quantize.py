@@ -78,6 +78,24 @@ def command(
             rich_help_panel=METHOD,
         ),
     ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Make the smallest artifact with at most this KL divergence on the held-out text, in nats per token: "
+            "choose the group size and, if needed, leave the most sensitive linears in 16 bits.",
+            metavar="X",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Make the best artifact whose safetensors files take at most this much, such as 250MB; with --max-kl, "
+            "one that meets both.",
+            metavar="SIZE",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
     quality: Annotated[
         QualityName,
         typer.Option(help="How much work to spend on fidelity.", rich_help_panel=METHOD),
@@ -184,7 +202,9 @@ def command(
         seq_len=seq_len,
         seed=seed,
         device=device,
-        max_memory=_size(max_memory),
+        max_memory=_size(max_memory, "--max-memory"),
+        max_kl=max_kl,
+        max_size=_size(max_size, "--max-size"),
         resume=resume,
         force=force,
     )
@@ -200,11 +220,11 @@ def command(
             _report_result(out, result, as_json)
 
 
-def _size(text: str | None) -> int | None:
+def _size(text: str | None, option: str) -> int | None:
     """The bytes of a size as the user writes it."""
     size = None if text is None else parse_bytes(text)
     if text is not None and not size:
-        raise UsageError(f"Invalid size for --max-memory: {text!r}.", "Write it as 6GB, 900MB or 4GiB.")
+        raise UsageError(f"Invalid size for {option}: {text!r}.", "Write it as 6GB, 900MB or 4GiB.")
     return size
 
 
@@ -216,7 +236,7 @@ class _Screen:
         self._bar = ExitStack()
         self._progress = Progress(None, None)
         self._finished = self._layers = 0
-        self._measured = 0
+        self._measured = self._trials = 0
 
     def __enter__(self) -> Self:
         return self
@@ -256,7 +276,20 @@ class _Screen:
                 self._progress.step()
             case events.InformationFinished():
                 self._bar.close()
+            case events.TrialStarted(choice):
+                self._finished, self._trials = 0, self._trials + 1
+                if self._trials > 1:
+                    self._out.note(f"Trying {choice.describe()}.")
+            case events.TrialMeasured(trial, meets_kl):
+                self._bar.close()
+                self._out.note(f"{trial.describe()}{'' if meets_kl else ', above --max-kl'}")
+            case events.ComparingStarted(what, steps):
+                self._bar.close()
+                self._begin(what, steps)
+            case events.ComparingStep():
+                self._progress.step()
             case events.LayersStarted(layers):
+                self._bar.close()
                 self._layers = layers
                 self._begin("Quantizing", layers)
             case events.LayerDone():
