@@ -7,6 +7,7 @@ The divergences that single groups cause add up to the whole model's nearly exac
 them in 16 bits is estimated by their share of the sum; what counts in the end is what is measured.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,7 +17,8 @@ from gemma_awq_cli.system.sizes import format_bytes
 
 MOST_IN_16_BITS = 0.25  # of the weights of linears: beyond that an artifact is no 4-bit one any more
 MOST_MIXTURES = 6  # that are measured, with some linears in 16 bits
-WORTH_TRYING = 0.002  # the share of its size that another artifact must save
+WORTH_TRYING = 0.0005  # the share of its size that another artifact must save
+OVERSHOOT = 1.02  # how much more gain than the bound asks for is aimed at
 
 
 @dataclass(frozen=True)
@@ -186,20 +188,25 @@ class BudgetSearch:
     def _count_needed(self, plain: Trial, longest: Sequence[tuple[LeftGroup, float]]) -> int:
         """How many of the first groups should be enough; more than there are if all are not.
 
-        What was measured with the most groups in 16 bits says how much of the estimated gain there is.
+        It is read from a line through the measurements on both sides of the bound, or through the outermost ones.
         """
-        assert self.budget.max_kl is not None
-        trust = 1.0
+        bound = self.budget.max_kl
+        assert bound is not None
+        shares = dict(longest)
         mixtures = [one for one in self.tried if one.choice.left and one.choice.group_size == plain.choice.group_size]
-        if mixtures:
-            widest = max(mixtures, key=lambda one: len(one.choice.left))
-            shares = dict(longest)
-            gained = sum(shares.get(group, 0.0) for group in widest.choice.left)
-            trust = (plain.kl - widest.kl) / (plain.kl * gained) if gained else 0.0
-        kl = plain.kl
+        points = sorted([(0.0, plain.kl), *((sum(shares.get(g, 0.0) for g in t.choice.left), t.kl) for t in mixtures)])
+        met = [point for point in points if self.budget.meets_kl(point[1])]
+        over = [point for point in points if point not in met and (not met or point[0] < met[0][0])]
+        low = over[-1]
+        if met:
+            slope = (low[1] - met[0][1]) / (met[0][0] - low[0])
+        else:
+            slope = (plain.kl - low[1]) / low[0] if low[0] else plain.kl  # by the estimate
+        needed = low[0] + OVERSHOOT * (low[1] - bound) / slope if slope > 0 else math.inf
+        gained = 0.0
         for count, (_, share) in enumerate(longest, 1):
-            kl -= plain.kl * share * trust
-            if self.budget.meets_kl(kl):
+            gained += share
+            if gained >= needed:
                 return count
         return len(longest) + 1
 

@@ -21,6 +21,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.fidelity.metrics import compare
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
+from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.gemma.left_groups import LeftGroup, leavable_groups
 from gemma_awq_cli.quantize.fold_files import FoldFiles
@@ -30,7 +31,8 @@ from gemma_awq_cli.quantize.trials import Sensitivities
 
 ROWS, SEQ_LEN = 8, 128  # calibration rows, and tokens of each
 STATE_BYTES = 6_000_000_000  # the most that the rows of all groups take on the disk; a large model has fewer rows
-EVERY = 2  # one in this many positions is compared: the head takes most of a small model's time
+EVERY = 2  # one in this many positions is compared
+LIKELY = 64  # tokens of each position whose predictions are compared: all take most of a small model's time
 COMPARED = 16  # groups whose predictions are compared at a time
 
 
@@ -65,13 +67,9 @@ def measure_sensitivities(
             del module, run
         return_freed_memory()
         on_step()
-    found: dict[LeftGroup, float] = {}
-    for first in range(0, len(groups), COMPARED):
-        part = groups[first : first + COMPARED]
-        with layer_memory_errors(plan, plan.layers):
-            found |= dict(zip(part, _divergences(prepared, hidden, rows, [branches[g] for g in part]), strict=True))
-        on_step()
-    return Sensitivities(plan.group_size, rows.numel(), found)
+    with layer_memory_errors(plan, plan.layers):
+        kl = _divergences(prepared, hidden, count, list(branches.values()), on_step)
+    return Sensitivities(plan.group_size, rows.numel(), dict(zip(groups, kl, strict=True)))
 
 
 def sensitivity_steps(prepared: Prepared) -> int:
@@ -112,21 +110,48 @@ def _quantized(
             module.get_submodule(name).weight = parameter
 
 
-def _divergences(prepared: Prepared, hidden: HiddenStates, rows: Tensor, branches: Sequence[slice]) -> list[float]:
-    """The mean KL divergence of the predictions of each branch from those of the rows that it branched off."""
-    stack, layers, count = prepared.stack, prepared.plan.layers, len(rows)
+def _divergences(
+    prepared: Prepared, hidden: HiddenStates, count: int, branches: Sequence[slice], on_step: Callable[[], None]
+) -> list[float]:
+    """The mean KL divergence of the predictions of each branch from those of the `count` rows that it branched off.
+
+    The predictions are those among the tokens that the 16-bit model finds likely.
+    """
+    stack, layers = prepared.stack, prepared.plan.layers
     norm, head = stack.head()
 
     def final(part: slice) -> Tensor:
         return norm(hidden.read(layers, part).to(stack.device))[:, :-1:EVERY].flatten(0, 1)
 
-    reference = final(slice(0, count))
-    others = torch.cat([final(branch) for branch in branches])
-    targets = rows[:, 1::EVERY].reshape(-1).to(stack.device).repeat(len(branches))
+    found = []
     with matmul_precision("medium"):
-        chunks = (
-            (one.repeat(len(branches), 1), other)
-            for one, other in zip(stack.logit_chunks(head, reference), stack.logit_chunks(head, others), strict=True)
-        )
-        kl = compare(chunks, targets).kl
-    return [float(each) for each in kl.view(len(branches), -1).mean(1)]
+        reference = final(slice(0, count))
+        likely = head[_likely_tokens(stack, head, reference)]
+        for first in range(0, len(branches), COMPARED):
+            part = branches[first : first + COMPARED]
+            others = torch.cat([final(branch) for branch in part])
+            chunks = (
+                (one.repeat(len(part), 1), other)
+                for one, other in zip(
+                    stack.logit_chunks(likely, reference), stack.logit_chunks(likely, others), strict=True
+                )
+            )
+            no_target = torch.zeros(len(others), dtype=torch.int64, device=stack.device)
+            kl = compare(chunks, no_target).kl
+            found += [float(each) for each in kl.view(len(part), -1).mean(1)]
+            on_step()
+    return found
+
+
+def _likely_tokens(stack: TextStack, head: Tensor, states: Tensor) -> Tensor:
+    """The tokens that are among the LIKELY most likely ones after any of some normed final states [R, hidden]."""
+    best = torch.empty(len(states), 0, device=stack.device)
+    tokens = torch.empty(len(states), 0, dtype=torch.int64, device=stack.device)
+    first = 0
+    for logits in stack.logit_chunks(head, states):
+        own = torch.arange(first, first + logits.shape[1], device=stack.device).expand(len(states), -1)
+        best, tokens = torch.cat([best, logits], 1), torch.cat([tokens, own], 1)
+        best, places = best.topk(min(LIKELY, best.shape[1]), 1)
+        tokens = tokens.gather(1, places)
+        first += logits.shape[1]
+    return torch.unique(tokens)
