@@ -18,7 +18,7 @@ from gemma_awq_cli.cli.options import (
     RevisionOption,
     StoredDtype,
 )
-from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.errors import UsageError, some
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
@@ -352,6 +352,8 @@ def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
         "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes, "processes": plan.processes,
         "estimated_seconds": None if plan.seconds is None else round(plan.seconds),
     }  # fmt: skip
+    if planned.costs is not None:
+        document["choices"] = [{"group_size": size, "file_bytes": count} for size, count in planned.costs.plain.items()]
     out.document(document)
 
 
@@ -359,11 +361,24 @@ def _report_result(out: Output, result: "QuantizedModel", as_json: bool) -> None
     if result.found:
         out.note(f"{result.folder} was complete already.")
     _show_fidelity(out, result.report)
+    if (budget := result.report.get("budget")) is not None:
+        out.note(_chosen(result.report["artifact"], budget))
     if as_json:
         out.document({"artifact": str(result.folder), "report": result.report})
     else:
         out.result(str(result.folder))
     out.note('Next: gemma-awq run "The capital of France is"')
+
+
+def _chosen(artifact: dict[str, Any], budget: dict[str, Any]) -> str:
+    """What was chosen within a budget, and which linears stayed in 16 bits."""
+    left = artifact.get("left_in_16_bits", [])
+    names = [name.removeprefix("model.layers.") for name in left]
+    linears = f" and {len(left)} linears in 16 bits: {some(names, 8)}" if left else ""
+    return (
+        f"Chosen of {len(budget['tried'])} that were measured: groups of {artifact['group_size']}, "
+        f"{format_bytes(budget['file_bytes'])} of safetensors files{linears}."
+    )
 
 
 def _show_fidelity(out: Output, report: dict[str, Any]) -> None:

@@ -69,8 +69,11 @@ def not_converted_names(groups: Iterable[LeftGroup]) -> list[str]:
     transformers matches an entry as the end of a module's name, vLLM and SGLang anywhere in it. vLLM asks for every
     linear that it joins; SGLang knows only the name of the joined one.
     """
-    names = []
-    for group in groups:
-        joined = [_JOINED[group.name]] if group.name in _JOINED else []
-        names += [f"layers.{group.layer}.{name}" for name in (*group.linears, *joined)]
-    return names
+    listed = list(groups)
+    own = [f"layers.{group.layer}.{name}" for group in listed for name in group.linears]
+    return own + joined_names(listed)
+
+
+def joined_names(groups: Iterable[LeftGroup]) -> list[str]:
+    """Return those entries of `not_converted_names` that name what readers join the linears of groups into."""
+    return [f"layers.{group.layer}.{_JOINED[group.name]}" for group in groups if group.name in _JOINED]
