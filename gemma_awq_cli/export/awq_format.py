@@ -18,9 +18,8 @@ from gemma_awq_cli.models.gemma.left_groups import find_left_groups, joined_name
 
 def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
     """Start a conversion. Other weights stay as they are, and a head that is the embedding is not repeated."""
-    left, _ = find_left_groups(
-        checkpoint.shape.layouts, [checkpoint.packed(i).keys() for i in range(checkpoint.layers)]
-    )
+    packed = [checkpoint.packed(index).keys() for index in range(checkpoint.layers)]
+    left = find_left_groups(checkpoint.shape.layouts, packed)[0]
     section = awq_section(group_size_of(checkpoint), [*not_converted(checkpoint), *joined_names(left)])
     layout = TensorLayout(
         form="AWQ, AutoAWQ's GEMM layout",
