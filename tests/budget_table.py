@@ -26,10 +26,8 @@ ROWS = {
     "`--group-size 64`": ("--group-size", "64", "--max-kl", "100"),
     "`--group-size 32`": ("--group-size", "32", "--max-kl", "100"),
     "`--max-kl 0.09`": ("--max-kl", "0.09"),
-    "`--max-kl 0.065`": ("--max-kl", "0.065"),
-    "`--max-kl 0.055`": ("--max-kl", "0.055"),
+    "`--max-kl 0.06`": ("--max-kl", "0.06"),
     "`--max-kl 0.05`": ("--max-kl", "0.05"),
-    "`--max-size 390MB`": ("--max-size", "390MB"),
     "`--max-size 400MB`": ("--max-size", "400MB"),
     "`--max-size 420MB`": ("--max-size", "420MB"),
 }

@@ -18,7 +18,7 @@ from gemma_awq_cli.cli.options import (
     RevisionOption,
     StoredDtype,
 )
-from gemma_awq_cli.errors import UsageError, some
+from gemma_awq_cli.errors import ThresholdError, UsageError, some
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
@@ -242,11 +242,13 @@ class _Screen:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._finished:
+        if kind is not None and issubclass(kind, ThresholdError):
+            pass  # its hint says how to go on
+        elif kind is not None and self._finished:
             self._out.note(
                 f"{self._finished} of {self._layers} layers are kept. To continue, repeat the command with --resume."
             )
-        elif kind is not None and self._measured:
+        elif kind is not None and (self._measured or self._trials > 1):
             self._out.note("What was measured is kept. To continue, repeat the command with --resume.")
         self._bar.close()
 
@@ -282,6 +284,7 @@ class _Screen:
                     self._out.note(f"Trying {choice.describe()}.")
             case events.TrialMeasured(trial, meets_kl):
                 self._bar.close()
+                self._finished, self._measured = 0, self._measured + 1
                 self._out.note(f"{trial.describe()}{'' if meets_kl else ', above --max-kl'}")
             case events.ComparingStarted(what, steps):
                 self._bar.close()

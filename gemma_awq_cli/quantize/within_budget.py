@@ -48,13 +48,15 @@ def plan_within_budget(prepared: Prepared, request: QuantizeRequest, on_event: O
     budget = Budget(request.max_kl, request.max_size)
     costs = _costs(_prepared_sizes(prepared, request))
     sizes = fitting_sizes(budget, costs)
-    listed = ", ".join(f"{size} ({format_bytes(costs.plain[size])})" for size in sizes)
     most = f"up to {MOST_IN_16_BITS:.0%} of the linears' weights in 16 bits"
     if budget.max_kl is None:
-        on_event(Note(f"For {budget.describe()}: groups of {sizes[-1]} ({format_bytes(costs.plain[sizes[-1]])}), and, "
-                      f"if there is room, {most}."))  # fmt: skip
-    else:
-        on_event(Note(f"For {budget.describe()}: groups of {listed}, in this order, then {most}."))
+        sizes = sizes[-1:]
+    listed = ", ".join(f"{size} ({format_bytes(costs.plain[size])})" for size in sizes)
+    order = "" if len(sizes) == 1 else ", each as planned, in this order"
+    room = "" if budget.max_bytes is None else " if there is room"
+    on_event(Note(f"For {budget.describe()}: groups of {listed}{order}, then{room} {most}."))
+    disk = sum(costs.plain[size] for size in sizes) + max(costs.plain.values())
+    on_event(Note(f"What is tried takes up to {format_bytes(disk)} of disk until the choice is made."))
     return costs
 
 

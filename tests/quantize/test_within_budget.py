@@ -13,6 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from gemma_awq_cli.awq.grid import dequantize
+from gemma_awq_cli.awq.packing import unpack_weight
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.cli.app import main
@@ -27,6 +29,8 @@ from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.left_groups import find_left_groups, leavable_groups, not_converted_names
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.publish.preparation import prepare
+from gemma_awq_cli.quantize import pipeline, sensitivity
+from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from tests import tiny
 from tests.conftest import FAMILIES
@@ -302,6 +306,59 @@ def test_a_size_is_known_before_anything_is_quantized(
     assert report["artifact"]["group_size"] == 64
     assert (out / "model.safetensors").stat().st_size == int(least) == report["budget"]["file_bytes"]
     assert "left_in_16_bits" not in report["artifact"]
+
+
+def test_a_trial_that_was_interrupted_goes_on_after_its_finished_layers(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done, process = tmp_path / "out", [], pipeline.process_layer
+
+    def counted(*given: Any) -> Any:
+        if len(done) == 4:  # in the second group size
+            done.append("interrupted")
+            raise KeyboardInterrupt
+        done.append(given[-1])
+        return process(*given)
+
+    monkeypatch.setattr(pipeline, "process_layer", counted)
+    low = ("--max-kl", "0.000001")
+    assert main(arguments(wide, out, text_file, *low)) == 130
+    assert not out.exists()
+    assert main(arguments(wide, out, text_file, "--resume", *low)) == 3
+    assert done == [0, 1, 2, 0, "interrupted", 1, 2]
+
+
+@pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4-experts"])
+@torch.inference_mode()
+def test_sensitivities_are_those_of_transformers_with_one_group_quantized(
+    kind: str, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where layers read another's keys and values, get inputs of their own, or have streams and experts."""
+    monkeypatch.setattr(sensitivity, "LIKELY", tiny.VOCAB)
+    monkeypatch.setattr(sensitivity, "EVERY", 1)
+    source, out = checkpoints(kind), tmp_path / "out"
+    assert main(arguments(source, out, text_file, "--group-size", "32", "--max-kl", "0.000001")) == 3
+    trials = TrialFiles(hidden(out) / "state")
+    checkpoint, artifact = Checkpoint(source), Checkpoint(trials.artifact(32))
+    layouts = checkpoint.shape.layouts
+    measured = trials.sensitivities(leavable_groups(layouts))
+    assert measured is not None
+    model = _original(source)
+    ids = build_rows(find_recipe(str(text_file)), Prompter(source), 8, 40, seed=0, heldout_samples=2).ids
+    expected = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    for group in leavable_groups(layouts)[::3]:
+        factors = trials.folds(32).read(group.layer, layouts[group.layer])
+        before = {}
+        for name, full in zip(group.linears, group.modules, strict=True):
+            packed = artifact.read_packed({full: layouts[group.layer].linears[name]})[full]
+            linear = model.get_submodule(full)
+            before[full] = linear.weight.data
+            linear.weight.data = dequantize(*unpack_weight(packed)) / factors[name].columns / factors[name].rows
+        other = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
+        kl = float((expected.exp() * (expected - other)).sum(-1).mean())
+        assert measured.kl[group] == pytest.approx(kl, rel=0.05, abs=1e-4)
+        for full, weight in before.items():
+            model.get_submodule(full).weight.data = weight
 
 
 def test_an_interruption_keeps_what_was_tried_and_the_artifact_that_was_there(
