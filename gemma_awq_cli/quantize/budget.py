@@ -212,15 +212,12 @@ class BudgetSearch:
 
     def _missed(self) -> ThresholdError:
         best = min(self.tried, key=lambda trial: trial.kl)
-        rounded = _rounded_up(best.kl)
-        hint = f"Use --max-kl {rounded} with --resume, which finds it without quantizing again"
-        larger = [size for size in self.costs.plain if not self.budget.meets_size(self.costs.plain[size])]
-        if larger or self.budget.max_bytes is not None:
-            hint += ", or allow more with --max-size"
+        hint = f"Use --max-kl {_rounded_up(best.kl)} with --resume, which finds it without quantizing again"
+        more = "" if self.budget.max_bytes is None else ", or allow more with --max-size"
         return ThresholdError(
             f"No choice has {self.budget.describe()}. The best of {len(self.tried)} that were measured is "
             f"{best.describe()}.",
-            f"{hint}, or a higher --quality.",
+            f"{hint}{more}.",
         )
 
 

@@ -116,7 +116,8 @@ def quantize_model(
     kept, and the same call with `resume=True` continues after them. Processes that a launcher such as torchrun has
     started work together: all of them call this with the same arguments, and get the same result.
 
-    Raises UsageError for an invalid request, and GemmaAwqError if it cannot be carried out.
+    Raises UsageError for an invalid request, ThresholdError if nothing meets its budget, and GemmaAwqError if it cannot
+    be carried out.
     """
     request = _as_request(model, output, options)
     if request.has_budget:

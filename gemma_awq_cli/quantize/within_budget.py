@@ -9,7 +9,6 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,10 +79,8 @@ def quantize_within_budget(
         run = _Run(sizes, request, trials, quantize, on_event)
         try:
             chosen = run.search.run()
-        except BaseException:
-            with suppress(OSError):
-                shutil.rmtree(run.scratch)
-            raise
+        finally:
+            shutil.rmtree(run.scratch, ignore_errors=True)
         report = run.finish(chosen, work.model)
         write_json(work.model / REPORT, report)
     return report, False
@@ -132,7 +129,6 @@ class _Run:
             self._begin_steps("Measuring", prepared.plan.layers)
             known = self._mixture(choice).measure(self._scratch(), lambda: self._on_event(ComparingStep()))
             self._trials.add_mixture(choice, known)
-            shutil.rmtree(self.scratch)
         return known
 
     def _measure_sensitivities(self, group_size: int) -> dict[LeftGroup, float]:
@@ -145,12 +141,13 @@ class _Run:
                 prepared, artifact, folds, self._scratch(), lambda: self._on_event(ComparingStep())
             )
             self._trials.add_sensitivities(known)
-            shutil.rmtree(self.scratch)
         self._sensitivities = known
         return dict(known.kl)
 
     def finish(self, chosen: Trial, folder: Path) -> dict[str, Any]:
-        """Put the artifact that was chosen into an empty folder, and return its report."""
+        """Put the artifact that was chosen into a folder in place of what is there, and return its report."""
+        for left in folder.iterdir():  # by a run that was killed here: some may be other names of a trial's files
+            left.unlink()
         choice = chosen.choice
         prepared, base = self._prepared(choice), self._trials.artifact(choice.group_size)
         report = dict(self._reports[choice.group_size])
@@ -186,7 +183,7 @@ class _Run:
         self._on_event(ComparingStarted(what, steps))
 
     def _scratch(self) -> Path:
-        if self.scratch.exists():  # of a run that was killed
+        if self.scratch.exists():  # of what was measured before, or of a run that was killed
             shutil.rmtree(self.scratch)
         self.scratch.mkdir()
         return self.scratch

@@ -1,6 +1,7 @@
 """`quantize --max-kl` and `--max-size` on a tiny model: what is chosen, kept and refused, and the mixed artifact."""
 
 import contextlib
+import errno
 import io
 import json
 import shutil
@@ -29,7 +30,7 @@ from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.left_groups import find_left_groups, leavable_groups, not_converted_names
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.publish.preparation import prepare
-from gemma_awq_cli.quantize import pipeline, sensitivity
+from gemma_awq_cli.quantize import pipeline, sensitivity, within_budget
 from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from tests import tiny
@@ -326,6 +327,28 @@ def test_a_trial_that_was_interrupted_goes_on_after_its_finished_layers(
     assert not out.exists()
     assert main(arguments(wide, out, text_file, "--resume", *low)) == 3
     assert done == [0, 1, 2, 0, "interrupted", 1, 2]
+
+
+def test_a_disk_that_is_full_at_the_end_costs_nothing_that_was_tried(
+    wide: Path, text_file: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    bound = ("--group-size", "32", "--max-size", "150kB")  # with room for linears in 16 bits
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(within_budget, "finish_artifact", full)
+        assert main(arguments(wide, out, text_file, *bound)) == 1
+    assert "disk" in capsys.readouterr().err
+    assert not out.exists()
+    monkeypatch.setattr(pipeline, "process_layer", None)
+    assert main(arguments(wide, out, text_file, "--resume", *bound)) == 0
+    report = report_of(out)
+    require_complete(out, report["artifact"]["bytes"])
+    assert report["artifact"]["left_in_16_bits"]
+    assert report["budget"]["file_bytes"] <= 150_000
 
 
 @pytest.mark.parametrize("kind", ["gemma3n_text", "gemma4-experts"])
