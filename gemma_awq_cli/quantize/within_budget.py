@@ -161,7 +161,8 @@ class _Run:
             report["layers"] = _with_left(report["layers"], choice.left)
         else:
             for path in base.iterdir():
-                _link(path, folder / path.name)
+                if path.name != REPORT:  # which the caller writes: not into the trial's own
+                    _link(path, folder / path.name)
         report["artifact"] = ArtifactSection.of(prepared.plan).to_json()
         report["arguments"] = prepared.arguments
         report["fingerprint"] = prepared.fingerprint()

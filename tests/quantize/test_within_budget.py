@@ -24,6 +24,7 @@ from gemma_awq_cli.export.exporting import run_export
 from gemma_awq_cli.export.request import ExportRequest
 from gemma_awq_cli.inspection.model import find_contents, inspect_contents
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.staging import StagedFolder
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.verification import require_complete
@@ -327,6 +328,24 @@ def test_a_trial_that_was_interrupted_goes_on_after_its_finished_layers(
     assert not out.exists()
     assert main(arguments(wide, out, text_file, "--resume", *low)) == 3
     assert done == [0, 1, 2, 0, "interrupted", 1, 2]
+
+
+def test_the_report_of_a_trial_is_not_the_artifacts(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed before its artifact has its name can go on: the trial is as it was."""
+    out = tmp_path / "out"
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    bound = ("--group-size", "64", "--max-kl", "100")
+    with monkeypatch.context() as patch:
+        patch.setattr(StagedFolder, "_publish", killed)
+        assert main(arguments(wide, out, text_file, *bound)) == 130
+    monkeypatch.setattr(pipeline, "process_layer", None)
+    assert main(arguments(wide, out, text_file, "--resume", *bound)) == 0
+    assert report_of(out)["arguments"]["max_kl"] == 100
 
 
 def test_a_disk_that_is_full_at_the_end_costs_nothing_that_was_tried(
