@@ -39,6 +39,12 @@ class UsageError(GemmaAwqError):
     exit_code = 2
 
 
+class ThresholdError(GemmaAwqError):
+    """A threshold that the caller set was not met. Exit code 3."""
+
+    exit_code = 3
+
+
 class NotComparableError(GemmaAwqError):
     """What `verify` is to compare cannot be had. Exit code 4: nothing is known of the artifact."""
 

@@ -26,7 +26,9 @@ def full_report() -> dict[str, Any]:
             "config_sha256": HASH, "bytes": 10**9,
             "card": {"license": "gemma", "license_name": "x", "license_link": "y", "base_model": "google/gemma-7b"},
         },
-        "artifact": {"bytes": 10**8, "bits": 4, "group_size": 128, "dtype": "bfloat16", "quantized_linears": 21},
+        "artifact": {"bytes": 10**8, "bits": 4, "group_size": 128, "dtype": "bfloat16", "quantized_linears": 18,
+                     "left_in_16_bits": ["model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj",
+                                         "model.layers.1.self_attn.o_proj"]},
         "arguments": arguments,
         "calibration": {
             "text": "wikitext (hub dataset Salesforce/wikitext, raw, train)", "rows": 128, "seq_len": 512,
@@ -35,6 +37,17 @@ def full_report() -> dict[str, Any]:
         "fidelity": {
             "heldout_tokens": 3000, "heldout_sha256": HASH, "kl": 0.01, "perplexity_16bit": 10.0,
             "perplexity_4bit": 10.5, "top1_agreement": 0.95,
+        },
+        "budget": {
+            "max_kl": 0.02, "max_bytes": 2 * 10**8, "file_bytes": 10**8 + 9000,
+            "tried": [
+                {"group_size": 128, "linears_in_16_bits": 0, "file_bytes": 9 * 10**7, "kl": 0.03},
+                {"group_size": 128, "linears_in_16_bits": 3, "file_bytes": 10**8 + 9000, "kl": 0.01},
+            ],
+            "sensitivities": {
+                "group_size": 128, "tokens": 1024,
+                "groups": [{"layer": 0, "group": "gate_up", "kl": 0.01}, {"layer": 1, "group": "o", "kl": 0.001}],
+            },
         },
         "qat": {"groups": 256, "on_grid": 252, "exact": 248},
         "verified": {"linears": 21, "other_tensors": 3, "autoawq": None, "linears_compared_with_autoawq": 0},

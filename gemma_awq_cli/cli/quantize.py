@@ -18,7 +18,7 @@ from gemma_awq_cli.cli.options import (
     RevisionOption,
     StoredDtype,
 )
-from gemma_awq_cli.errors import UsageError
+from gemma_awq_cli.errors import ThresholdError, UsageError, some
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.system.sizes import format_bytes, parse_bytes
 
@@ -75,6 +75,24 @@ def command(
         typer.Option(
             help="Keep the 4-bit grid that the weights of a QAT checkpoint lie on, or quantize it like any other.  "
             "[default: keep if at least 99 % of them lie on one]",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float | None,
+        typer.Option(
+            help="Make the smallest artifact with at most this KL divergence on the held-out text, in nats per token: "
+            "choose the group size and, if needed, leave the most sensitive linears in 16 bits.",
+            metavar="X",
+            rich_help_panel=METHOD,
+        ),
+    ] = None,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            help="Make the best artifact whose safetensors files take at most this much, such as 250MB; with --max-kl, "
+            "one that meets both.",
+            metavar="SIZE",
             rich_help_panel=METHOD,
         ),
     ] = None,
@@ -184,7 +202,9 @@ def command(
         seq_len=seq_len,
         seed=seed,
         device=device,
-        max_memory=_size(max_memory),
+        max_memory=_size(max_memory, "--max-memory"),
+        max_kl=max_kl,
+        max_size=_size(max_size, "--max-size"),
         resume=resume,
         force=force,
     )
@@ -200,11 +220,11 @@ def command(
             _report_result(out, result, as_json)
 
 
-def _size(text: str | None) -> int | None:
+def _size(text: str | None, option: str) -> int | None:
     """The bytes of a size as the user writes it."""
     size = None if text is None else parse_bytes(text)
     if text is not None and not size:
-        raise UsageError(f"Invalid size for --max-memory: {text!r}.", "Write it as 6GB, 900MB or 4GiB.")
+        raise UsageError(f"Invalid size for {option}: {text!r}.", "Write it as 6GB, 900MB or 4GiB.")
     return size
 
 
@@ -216,17 +236,19 @@ class _Screen:
         self._bar = ExitStack()
         self._progress = Progress(None, None)
         self._finished = self._layers = 0
-        self._measured = 0
+        self._measured = self._trials = 0
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and self._finished:
+        if kind is not None and issubclass(kind, ThresholdError):
+            pass  # its hint says how to go on
+        elif kind is not None and self._finished:
             self._out.note(
                 f"{self._finished} of {self._layers} layers are kept. To continue, repeat the command with --resume."
             )
-        elif kind is not None and self._measured:
+        elif kind is not None and (self._measured or self._trials > 1):
             self._out.note("What was measured is kept. To continue, repeat the command with --resume.")
         self._bar.close()
 
@@ -256,7 +278,21 @@ class _Screen:
                 self._progress.step()
             case events.InformationFinished():
                 self._bar.close()
+            case events.TrialStarted(choice):
+                self._finished, self._trials = 0, self._trials + 1
+                if self._trials > 1:
+                    self._out.note(f"Trying {choice.describe()}.")
+            case events.TrialMeasured(trial, meets_kl):
+                self._bar.close()
+                self._finished, self._measured = 0, self._measured + 1
+                self._out.note(f"{trial.describe()}{'' if meets_kl else ', above --max-kl'}")
+            case events.ComparingStarted(what, steps):
+                self._bar.close()
+                self._begin(what, steps)
+            case events.ComparingStep():
+                self._progress.step()
             case events.LayersStarted(layers):
+                self._bar.close()
                 self._layers = layers
                 self._begin("Quantizing", layers)
             case events.LayerDone():
@@ -319,6 +355,8 @@ def _report_plan(out: Output, planned: "PlannedModel", as_json: bool) -> None:
         "gram_limit": plan.fit.gram_limit, "working_disk_bytes": plan.state_bytes, "processes": plan.processes,
         "estimated_seconds": None if plan.seconds is None else round(plan.seconds),
     }  # fmt: skip
+    if planned.costs is not None:
+        document["choices"] = [{"group_size": size, "file_bytes": count} for size, count in planned.costs.plain.items()]
     out.document(document)
 
 
@@ -326,11 +364,24 @@ def _report_result(out: Output, result: "QuantizedModel", as_json: bool) -> None
     if result.found:
         out.note(f"{result.folder} was complete already.")
     _show_fidelity(out, result.report)
+    if (budget := result.report.get("budget")) is not None:
+        out.note(_chosen(result.report["artifact"], budget))
     if as_json:
         out.document({"artifact": str(result.folder), "report": result.report})
     else:
         out.result(str(result.folder))
     out.note('Next: gemma-awq run "The capital of France is"')
+
+
+def _chosen(artifact: dict[str, Any], budget: dict[str, Any]) -> str:
+    """What was chosen within a budget, and which linears stayed in 16 bits."""
+    left = artifact.get("left_in_16_bits", [])
+    names = [name.removeprefix("model.layers.") for name in left]
+    linears = f" and {len(left)} linears in 16 bits: {some(names, 8)}" if left else ""
+    return (
+        f"Chosen of {len(budget['tried'])} that were measured: groups of {artifact['group_size']}, "
+        f"{format_bytes(budget['file_bytes'])} of safetensors files{linears}."
+    )
 
 
 def _show_fidelity(out: Output, report: dict[str, Any]) -> None:

@@ -114,7 +114,7 @@ class _Screen:
                 self._begin("Sampling", seq_len - 1)
             case events.InformationStarted(steps, _):
                 self._begin("Measuring outputs", steps)
-            case events.ComparingStarted(layers):
+            case events.VerifyingStarted(layers):
                 self._begin("Quantizing", layers)
             case events.SamplingStep() | events.InformationStep():
                 self._progress.step()

@@ -13,11 +13,14 @@ from gemma_awq_cli.export.safetensors_conversion import SafetensorsConversion, T
 from gemma_awq_cli.export.source_facts import group_size_of, not_converted, stored_dtype
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.stated_config import awq_section, stated_config
+from gemma_awq_cli.models.gemma.left_groups import find_left_groups, joined_names
 
 
 def convert(checkpoint: Checkpoint, *_: object) -> Conversion:
     """Start a conversion. Other weights stay as they are, and a head that is the embedding is not repeated."""
-    section = awq_section(group_size_of(checkpoint), not_converted(checkpoint))
+    packed = [checkpoint.packed(index).keys() for index in range(checkpoint.layers)]
+    left = find_left_groups(checkpoint.shape.layouts, packed)[0]
+    section = awq_section(group_size_of(checkpoint), [*not_converted(checkpoint), *joined_names(left)])
     layout = TensorLayout(
         form="AWQ, AutoAWQ's GEMM layout",
         key=artifact_names(checkpoint),

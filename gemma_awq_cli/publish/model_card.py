@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 from statistics import median
@@ -36,6 +36,7 @@ _PARTS = {
     "vision_tower": "vision tower", "multi_modal_projector": "projector", "audio_tower": "audio tower",
     "embed_vision": "vision embedder", "embed_audio": "audio embedder", "vision_embedder": "patch embedder",
 }  # fmt: skip
+IN_16_BITS = "16 bits"  # the report's method of a group of linears that is not rounded
 PROMPTS = {True: "Write a haiku about rivers.", False: "The three primary colours are"}
 
 
@@ -247,7 +248,8 @@ def _body(facts: CardFacts) -> str:
             adapter=_adapter(report),
             group_size=artifact["group_size"],
             linears=artifact["quantized_linears"],
-            left=_left(facts.tied, facts.contents),
+            left=_left(facts.tied, facts.contents, artifact.get("left_in_16_bits", [])),
+            budget=_budget(report),
             calibration_rows=calibration["rows"],
             calibration_seq_len=calibration["seq_len"],
             calibration_text=calibration_text(report),
@@ -327,12 +329,38 @@ def speed_table(bench: Mapping[str, Any] | None) -> dict[str, Any] | None:
     }
 
 
-def _left(tied: bool, contents: Contents) -> str:
+def _budget(report: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Return how the artifact was chosen within a budget, as a sentence and a table; None if it was not."""
+    if (budget := report.get("budget")) is None:
+        return None
+    kl = [] if budget["max_kl"] is None else [f"a KL divergence of at most {budget['max_kl']:g} nats per token"]
+    size = [] if budget["max_bytes"] is None else [f"at most {budget['max_bytes'] / 1e6:.1f} MB of weights"]
+    tried = [
+        [one["group_size"], one["linears_in_16_bits"], f"{one['file_bytes'] / 1e6:.1f} MB", f"{one['kl']:.4f}"]
+        for one in budget["tried"]
+    ]
+    best = "smallest" if kl else "best"
+    return {"sentence": f"This is the {best} of what was measured with {' and '.join(kl + size)}.", "tried": tried}
+
+
+def _left_linears(names: Sequence[str]) -> list[str]:
+    """Return which linears were left in 16 bits, layer by layer: `layer 0: mlp.gate_proj, mlp.up_proj`."""
+    layers: dict[str, list[str]] = {}
+    for name in names:
+        _, _, layer, linear = name.split(".", 3)
+        layers.setdefault(layer, []).append(linear)
+    return [f"layer {layer}: {', '.join(linears)}" for layer, linears in layers.items()]
+
+
+def _left(tied: bool, contents: Contents, linears: Sequence[str]) -> str:
     parts = ["embedding (also the head, stored once)" if tied else "embedding, head", "norms"]
     parts += ["per-layer embeddings and their projections"] if contents.table_bytes else []
     parts += ["routers"] if contents.experts else []
     parts += ["AltUp", "Laurel"] if contents.altup else []
-    return ", ".join(parts + [_PARTS[name] for name in contents.companions])
+    parts += [_PARTS[name] for name in contents.companions]
+    # by semicolons: each of them has several
+    chosen = "; the linears that lose most in 4 bits, of " if linears else ""
+    return f"{', '.join(parts)}{chosen}{'; '.join(_left_linears(linears))}"
 
 
 def heldout_text(report: Mapping[str, Any]) -> str:
@@ -379,7 +407,8 @@ def _gguf(files: GgufFiles | None) -> dict[str, str] | None:
 
 
 def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:
-    gains = [1 - group["error"] / group["rtn_error"] for layer in layers for group in layer if group["rtn_error"]]
+    groups = (group for layer in layers for group in layer if group["method"] != IN_16_BITS)
+    gains = [1 - group["error"] / group["rtn_error"] for group in groups if group["rtn_error"]]
     return f"{100 * median(gains):.0f} %" if gains else "0 %"
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.source import Source
+from gemma_awq_cli.quantize.budget import Choice, Trial
 from gemma_awq_cli.quantize.plan import Plan
 
 
@@ -107,7 +108,7 @@ class LayerMeasured:
 
 
 @dataclass(frozen=True)
-class ComparingStarted:
+class VerifyingStarted:
     """`verify` begins: one `LayerPassed` follows for each of the layers up to the last one that it compares."""
 
     layers: int
@@ -119,6 +120,34 @@ class LayerPassed:
 
     index: int
     same: bool | None
+
+
+@dataclass(frozen=True)
+class TrialStarted:
+    """A choice within a budget begins to be made and measured, or is found."""
+
+    choice: Choice
+
+
+@dataclass(frozen=True)
+class TrialMeasured:
+    """A choice was measured. meets_kl: whether its divergence is within the budget."""
+
+    trial: Trial
+    meets_kl: bool
+
+
+@dataclass(frozen=True)
+class ComparingStarted:
+    """Predictions begin to be compared. One `ComparingStep` follows per step. what: in a few words, for a user."""
+
+    what: str
+    steps: int
+
+
+@dataclass(frozen=True)
+class ComparingStep:
+    """One more step is done."""
 
 
 Event = (
@@ -136,8 +165,12 @@ Event = (
     | LayerDone
     | MeasuringStarted
     | LayerMeasured
-    | ComparingStarted
+    | VerifyingStarted
     | LayerPassed
+    | TrialStarted
+    | TrialMeasured
+    | ComparingStarted
+    | ComparingStep
 )
 OnEvent = Callable[[Event], None]
 

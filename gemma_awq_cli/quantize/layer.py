@@ -26,6 +26,7 @@ from gemma_awq_cli.quantize.folding import fold_norm, foldable_scale, source_row
 
 NEAREST, COMPENSATED, DESCENDED = "round-to-nearest", "scale+compensation", "descended scale+compensation"
 UNSCALED = "compensation"
+LEFT = "16 bits"  # of a group that is not rounded
 WITH_FEEDBACK = "+row feedback"  # after any of them but the first
 
 
@@ -68,9 +69,14 @@ def folded_weights(
 
 
 def dense_weights(tensors: Mapping[str, Tensor], layout: LayerLayout, device: torch.device) -> dict[str, Tensor]:
-    """Return float32 weights that compute what the packed layer computes, from the tensors that are written."""
+    """Return float32 weights that compute what the packed layer computes, from the tensors that are written.
+
+    A linear may be among these in 16 bits.
+    """
     dense = _to_fill(tensors, layout, device)
     for name, (tensor, part) in layout.places().items():
+        if tensor in tensors:
+            continue
         packed = PackedWeight(*(tensors[f"{name}.{kind}"].to(device) for kind in PackedWeight._fields))
         dense[tensor][part] = dequantize(*unpack_weight(packed))
     return dense

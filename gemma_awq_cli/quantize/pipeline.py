@@ -8,7 +8,7 @@ the layers that are done.
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,22 +16,17 @@ from typing import Any, Unpack
 
 import torch
 
-from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.events import Note, Warned
-from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.checkpoints.cache import remember_artifact
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.files import CONFIG
 from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, Journal, LayerRecord, differences
-from gemma_awq_cli.models.checkpoints.side_files import copy_side_files
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
-from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import return_freed_memory
-from gemma_awq_cli.models.forward.verification import verify_artifact
+from gemma_awq_cli.quantize.budget import Costs
 from gemma_awq_cli.quantize.events import (
     InformationFinished,
     InformationStarted,
@@ -43,6 +38,9 @@ from gemma_awq_cli.quantize.events import (
     OnEvent,
     ignore,
 )
+from gemma_awq_cli.quantize.finishing import finish_artifact
+from gemma_awq_cli.quantize.fold_files import FoldFiles
+from gemma_awq_cli.quantize.heldout import measure_heldout
 from gemma_awq_cli.quantize.information_files import InformationFiles
 from gemma_awq_cli.quantize.information_layout import BATCH_SHARE
 from gemma_awq_cli.quantize.kept_grid import kept_groups
@@ -69,10 +67,11 @@ from gemma_awq_cli.quantize.report import (
     RunSection,
     SourceSection,
     VersionsSection,
-    artifact_config,
 )
-from gemma_awq_cli.quantize.request import QuantizeOptions, QuantizeRequest
+from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, QuantizeOptions, QuantizeRequest
 from gemma_awq_cli.quantize.sharing import SharedProgress, quantize_share, remove_leftovers, require_shareable, shares
+from gemma_awq_cli.quantize.trials import TrialFiles
+from gemma_awq_cli.quantize.within_budget import plan_within_budget, quantize_within_budget
 from gemma_awq_cli.quantize.work_folder import WorkFolder
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
@@ -90,10 +89,14 @@ class QuantizedModel:
 
 @dataclass(frozen=True)
 class PlannedModel:
-    """The folder that an artifact would have, and the plan."""
+    """The folder that an artifact would have, and the plan: that of the first try within a budget.
+
+    costs: of all that would be tried.
+    """
 
     folder: Path
     plan: Plan
+    costs: Costs | None = None
 
 
 def quantize_model(
@@ -113,10 +116,13 @@ def quantize_model(
     kept, and the same call with `resume=True` continues after them. Processes that a launcher such as torchrun has
     started work together: all of them call this with the same arguments, and get the same result.
 
-    Raises UsageError for an invalid request, and GemmaAwqError if it cannot be carried out.
+    Raises UsageError for an invalid request, ThresholdError if nothing meets its budget, and GemmaAwqError if it cannot
+    be carried out.
     """
     request = _as_request(model, output, options)
-    if (process := launched()) is not None:
+    if request.has_budget:
+        result = _quantize_in_budget(request, on_event)
+    elif (process := launched()) is not None:
         result = _quantize_together(process, request, on_event)
         if not process.is_first:
             return result
@@ -136,6 +142,10 @@ def plan_model(
 ) -> PlannedModel:
     """Return what `quantize_model` would do with the same arguments, without doing it: sizes, memory and time."""
     request, process = _as_request(model, output, options), launched()
+    if request.has_budget:
+        _require_one_process()
+        prepared = prepare(request, on_event, dry_run=True)
+        return PlannedModel(prepared.target, prepared.plan, plan_within_budget(prepared, request, on_event))
     if process is not None:
         require_shareable(request.quality)
         request = replace(request, device=own_device(request.device, process))
@@ -151,6 +161,24 @@ def _as_request(
     if output is not None or options:
         raise UsageError("A QuantizeRequest has all options already.", "Use dataclasses.replace to change them.")
     return model
+
+
+def _quantize_in_budget(request: QuantizeRequest, on_event: OnEvent) -> QuantizedModel:
+    """`quantize_model` with a bound that several group sizes are tried for."""
+    _require_one_process()
+    prepared = prepare(request, on_event)
+
+    def quantize(prepared: Prepared, request: QuantizeRequest, trials: TrialFiles) -> dict[str, Any]:
+        return _quantize(prepared, request, on_event, trials=trials).report
+
+    with torch.inference_mode():
+        report, found = quantize_within_budget(prepared, request, quantize, on_event)
+    return QuantizedModel(prepared.target, report, found)
+
+
+def _require_one_process() -> None:
+    if launched() is not None:
+        raise UsageError(f"{BUDGET_OPTIONS} is not for several processes.", "Start one process.")
 
 
 def _quantize_together(process: Launched, request: QuantizeRequest, on_event: OnEvent) -> QuantizedModel:
@@ -183,9 +211,16 @@ def _report_of(folder: Path) -> dict[str, Any]:
 
 @torch.inference_mode()
 def _quantize(
-    prepared: Prepared, request: QuantizeRequest, on_event: OnEvent, group: Group | None = None
+    prepared: Prepared,
+    request: QuantizeRequest,
+    on_event: OnEvent,
+    group: Group | None = None,
+    trials: TrialFiles | None = None,
 ) -> QuantizedModel:
-    """Write the artifact of a prepared request, or find it. group: of several processes, whose first one this is."""
+    """Write the artifact of a prepared request, or find it.
+
+    group: of several processes, whose first one this is; trials: those that the artifact is one of.
+    """
     started = time.perf_counter()
     target, plan, fingerprint = prepared.target, prepared.plan, prepared.fingerprint()
     with write_errors(target), WorkFolder(target, request.force, request.resume) as work:
@@ -199,7 +234,8 @@ def _quantize(
         require_space(target, plan.artifact_bytes + plan.state_bytes + SMALL_FILES_BYTES - kept)
         writer = TensorWriter(work.model, plan.tensors, begun=bool(journal.records))
         hidden = _hidden_states(prepared, work.state, journal)
-        information = InformationFiles(work.state)
+        information = InformationFiles(work.state if trials is None else trials.folder)
+        folds = None if trials is None else trials.folds(plan.group_size)
         if not journal.records:
             journal.begin(fingerprint)
             if plan.feedback_tokens:
@@ -214,15 +250,10 @@ def _quantize(
             _share_out(prepared, work.layer_files, work.state, group, progress)
             _collect_layers(prepared, work.layer_files, writer, hidden, journal, on_event)
         else:
-            _quantize_layers(prepared, writer, hidden, information, journal, on_event)
+            _quantize_layers(prepared, writer, hidden, information, journal, folds, on_event)
         with layer_memory_errors(plan, plan.layers):
-            fidelity = _measure(prepared.stack, hidden, prepared.rows.heldout)
-        for key, pieces in unquantized(prepared.checkpoint, prepared.stack, plan):
-            writer.write_pieces(key, pieces)
-        writer.finish()
-        copy_side_files(prepared.side_files, work.model)
-        write_json(work.model / CONFIG, artifact_config(prepared.checkpoint, plan))
-        verified = verify_artifact(work.model)
+            fidelity = measure_heldout(prepared.stack, hidden, prepared.rows.heldout)
+        verified = finish_artifact(prepared, writer, work.model)
         report = Report(
             REPORT_SCHEMA,
             SourceSection.of(prepared.source, prepared.checkpoint, plan, prepared.card, prepared.merged),
@@ -276,10 +307,13 @@ def _quantize_layers(
     hidden: HiddenStates,
     information: InformationFiles,
     journal: Journal,
+    folds: FoldFiles | None,
     on_event: OnEvent,
 ) -> None:
-    """Quantize and write every layer that is not in the journal yet."""
+    """Quantize and write every layer that is not in the journal yet. folds: where its factors are kept, if anywhere."""
     checkpoint, plan = prepared.checkpoint, prepared.plan
+    if folds is not None:
+        folds.begin()
     on_event(LayersStarted(plan.layers))
     for index, record in enumerate(journal.records):
         writer.keep(_layer_tensors(checkpoint, plan, index))
@@ -289,6 +323,8 @@ def _quantize_layers(
         with layer_memory_errors(plan, index):
             layer = process_layer(checkpoint, prepared.stack, plan, hidden, information, index)
         _write_layer(checkpoint, writer, hidden, index, layer.tensors)
+        if folds is not None:
+            folds.add(index, plan.layouts[index], layer)
         record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
         journal.add(record)
         del layer
@@ -370,25 +406,3 @@ def _note_starved(plan: Plan, journal: Journal, on_event: OnEvent) -> None:
 def _layer_tensors(checkpoint: Checkpoint, plan: Plan, index: int) -> list[str]:
     prefix = checkpoint.artifact_key(f"model.layers.{index}.")
     return [tensor.name for tensor in plan.tensors if tensor.name.startswith(prefix)]
-
-
-def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> Fidelity:
-    """Compare the predictions of both paths for every next token of the held-out rows [R, S]."""
-    norm, head = stack.head()
-    layers = stack.checkpoint.layers
-    reference, quantized = (
-        norm(hidden.read(layers, rows).to(stack.device))[:, :-1].flatten(0, 1)
-        for rows in (hidden.heldout, hidden.heldout_quantized)
-    )
-    targets = heldout[:, 1:].reshape(-1).to(stack.device)
-    with matmul_precision("medium"):
-        both = zip(stack.logit_chunks(head, reference), stack.logit_chunks(head, quantized), strict=True)
-        return compare(both, targets).summary()
-
-
-def unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan) -> Iterator[tuple[str, Iterator[torch.Tensor]]]:
-    """Yield the tensors outside the layers by their keys, in pieces: embedding, final norm, untied head, companions."""
-    for name in (n for n in stack.shapes if not n.startswith("model.layers.")):
-        yield checkpoint.artifact_key(name), (piece.to(plan.dtype) for piece in checkpoint.pieces(name))
-    for key in checkpoint.companions():
-        yield key, checkpoint.stored_pieces(key)

@@ -4,7 +4,7 @@ It reads the headers of a checkpoint and no weights.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -14,12 +14,13 @@ from gemma_awq_cli.awq.search import Effort
 from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.checkpoints.writing import PlannedTensor
+from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, files_bytes
 from gemma_awq_cli.models.forward.hidden_states import state_bytes
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import device_memory
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
+from gemma_awq_cli.models.gemma.left_groups import LeftGroup
 from gemma_awq_cli.quantize.estimates import (
     FLOAT32,
     Fit,
@@ -51,7 +52,7 @@ class Plan:
     the work goes on; seconds: None on a GPU, where none was measured; keeps_grid: whether the weights stay on the 4-bit
     grid that they are on, and nothing is searched; processes: how many share out the layers, each with the memory that
     is planned; feedback_tokens: rows and tokens of each that feedback between the rows of weights is measured on, None
-    without it.
+    without it; left: the groups of linears that stay in 16 bits.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -72,6 +73,12 @@ class Plan:
     keeps_grid: bool = False
     processes: int = 1
     feedback_tokens: tuple[int, int] | None = None
+    left: tuple[LeftGroup, ...] = ()
+
+    @property
+    def file_bytes(self) -> int:
+        """The bytes of the artifact's safetensors files, headers included."""
+        return files_bytes(self.tensors)
 
     @property
     def layers(self) -> int:
@@ -114,7 +121,7 @@ def choose_group_size(layouts: tuple[LayerLayout, ...], asked: int | None) -> tu
     if unfit is None:
         return first, None
     problem = f"{first} does not divide the {unfit[1]} inputs of {unfit[0]}"
-    fits = [size for size in GROUP_SIZES if all(linear.inputs % size == 0 for _, linear in linears.values())]
+    fits = fitting_group_sizes(layouts)
     if not fits:
         raise GemmaAwqError(f"Group size {problem}.", f"{NO_LAYOUT} No group size divides them.")
     if asked:
@@ -192,6 +199,27 @@ def make_plan(
         processes=processes,
         feedback_tokens=work.information_rows,
     )
+
+
+def leave_in_16_bits(plan: Plan, checkpoint: Checkpoint, stack: TextStack, left: tuple[LeftGroup, ...]) -> Plan:
+    """Return the plan of the same quantization with some groups of linears in 16 bits."""
+    linears = quantized_linears(plan.layouts)
+    for name in (name for group in left for name in group.modules):
+        del linears[name]
+    tensors = _planned_tensors(checkpoint, stack, linears, plan.group_size, plan.dtype)
+    return replace(
+        plan,
+        quantized_linears=len(linears),
+        tensors=tensors,
+        artifact_bytes=sum(tensor.nbytes for tensor in tensors),
+        left=left,
+    )
+
+
+def fitting_group_sizes(layouts: tuple[LayerLayout, ...]) -> list[int]:
+    """Return the group sizes that divide the inputs of every linear, in the order of `GROUP_SIZES`."""
+    inputs = {linear.inputs for _, linear in quantized_linears(layouts).values()}
+    return [size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)]
 
 
 def _choose_fit(work: Workload, max_memory: int | None, device_total: int | None) -> tuple[Fit, int, int | None]:

@@ -42,7 +42,7 @@ from gemma_awq_cli.quantize.merged_adapter import MergedAdapter, adapter_warning
 from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.processes import Launched
 from gemma_awq_cli.quantize.report import artifact_config
-from gemma_awq_cli.quantize.request import QuantizeRequest
+from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, GRID_OR_BUDGET, ONE_CHOICE, QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
 from gemma_awq_cli.quantize.work_folder import WorkFolder
 from gemma_awq_cli.system.saving import local_path
@@ -130,6 +130,8 @@ def prepare(
     require_in_context(request.seq_len, checkpoint)
     dtype = stored_dtype(checkpoint, request.dtype)
     keeps_grid = decide_on_grid(request, checkpoint, dtype, on_event)
+    if keeps_grid and request.has_budget:
+        raise UsageError(f"{BUDGET_OPTIONS} is not for this QAT checkpoint: {ONE_CHOICE}.", GRID_OR_BUDGET)
     asked = grid_group_size(request.group_size) if keeps_grid else request.group_size
     group_size, reason = choose_group_size(checkpoint.shape.layouts, asked)
     if reason is not None:

@@ -18,6 +18,8 @@ from gemma_awq_cli.models.checkpoints.journal import Fingerprint, GroupRecord, K
 from gemma_awq_cli.models.checkpoints.source import Source
 from gemma_awq_cli.models.checkpoints.stated_config import BITS, awq_section, stated_config
 from gemma_awq_cli.models.forward.memory import peak_device_memory, peak_memory
+from gemma_awq_cli.models.gemma.left_groups import not_converted_names
+from gemma_awq_cli.quantize.budget import BudgetSearch
 from gemma_awq_cli.quantize.merged_adapter import MergedAdapter
 from gemma_awq_cli.quantize.plan import Plan
 
@@ -26,7 +28,8 @@ REPORT_SCHEMA = 2
 
 def artifact_config(checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
     """Return the source's config with the quantization section that transformers, vLLM and AutoAWQ read."""
-    section = awq_section(plan.group_size, list(checkpoint.family.not_converted))
+    kept = [*checkpoint.family.not_converted, *not_converted_names(plan.left)]
+    section = awq_section(plan.group_size, kept)
     return stated_config(checkpoint, plan.dtype_name, section)
 
 
@@ -81,17 +84,57 @@ class SourceSection:
 
 @dataclass(frozen=True)
 class ArtifactSection:
-    """The artifact's layout."""
+    """The artifact's layout. left_in_16_bits: linears that others of their kind are packed beside, by their names."""
 
     bytes: int
     bits: int
     group_size: int
     dtype: str
     quantized_linears: int
+    left_in_16_bits: tuple[str, ...]
 
     @classmethod
     def of(cls, plan: Plan) -> "ArtifactSection":
-        return cls(plan.artifact_bytes, BITS, plan.group_size, plan.dtype_name, plan.quantized_linears)
+        left = tuple(name for group in plan.left for name in group.modules)
+        return cls(plan.artifact_bytes, BITS, plan.group_size, plan.dtype_name, plan.quantized_linears, left)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by their names, without `left_in_16_bits` if there are none."""
+        value = {**asdict(self), "left_in_16_bits": list(self.left_in_16_bits)}
+        return {name: one for name, one in value.items() if one != []}
+
+
+@dataclass(frozen=True)
+class BudgetSection:
+    """The bounds of a choice that was made within a budget, and what it was chosen from.
+
+    file_bytes: of the artifact's safetensors files, which max_bytes bounds; tried: what was measured, in order;
+    sensitivities: of the groups of linears, if any may have had to stay in 16 bits.
+    """
+
+    max_kl: float | None
+    max_bytes: int | None
+    file_bytes: int
+    tried: tuple[dict[str, Any], ...]
+    sensitivities: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, search: BudgetSearch, plan: Plan, sensitivities: dict[str, Any] | None) -> "BudgetSection":
+        tried = tuple(
+            {
+                "group_size": trial.choice.group_size,
+                "linears_in_16_bits": sum(len(group.linears) for group in trial.choice.left),
+                "file_bytes": trial.nbytes,
+                "kl": trial.kl,
+            }
+            for trial in search.tried
+        )
+        return cls(search.budget.max_kl, search.budget.max_bytes, plan.file_bytes, tried, sensitivities)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the fields by their names, without sensitivities if none were measured."""
+        value = {**asdict(self), "tried": list(self.tried)}
+        return {name: one for name, one in value.items() if name != "sensitivities" or one is not None}
 
 
 @dataclass(frozen=True)
@@ -220,4 +263,5 @@ class Report:
                 del value[name]
         if self.source.adapter is None:
             del value["source"]["adapter"]
+        value["artifact"] = self.artifact.to_json()
         return value

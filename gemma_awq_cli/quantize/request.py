@@ -1,5 +1,6 @@
 """The request: everything that a user can choose about one quantization, checked when it is made."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypedDict
@@ -15,6 +16,9 @@ DTYPES = ("bfloat16", "float16")
 NUM_SAMPLES, SEQ_LEN = 128, 512  # by default
 LEAST_SEQ_LEN = 8
 KEEP, IGNORE = QAT_MODES = ("keep", "ignore")
+BUDGET_OPTIONS = "--max-kl or --max-size"
+ONE_CHOICE = "a grid that is kept leaves nothing to choose"
+GRID_OR_BUDGET = f"Leave out {BUDGET_OPTIONS}, or use --qat ignore to quantize it like any other checkpoint."
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,9 @@ class QuantizeRequest:
     num_samples: the most calibration rows to use; seq_len: tokens per row, BOS included; seed: decides which rows.
     device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; max_memory: bytes that the plan must fit, on a CUDA device of its
     memory.
+    max_kl: the most KL divergence on the held-out rows, in nats per token; max_size: the most bytes of the artifact's
+    safetensors files. With either, the group size (unless it is given) and linears that stay in 16 bits are chosen to
+    meet it.
     resume: continue an interrupted run of the same request; force: replace an artifact that is already in `output`.
     """
 
@@ -57,6 +64,8 @@ class QuantizeRequest:
     seed: int = 0
     device: str = "auto"
     max_memory: int | None = None
+    max_kl: float | None = None
+    max_size: int | None = None
     resume: bool = False
     force: bool = False
 
@@ -77,6 +86,17 @@ class QuantizeRequest:
             )
         if self.max_memory is not None:
             _require_at_least("max_memory", self.max_memory, 1)
+        if self.max_size is not None:
+            _require_at_least("max_size", self.max_size, 1)
+        if self.max_kl is not None and not (math.isfinite(self.max_kl) and self.max_kl > 0):
+            raise UsageError(f"Invalid max_kl: {self.max_kl}.", "Give a number of nats per token above 0, such as 0.1.")
+        if self.has_budget and self.qat == KEEP:
+            raise UsageError(f"--qat keep and {BUDGET_OPTIONS} contradict each other: {ONE_CHOICE}.", GRID_OR_BUDGET)
+
+    @property
+    def has_budget(self) -> bool:
+        """Whether there is a bound that the choice of group size and 16-bit linears must meet."""
+        return self.max_kl is not None or self.max_size is not None
 
     @property
     def level(self) -> Quality:
@@ -112,6 +132,8 @@ class QuantizeRequest:
             "dtype": self.dtype,
             "max_memory": self.max_memory,
             **({} if self.qat is None else {"qat": self.qat}),
+            **({} if self.max_kl is None else {"max_kl": self.max_kl}),
+            **({} if self.max_size is None else {"max_size": self.max_size}),
         }
 
 
@@ -135,6 +157,8 @@ class QuantizeOptions(TypedDict, total=False):
     seed: int
     device: str
     max_memory: int | None
+    max_kl: float | None
+    max_size: int | None
     resume: bool
     force: bool
 

@@ -31,10 +31,11 @@ from gemma_awq_cli.models.checkpoints.source import DEMO, find_source
 from gemma_awq_cli.models.checkpoints.staging import require_space
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes, read_pieces, read_tensors
 from gemma_awq_cli.models.forward.memory import return_freed_memory
-from gemma_awq_cli.quantize.events import ComparingStarted, LayerPassed, OnEvent, ignore
+from gemma_awq_cli.quantize.events import LayerPassed, OnEvent, VerifyingStarted, ignore
+from gemma_awq_cli.quantize.finishing import unquantized
 from gemma_awq_cli.quantize.information_files import InformationFiles
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, pass_calibration, pass_quantized, process_layer
-from gemma_awq_cli.quantize.pipeline import measure_information, unquantized
+from gemma_awq_cli.quantize.pipeline import measure_information
 from gemma_awq_cli.quantize.preparation import Prepared, prepare
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
@@ -169,7 +170,7 @@ def _different_layers(
     hidden, information = calibration_states(prepared, scratch), InformationFiles(scratch)
     if plan.feedback_tokens:
         measure_information(prepared, information, hidden, on_event)
-    on_event(ComparingStarted(own[-1] + 1))
+    on_event(VerifyingStarted(own[-1] + 1))
     for index in range(own[-1] + 1):
         different: list[str] = []
         keys = _layer_keys(prepared, index)
@@ -205,7 +206,7 @@ def _different_shapes(stored: Checkpoint, prepared: Prepared) -> list[str]:
 
 def _different_copies(stored: Checkpoint, prepared: Prepared) -> Iterator[str]:
     """Yield the names of tensors outside the layers that are not as stored."""
-    for key, pieces in unquantized(prepared.checkpoint, prepared.stack, prepared.plan):
+    for key, pieces in unquantized(prepared):
         if _digest(pieces) != _digest(read_pieces(key, stored.tensors[key])):
             yield key
 
@@ -242,6 +243,11 @@ def recorded_request(
 
     is_strangers: whether it is from the hub: it then names no files of this machine.
     """
+    if "budget" in report:
+        raise GemmaAwqError(
+            "The artifact was chosen within a budget (--max-kl, --max-size), and the choice is not made again here.",
+            "Only an artifact that was made with a given group size can be compared.",
+        )
     options: dict[str, Any] = {}
     for name, kind in _ARGUMENTS.items():
         value = report["arguments"].get(name)

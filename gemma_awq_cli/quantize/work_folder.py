@@ -19,7 +19,10 @@ from gemma_awq_cli.models.checkpoints.journal import (
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, write_errors
 from gemma_awq_cli.quantize.information_files import InformationFiles
 from gemma_awq_cli.quantize.layer_files import LayerFiles
+from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
+
+OTHER_WORK = "Repeat the command that began it with --resume."
 
 
 class WorkFolder:
@@ -29,7 +32,7 @@ class WorkFolder:
     and the user chose neither `resume` nor `force`. After an error the finished layers are kept.
 
     model: the files that will become `target`; state: files that only an interrupted run needs; layer_files: in there,
-    the layers that several processes have finished.
+    the layers that several processes have finished; trials: what a run within a budget has tried.
     """
 
     def __init__(self, target: Path, force: bool, resume: bool) -> None:
@@ -37,6 +40,7 @@ class WorkFolder:
         self._staged = StagedFolder(target, force, resume, is_worth_keeping=_is_worth_keeping)
         self.model, self.state = self._staged.folder, self._staged.state
         self.layer_files = LayerFiles(self.state)
+        self.trials = TrialFiles(self.state)
         if not force:
             with write_errors(target):
                 self._require_asked(Journal(self.state))
@@ -77,6 +81,10 @@ class WorkFolder:
             try:
                 journal = Journal(self.state)
                 self._require_asked(journal)
+                if self.trials.begun:
+                    raise GemmaAwqError(
+                        f"{self._staged.path} holds what a run within a budget has tried.", f"{OTHER_WORK} {ANEW}"
+                    )
                 journal.require_at_most(layers)
                 if self._is_begun(journal) and self._is_same(journal.fingerprint, fingerprint, self._staged.path):
                     return journal
@@ -85,6 +93,24 @@ class WorkFolder:
                     raise
         self._staged.begin_anew()
         return Journal(self.state)
+
+    def open_trials(self, conditions: Fingerprint) -> TrialFiles:
+        """Return what a run within a budget has tried before: nothing if it starts over.
+
+        Raises if that depends on other conditions, or if other work is unfinished here, unless `force`.
+        """
+        if self.trials.begun and (not self._force or self._resume):
+            try:
+                if self._is_same(self.trials.conditions(), conditions, self._staged.path):
+                    return self.trials
+            except GemmaAwqError:
+                if not self._force:
+                    raise
+        elif self._is_begun(Journal(self.state)) and not self._force:
+            raise GemmaAwqError(f"{self._staged.path} holds unfinished work without a budget.", f"{OTHER_WORK} {ANEW}")
+        self._staged.begin_anew()
+        self.trials.begin(conditions)
+        return self.trials
 
     def kept_bytes(self) -> int:
         """Return the bytes that unfinished work takes on the disk already."""
@@ -98,6 +124,11 @@ class WorkFolder:
             raise GemmaAwqError(
                 f"Another process is writing {self.target}.", f"Wait for it, or {self._staged.elsewhere}."
             )
+        if self.trials.begun:
+            raise GemmaAwqError(
+                f"What an earlier run within a budget has tried is kept in {self._staged.path}.",
+                "Continue with --resume, with the same or another budget, or start over with --force.",
+            )
         finished = self._finished(journal)
         when = f"after {finished} layers; they are" if finished else "before its first layer; what it measured is"
         raise GemmaAwqError(
@@ -107,7 +138,7 @@ class WorkFolder:
 
     def _is_begun(self, journal: Journal) -> bool:
         """Whether there is anything that a run can continue after."""
-        return bool(self._finished(journal)) or InformationFiles(self.state).begun
+        return bool(self._finished(journal)) or InformationFiles(self.state).begun or self.trials.begun
 
     def _finished(self, journal: Journal) -> int:
         """How many layers are finished: those of the journal, or those that several processes have in files."""
@@ -122,4 +153,5 @@ class WorkFolder:
 
 def _is_worth_keeping(state: Path) -> bool:
     """Whether an unfinished artifact can be continued."""
-    return has_finished_layers(state) or bool(LayerFiles(state).finished()) or InformationFiles(state).begun
+    begun = InformationFiles(state).begun or TrialFiles(state).begun
+    return begun or has_finished_layers(state) or bool(LayerFiles(state).finished())

@@ -152,8 +152,19 @@ def test_what_cannot_be_had_is_no_difference(
     assert "quantization_report.json" in refused()
 
 
+def given_size(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if name != "budget"}
+
+
+def test_a_choice_within_a_budget_is_not_made_again() -> None:
+    asked = VerifyRequest("org/artifact")
+    with pytest.raises(GemmaAwqError, match="within a budget"):
+        recorded_request(full_report(), asked, Path("out"), False)
+    assert recorded_request(given_size(full_report()), asked, Path("out"), False)
+
+
 def test_a_strangers_report_names_no_files_of_this_machine() -> None:
-    report, asked = full_report(), VerifyRequest("org/artifact")
+    report, asked = given_size(full_report()), VerifyRequest("org/artifact")
     made = recorded_request(report, asked, Path("out"), True)
     assert (made.model, made.revision, made.calibration) == ("google/gemma-2b", "0" * 40, "wikitext")
     for place, name, option in (

@@ -6,7 +6,7 @@ from typing import Any
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.local_paths import without_local_paths
 from gemma_awq_cli.models.checkpoints.tying import with_tie
-from gemma_awq_cli.models.packed_formats.choosing import SECTION
+from gemma_awq_cli.models.packed_formats.choosing import NOT_CONVERTED, SECTION
 
 BITS = 4
 
@@ -38,5 +38,5 @@ def awq_section(group_size: int, not_converted: list[str]) -> dict[str, Any]:
         "bits": BITS,
         "group_size": group_size,
         "zero_point": True,
-        "modules_to_not_convert": not_converted,
+        NOT_CONVERTED: not_converted,
     }

@@ -65,28 +65,16 @@ class TensorWriter:
             write_json(folder / INDEX, index)
 
     def _start(self, path: Path, shard: Sequence[PlannedTensor]) -> None:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        offset = 0
-        # tensors of odd sizes last: each then begins at a multiple of its elements' size, as readers that map it need
-        shard = sorted(shard, key=lambda tensor: -min(ALIGNMENT, tensor.nbytes & -tensor.nbytes))
-        for tensor in shard:
-            end = offset + tensor.nbytes
-            header[tensor.name] = {
-                "dtype": FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
-            }  # fmt: skip
-            offset = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % ALIGNMENT)
-        head = len(encoded).to_bytes(8, "little") + encoded
+        head, offsets = _head(shard)
+        size = len(head) + sum(tensor.nbytes for tensor in shard)
         if self._begun:
-            _require_begun(path, head, len(head) + offset)
+            _require_begun(path, head, size)
         else:
             with path.open("wb") as file:
                 file.write(head)
-                file.truncate(len(head) + offset)
-        for tensor in shard:
-            start = header[tensor.name]["data_offsets"][0]
-            self._place[tensor.name] = (path, len(head) + start)
+                file.truncate(size)
+        for name, offset in offsets.items():
+            self._place[name] = (path, len(head) + offset)
 
     def keep(self, names: Iterable[str]) -> None:
         """Name the tensors that an earlier writer of the same files has written."""
@@ -125,6 +113,28 @@ class TensorWriter:
         while self._unsynced:
             with self._unsynced.pop().open("r+b") as file:
                 os.fsync(file.fileno())
+
+
+def files_bytes(plan: Sequence[PlannedTensor], shard_bytes: int | None = None) -> int:
+    """Return the bytes of all safetensors files that a `TensorWriter` makes by a plan, their headers included."""
+    shards = _split(plan, shard_bytes or SHARD_BYTES)
+    return sum(len(_head(shard)[0]) + sum(tensor.nbytes for tensor in shard) for shard in shards)
+
+
+def _head(shard: Sequence[PlannedTensor]) -> tuple[bytes, dict[str, int]]:
+    """Return everything before the first tensor of a file, and where each tensor begins after that."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offsets, offset = {}, 0
+    # tensors of odd sizes last: each then begins at a multiple of its elements' size, as readers that map it need
+    for tensor in sorted(shard, key=lambda tensor: -min(ALIGNMENT, tensor.nbytes & -tensor.nbytes)):
+        offsets[tensor.name], end = offset, offset + tensor.nbytes
+        header[tensor.name] = {
+            "dtype": FORMAT_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [offset, end],
+        }  # fmt: skip
+        offset = end
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % ALIGNMENT)
+    return len(encoded).to_bytes(8, "little") + encoded, offsets
 
 
 def _require_begun(path: Path, head: bytes, size: int) -> None:

@@ -161,6 +161,22 @@ class HiddenStates:
             if layer in self._shared:
                 self._shared[layer].write(first, torch.stack([part[:count] for part in shared[layer]], dim=1))
 
+    def branch(self, layer: int, rows: slice, first: int, batch: int, run: Run) -> None:
+        """Run `rows` through layer `layer` for other rows, from row `first` on, whose own input is not read.
+
+        They get what earlier layers share of `rows`, too.
+        """
+        for start in range(rows.start, rows.stop, batch):
+            own = slice(start, min(start + batch, rows.stop))
+            to = first + own.start - rows.start
+            hidden, ids, shared = self.read_batch(layer, own)
+            self._files[1 - layer % 2].write(to, run(hidden, ids, shared))
+            if layer in self._shared:
+                self._shared[layer].write(to, torch.stack(shared[layer], dim=1))
+            for index, file in self._shared.items():
+                if index < layer:
+                    file.write(to, file.read(own))
+
     def sync(self, layer: int) -> None:
         """Force the input of layer `layer`, and what the layer before it shares, to the disk."""
         self._files[layer % 2].sync()

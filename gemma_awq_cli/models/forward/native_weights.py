@@ -3,6 +3,7 @@
 Its integer linears quantize their activations to 8 bits, one scale per token and 32 inputs.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -220,12 +221,19 @@ def native_report(text: NativeText) -> list[str]:
     origin = "prebuilt, " if text.library.sources else ""
     lines = [
         f"forward: compiled C++ ({text.library.instructions}, {origin}{thread_count()} threads){long}",
-        f"{', '.join(names)}: compiled {_arithmetic(text.linears[0].spec)}, {linears / 1e6:.1f} MB",
+        f"{', '.join(names)}: compiled {_each_arithmetic(text.linears)}, {linears / 1e6:.1f} MB",
         f"head: compiled {_arithmetic(text.head.spec)}{exact}, {text.head.nbytes / 1e6:.1f} MB",
     ]
     if text.per_layer is not None:
         lines.append(f"per-layer embeddings: read row by row from the file, {text.per_layer.table.nbytes / 1e6:.1f} MB")
     return lines
+
+
+def _each_arithmetic(linears: Sequence[native.NativeLinear]) -> str:
+    """What most linears compute in, and how many compute in something else."""
+    (usual, _), *others = Counter(_arithmetic(linear.spec) for linear in linears).most_common()
+    rest = "".join(f"; {number} of {len(linears)} {name}" for name, number in others)
+    return f"{usual}{rest}"
 
 
 def _arithmetic(linear: LinearSpec) -> str:

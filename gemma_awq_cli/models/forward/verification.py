@@ -15,8 +15,10 @@ from gemma_awq_cli.models.checkpoints.expected_tensors import HEAD
 from gemma_awq_cli.models.checkpoints.files import CONFIG, INDEX, read_json
 from gemma_awq_cli.models.checkpoints.weight_files import read_pieces
 from gemma_awq_cli.models.forward.layerwise import meta_model, parameter_shapes
+from gemma_awq_cli.models.gemma.left_groups import find_left_groups, not_converted_names
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.packed_formats.autoawq import Gemm
+from gemma_awq_cli.models.packed_formats.choosing import NOT_CONVERTED
 from gemma_awq_cli.models.text.prompter import Prompter
 
 REMAKE = "Quantize the model again, or download the artifact again."
@@ -37,9 +39,10 @@ def _verify(checkpoint: Checkpoint) -> dict[str, Any]:
     unpacked: set[str] = set()  # what the 16-bit model has in their place
     for index, layout in enumerate(checkpoint.shape.layouts):
         prefix = f"model.layers.{index}."
-        wanted = {prefix + name: linear for name, linear in layout.packed().items()}
+        wanted = {prefix + name: linear for name, linear in checkpoint.packed(index).items()}
         linears += len(wanted)
-        unpacked.update(prefix + name for name in layout.unpacked())
+        gone = {place.tensor for name, place in layout.places().items() if prefix + name in wanted}
+        unpacked.update(prefix + name for name in gone)
         packed = checkpoint.read_packed(wanted)
         compared += _compare_with_autoawq(packed, group_size) if index == 0 else 0
     # the names of the rest are transformers' own, not those of our layouts
@@ -60,10 +63,22 @@ def _require_own(checkpoint: Checkpoint) -> int:
     packed = checkpoint.packed_linears
     if packed is None or type(packed.layout) is not Gemm:
         raise GemmaAwqError(f"{checkpoint.folder} does not hold weights in {Gemm.title}.", REMAKE)
-    for index, layout in enumerate(checkpoint.shape.layouts):
-        if left := layout.packed().keys() - checkpoint.packed(index).keys():
-            raise GemmaAwqError(f"{checkpoint.folder} has linears that are not packed: {some(sorted(left))}.", REMAKE)
+    left, others = find_left_groups(checkpoint.shape.layouts, [layer.keys() for layer in packed.layers])
+    if others:
+        raise GemmaAwqError(f"{checkpoint.folder} has linears that are not packed: {some(others)}.", REMAKE)
+    _require_stated(checkpoint, not_converted_names(left))
     return packed.group_size
+
+
+def _require_stated(checkpoint: Checkpoint, left: list[str]) -> None:
+    """An error unless the config names exactly the linears that are in 16 bits, as other readers go by that."""
+    entries = (checkpoint.quantization or {}).get(NOT_CONVERTED) or []
+    stated = {str(one) for one in entries if str(one).startswith("layers.")} if isinstance(entries, list) else set()
+    where = f"{checkpoint.folder / CONFIG}: {NOT_CONVERTED}"
+    if wrong := sorted(stated - set(left)):
+        raise GemmaAwqError(f"{where} names what is not in 16 bits here: {some(wrong)}.", REMAKE)
+    if missing := sorted(set(left) - stated):
+        raise GemmaAwqError(f"{where} does not name linears that are in 16 bits: {some(missing)}.", REMAKE)
 
 
 def _compare_with_autoawq(linears: Mapping[str, PackedWeight], group_size: int) -> int:

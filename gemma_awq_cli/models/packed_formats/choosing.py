@@ -10,6 +10,7 @@ from gemma_awq_cli.models.packed_formats.gptq import ACT_ORDER, Gptq
 from gemma_awq_cli.models.packed_formats.packed_format import GROUP_MULTIPLE, PackedFormat
 
 SECTION = "quantization_config"
+NOT_CONVERTED = "modules_to_not_convert"
 ORIGINAL = "Give the original 16-bit checkpoint: `gemma-awq quantize` makes a 4-bit artifact of it."
 READ = "4-bit AWQ (gemm, gemv, gemv_fast, marlin), GPTQ and compressed-tensors (pack-quantized)"
 # Methods that are known and not read -> what they are, and what runs them.

@@ -26,6 +26,8 @@ complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l adapter -r -d
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l adapter-revision -r -d 'Branch, tag or commit of the adapter'\''s hub id.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l group-size -x -a '128 64 32' -d 'Weights that share one scale and zero point.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l qat -x -a 'keep ignore' -d 'Keep the 4-bit grid that the weights of a QAT checkpoint lie on, or quantize it like any other.'
+complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l max-kl -r -d 'Make the smallest artifact with at most this KL divergence on the held-out text, in nats per token: choose the group size and, if needed, leave the most sensitive linears in 16 bits.'
+complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l max-size -r -d 'Make the best artifact whose safetensors files take at most this much, such as 250MB; with --max-kl, one that meets both.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l quality -x -a 'fast balanced best' -d 'How much work to spend on fidelity.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l dtype -x -a 'bfloat16 float16' -d 'Data type of the weights that stay in 16 bits.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l calibration -r -d 'Recipe, file or folder of texts (.txt, .jsonl, .json, .csv, .parquet), hub dataset id, or `self` for text that the model writes itself.'
