@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.gram import InputStatistics, block_width
+from gemma_awq_cli.awq.gram import AddGram, InputStatistics, add_gram, block_width
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
@@ -39,13 +39,14 @@ class Observer:
         gram_limit: int,
         device: torch.device,
         paired: bool = False,
+        adder: AddGram = add_gram,
     ) -> None:
         self._groups = layout.groups
         self._statistics: dict[str, InputStatistics] = {}
         self._hooks = []
         for group in layout.groups:
             width = layout.linears[group.linears[0]].inputs
-            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired)
+            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired, adder)
             self._statistics[group.name] = statistics
             hook = _adder(statistics, group.normalized, paired)
             self._hooks.append(module.get_submodule(group.linears[0]).register_forward_hook(hook))

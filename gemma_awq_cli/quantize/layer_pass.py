@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.compiled_attention import compiled_attention
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal, return_freed_memory
@@ -22,6 +23,7 @@ from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
+from gemma_awq_cli.quantize.products import adder_for, compiled_products
 
 
 def process_layer(
@@ -52,9 +54,10 @@ def process_layer(
         layout = plan.layouts[index]
         observer = experts = None
         if not plan.keeps_grid:
-            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+            adder = adder_for(stack.device)
+            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired, adder)
             experts = _expert_inputs(plan, layout, module, hidden, stack)
-            with bfloat16_products(stack.device):
+            with _observed(stack, module):
                 rows = max(1, batch // plan.effort.paths)
                 beside = hidden.calibration_quantized if paired else None
                 hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
@@ -87,7 +90,7 @@ def process_layer(
         with matmul_precision("medium"):
             hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
             if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
-                with bfloat16_products(stack.device):
+                with _observed(stack, module):
                     hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
     return layer
 
@@ -95,7 +98,7 @@ def process_layer(
 def pass_calibration(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int) -> None:
     """Write the hidden states of the calibration rows behind layer `index`, as `process_layer` does, and no more."""
     module = stack.layer(index, _read(stack, plan, index))
-    with matmul_precision("medium"), bfloat16_products(stack.device):
+    with matmul_precision("medium"), _observed(stack, module):
         rows = max(1, plan.rows_per_batch // plan.effort.paths)
         hidden.advance(index, hidden.calibration, rows, partial(stack.run_layer, index, module))
 
@@ -114,6 +117,13 @@ def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int,
             hidden.advance(index, rows, plan.rows_per_batch, partial(stack.run_layer, index, module))
 
 
+@contextmanager
+def _observed(stack: TextStack, module: nn.Module) -> Iterator[None]:
+    """Run a layer's module in bfloat16 where the device multiplies it: for rows that are not measured."""
+    with bfloat16_products(stack.device), compiled_attention(module, compiled_products(stack.device)):
+        yield
+
+
 def _read(stack: TextStack, plan: Plan, index: int) -> dict[str, Tensor]:
     """A layer's parameters in the dtype that is stored, on the device."""
     return {name: tensor.to(plan.dtype).to(stack.device) for name, tensor in stack.read_layer(index).items()}
@@ -128,8 +138,9 @@ def _expert_inputs(
     rows = hidden.calibration.stop - hidden.calibration.start
     paired = plan.effort.paths == 2
     return ExpertInputs(
-        layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired
-    )
+        layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired,
+        adder_for(stack.device),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -59,6 +59,7 @@ from gemma_awq_cli.quantize.processes import (
     own_device,
     require_same_everywhere,
 )
+from gemma_awq_cli.quantize.products import product_for
 from gemma_awq_cli.quantize.report import (
     REPORT_SCHEMA,
     ArtifactSection,
@@ -381,8 +382,10 @@ def _measure(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> F
     )
     targets = heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
-        both = zip(stack.logit_chunks(head, reference), stack.logit_chunks(head, quantized), strict=True)
-        return compare(both, targets).summary()
+        logits = (
+            stack.logit_chunks(head, states, multiply=product_for(stack.device)) for states in (reference, quantized)
+        )
+        return compare(zip(*logits, strict=True), targets).summary()
 
 
 def _write_unquantized(checkpoint: Checkpoint, stack: TextStack, plan: Plan, writer: TensorWriter) -> None:
