@@ -6,6 +6,7 @@ in different blocks are then missing from the sums, for every candidate and for 
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +25,22 @@ def add_gram(total: Tensor, magnitudes: Tensor, x: Tensor, roots: Tensor | None)
     add_products(total, x if roots is None else x * roots[:, None])
 
 
-AddGram = Callable[[Tensor, Tensor, Tensor, Tensor | None], None]  # `add_gram`, or what computes the same
+def add_cross(total: Tensor, left: Tensor, right: Tensor, factors: Tensor | None) -> None:
+    """Add `left^T (factors * right)` to `total` [k, k] float32.
+
+    left, right: [T, k] float32; factors: [T], None for 1.
+    """
+    total.addmm_(left.t(), right if factors is None else right * factors[:, None])
+
+
+class Sums(NamedTuple):
+    """How sums over tokens are computed: gram as by `add_gram`, cross as by `add_cross`."""
+
+    gram: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+    cross: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+IN_TORCH = Sums(add_gram, add_cross)
 
 
 class InputStatistics:
@@ -41,10 +57,10 @@ class InputStatistics:
         block: int,
         device: torch.device,
         with_reference: bool = False,
-        adder: AddGram = add_gram,
+        sums: Sums = IN_TORCH,
     ) -> None:
         self.blocks = width // block
-        self._add_gram = adder
+        self._sums = sums
         self.gram = torch.zeros((self.blocks, block, block), dtype=torch.float32, device=device)
         self.error_gram = torch.zeros_like(self.gram) if with_reference else None
         self.abs_sum = torch.zeros(width, dtype=torch.float32, device=device)
@@ -65,13 +81,13 @@ class InputStatistics:
         roots = None if weights is None else weights.sqrt()
         magnitudes = self.abs_sum.chunk(self.blocks)
         for part, total, own in zip(x.chunk(self.blocks, dim=1), self.gram, magnitudes, strict=True):
-            self._add_gram(total, own, part, roots)
+            self._sums.gram(total, own, part, roots)
 
     def _add_errors(self, x: Tensor, weights: Tensor | None, reference: Tensor) -> None:
         assert self.error_gram is not None
         error = (reference.reshape(x.shape) - x).chunk(self.blocks, 1)
         for total, lost, part in zip(self.error_gram, error, x.chunk(self.blocks, 1), strict=True):
-            total.addmm_(lost.t(), part if weights is None else part * weights[:, None])
+            self._sums.cross(total, lost, part, weights)
 
     def finish(self, tokens: int | None = None) -> None:
         """Turn the sums into means. Call it once, after the last token.

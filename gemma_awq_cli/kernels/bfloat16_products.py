@@ -4,36 +4,55 @@ PyTorch multiplies bfloat16 numbers on the CPU as fast, but rounds the sums to b
 order, so the number of threads does not change it.
 """
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.gram import Sums
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import int64s
 from gemma_awq_cli.system.threads import thread_count
 
 
-def gram_adder(library: Library) -> Callable[[Tensor, Tensor, Tensor, Tensor | None], None]:
-    """Return what computes as `gram.add_gram` does, but multiplies in bfloat16. library: `multiplies_bfloat16`."""
+def token_sums(library: Library) -> Sums:
+    """Return what sums as `gram.IN_TORCH` does, but multiplies in bfloat16. library: `multiplies_bfloat16`."""
     assert library.multiplies_bfloat16
 
     def add_gram(total: Tensor, magnitudes: Tensor, x: Tensor, roots: Tensor | None) -> None:
         tokens, columns = x.shape
         x = x if x.dtype in (torch.bfloat16, torch.float32) and x.stride(1) == 1 else x.float().contiguous()
-        assert total.dtype == magnitudes.dtype == torch.float32
-        assert total.is_contiguous()
-        assert magnitudes.is_contiguous()
+        roots = _factors(roots, tokens)
         assert [total.shape, magnitudes.shape] == [(columns, columns), (columns,)]
-        if roots is not None:
-            roots = roots.to(torch.float32).contiguous()
-            assert roots.shape == (tokens,)
         library.add_gram(
             x.data_ptr(), x.dtype == torch.bfloat16, x.stride(0), tokens, columns,
-            None if roots is None else roots.data_ptr(), total.data_ptr(), magnitudes.data_ptr(), thread_count(),
+            None if roots is None else roots.data_ptr(), _place(total), _place(magnitudes), thread_count(),
         )  # fmt: skip
 
-    return add_gram
+    def add_cross(total: Tensor, left: Tensor, right: Tensor, factors: Tensor | None) -> None:
+        tokens, columns = left.shape
+        left, right = (x if x.stride(1) == 1 else x.contiguous() for x in (left, right))
+        factors = _factors(factors, tokens)
+        assert left.dtype == right.dtype == torch.float32
+        assert [right.shape, total.shape] == [(tokens, columns), (columns, columns)]
+        library.add_cross(
+            left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, columns,
+            None if factors is None else factors.data_ptr(), _place(total), thread_count(),
+        )  # fmt: skip
+
+    return Sums(add_gram, add_cross)
+
+
+def _factors(factors: Tensor | None, tokens: int) -> Tensor | None:
+    if factors is None:
+        return None
+    assert factors.shape == (tokens,)
+    return factors.to(torch.float32).contiguous()
+
+
+def _place(sums: Tensor) -> int:
+    """Where sums begin in memory."""
+    assert sums.dtype == torch.float32
+    assert sums.is_contiguous()
+    return sums.data_ptr()
 
 
 def attend(library: Library, q: Tensor, k: Tensor, v: Tensor, scale: float, window: int) -> Tensor:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.gram import AddGram, InputStatistics, add_gram, block_width
+from gemma_awq_cli.awq.gram import IN_TORCH, InputStatistics, Sums, block_width
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout
@@ -46,13 +46,13 @@ class ExpertInputs:
         rows: int,
         seq_len: int,
         paired: bool = False,
-        adder: AddGram = add_gram,
+        sums: Sums = IN_TORCH,
     ) -> None:
         assert layout.experts is not None
         self.experts: Experts = layout.experts
         self.tokens = rows * seq_len
         self._device, self._paired = device, paired
-        self._group_size, self._gram_limit, self._adder = group_size, gram_limit, adder
+        self._group_size, self._gram_limit, self._sums = group_size, gram_limit, sums
         hidden, active = self.experts.hidden, self.experts.active
         self._states = torch.empty(self.tokens, hidden, dtype=torch.bfloat16)
         self._index = torch.empty(self.tokens, active, dtype=torch.int64)
@@ -140,7 +140,7 @@ class ExpertInputs:
 
     def _empty(self, width: int) -> InputStatistics:
         block = block_width(width, self._group_size, self._gram_limit)
-        return InputStatistics(width, block, self._device, adder=self._adder)
+        return InputStatistics(width, block, self._device, sums=self._sums)
 
     def _routed(self, expert: int, group: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the states [n, hidden] and the weights [n] of an expert's tokens."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.compiled_columns import compiled_columns
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.compiled_attention import compiled_attention
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
@@ -18,12 +19,12 @@ from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.information_files import InformationFiles
-from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
+from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products, bfloat16_weights
 from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
-from gemma_awq_cli.quantize.products import adder_for, compiled_products
+from gemma_awq_cli.quantize.products import compiled_products, sums_for
 
 
 def process_layer(
@@ -54,8 +55,8 @@ def process_layer(
         layout = plan.layouts[index]
         observer = experts = None
         if not plan.keeps_grid:
-            adder = adder_for(stack.device)
-            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired, adder)
+            sums = sums_for(stack.device)
+            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired, sums)
             experts = _expert_inputs(plan, layout, module, hidden, stack)
             with _observed(stack, module):
                 rows = max(1, batch // plan.effort.paths)
@@ -73,12 +74,16 @@ def process_layer(
     else:
         observed = observer.hand_over()
         known = layer_information(information, layout, index) if plan.feedback_tokens else None
-        layer = quantize_layer(
-            layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known
-        )
-        del known
+        with compiled_columns(compiled_products(stack.device)):
+            layer = quantize_layer(
+                layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known
+            )
+            del known
+            if experts is not None:
+                quantize_experts(
+                    layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort
+                )
         if experts is not None:
-            quantize_experts(layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort)
             del experts
             return_freed_memory()
     module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
@@ -120,7 +125,8 @@ def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int,
 @contextmanager
 def _observed(stack: TextStack, module: nn.Module) -> Iterator[None]:
     """Run a layer's module in bfloat16 where the device multiplies it: for rows that are not measured."""
-    with bfloat16_products(stack.device), compiled_attention(module, compiled_products(stack.device)):
+    library = compiled_products(stack.device)
+    with bfloat16_products(stack.device), bfloat16_weights(module), compiled_attention(module, library):
         yield
 
 
@@ -139,7 +145,7 @@ def _expert_inputs(
     paired = plan.effort.paths == 2
     return ExpertInputs(
         layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired,
-        adder_for(stack.device),
+        sums_for(stack.device),
     )  # fmt: skip
 
 

@@ -4,8 +4,8 @@ from functools import partial
 
 import torch
 
-from gemma_awq_cli.awq.gram import AddGram, add_gram
-from gemma_awq_cli.kernels.bfloat16_products import gram_adder, multiply
+from gemma_awq_cli.awq.gram import IN_TORCH, Sums
+from gemma_awq_cli.kernels.bfloat16_products import multiply, token_sums
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
@@ -24,10 +24,10 @@ def compiled_products(device: torch.device) -> Library | None:
     return library if isinstance(library, Library) and library.multiplies_bfloat16 else None
 
 
-def adder_for(device: torch.device) -> AddGram:
-    """Return what sums the Gram matrices of the calibration rows."""
+def sums_for(device: torch.device) -> Sums:
+    """Return what sums over the calibration rows."""
     library = compiled_products(device)
-    return add_gram if library is None else gram_adder(library)
+    return IN_TORCH if library is None else token_sums(library)
 
 
 def product_for(device: torch.device) -> Product:

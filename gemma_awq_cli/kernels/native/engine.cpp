@@ -5,6 +5,7 @@
 #include "altup.h"
 #include "attention.h"
 #include "by_input.h"
+#include "columns.h"
 #include "experts.h"
 #include "norm.h"
 #include "pack.h"
@@ -791,6 +792,19 @@ void gaq_add_gram(const void* x, int32_t narrow, int64_t stride, int64_t tokens,
 #endif
 }
 
+// See add_cross in products.h.
+void gaq_add_cross(const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t tokens,
+                   int64_t columns, const float* factors, float* total, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+#if defined(__x86_64__)
+    if (multiplies_bf16())
+        add_cross(pool_of(threads), left, left_stride, right, right_stride, tokens, columns, factors, total);
+#else
+    (void)left, (void)left_stride, (void)right, (void)right_stride, (void)tokens, (void)columns, (void)factors;
+    (void)total, (void)threads;
+#endif
+}
+
 // Causal attention over bf16: see attend_causally in products.h. q, k, v: with the numbers between two rows, two heads
 // and two tokens, the latter even; out: bf16 [rows, tokens, heads, size].
 void gaq_attend(const uint16_t* q, const int64_t* q_strides, const uint16_t* k, const int64_t* k_strides,
@@ -818,6 +832,19 @@ void gaq_multiply(const uint16_t* left, int64_t rows, const uint16_t* right, int
 #else
     (void)left, (void)rows, (void)right, (void)outputs, (void)inputs, (void)out, (void)threads;
 #endif
+}
+
+// See columns.h.
+void gaq_round_columns(const float* target, float* work, float* q, const float* near, const float* scale,
+                       const float* zero, const int64_t* group_of, int64_t columns, int64_t rows, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    round_columns(pool_of(threads), target, work, q, near, scale, zero, group_of, columns, rows);
+}
+void gaq_move_columns(const float* slope, float* integers, float* error, const float* near, const float* scale,
+                      const float* inverse, const float* curvature, const int64_t* group_of, int64_t columns,
+                      int64_t rows, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    move_columns(pool_of(threads), slope, integers, error, near, scale, inverse, curvature, group_of, columns, rows);
 }
 
 void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group, uint8_t* data,

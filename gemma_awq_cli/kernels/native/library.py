@@ -61,11 +61,14 @@ class Library:
         self.sources: str = handle.gaq_sources().decode()
         handle.gaq_multiplies_bf16.argtypes = ()
         self.multiplies_bfloat16 = bool(handle.gaq_multiplies_bf16())
+        self.add_cross = handle.gaq_add_cross
         self.add_gram = handle.gaq_add_gram
         self.attend = handle.gaq_attend
         self.forward = handle.gaq_forward
         self.large_pages = handle.gaq_large_pages
         self.linear = handle.gaq_linear
+        self.move_columns = handle.gaq_move_columns
+        self.round_columns = handle.gaq_round_columns
         self.multiply = handle.gaq_multiply
         self.pack_awq = handle.gaq_pack_awq
         self.quantize = handle.gaq_quantize

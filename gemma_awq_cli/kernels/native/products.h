@@ -139,6 +139,32 @@ static void add_gram(Pool& pool, const void* x, bool narrow, int64_t stride, int
     }
 }
 
+// total [columns, columns] += left^T right, the rows of right multiplied with `factors` before they are rounded.
+static void add_cross(Pool& pool, const float* left, int64_t left_stride, const float* right, int64_t right_stride,
+                      int64_t tokens, int64_t columns, const float* factors, float* total) {
+    const int64_t panels = panels_of(columns), most = std::min(SLICE, (tokens + 1) / 2), side = panels * most * PANEL;
+    uint32_t* const laid = panels_for(2 * side);
+    for (int64_t from = 0; from < tokens; from += 2 * SLICE) {
+        const int64_t here = std::min(2 * SLICE, tokens - from), pairs = (here + 1) / 2;
+        pool.run(2 * panels, [&](int64_t item, int) {
+            const int64_t p = item / 2;
+            uint32_t* const words = laid + p * most * PANEL;
+            if (item % 2 == 0)
+                lay_out(left + from * left_stride, false, left_stride, here, p * PANEL, columns, nullptr, words, nullptr);
+            else
+                lay_out(right + from * right_stride, false, right_stride, here, p * PANEL, columns,
+                        factors ? factors + from : nullptr, words + side, nullptr);
+        });
+        pool.run(panels * panels, [&](int64_t item, int) {
+            const int64_t p = item / panels, q = item % panels, height = std::min((int64_t)PANEL, columns - p * PANEL);
+            const uint32_t *a = laid + p * most * PANEL, *b = laid + side + q * most * PANEL;
+            for (int64_t run = 0; run < pairs; run += RUN)
+                tiles_of<IN_PANELS>(a + run * PANEL, 0, height, b + run * PANEL, std::min(RUN, pairs - run),
+                                    total + p * PANEL * columns + q * PANEL, columns, columns - q * PANEL, true);
+        });
+    }
+}
+
 // Lays out rows `first` .. of `rows` rows of `pairs` words as one panel, whose columns they become.
 WITH_BF16 static void turn(const uint32_t* x, int64_t apart, int64_t rows, int64_t first, int64_t pairs, uint32_t* words) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
