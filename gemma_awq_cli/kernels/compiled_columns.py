@@ -1,4 +1,4 @@
-"""The loops over columns of compensated rounding and of coordinate descent in the compiled library, on the CPU.
+"""The loops of the searches and of the rounding that torch is slow at, in the compiled library, on the CPU.
 
 Importing this file lets torch's dispatcher, where `awq` finds them, use the library inside of `compiled_columns`. Sums
 are added up in another order than torch's, so of numbers that lie between two integers a few come out otherwise.
@@ -13,8 +13,11 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.coordinate_descent import move_columns, move_columns_in_torch
 from gemma_awq_cli.awq.gptq import round_columns, round_columns_in_torch
+from gemma_awq_cli.awq.scale_descent import add_stretch, add_stretch_in_torch
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.system.threads import thread_count
+
+MOST_LANES = 16  # numbers in a register
 
 _library: ContextVar[Library | None] = ContextVar("library", default=None)
 
@@ -60,6 +63,20 @@ def _(
     library.move_columns(
         *(part.data_ptr() for part in (slope, integers, error, near, scale, inverse, curvature, _indices(group_of))),
         *slope.shape, thread_count(),
+    )  # fmt: skip
+    return None
+
+
+@add_stretch.register_kernel("cpu")
+def _(weight: Tensor, scale: Tensor, share: float, spread: Tensor, stretch: Tensor) -> None:
+    groups, group_size = stretch.shape
+    if (library := _library.get()) is None or weight.stride(1) != 1 or group_size % MOST_LANES:
+        return add_stretch_in_torch(weight, scale, share, spread, stretch)
+    assert weight.dtype == torch.float32
+    _require_plain(scale, spread, stretch)
+    library.add_stretch(
+        weight.data_ptr(), weight.stride(0), scale.data_ptr(), share, len(weight), groups, group_size,
+        spread.data_ptr(), stretch.data_ptr(), thread_count(),
     )  # fmt: skip
     return None
 

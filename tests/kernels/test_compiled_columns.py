@@ -9,6 +9,7 @@ from gemma_awq_cli.awq.coordinate_descent import refine
 from gemma_awq_cli.awq.gptq import damping_amount, factor_gram, quantize_compensated
 from gemma_awq_cli.awq.gram import output_error
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid
+from gemma_awq_cli.awq.scale_descent import add_stretch
 from gemma_awq_cli.kernels.compiled_columns import compiled_columns
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
@@ -57,3 +58,18 @@ def test_the_number_of_threads_changes_no_integer(library: Library) -> None:
         alone = quantize_compensated(weight, grid, factor)
         torch.set_num_threads(2)
         assert torch.equal(alone, quantize_compensated(weight, grid, factor))
+
+
+@pytest.mark.parametrize(("rows", "groups", "size"), [(1, 1, 32), (37, 5, 64), (200, 3, 128)])
+def test_stretch_of_the_ranges(library: Library, rows: int, groups: int, size: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight = torch.randn(2 * rows, groups * size, generator=generator)[::2]
+    weight[0] = weight[0].abs()  # a range that only 0 makes complete
+    scale = torch.rand(groups * size, generator=generator) + 0.5
+    found = []
+    for used in (None, library):
+        spread, stretch = torch.ones(groups), torch.ones(groups, size)
+        with compiled_columns(used):
+            add_stretch(weight, scale, 1.5, spread, stretch)
+        found.append((spread, stretch))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-5)

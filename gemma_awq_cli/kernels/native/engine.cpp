@@ -6,6 +6,7 @@
 #include "attention.h"
 #include "by_input.h"
 #include "columns.h"
+#include "descent.h"
 #include "experts.h"
 #include "norm.h"
 #include "pack.h"
@@ -832,6 +833,13 @@ void gaq_multiply(const uint16_t* left, int64_t rows, const uint16_t* right, int
 #else
     (void)left, (void)rows, (void)right, (void)outputs, (void)inputs, (void)out, (void)threads;
 #endif
+}
+
+// See descent.h.
+void gaq_add_stretch(const float* weight, int64_t row_stride, const float* scale, float share, int64_t rows,
+                     int64_t groups, int64_t group, float* spread, float* stretch, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    add_stretch(pool_of(threads), weight, row_stride, scale, share, rows, groups, group, spread, stretch);
 }
 
 // See columns.h.

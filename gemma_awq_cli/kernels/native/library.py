@@ -62,6 +62,7 @@ class Library:
         handle.gaq_multiplies_bf16.argtypes = ()
         self.multiplies_bfloat16 = bool(handle.gaq_multiplies_bf16())
         self.add_cross = handle.gaq_add_cross
+        self.add_stretch = handle.gaq_add_stretch
         self.add_gram = handle.gaq_add_gram
         self.attend = handle.gaq_attend
         self.forward = handle.gaq_forward

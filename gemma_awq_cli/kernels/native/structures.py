@@ -150,6 +150,7 @@ class ChunkSpec(_Checked):
 ARGUMENTS = {
     "gaq_add_cross": (c_void_p, Int64, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_add_gram": (c_void_p, Int32, Int64, Int64, Int64, c_void_p, c_void_p, c_void_p, Int32),
+    "gaq_add_stretch": (c_void_p, Int64, c_void_p, c_float, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_attend": (
         c_void_p, POINTER(c_int64), c_void_p, POINTER(c_int64), c_void_p, POINTER(c_int64), Int64, Int64, Int64, Int64,
         Int64, Int64, c_float, c_void_p, Int32,
