@@ -139,10 +139,8 @@ class _Running:
         inside = (target >= 0) & (target < logits.shape[1])
         picked = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         self.target = torch.where(inside, picked.to(self.wide), self.target)
-        highest = logits.amax(dim=1)
-        # to find the places takes longer than to find the numbers, and fewer rows rise from chunk to chunk
-        rising = (highest > self.maximum).nonzero()[:, 0]
-        self.best[rising] = logits[rising].argmax(dim=1) + first
+        highest, where = logits.max(dim=1)
+        self.best = torch.where(highest > self.maximum, where + first, self.best)
         maximum = torch.maximum(self.maximum, highest)
         rescale = (self.maximum - maximum).exp().to(self.wide)
         exponentials = logits.sub_(maximum[:, None]).exp_()
