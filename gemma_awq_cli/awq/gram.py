@@ -5,10 +5,42 @@ For very wide inputs only square blocks on the diagonal of H are kept, [B, k, k]
 in different blocks are then missing from the sums, for every candidate and for round-to-nearest alike.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 TILE = 256  # a Gram matrix is symmetric: only its upper tiles, each this wide, are summed
+
+
+def add_gram(total: Tensor, magnitudes: Tensor, x: Tensor, roots: Tensor | None) -> None:
+    """Add the products of tokens x [T, k], each multiplied by its root [T], and the tokens' magnitudes.
+
+    total: [k, k] float32, of which the tiles on and above the diagonal are summed; magnitudes: [k] float32; roots: None
+    for 1.
+    """
+    x = x.to(torch.float32)
+    magnitudes += x.abs().sum(0)
+    add_products(total, x if roots is None else x * roots[:, None])
+
+
+def add_cross(total: Tensor, left: Tensor, right: Tensor, factors: Tensor | None) -> None:
+    """Add `left^T (factors * right)` to `total` [k, k] float32.
+
+    left, right: [T, k] float32; factors: [T], None for 1.
+    """
+    total.addmm_(left.t(), right if factors is None else right * factors[:, None])
+
+
+class Sums(NamedTuple):
+    """How sums over tokens are computed: gram as by `add_gram`, cross as by `add_cross`."""
+
+    gram: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+    cross: Callable[[Tensor, Tensor, Tensor, Tensor | None], None]
+
+
+IN_TORCH = Sums(add_gram, add_cross)
 
 
 class InputStatistics:
@@ -19,8 +51,16 @@ class InputStatistics:
     the reference path. It is None unless `with_reference`.
     """
 
-    def __init__(self, width: int, block: int, device: torch.device, with_reference: bool = False) -> None:
+    def __init__(
+        self,
+        width: int,
+        block: int,
+        device: torch.device,
+        with_reference: bool = False,
+        sums: Sums = IN_TORCH,
+    ) -> None:
         self.blocks = width // block
+        self._sums = sums
         self.gram = torch.zeros((self.blocks, block, block), dtype=torch.float32, device=device)
         self.error_gram = torch.zeros_like(self.gram) if with_reference else None
         self.abs_sum = torch.zeros(width, dtype=torch.float32, device=device)
@@ -32,19 +72,22 @@ class InputStatistics:
         weights [...]: how much each token counts in the matrices, 1 by default; reference [..., K]: the same tokens on
         the reference path.
         """
-        x = x.reshape(-1, self.abs_sum.shape[0]).to(torch.float32)
+        x = x.reshape(-1, self.abs_sum.shape[0])
         self.tokens += x.shape[0]
-        self.abs_sum += x.abs().sum(0)
-        root = None if weights is None else weights.reshape(-1, 1).sqrt()
+        if weights is not None:
+            weights = weights.reshape(-1)
         if self.error_gram is not None and reference is not None:
-            error = (reference.reshape(x.shape) - x).chunk(self.blocks, 1)
-            for total, lost, part in zip(self.error_gram, error, x.chunk(self.blocks, 1), strict=True):
-                total.addmm_(lost.t(), part if root is None else part * root.square())
-            del error, lost
-        if root is not None:
-            x = x * root
-        for part, total in zip(x.chunk(self.blocks, dim=1), self.gram, strict=True):
-            add_products(total, part)
+            self._add_errors(x.to(torch.float32), weights, reference)
+        roots = None if weights is None else weights.sqrt()
+        magnitudes = self.abs_sum.chunk(self.blocks)
+        for part, total, own in zip(x.chunk(self.blocks, dim=1), self.gram, magnitudes, strict=True):
+            self._sums.gram(total, own, part, roots)
+
+    def _add_errors(self, x: Tensor, weights: Tensor | None, reference: Tensor) -> None:
+        assert self.error_gram is not None
+        error = (reference.reshape(x.shape) - x).chunk(self.blocks, 1)
+        for total, lost, part in zip(self.error_gram, error, x.chunk(self.blocks, 1), strict=True):
+            self._sums.cross(total, lost, part, weights)
 
     def finish(self, tokens: int | None = None) -> None:
         """Turn the sums into means. Call it once, after the last token.
@@ -79,6 +122,7 @@ def mirror(total: Tensor) -> None:
     """Copy the upper tiles of a symmetric matrix [k, k] to the lower ones, in place."""
     for first in range(0, total.shape[0], TILE):
         end = first + TILE
+        total[first:end, first:end] = (corner := total[first:end, first:end].triu()) + corner.triu(1).t()
         total[end:, first:end] = total[first:end, end:].t()
 
 

@@ -70,14 +70,28 @@ def _slope(parts: Sequence[Fed], scale: Tensor, group_size: int) -> Tensor:
         spread = torch.zeros(groups, device=scale.device)
         stretch = torch.zeros(groups, group_size, device=scale.device)  # half of d spread / d log s
         for weight, share in zip(part.weights, part.shares, strict=True):
-            scaled = (weight * scale).unflatten(1, (groups, group_size))
-            high, highest = scaled.max(-1)  # [N, G]
-            low, lowest = scaled.min(-1)
-            high, low = high.clamp_(min=0), low.clamp_(max=0)  # every grid contains 0
-            width = share * (high - low)
-            spread += (width * (high - low)).sum(0)
-            add_by_place(stretch, highest, width * high)
-            add_by_place(stretch, lowest, -(width * low))
+            add_stretch(weight, scale, share, spread, stretch)
         total += (spread * group_cost).sum()
         slope += stretch * group_cost[:, None] - spread[:, None] * column_cost
     return (2 * slope / total).flatten()
+
+
+def add_stretch_in_torch(weight: Tensor, scale: Tensor, share: float, spread: Tensor, stretch: Tensor) -> None:
+    """Add the squared ranges of a weight's groups, and half their derivative by the log of each column's scale.
+
+    weight: [N, K] float32, scale: [K]; share: how much a row counts; spread: [G] and stretch: [G, g], the sums.
+    """
+    scaled = (weight * scale).unflatten(1, stretch.shape)
+    high, highest = scaled.max(-1)  # [N, G]
+    low, lowest = scaled.min(-1)
+    high, low = high.clamp_(min=0), low.clamp_(max=0)  # every grid contains 0
+    width = share * (high - low)
+    spread += (width * (high - low)).sum(0)
+    add_by_place(stretch, highest, width * high)
+    add_by_place(stretch, lowest, -(width * low))
+
+
+# See `gptq.round_columns`.
+add_stretch = torch.library.custom_op(
+    "gemma_awq::add_stretch", add_stretch_in_torch, mutates_args=("spread", "stretch")
+)

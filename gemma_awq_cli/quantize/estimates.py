@@ -58,6 +58,8 @@ FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths,
 # Time. The rates are those of two CPU cores with AVX-512: matrix products, and elementwise operations.
 FLOPS_PER_SECOND = 2.5e11
 ELEMENTS_PER_SECOND = 1.5e9
+BFLOAT16_SPEED = 1.6  # times as many products in bfloat16, where they are multiplied so
+GRAM_SPEED = 3.0  # the same of a Gram matrix, of which half the products are computed
 START_SECONDS = 5  # imports, tokenizer, calibration text
 TRY_OPERATIONS = 10  # elementwise operations per weight to judge one scale or one range
 KEEP_OPERATIONS = 40  # elementwise operations per weight to find the grid that it is on
@@ -358,7 +360,7 @@ def _expert_flops(work: Workload, fit: Fit, experts: Experts) -> float:
     flops = experts.count * (again + sum(_group_flops(uncorrected, fit, group, share) for group in (gate_up, down)))
     if work.effort.correction:  # the other two passes
         weights = 3 * experts.count * experts.intermediate * experts.hidden
-        flops += 2.0 * (FORWARDS_WITH_CORRECTION - 1) * work.calibration_tokens * share * weights
+        flops += 2.0 * (FORWARDS_WITH_CORRECTION - 1) * work.calibration_tokens * share * weights / _speed(work)
     return flops
 
 
@@ -370,18 +372,23 @@ def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0) ->
     flops = 2.0 * share * _tokens(work) * k * n
     if work.keeps_grid:
         return flops
-    flops += 2.0 * share * work.calibration_tokens * k * block
+    flops += 2.0 * share * work.calibration_tokens * k * block / (GRAM_SPEED if work.product_bytes == 2 else 1.0)
     flops += k * block**2 + ROUND_FLOPS * n * k * block  # two Cholesky factors, the rounding
     if effort.correction:
-        flops += share * CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block
+        flops += share * CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block / _speed(work)
         flops += k * block**2 + ROUND_FLOPS * n * k * block  # factor and solve
     return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * n * k * block
 
 
-def _tokens(work: Workload) -> int:
-    """How many tokens pass through a layer, as often as they do."""
+def _tokens(work: Workload) -> float:
+    """How many tokens pass through a layer, as often as they do, in float32 or as long as it would take."""
     forwards = FORWARDS_WITH_CORRECTION if work.effort.correction else 1
-    return forwards * work.calibration_tokens + 2 * work.heldout_tokens  # held-out rows take both paths
+    # held-out rows take both paths
+    return forwards * work.calibration_tokens / _speed(work) + 2 * work.heldout_tokens
+
+
+def _speed(work: Workload) -> float:
+    return BFLOAT16_SPEED if work.product_bytes == 2 else 1.0
 
 
 def _group_elements(work: Workload, group: Linear, linears: int) -> float:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.gram import InputStatistics, block_width
+from gemma_awq_cli.awq.gram import IN_TORCH, InputStatistics, Sums, block_width
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout
@@ -46,19 +46,20 @@ class ExpertInputs:
         rows: int,
         seq_len: int,
         paired: bool = False,
+        sums: Sums = IN_TORCH,
     ) -> None:
         assert layout.experts is not None
         self.experts: Experts = layout.experts
         self.tokens = rows * seq_len
         self._device, self._paired = device, paired
-        self._group_size, self._gram_limit = group_size, gram_limit
+        self._group_size, self._gram_limit, self._sums = group_size, gram_limit, sums
         hidden, active = self.experts.hidden, self.experts.active
         self._states = torch.empty(self.tokens, hidden, dtype=torch.bfloat16)
         self._index = torch.empty(self.tokens, active, dtype=torch.int64)
         self._routing = torch.empty(self.tokens, active)  # the squared weights
         self._weights = {group.name: torch.empty(self.tokens) for group in (self.experts.gate_up, self.experts.down)}
         self._filled = 0
-        self._all = InputStatistics(hidden, block_width(hidden, group_size, gram_limit), device)
+        self._all = self._empty(hidden)
         own = module.get_submodule("experts")
         self._activation: Any = own.act_fn
         self._hooks = [
@@ -138,7 +139,8 @@ class ExpertInputs:
         return statistics
 
     def _empty(self, width: int) -> InputStatistics:
-        return InputStatistics(width, block_width(width, self._group_size, self._gram_limit), self._device)
+        block = block_width(width, self._group_size, self._gram_limit)
+        return InputStatistics(width, block, self._device, sums=self._sums)
 
     def _routed(self, expert: int, group: str) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the states [n, hidden] and the weights [n] of an expert's tokens."""

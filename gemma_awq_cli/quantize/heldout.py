@@ -6,6 +6,7 @@ from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
+from gemma_awq_cli.quantize.products import product_for
 
 
 def measure_heldout(stack: TextStack, hidden: HiddenStates, heldout: torch.Tensor) -> Fidelity:
@@ -18,5 +19,7 @@ def measure_heldout(stack: TextStack, hidden: HiddenStates, heldout: torch.Tenso
     )
     targets = heldout[:, 1:].reshape(-1).to(stack.device)
     with matmul_precision("medium"):
-        both = zip(stack.logit_chunks(head, reference), stack.logit_chunks(head, quantized), strict=True)
-        return compare(both, targets).summary()
+        logits = (
+            stack.logit_chunks(head, states, multiply=product_for(stack.device)) for states in (reference, quantized)
+        )
+        return compare(zip(*logits, strict=True), targets).summary()

@@ -10,13 +10,13 @@ docs/method.md):
 """
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemma_awq_cli.awq.gram import InputStatistics, block_width
+from gemma_awq_cli.awq.gram import IN_TORCH, InputStatistics, Sums, block_width
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
@@ -39,13 +39,14 @@ class Observer:
         gram_limit: int,
         device: torch.device,
         paired: bool = False,
+        sums: Sums = IN_TORCH,
     ) -> None:
         self._groups = layout.groups
         self._statistics: dict[str, InputStatistics] = {}
         self._hooks = []
         for group in layout.groups:
             width = layout.linears[group.linears[0]].inputs
-            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired)
+            statistics = InputStatistics(width, block_width(width, group_size, gram_limit), device, paired, sums)
             self._statistics[group.name] = statistics
             hook = _adder(statistics, group.normalized, paired)
             self._hooks.append(module.get_submodule(group.linears[0]).register_forward_hook(hook))
@@ -100,6 +101,21 @@ def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
     return torch.autocast(device.type, torch.bfloat16) if multiplies_bfloat16(device) else nullcontext()
 
 
+@contextmanager
+def bfloat16_weights(module: nn.Module) -> Iterator[None]:
+    """Round the weights of linears once, inside of `bfloat16_products`, which would round them for every batch."""
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
+    linears = [part for part in linears if torch.is_autocast_enabled(part.weight.device.type)]
+    wide = [part.weight for part in linears]
+    for part in linears:
+        part.weight = nn.Parameter(part.weight.to(torch.bfloat16), requires_grad=False)
+    try:
+        yield
+    finally:
+        for part, weight in zip(linears, wide, strict=True):
+            part.weight = weight
+
+
 def token_weights(output: Tensor, normalized: bool) -> Tensor:
     """Return how much an error at each token counts: [R, S]. The mean over a row's tokens after the BOS is 1.
 
@@ -108,7 +124,9 @@ def token_weights(output: Tensor, normalized: bool) -> Tensor:
     weights = torch.ones(output.shape[:2], device=output.device)
     if normalized:
         tiny = torch.finfo(torch.float32).tiny
-        weights = output.to(torch.float32).square().mean(-1).clamp_(min=tiny).reciprocal_()
+        # in one pass over the output
+        squares = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32).square_().div_(output.shape[-1])
+        weights = squares.clamp_(min=tiny).reciprocal_()
         weights /= weights[:, 1:].mean(1, keepdim=True)
     weights[:, 0] = BOS_WEIGHT
     return weights

@@ -8,7 +8,9 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.compiled_columns import compiled_columns
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.compiled_attention import compiled_attention
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import is_refusal, return_freed_memory
@@ -17,11 +19,12 @@ from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.information_files import InformationFiles
-from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products
+from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products, bfloat16_weights
 from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
+from gemma_awq_cli.quantize.products import compiled_products, sums_for
 
 
 def process_layer(
@@ -52,9 +55,10 @@ def process_layer(
         layout = plan.layouts[index]
         observer = experts = None
         if not plan.keeps_grid:
-            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired)
+            sums = sums_for(stack.device)
+            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired, sums)
             experts = _expert_inputs(plan, layout, module, hidden, stack)
-            with bfloat16_products(stack.device):
+            with _observed(stack, module):
                 rows = max(1, batch // plan.effort.paths)
                 beside = hidden.calibration_quantized if paired else None
                 hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
@@ -70,12 +74,16 @@ def process_layer(
     else:
         observed = observer.hand_over()
         known = layer_information(information, layout, index) if plan.feedback_tokens else None
-        layer = quantize_layer(
-            layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known
-        )
-        del known
+        with compiled_columns(compiled_products(stack.device)):
+            layer = quantize_layer(
+                layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known
+            )
+            del known
+            if experts is not None:
+                quantize_experts(
+                    layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort
+                )
         if experts is not None:
-            quantize_experts(layer, layout, gain_offset, weights, experts, plan.group_size, stack.device, plan.effort)
             del experts
             return_freed_memory()
     module = stack.layer(index, folded_weights(layer, layout, weights, stack.device))
@@ -87,7 +95,7 @@ def process_layer(
         with matmul_precision("medium"):
             hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
             if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
-                with bfloat16_products(stack.device):
+                with _observed(stack, module):
                     hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
     return layer
 
@@ -95,7 +103,7 @@ def process_layer(
 def pass_calibration(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int) -> None:
     """Write the hidden states of the calibration rows behind layer `index`, as `process_layer` does, and no more."""
     module = stack.layer(index, _read(stack, plan, index))
-    with matmul_precision("medium"), bfloat16_products(stack.device):
+    with matmul_precision("medium"), _observed(stack, module):
         rows = max(1, plan.rows_per_batch // plan.effort.paths)
         hidden.advance(index, hidden.calibration, rows, partial(stack.run_layer, index, module))
 
@@ -127,6 +135,14 @@ def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int,
             hidden.advance(index, rows, plan.rows_per_batch, partial(stack.run_layer, index, module))
 
 
+@contextmanager
+def _observed(stack: TextStack, module: nn.Module) -> Iterator[None]:
+    """Run a layer's module in bfloat16 where the device multiplies it: for rows that are not measured."""
+    library = compiled_products(stack.device)
+    with bfloat16_products(stack.device), bfloat16_weights(module), compiled_attention(module, library):
+        yield
+
+
 def _read(stack: TextStack, plan: Plan, index: int) -> dict[str, Tensor]:
     """A layer's parameters in the dtype that is stored, on the device."""
     return {name: tensor.to(plan.dtype).to(stack.device) for name, tensor in stack.read_layer(index).items()}
@@ -141,8 +157,9 @@ def _expert_inputs(
     rows = hidden.calibration.stop - hidden.calibration.start
     paired = plan.effort.paths == 2
     return ExpertInputs(
-        layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired
-    )
+        layout, module, plan.group_size, plan.fit.gram_limit, stack.device, rows, hidden.seq_len, paired,
+        sums_for(stack.device),
+    )  # fmt: skip
 
 
 @contextmanager

@@ -41,6 +41,7 @@ from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, gri
 from gemma_awq_cli.quantize.merged_adapter import MergedAdapter, adapter_warnings, open_asked_adapter
 from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.processes import Launched
+from gemma_awq_cli.quantize.products import compiled_products
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, GRID_OR_BUDGET, ONE_CHOICE, QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -90,6 +91,7 @@ class Prepared:
             "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "observed in": "bfloat16" if multiplies_bfloat16(device) else "float32",
+            "products": "PyTorch" if compiled_products(device) is None else "compiled",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,

@@ -15,7 +15,7 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
-from gemma_awq_cli.quantize.plan import FITS, Plan, make_plan
+from gemma_awq_cli.quantize.plan import CPU_FITS, FITS, Plan, make_plan
 from gemma_awq_cli.system.sizes import parse_bytes
 from tests.fake_device import fake_device
 
@@ -30,12 +30,12 @@ def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "bal
 
 def test_less_memory_takes_smaller_batches(checkpoints: Callable[[str], Path]) -> None:
     largest = plan_of(checkpoints("gemma"))
-    assert largest.fit == FITS[0]
-    assert largest.rows_per_batch == 8
-    allowed = LIBRARY_BYTES + (largest.memory_bytes - LIBRARY_BYTES) * 2 // 3
+    assert largest.fit == CPU_FITS[0]
+    assert largest.rows_per_batch == 4
+    allowed = LIBRARY_BYTES + (largest.memory_bytes - LIBRARY_BYTES) * 9 // 10
     smaller = plan_of(checkpoints("gemma"), allowed)
     assert smaller.memory_bytes <= allowed
-    assert smaller.rows_per_batch < 8
+    assert smaller.rows_per_batch < 4
     with pytest.raises(GemmaAwqError, match=r"needs at least \d"):
         plan_of(checkpoints("gemma"), 1000)
 
@@ -62,9 +62,13 @@ def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str
         return Workload(layouts, 0, small.hidden, 4096, 0, 512, 32, 4, BALANCED)
 
     for order in ((small, large), (large, small)):
-        assert peak_bytes(work(*order), FITS[0]) == peak_bytes(work(large), FITS[0]) > peak_bytes(work(small), FITS[0])
-        alone = sum(seconds(work(layout), FITS[0]) - START_SECONDS for layout in order)
-        assert seconds(work(*order), FITS[0]) == pytest.approx(START_SECONDS + alone)
+        assert (
+            peak_bytes(work(*order), CPU_FITS[0])
+            == peak_bytes(work(large), CPU_FITS[0])
+            > peak_bytes(work(small), CPU_FITS[0])
+        )
+        alone = sum(seconds(work(layout), CPU_FITS[0]) - START_SECONDS for layout in order)
+        assert seconds(work(*order), CPU_FITS[0]) == pytest.approx(START_SECONDS + alone)
 
 
 def test_a_batch_is_planned_with_the_tokens_that_there_are(checkpoints: Callable[[str], Path]) -> None:
@@ -96,11 +100,11 @@ def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> Non
     # one expert at a time: not much more than the module that proves the folds, and far from 128 Gram matrices
     grams = 128 * 4 * 2816**2
     weights = 128 * 3 * 704 * 2816
-    more = peak_bytes(work(many), FITS[0]) - LIBRARY_BYTES
+    more = peak_bytes(work(many), CPU_FITS[0]) - LIBRARY_BYTES
     assert PROVED_WEIGHT * weights < more < PROVED_WEIGHT * weights + grams / 2
-    alone = seconds(work(none), FITS[0]) - START_SECONDS
-    assert seconds(work(many), FITS[0]) > seconds(work(tiny), FITS[0]) > START_SECONDS + alone
-    assert seconds(work(many, BEST), FITS[0]) > seconds(work(many), FITS[0])
+    alone = seconds(work(none), CPU_FITS[0]) - START_SECONDS
+    assert seconds(work(many), CPU_FITS[0]) > seconds(work(tiny), CPU_FITS[0]) > START_SECONDS + alone
+    assert seconds(work(many, BEST), CPU_FITS[0]) > seconds(work(many), CPU_FITS[0])
 
 
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:

@@ -5,11 +5,14 @@
 #include "altup.h"
 #include "attention.h"
 #include "by_input.h"
+#include "columns.h"
+#include "descent.h"
 #include "experts.h"
 #include "leading.h"
 #include "norm.h"
 #include "pack.h"
 #include "per_layer.h"
+#include "products.h"
 #include "refine.h"
 #include "specs.h"
 
@@ -775,6 +778,89 @@ void gaq_pack_awq(int32_t kind, const uint32_t* qweight, const uint32_t* qzeros,
     std::lock_guard<std::mutex> lock(one_call);
     const auto pack = kind == INT4 ? pack_awq : pack_by_input;
     pack(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
+}
+
+// Whether this processor multiplies bfloat16 numbers: if not, the functions below do nothing.
+int32_t gaq_multiplies_bf16() {
+#if defined(__x86_64__)
+    return multiplies_bf16();
+#else
+    return 0;
+#endif
+}
+
+// See add_gram in products.h.
+void gaq_add_gram(const void* x, int32_t narrow, int64_t stride, int64_t tokens, int64_t columns, const float* roots,
+                  float* total, float* magnitudes, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+#if defined(__x86_64__)
+    if (multiplies_bf16()) add_gram(pool_of(threads), x, narrow, stride, tokens, columns, roots, total, magnitudes);
+#else
+    (void)x, (void)narrow, (void)stride, (void)tokens, (void)columns, (void)roots, (void)total, (void)magnitudes;
+    (void)threads;
+#endif
+}
+
+// See add_cross in products.h.
+void gaq_add_cross(const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t tokens,
+                   int64_t columns, const float* factors, float* total, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+#if defined(__x86_64__)
+    if (multiplies_bf16())
+        add_cross(pool_of(threads), left, left_stride, right, right_stride, tokens, columns, factors, total);
+#else
+    (void)left, (void)left_stride, (void)right, (void)right_stride, (void)tokens, (void)columns, (void)factors;
+    (void)total, (void)threads;
+#endif
+}
+
+// Causal attention over bf16: see attend_causally in products.h. q, k, v: with the numbers between two rows, two heads
+// and two tokens, the latter even; out: bf16 [rows, tokens, heads, size].
+void gaq_attend(const uint16_t* q, const int64_t* q_strides, const uint16_t* k, const int64_t* k_strides,
+                const uint16_t* v, const int64_t* v_strides, int64_t rows, int64_t heads, int64_t groups, int64_t tokens,
+                int64_t size, int64_t window, float scale, uint16_t* out, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+#if defined(__x86_64__)
+    const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2]}; };
+    if (multiplies_bf16())
+        attend_causally(pool_of(threads), {q, strides(q_strides)}, {k, strides(k_strides)}, {v, strides(v_strides)}, rows,
+                        heads, groups, tokens, size, window, scale, out);
+#else
+    (void)q, (void)q_strides, (void)k, (void)k_strides, (void)v, (void)v_strides, (void)rows, (void)heads, (void)groups;
+    (void)tokens, (void)size, (void)window, (void)scale, (void)out, (void)threads;
+#endif
+}
+
+// left [rows, K] times the transpose of right [outputs, K], both bf16, K even -> out [rows, outputs] float32
+void gaq_multiply(const uint16_t* left, int64_t rows, const uint16_t* right, int64_t outputs, int64_t inputs, float* out,
+                  int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+#if defined(__x86_64__)
+    if (multiplies_bf16())
+        multiply(pool_of(threads), (const uint32_t*)left, rows, (const uint32_t*)right, outputs, inputs / 2, out);
+#else
+    (void)left, (void)rows, (void)right, (void)outputs, (void)inputs, (void)out, (void)threads;
+#endif
+}
+
+// See descent.h.
+void gaq_add_stretch(const float* weight, int64_t row_stride, const float* scale, float share, int64_t rows,
+                     int64_t groups, int64_t group, float* spread, float* stretch, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    add_stretch(pool_of(threads), weight, row_stride, scale, share, rows, groups, group, spread, stretch);
+}
+
+// See columns.h.
+void gaq_round_columns(const float* target, float* work, float* q, const float* near, const float* scale,
+                       const float* zero, const int64_t* group_of, int64_t columns, int64_t rows, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    round_columns(pool_of(threads), target, work, q, near, scale, zero, group_of, columns, rows);
+}
+void gaq_move_columns(const float* slope, float* integers, float* error, const float* near, const float* scale,
+                      const float* inverse, const float* curvature, const int64_t* group_of, int64_t columns,
+                      int64_t rows, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    move_columns(pool_of(threads), slope, integers, error, near, scale, inverse, curvature, group_of, columns, rows);
 }
 
 void gaq_quantize(int32_t kind, const uint16_t* weight, int64_t inputs, int64_t outputs, int64_t group, uint8_t* data,

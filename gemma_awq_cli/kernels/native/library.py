@@ -43,6 +43,7 @@ class Library:
 
     instructions: the instruction set that it was compiled for; empty if it has no fast kernels for this processor.
     sources: `sources_hash` of a prebuilt library; empty of one that was compiled on this machine.
+    multiplies_bfloat16: whether this processor has the instructions that `bfloat16_products` needs.
     Raises LayoutMismatchError if the library lays out its structures differently from structures.py.
     """
 
@@ -58,10 +59,19 @@ class Library:
             raise LayoutMismatchError(difference)
         self.instructions: str = handle.gaq_instructions().decode()
         self.sources: str = handle.gaq_sources().decode()
+        handle.gaq_multiplies_bf16.argtypes = ()
+        self.multiplies_bfloat16 = bool(handle.gaq_multiplies_bf16())
+        self.add_cross = handle.gaq_add_cross
+        self.add_stretch = handle.gaq_add_stretch
+        self.add_gram = handle.gaq_add_gram
+        self.attend = handle.gaq_attend
         self.forward = handle.gaq_forward
         self.large_pages = handle.gaq_large_pages
         self.leading = handle.gaq_leading
         self.linear = handle.gaq_linear
+        self.move_columns = handle.gaq_move_columns
+        self.round_columns = handle.gaq_round_columns
+        self.multiply = handle.gaq_multiply
         self.pack_awq = handle.gaq_pack_awq
         self.quantize = handle.gaq_quantize
 

@@ -28,6 +28,8 @@ from gemma_awq_cli.system.failures import library_errors
 # By the index of a layer: its keys, normalized and rotated, and its values [R, kv heads, S, head_dim].
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 
+Product = Callable[[Tensor, Tensor], Tensor]  # `product`, or what computes nearly the same
+
 _SHARED = "shared_kv_states"  # the argument of a layer that holds keys and values by the layers' kind
 _ALTUP_STARTS, _ALTUP_ENDS = "altup_projections", "altup_unembed_projections"
 LOGIT_CHUNK = 512  # vocabulary entries whose logits are computed at a time: they stay in the processor's cache
@@ -187,6 +189,11 @@ def real_module(
     return made.requires_grad_(False)
 
 
+def product(left: Tensor, right: Tensor) -> Tensor:
+    """Return left [R, K] float32 times the transpose of right [N, K] of any precision: [R, N] float32."""
+    return left @ right.to(torch.float32).t()
+
+
 class TextStack:
     """The layers, the embedding and the head of one checkpoint's language model, in float32 on `device`."""
 
@@ -339,13 +346,15 @@ class TextStack:
 
         return end, weight
 
-    def logit_chunks(self, head: Tensor, normed: Tensor, chunk: int | None = None) -> Iterator[Tensor]:
+    def logit_chunks(
+        self, head: Tensor, normed: Tensor, chunk: int | None = None, multiply: Product = product
+    ) -> Iterator[Tensor]:
         """Yield float32 logits [R, <= chunk] of normed final states [R, hidden], `chunk` entries at a time.
 
-        By default they are `logit_chunk` of the device.
+        By default they are `logit_chunk` of the device. multiply: the states with rows of the head.
         """
         for part in head.split(chunk or logit_chunk(self.device)):
-            yield soft_cap(normed @ part.to(torch.float32).t(), self.softcap)
+            yield soft_cap(multiply(normed, part), self.softcap)
 
 
 def logit_chunk(device: torch.device) -> int:

@@ -1,0 +1,36 @@
+"""Which code multiplies bfloat16 numbers for the calibration rows: the compiled library where it is the faster one."""
+
+from functools import partial
+
+import torch
+
+from gemma_awq_cli.awq.gram import IN_TORCH, Sums
+from gemma_awq_cli.kernels.bfloat16_products import multiply, token_sums
+from gemma_awq_cli.kernels.native import library as native_library
+from gemma_awq_cli.kernels.native.library import Library
+from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.forward.layerwise import Product, product
+
+
+def compiled_products(device: torch.device) -> Library | None:
+    """Return the library if it multiplies faster than PyTorch on this device; it is compiled now if need be.
+
+    Processors with AMX have yet faster instructions, which PyTorch uses, also for float32 in `matmul_precision`'s
+    medium.
+    """
+    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+        return None
+    library = native_library.load(cache_folder() / "native")
+    return library if isinstance(library, Library) and library.multiplies_bfloat16 else None
+
+
+def sums_for(device: torch.device) -> Sums:
+    """Return what sums over the calibration rows."""
+    library = compiled_products(device)
+    return IN_TORCH if library is None else token_sums(library)
+
+
+def product_for(device: torch.device) -> Product:
+    """Return what multiplies the final states of the rows that are measured with the head."""
+    library = compiled_products(device)
+    return product if library is None else partial(multiply, library)
