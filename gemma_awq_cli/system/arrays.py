@@ -1,5 +1,7 @@
 """Weights and logits as numpy arrays, and the torch tensors that share their memory. Imports no torch by itself."""
 
+import sys
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import ml_dtypes
@@ -57,3 +59,29 @@ def address(array: Array) -> int:
     assert array.flags.c_contiguous
     found: int = array.__array_interface__["data"][0]
     return found
+
+
+class ReusedMemory:
+    """Float32 arrays one after another in the same memory, for as long as nobody holds the last one.
+
+    Large arrays of changing sizes that come and go for hours, with small ones made between, leave holes in the heap.
+    Larger ones than `most` numbers are made anew.
+    """
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._replace(0)
+
+    def array(self, *shape: int) -> npt.NDArray[np.float32]:
+        """Return an array of the shape, whose values mean nothing. It stays as it is while it or a view of it lives."""
+        size = prod(shape)
+        if size > self._most:
+            return np.empty(shape, np.float32)
+        # whatever shows the memory, a view of a view too, refers to the whole of it
+        if self._memory.size < size or sys.getrefcount(self._memory) != self._unheld:
+            self._replace(size)
+        return self._memory[:size].reshape(shape)
+
+    def _replace(self, size: int) -> None:
+        self._memory = np.empty(size, np.float32)
+        self._unheld = sys.getrefcount(self._memory)

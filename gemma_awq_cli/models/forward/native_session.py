@@ -12,13 +12,14 @@ from gemma_awq_cli.models.forward.kv_kinds import KV_16BIT, KV_INT8
 from gemma_awq_cli.models.forward.native_weights import MANY_TOKENS, NativeText
 from gemma_awq_cli.models.forward.prefill import FlatBatch
 from gemma_awq_cli.models.forward.session import Leading, Logits
-from gemma_awq_cli.system.arrays import BFLOAT16, address
+from gemma_awq_cli.system.arrays import BFLOAT16, ReusedMemory, address
 from gemma_awq_cli.system.threads import thread_count
 
 # Measured while decoding on two cores with AVX-512 VNNI, a little higher than `benchmarks/drafted_tokens.py --costs`
 # shows of readings alone. No longer than what torch is not faster at: its products round differently.
 READING_COSTS = (1.0, 1.3, 1.5, 1.55, 2.0, 2.3, 2.6, 2.85, 3.2, 3.5, 3.8, 4.05, 4.35, 4.65, 4.95)
 assert len(READING_COSTS) < MANY_TOKENS
+REUSED_LOGITS = 32  # rows of logits in memory that is used again
 
 
 class NativeSession(CachedSession):
@@ -37,6 +38,7 @@ class NativeSession(CachedSession):
         else:
             cache = make_cache(layouts, rows, capacity, BFLOAT16)
         super().__init__(cache, vocabulary)
+        self._memory = ReusedMemory(REUSED_LOGITS * vocabulary)
 
     def _share_cache(self) -> None:
         """Hand the cache to C++, and to the torch decoder where that is faster: both keep the same one."""
@@ -74,7 +76,7 @@ class NativeSession(CachedSession):
         for spec, chunk in zip(specs, batch.chunks, strict=True):
             spec.row, spec.start, spec.count, spec.offset = chunk.row, chunk.start, chunk.count, offset
             offset += chunk.count
-        logits = np.empty((sum(batch.wanted), self._vocabulary), np.float32)
+        logits = self._memory.array(sum(batch.wanted), self._vocabulary)
         ids = np.array(batch.ids, np.int32)
         self._text.library.forward(
             self._text.spec, self._spec, specs, count, address(ids), len(batch.ids), int64s(batch.wanted),

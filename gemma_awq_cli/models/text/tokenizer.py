@@ -62,6 +62,10 @@ class Tokenizer:
         backend.post_processor = None
         if getattr(backend.model, "dropout", None):
             backend.model.dropout = None
+        # It keeps the last 10000 texts that it has cut into tokens. A Gemma's are cut as a whole: kilobytes of each
+        # prompt, of use only for the same one again.
+        if hasattr(backend.model, "_resize_cache"):
+            backend.model._resize_cache(0)
         known = {token.content for token in backend.get_added_tokens_decoder().values()}
         if missing := [AddedToken(token, special=True) for token in self.special.values() if token not in known]:
             backend.add_tokens(missing)

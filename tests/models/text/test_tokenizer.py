@@ -1,6 +1,7 @@
 """The tokenizer and the chat templates without transformers are transformers' own, token for token."""
 
 import contextlib
+import ctypes
 import itertools
 import json
 import re
@@ -240,6 +241,30 @@ def test_a_decoder_that_is_no_use_token_by_token_is_an_error(tmp_path: Path) -> 
     ids = tokenizer.encode("Hello  world")
     with pytest.raises(GemmaAwqError, match="one by one"):
         [stream.add(token) for token in ids]
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="needs glibc's count of allocated bytes")
+def test_texts_leave_nothing_behind(tmp_path: Path) -> None:
+    """The library would keep thousands of them, which shows as a server that grows."""
+    allocated = ctypes.CDLL(None).mallinfo2
+    allocated.restype = _MallInfo
+    make_tokenizer(tmp_path)
+    tokenizer = load_tokenizer(tmp_path)
+    for number in range(50):
+        tokenizer.encode(f"{number} {TEXT}")
+    before = allocated().uordblks
+    for number in range(50, 1050):
+        tokenizer.encode(f"{number} {TEXT}")
+    assert allocated().uordblks - before < 200_000
+
+
+class _MallInfo(ctypes.Structure):
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
 
 
 def test_a_text_has_the_same_ids_whatever_the_file_adds(tmp_path: Path) -> None:
