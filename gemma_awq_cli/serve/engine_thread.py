@@ -15,6 +15,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.generate.generation import Completion, GenerationOptions, Row, TokenLogprobs, with_tool_ends
 from gemma_awq_cli.generate.sampler import Constraint, Sampler
 from gemma_awq_cli.models.forward.cached_session import CachedSession
+from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.text.thoughts import TurnDetokenizer
 from gemma_awq_cli.models.text.tokenizer import Tokenizer
 from gemma_awq_cli.models.text.tool_calls import ToolCall
@@ -22,6 +23,7 @@ from gemma_awq_cli.serve.prefix_cache import PrefixCache
 from gemma_awq_cli.serve.scheduler import Scheduler, SharedPrompt, Task
 from gemma_awq_cli.system.threads import set_threads, thread_count
 
+TIDY_SECONDS = 10.0  # between two times that free memory is given back, which takes milliseconds
 _JOIN_SECONDS = 30.0  # a step of the slowest model is over by then
 
 
@@ -164,6 +166,7 @@ class EngineThread:
         self._threads = thread_count()
         self._tickets: dict[Task, Ticket] = {}  # under `_changed`
         self._live: set[Ticket] = set()  # of the event loop
+        self._tidied = -TIDY_SECONDS  # when, by `time.monotonic`: at first what loading has left
         self._row_seconds = 1.0  # of the last rows, smoothed
 
     def start(self) -> None:
@@ -257,10 +260,17 @@ class EngineThread:
         """Move new rows to the scheduler; wait if there is nothing to do. Returns False if the thread is to end."""
         with self._changed:
             while not (self._stopping or self._incoming or self._scheduler.running or self._scheduler.waiting):
+                self._tidy()
                 self._changed.wait()
             self._scheduler.waiting.extend(self._incoming)
             self._incoming.clear()
             return not self._stopping
+
+    def _tidy(self) -> None:
+        """Give memory that lies free between prefixes of many sizes back to the system, now and then."""
+        if (now := time.monotonic()) - self._tidied >= TIDY_SECONDS:
+            self._tidied = now
+            return_freed_memory()
 
     def _hand_out(self) -> None:
         now = time.perf_counter()

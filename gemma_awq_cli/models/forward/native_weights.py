@@ -16,6 +16,7 @@ from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.kernels.native.structures import (
     BF16,
     INT4,
+    INT4_BY_INPUT,
     INT8,
     MAX_HEAD_DIM,
     MAX_STREAMS,
@@ -59,8 +60,8 @@ FEATURES = frozenset({
 MANY_TOKENS = 16  # from this many at once on, torch's bf16 product is faster than the kernel for 16-bit weights
 _VECTOR = 16  # floats that C++ handles at a time; head sizes and MLP widths must be multiples of it
 _HEAD_KINDS = {"int8": INT8, "int4": INT4}
-_WEIGHTS = {INT4: "int4", INT8: "int8", BF16: "bfloat16"}
-_ACTIVATIONS = {INT4: "int8", INT8: "int8", BF16: "float32"}
+_WEIGHTS = {INT4: "int4", INT4_BY_INPUT: "int4", INT8: "int8", BF16: "bfloat16"}
+_ACTIVATIONS = {INT4: "int8", INT4_BY_INPUT: "int8", INT8: "int8", BF16: "float32"}
 
 
 @dataclass(frozen=True)
