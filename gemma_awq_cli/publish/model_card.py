@@ -407,7 +407,7 @@ def _gguf(files: GgufFiles | None) -> dict[str, str] | None:
 
 
 def _median_gain(layers: list[list[Mapping[str, Any]]]) -> str:
-    groups = (group for layer in layers for group in layer if group["method"] != IN_16_BITS)
+    groups = (group for layer in layers for group in layer if group.get("method") != IN_16_BITS)
     gains = [1 - group["error"] / group["rtn_error"] for group in groups if group["rtn_error"]]
     return f"{100 * median(gains):.0f} %" if gains else "0 %"
 

@@ -103,9 +103,12 @@ def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
 
 @contextmanager
 def bfloat16_weights(module: nn.Module) -> Iterator[None]:
-    """Round the weights of linears once, inside of `bfloat16_products`, which would round them for every batch."""
-    linears = [part for part in module.modules() if isinstance(part, nn.Linear)]
-    linears = [part for part in linears if torch.is_autocast_enabled(part.weight.device.type)]
+    """Round the weights of linears once, inside of `bfloat16_products`, which would round them for every batch.
+
+    Only on the CPU: on a GPU that has not been tried.
+    """
+    linears = [part for part in module.modules() if isinstance(part, nn.Linear) and part.weight.device.type == "cpu"]
+    linears = linears if torch.is_autocast_enabled("cpu") else []
     wide = [part.weight for part in linears]
     for part in linears:
         part.weight = nn.Parameter(part.weight.to(torch.bfloat16), requires_grad=False)

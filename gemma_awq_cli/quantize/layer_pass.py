@@ -116,7 +116,7 @@ def pass_quantized(
     tensors: of the quantized layer, as they are written.
     """
     module = stack.layer(index, dense_weights(tensors, plan.layouts[index], stack.device))
-    with matmul_precision("medium"), bfloat16_products(stack.device):
+    with matmul_precision("medium"), _observed(stack, module):
         run = partial(stack.run_layer, index, module)
         hidden.advance(index, hidden.calibration_quantized, plan.rows_per_batch, run)
 

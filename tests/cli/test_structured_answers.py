@@ -56,7 +56,7 @@ def test_tools_are_called_and_printed(
     call = '{"name": "f", "parameters": {"a": [1]}}'
     texts = iter([*call.encode(), None] * 2)
 
-    def draw(sampler: Any, logits: Any) -> int:
+    def draw(sampler: Any, logits: Any, leading: Any) -> int:
         byte = next(texts)
         return 5 if byte is None else letters[byte]
 

@@ -108,12 +108,10 @@ def test_what_was_written_elsewhere_is_remembered(
     assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "far" / "one", text_file)) == 0
     assert main(["export", str(tmp_path / "far" / "one"), "--to", "bf16", "-o", str(tmp_path / "far" / "two")]) == 0
     assert last_artifact() == tmp_path / "far" / "one", "an export is not the next default model"
-    assert [entry["path"] for entry in _entries(capsys)] == [
-        str(tmp_path / "far" / "two"),
-        str(tmp_path / "far" / "one"),
-    ]
+    found = [entry for entry in _entries(capsys) if entry["kind"] != "cache"]  # which quantizing may compile
+    assert [entry["path"] for entry in found] == [str(tmp_path / "far" / "two"), str(tmp_path / "far" / "one")]
     shutil.rmtree(tmp_path / "far" / "two")
-    assert [entry["kind"] for entry in _entries(capsys)] == ["artifact"]
+    assert [entry["kind"] for entry in _entries(capsys) if entry["kind"] != "cache"] == ["artifact"]
 
 
 def test_the_memory_is_bounded_and_keeps_the_latest(here: Path, tmp_path: Path) -> None:
