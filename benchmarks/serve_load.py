@@ -8,7 +8,8 @@ decode: a closed loop, in which each of N clients sends its next request when it
 and answers of one length: total throughput of 1 and of 16 streams. open: requests of mixed lengths arrive as a Poisson
 process of R per second whether or not earlier ones are answered: what users see. soak: many requests of clients of whom
 some vanish in mid-stream, with the memory of the server and of its prefix cache over time; afterwards some are asked
-again alone, and each answer must be the same.
+again alone, and each answer must be the same. Memory is the process's own, and what it has read of mapped files: of
+the model's file, the rows of every token that has occurred.
 
 --serve starts `gemma-awq serve` on a free port, for as long as the load lasts; --llama a llama.cpp server with the
 Python of --llama-python: its own (`xllamacpp`, which has requests answered together) or else llama-cpp-python's
@@ -204,7 +205,7 @@ async def timed(work: Callable[[], Awaitable[list[Answered]]], options: argparse
 async def soak(client: Client, target: Target, options: argparse.Namespace) -> dict[str, Any]:
     """Many requests of which some are left; then some again, alone: each must be answered as before."""
     asked = requests(options, options.requests, seed=-1, vanish=options.vanish)
-    memory: list[tuple[float, float, float | None]] = []
+    memory: list[tuple[float, float, float, float | None]] = []
     answers: list[Answered] = []
     started = time.perf_counter()
     step = max(1, len(asked) // 50)
@@ -212,7 +213,7 @@ async def soak(client: Client, target: Target, options: argparse.Namespace) -> d
         answers += await closed_loop(client, asked[first : first + step], options.soak_streams)
         if target.pid is not None:
             seconds = round(time.perf_counter() - started, 1)
-            memory.append((seconds, resident_mb(target.pid), await asyncio.to_thread(prefix_cache_mb, target)))
+            memory.append((seconds, *resident_mb(target.pid), await asyncio.to_thread(prefix_cache_mb, target)))
     result = figures(answers, time.perf_counter() - started, options)
     whole = [answer for answer in answers if answer.outcome == "ok"]
     again = random.Random(options.seed).sample(whole, min(options.compare, len(whole)))
@@ -228,10 +229,11 @@ async def soak(client: Client, target: Target, options: argparse.Namespace) -> d
     return {**result, "memory_mb": shown, "memory_over_time": memory, **checks}
 
 
-def resident_mb(pid: int) -> float:
-    """Memory of a process (Linux)."""
+def resident_mb(pid: int) -> tuple[float, float]:
+    """Memory of a process: its own, and pages of files (Linux)."""
     lines = Path(f"/proc/{pid}/status").read_text(encoding="ascii").splitlines()
-    return next(round(int(line.split()[1]) / 1024, 1) for line in lines if line.startswith("VmRSS:"))
+    kinds = {name: int(rest.split()[0]) for name, _, rest in (line.partition(":") for line in lines) if "Rss" in name}
+    return round(kinds["RssAnon"] / 1024, 1), round((kinds["RssFile"] + kinds["RssShmem"]) / 1024, 1)
 
 
 def prefix_cache_mb(target: Target) -> float | None:

@@ -7,11 +7,11 @@ op's packed layout depends on the processor, so it is determined by packing a kn
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_columns, unpack_weight
 from gemma_awq_cli.kernels.aten_int4 import scale_zero, shape_refusal
+from gemma_awq_cli.kernels.dense_products import linear
 
 MANY_ROWS = 256
 _OUTPUT_MULTIPLE = 16  # the number of outputs must be a multiple of this
@@ -45,7 +45,7 @@ class CpuInt4Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         if rows.shape[0] >= MANY_ROWS and self.block is not None:
-            return F.linear(x, self.dense())
+            return linear(x, self.dense())
         result = torch.ops.aten._weight_int4pack_mm_for_cpu(
             rows.to(torch.bfloat16), self.packed, self.group_size, self.scale_zero
         )

@@ -9,12 +9,12 @@ instead of 256 thousand.
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import minmax_grid, quantize
 from gemma_awq_cli.awq.packed_arrays import PACK
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
+from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD, head_group
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.system.failures import first_line
@@ -32,7 +32,7 @@ class DenseHead(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 class Int8Head(nn.Module):

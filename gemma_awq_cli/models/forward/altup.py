@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.plain_ops import rms_norm
 
 _LEAST_SQUARE = 1e-5  # of a projected stream's mean square, so that dividing by it is safe
@@ -40,7 +40,7 @@ class AltUpWeights:
 def predict_streams(weights: AltUpWeights, streams: Tensor) -> Tensor:
     """Each stream [S, T, hidden] plus a mixture of all."""
     count = len(streams)
-    mixture = F.linear(_modalities(weights, streams[weights.active]), weights.predict)  # [T, S * S]
+    mixture = linear(_modalities(weights, streams[weights.active]), weights.predict)  # [T, S * S]
     mixture = mixture.unflatten(-1, (count, count)).transpose(1, 2)
     return torch.matmul(streams.permute(1, 2, 0), mixture).permute(2, 0, 1) + streams
 
@@ -48,19 +48,19 @@ def predict_streams(weights: AltUpWeights, streams: Tensor) -> Tensor:
 def correct_streams(weights: AltUpWeights, predicted: Tensor, computed: Tensor) -> Tensor:
     """The predicted streams [S, T, hidden], corrected by what the layer computed [T, hidden] for the active one."""
     surprise = computed - predicted[weights.active]
-    share = F.linear(_modalities(weights, computed), weights.correct) + 1.0  # [T, S]
+    share = linear(_modalities(weights, computed), weights.correct) + 1.0  # [T, S]
     return surprise * share.t()[:, :, None] + predicted
 
 
 def _modalities(weights: AltUpWeights, x: Tensor) -> Tensor:
     """What the router makes of each token [T, hidden]: [T, S]."""
-    routed = F.linear(rms_norm(x, weights.router_norm, weights.eps) * (1.0 / x.shape[-1]), weights.router)
+    routed = linear(rms_norm(x, weights.router_norm, weights.eps) * (1.0 / x.shape[-1]), weights.router)
     return torch.tanh(routed.to(torch.float32)).to(x.dtype)
 
 
 def laurel(weights: AltUpWeights, x: Tensor) -> Tensor:
     """The learned augmented residual: the normed input [T, hidden] itself plus its projection through a low rank."""
-    return x + rms_norm(F.linear(F.linear(x, weights.left), weights.right), weights.laurel_norm, weights.eps)
+    return x + rms_norm(linear(linear(x, weights.left), weights.right), weights.laurel_norm, weights.eps)
 
 
 def start_streams(embedded: Tensor, projections: Sequence[Tensor]) -> Tensor:
@@ -76,6 +76,6 @@ def join_streams(streams: Tensor, projections: Sequence[Tensor]) -> Tensor:
 
 def _projected(x: Tensor, weight: Tensor, like: Tensor) -> Tensor:
     """x [T, hidden] projected, and made as large as `like` [T, hidden]."""
-    made = F.linear(x, weight)
+    made = linear(x, weight)
     size = made.square().mean(-1, keepdim=True).clamp(min=_LEAST_SQUARE).sqrt()
     return made * like.square().mean(-1, keepdim=True) ** 0.5 / size

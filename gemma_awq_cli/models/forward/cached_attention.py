@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_awq_cli.kernels.dense_products import matmul, scaled_dot_product_attention
 from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.kernels.plain_ops import slot_positions
 from gemma_awq_cli.models.forward.kv_cache import KVCache
@@ -122,9 +122,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float, so
     [B, heads, C, D].
     """
     if softcap is None:
-        return F.scaled_dot_product_attention(q, k, v, visible, scale=scale, enable_gqa=True)
+        return scaled_dot_product_attention(q, k, v, visible, scale)
     grouped = q.unflatten(1, (k.shape[1], -1))  # [B, kv_heads, heads per kv head, C, D]
-    scores = soft_cap(grouped @ k[:, :, None].transpose(-1, -2) * scale, softcap)
+    scores = soft_cap(matmul(grouped, k[:, :, None].transpose(-1, -2)) * scale, softcap)
     scores = scores.masked_fill(~visible[:, :, None], float("-inf"))
     weights = torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype)
-    return (weights @ v[:, :, None]).flatten(1, 2)
+    return matmul(weights, v[:, :, None]).flatten(1, 2)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.plain_ops import rms_norm
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 
@@ -32,7 +33,7 @@ class Router:
         x: [T, hidden], the residual stream itself: not behind the experts' norm.
         """
         scaled = rms_norm(x, None, self.eps) * self.scale * x.shape[-1] ** -0.5
-        shares = torch.softmax(F.linear(scaled, self.weight), -1, dtype=torch.float32)
+        shares = torch.softmax(linear(scaled, self.weight), -1, dtype=torch.float32)
         weights, chosen = shares.topk(self.active, -1)
         weights = weights / weights.sum(-1, keepdim=True)
         return chosen, weights * self.per_expert_scale[chosen]
@@ -75,7 +76,7 @@ class DenseLinear(nn.Module):
         self.weight = weight
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight)
+        return linear(x, self.weight)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.plain_ops import rms_norm
 from gemma_awq_cli.models.checkpoints.weight_files import require_finite
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
@@ -40,7 +41,7 @@ class PerLayerEmbedding:
         """Layer `index`'s input [T, width]. embedded: the scaled embeddings [T, hidden]; rows: what `rows` returned."""
         width = len(self.norm)
         part = slice(index * width, (index + 1) * width)
-        projected = F.linear(embedded, self.projection[part]) * embedded.shape[-1] ** -0.5
+        projected = linear(embedded, self.projection[part]) * embedded.shape[-1] ** -0.5
         return (rms_norm(projected, self.norm, self.eps) + rows[:, part]) * 2.0**-0.5
 
 
@@ -55,5 +56,5 @@ class PerLayerGate:
 
     def output(self, x: Tensor, layer_input: Tensor) -> Tensor:
         """What states x [T, hidden] and the layer's input [T, width] add to the residual stream: [T, hidden]."""
-        gated = F.gelu(F.linear(x, self.gate), approximate="tanh") * layer_input
-        return rms_norm(F.linear(gated, self.projection), self.norm, self.eps)
+        gated = F.gelu(linear(x, self.gate), approximate="tanh") * layer_input
+        return rms_norm(linear(gated, self.projection), self.norm, self.eps)

@@ -3,11 +3,11 @@
 from collections.abc import Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.awq.packing import PackedWeight, as_packed_weight
+from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.head import make_head
 from gemma_awq_cli.kernels.packed_linear import make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -38,7 +38,7 @@ class JoinedLinear(nn.Module):
         self.parts = parts
 
     def forward(self, x: Tensor) -> Tensor:
-        parts = [F.linear(x, part) if isinstance(part, Tensor) else part(x) for part in self.parts]
+        parts = [linear(x, part) if isinstance(part, Tensor) else part(x) for part in self.parts]
         return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
