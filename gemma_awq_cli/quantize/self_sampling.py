@@ -1,7 +1,7 @@
 """Calibration rows that the 16-bit model writes itself: from its own distribution, without a data set or its licence.
 
-All rows are sampled together, token by token from BOS at temperature 1, with transformers' static cache. The tool's
-cache folder keeps them, so that a resumed run, or one with other settings, need not sample them again.
+All rows are sampled together, token by token from BOS at temperature 1, as `run` decodes. The tool's cache folder keeps
+them, so that a resumed run, or one with other settings, need not sample them again.
 """
 
 import hashlib
@@ -19,12 +19,10 @@ from torch import Tensor
 from gemma_awq_cli.awq.ordered_sums import running_sums
 from gemma_awq_cli.calibration_text.rows import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.adapter import Adapter
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
-from gemma_awq_cli.models.gemma.architecture import final_softcap
 from gemma_awq_cli.models.gemma.layers import layers_of
 from gemma_awq_cli.quantize.estimates import FLOAT32, LIBRARY_BYTES
 
@@ -94,24 +92,15 @@ def sample_rows(
     The same seed, number of threads and libraries give the same rows. on_token: called with the position of each token;
     adapter: merged into the model.
     """
-    from transformers import StaticCache
-
-    opened = open_model(folder, device, adapter=adapter, modules=True)
-    model = opened.model
+    opened = open_model(folder, device, adapter=adapter)
+    session = opened.session(rows, seq_len)
     generator = torch.Generator(device=device).manual_seed(seed)
-    cache = StaticCache(config=model.config, max_cache_len=seq_len)
-    ids = torch.full((rows, seq_len), opened.prompter.bos, dtype=torch.int64, device=device)
+    ids = torch.full((rows, seq_len), opened.prompter.bos, dtype=torch.int64)
     for position in range(seq_len - 1):
-        states = model.model(
-            input_ids=ids[:, position : position + 1],
-            position_ids=torch.full((1, 1), position, device=device),
-            past_key_values=cache,
-            use_cache=True,
-        ).last_hidden_state[:, -1]
-        logits = soft_cap(model.lm_head(states), final_softcap(model.config))
-        ids[:, position + 1] = draw(logits, generator)
+        logits = torch.from_numpy(session.next_logits(ids[:, position : position + 1].tolist()))
+        ids[:, position + 1] = draw(logits.to(device), generator).cpu()
         on_token(position + 1)
-    return ids.cpu()
+    return ids
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

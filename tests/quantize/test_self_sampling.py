@@ -13,6 +13,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.quantize import self_sampling
 from gemma_awq_cli.quantize.quality import QUALITIES
 from tests.conftest import FAMILIES, quantize_arguments
@@ -44,11 +45,11 @@ def test_the_cache_changes_nothing(
 
     monkeypatch.setattr(self_sampling, "draw", likeliest)
     ids = self_sampling.sample_rows(checkpoints(kind), CPU, 3, 40, 0, lambda _: None)
-    opened = open_model(checkpoints(kind), CPU)
+    opened = open_model(checkpoints(kind), CPU, Precision("float32"))
     assert (ids[:, 0] == opened.prompter.bos).all()
     whole = opened.model(input_ids=ids).logits[:, :-1].float()
     stepped = torch.stack(given, 1)
-    # both are bfloat16; a wrong mask or position would be as far off as another row is
+    # weights and cache are bfloat16; a wrong mask or position would be as far off as another row is
     assert (stepped - whole).norm(dim=-1).median() < 0.1 * (whole[0] - whole[1]).norm(dim=-1).median()
 
 
@@ -100,9 +101,10 @@ def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: 
         path.write_bytes(path.read_bytes()[:20])
     assert torch.equal(rows(), first)
     assert sampled == 4
-    # a cache that cannot be written
+    # a cache that cannot be written; without a compiled library, which is kept there, others are sampled
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(kept[0]))
-    assert torch.equal(rows(), first)
+    assert rows().shape == first.shape
+    assert sampled == 5
 
 
 def test_a_model_that_does_not_fit_is_not_sampled_from(checkpoints: Callable[[str], Path]) -> None:

@@ -111,15 +111,13 @@ def open_model(
     loading: Future[Prompter] | None = None,
     adapter: "Adapter | None" = None,
     kv_cache: str = KV_16BIT,
-    modules: bool = False,
 ) -> OpenModel:
     """Open a model folder. An artifact's linears stay packed; they are never expanded to 16 bits as a whole.
 
     device: torch's, or its name. precision, others: for a 16-bit checkpoint only, how to open it and further devices
     for what does not fit `device`.
     head: one of `kernels.head.HEADS`; None: `DEFAULT_HEAD` for an artifact, 16-bit for a 16-bit checkpoint.
-    loading: the folder's prompter, if it is being loaded already; adapter: merged into a 16-bit checkpoint; modules:
-    whether transformers' modules are to run it, for a caller that uses `OpenModel.model` itself.
+    loading: the folder's prompter, if it is being loaded already; adapter: merged into a 16-bit checkpoint.
     Raises GemmaAwqError for a damaged model or too little memory.
     """
     checkpoint = Checkpoint(folder, adapter)
@@ -133,7 +131,7 @@ def open_model(
     place = str(device)
     dtype = chosen.dtype_name(checkpoint, place)
     hint = "Close other programs, or use another --device or machine." if quantized else SMALLER
-    refusal = "as its caller asks for" if modules else None
+    refusal = None
     needed = _least_memory(checkpoint, dtype)
     if others and not quantized and needed * 1.1 > (free_memory(place) or needed * 2):
         refusal = "only they spread a model over several GPUs"
