@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WORTH_WIDENING = 8  # rows; with fewer, to read 16-bit weights takes less time than to widen them
-_WIDENED = 1 << 22  # numbers of a weight that are float32 at a time
+_WIDENED = 1 << 18  # numbers of a weight that are float32 at a time: what stays in the nearest caches
 
 
 @cache
