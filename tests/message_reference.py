@@ -1,7 +1,8 @@
 """docs/messages.md: every message of an error that a user can meet, with its hint, read from the code.
 
-`python -m tests.command_reference` writes it. A message is what is passed to an error of `gemma_awq_cli/errors.py` or one
-derived from it; what is known only when it is raised becomes `…`. Where a function is given the text, its callers are read.
+`python -m tests.command_reference` writes it. A message is what is passed to an error of `gemma_awq_cli/errors.py` or
+one derived from it; what is known only when it is raised becomes `…`. Where a function is given the text, its callers
+are read.
 """
 
 import ast
@@ -49,8 +50,8 @@ SUBJECTS = {
 HEAD = """# Every message
 
 What an error of `gemma-awq` says, by subject, and the hint that comes with it. `…` stands for a name, a number or a
-reason. Search this page for a part of your message without those. [Troubleshooting](troubleshooting.md) explains the ones
-that people meet most. This file is generated: `python -m tests.command_reference` writes it from the code.
+reason. Search this page for a part of your message without those. [Troubleshooting](troubleshooting.md) explains the
+ones that people meet most. This file is generated: `python -m tests.command_reference` writes it from the code.
 """
 
 Texts = frozenset[str]
@@ -263,9 +264,7 @@ def bindings(function: Function, subject: str, depth: int = DEPTH) -> tuple[Boun
 def _bindings(function: Function, subject: str, depth: int) -> Iterator[Bound]:
     is_method = bool(function.args.args) and function.args.args[0].arg == "self"
     names = parameters(function)
-    defaults = (
-        dict(zip(reversed(names), reversed(function.args.defaults), strict=False)) if function.args.defaults else {}
-    )
+    defaults = dict(zip(reversed(names), reversed(function.args.defaults), strict=False))
     for place in calls().get(function.name, ()) if depth else ():
         if is_method and place.module.subject != subject:
             continue
@@ -299,9 +298,7 @@ def is_raised(place: Place) -> bool:
     """Whether a call makes an error of a user: the class's, or that of its constructor to the class above."""
     if name_of(place.call) in error_classes():
         return bool(place.call.args)
-    is_constructor = (
-        bool(place.functions) and place.functions[-1].name == "__init__" and name_of(place.call) == "__init__"
-    )
+    is_constructor = bool(place.functions) and place.functions[-1].name == name_of(place.call) == "__init__"
     first = place.call.args[0] if place.call.args else None
     return is_constructor and isinstance(first, ast.JoinedStr | ast.Constant) and place.module.name != "errors"
 

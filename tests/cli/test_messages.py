@@ -21,7 +21,7 @@ EXPLAINED = REFERENCE.parent / "troubleshooting.md"
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert PAGE == message_reference(), (
+    assert message_reference() == PAGE, (
         "docs/messages.md differs from the code: run `python -m tests.command_reference` and commit the file"
     )
 
