@@ -55,7 +55,7 @@ def beside(base: Path, tuned: Path, artifact: Path, tmp_path: Path, capsys: pyte
         main(["bench", str(artifact), "--reference", str(tuned), *few, "--compare", str(base_artifact), "--json"]) == 0
     )
     compared = json.loads(capsys.readouterr().out)["models"]
-    assert [model["name"] for model in compared] == [artifact.name, base_artifact.name]
+    assert [model["name"] for model in compared] == [str(artifact), str(base_artifact)]
     kl = [model["fidelity"]["kl"] for model in compared]
     # the base model's artifact is further from what was tuned than the tuned model's own
     assert 0 < kl[0] < kl[1]
