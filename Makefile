@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-fast lint check fuzz sanitize wheels clean
+.PHONY: demo test test-fast lint check docs fuzz sanitize wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/gemma-awq quantize --force
@@ -24,6 +24,10 @@ lint: $(INSTALLED)
 # a file's tests in one process, because they share what was made for them; the order is that of tests/conftest.py
 check: $(INSTALLED)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 40 --durations-min 4
+
+# build/site: the pages of docs/, as mkdocs.yml lays them out; a link that leads nowhere is an error
+docs: $(INSTALLED)
+	$(BIN)/zensical build --strict --clean
 
 # CASES=20000 SEED=1 make fuzz
 CASES ?= 2000
@@ -47,8 +51,8 @@ wheels: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[full,demo,test,examples]"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[full,demo,test,examples,docs]"
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	rm -rf $(VENV) build/site .cache .pytest_cache .hypothesis .mypy_cache .ruff_cache

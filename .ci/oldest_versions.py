@@ -1,13 +1,19 @@
-"""Constraints for pip: the lowest version that pyproject.toml allows of everything that it names, but test tools."""
+"""Constraints for pip: the lowest version that pyproject.toml allows of everything that it names, but test tools.
+
+Arguments are constraints in place of its own: `torch==2.13.0`.
+"""
 
 import re
+import sys
 import tomllib
 from pathlib import Path
 
+NOT_USED = ("test", "docs")  # tools of this project's development
 project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-extras = {name: lines for name, lines in project["optional-dependencies"].items() if name != "test"}
+extras = {name: lines for name, lines in project["optional-dependencies"].items() if name not in NOT_USED}
 lowest = {}
 for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
     if found := re.match(r"([\w-]+)(?:\[[^]]*\])?>=([\d.]+)", line):
         lowest[found[1]] = found[2]
+lowest |= dict(given.split("==") for given in sys.argv[1:])
 print("\n".join(f"{name}=={version}" for name, version in sorted(lowest.items())))

@@ -1,6 +1,6 @@
 """docs/commands.md, made from the help of every command.
 
-`python -m tests.command_reference` writes it, and the man pages and completions of `shell_files.py`.
+`python -m tests.command_reference` writes it, the man pages and completions of `shell_files.py`, and docs/messages.md.
 """
 
 from pathlib import Path
@@ -8,13 +8,13 @@ from pathlib import Path
 import typer.main
 
 from gemma_awq_cli.cli.app import app
-from tests import shell_files
+from tests import message_reference, shell_files
 
 REFERENCE = Path(__file__).parent.parent / "docs" / "commands.md"
 WIDTH = 98  # columns, whatever terminal writes the file
 HEAD = """# Command reference
 
-What `gemma-awq --help` and `gemma-awq COMMAND --help` print. The [guide](guide.md) explains what the commands do.
+What `gemma-awq --help` and `gemma-awq COMMAND --help` print. The [pages](index.md) explain what they do.
 This file is generated: after a change of the help, run `python -m tests.command_reference`.
 """
 
@@ -38,3 +38,4 @@ def _section(title: str, text: str) -> str:
 if __name__ == "__main__":
     REFERENCE.write_text(command_reference(), encoding="utf-8")
     shell_files.write()
+    message_reference.REFERENCE.write_text(message_reference.message_reference(), encoding="utf-8")

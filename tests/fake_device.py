@@ -529,6 +529,8 @@ def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
         (torch.cuda, "graph", lambda graph, pool=None: graph.recorded()),
         (torch.cuda, "graph_pool_handle", lambda: (0, 1)),
         (torch.cuda, "device", lambda *_: nullcontext()),
+        # what it would ask, a torch with CUDA asks the driver
+        (torch.accelerator, "current_accelerator", lambda *_, **__: None),
         (torch.backends.mps, "is_available", lambda: not is_cuda),
         (torch, "Generator", _Generator),
     ]

@@ -48,7 +48,7 @@ def python(packages: Path, tmp_path: Path) -> Run:
 def test_extras_bring_what_their_hints_name() -> None:
     extras = dict(project()["optional-dependencies"])
     (full,) = extras.pop("full")
-    for of_the_clone in ("test", "examples"):
+    for of_the_clone in ("test", "examples", "docs"):
         extras.pop(of_the_clone)
     named = {name: tuple(line.partition(";")[0].strip() for line in lines) for name, lines in extras.items()}
     assert named == BRINGS

@@ -45,6 +45,22 @@ def answers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "model.safetensors" in capsys.readouterr().out
 
 
+def beside(base: Path, tuned: Path, artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`bench --compare` puts the fine-tune's artifact beside that of the base model, each against its own original."""
+    base_artifact = tmp_path / "base-awq"
+    assert main(["quantize", str(base), "-o", str(base_artifact), *TINY]) == 0
+    capsys.readouterr()
+    few = ["--fidelity", "--windows", "1", "--device", "cpu"]
+    assert (
+        main(["bench", str(artifact), "--reference", str(tuned), *few, "--compare", str(base_artifact), "--json"]) == 0
+    )
+    compared = json.loads(capsys.readouterr().out)["models"]
+    assert [model["name"] for model in compared] == [str(artifact), str(base_artifact)]
+    kl = [model["fidelity"]["kl"] for model in compared]
+    # the base model's artifact is further from what was tuned than the tuned model's own
+    assert 0 < kl[0] < kl[1]
+
+
 def test_qlora_makes_an_adapter_that_is_quantized_with_its_model(
     instruct: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +93,7 @@ def test_fsdp_makes_a_model_that_is_quantized(
     assert len(changed) == len(before)  # each process's parts, of every tensor
     assert main(["quantize", str(tuned), "-o", str(artifact), *TINY]) == 0
     answers(artifact, capsys)
+    beside(instruct, tuned, artifact, tmp_path, capsys)
 
 
 def test_the_notebook(instruct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,7 +54,8 @@ def command(
 ) -> None:
     """Quantize layers of an artifact again, as its report records, and compare the bytes.
 
-    What is outside the layers is compared whole. The exit code is 0 if all is the same, 1 if something differs, and 4
+    What is outside the layers is compared whole, and a published artifact's files with the hashes in its
+    provenance.json first. The exit code is 0 if all is the same, 1 if something differs, and 4
     if it cannot be compared: the source is unavailable, or another version of torch or another processor rounds
     differently.
     """
@@ -74,13 +75,14 @@ def command(
 
 
 def _facts(result: "Verified") -> list[tuple[str, str]]:
-    layers = ", ".join(str(index + 1) for index in result.layers)
-    facts = [
-        ("artifact", str(result.artifact)),
-        ("source", result.source),
-        ("layers", f"{layers} of {result.of}, picked by seed {result.seed}"),
-        ("result", result.verdict),
-    ]
+    facts = [("artifact", str(result.artifact))]
+    if result.layers:
+        layers = ", ".join(str(index + 1) for index in result.layers)
+        facts.append(("source", result.source))
+        facts.append(("layers", f"{layers} of {result.of}, picked by seed {result.seed}"))
+    if result.stated:
+        facts.append(("stated hashes", f"{result.stated} files, in provenance.json"))
+    facts.append(("result", result.verdict))
     if result.different:
         facts.append(("differs", some(result.different)))
     if result.conditions:

@@ -13,9 +13,8 @@ from typing import Any
 from gemma_awq_cli.models.checkpoints.hub import REPO_ID
 from gemma_awq_cli.publish.public_documents import adapter_name, source_name
 from gemma_awq_cli.publish.upload_file import UploadFile
+from gemma_awq_cli.reports.statement import PREDICATE_TYPE, STATEMENT_TYPE
 
-STATEMENT_TYPE = "https://in-toto.io/Statement/v1"
-PREDICATE_TYPE = "https://slsa.dev/provenance/v1"
 BUILD_TYPE = "urn:x-gemma-awq:quantize:v1"
 BUILDER = "urn:x-gemma-awq:user"  # a person's own machine, and no build service
 

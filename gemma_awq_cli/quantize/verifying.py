@@ -4,7 +4,8 @@ A layer depends on the layers before it only by the hidden states in front of it
 source. At a quality that corrects a layer for those before it, they come from the stored layers too: so each compared
 layer shows that it follows from the source and the layers before it.
 
-What is no layer (embedding, final norm, companions, config, copied files) is compared whole.
+What is no layer (embedding, final norm, companions, config, copied files) is compared whole. Files that were published
+with a statement of their hashes are compared with it first: where they differ, nothing needs to be made again.
 """
 
 import hashlib
@@ -13,7 +14,7 @@ import secrets
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,8 @@ from gemma_awq_cli.quantize.preparation import Prepared, prepare
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.sharing import calibration_states
+from gemma_awq_cli.reports.artifact_files import PROVENANCE
+from gemma_awq_cli.reports.statement import different_from_statement, stated_hashes
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from gemma_awq_cli.system.failures import unforeseen_error
 
@@ -85,7 +88,8 @@ class VerifyRequest:
 class Verified:
     """The result. seed: that picked the layers, counted from 0; of: how many layers there are; computed_different:
     names of tensors of these layers, and of files, that are not as stored; copied_different: names of tensors that no
-    arithmetic made; conditions: in what this run differs from the recorded one, though bytes depend on it.
+    arithmetic made, and of files that are not as the statement beside them says; conditions: in what this run differs
+    from the recorded one, though bytes depend on it; stated: how many files that statement names, 0 if there is none.
     """
 
     artifact: Path
@@ -96,6 +100,7 @@ class Verified:
     computed_different: tuple[str, ...]
     copied_different: tuple[str, ...]
     conditions: tuple[str, ...]
+    stated: int = 0
 
     @property
     def verdict(self) -> str:
@@ -115,7 +120,7 @@ class Verified:
         return {
             "artifact": str(self.artifact), "source": self.source, "verdict": self.verdict, "seed": self.seed,
             "layers": [index + 1 for index in self.layers], "of": self.of,
-            "different": self.different, "conditions": list(self.conditions),
+            "different": self.different, "conditions": list(self.conditions), "stated_files": self.stated,
         }  # fmt: skip
 
 
@@ -127,6 +132,11 @@ def verify_artifact(request: VerifyRequest, on_event: OnEvent = ignore) -> Verif
     """
     with _not_comparable(), tempfile.TemporaryDirectory(prefix="gemma-awq-verify-") as scratch:
         found = find_source(request.artifact, request.revision, lambda text: on_event(Note(text)))
+        stated = stated_hashes(found.folder)
+        if changed := different_from_statement(found.folder, stated):
+            return Verified(found.folder, PROVENANCE, 0, (), 0, (), tuple(changed), (), len(stated))
+        if stated:
+            on_event(Note(f"All {len(stated)} files that {PROVENANCE} names have its hashes."))
         report = read_quantization_report(found.folder, "Only an artifact with its report can be compared.")
         with _threads(report["fingerprint"].get("threads")):
             asked = recorded_request(report, request, Path(scratch) / "artifact", found.revision is not None)
@@ -135,7 +145,8 @@ def verify_artifact(request: VerifyRequest, on_event: OnEvent = ignore) -> Verif
             for line in conditions:
                 on_event(Warned(f"Bytes may differ for this reason alone: {line}."))
             require_space(Path(scratch), prepared.plan.state_bytes, ELSEWHERE)
-            return _compare(request, found.folder, prepared, conditions, Path(scratch), on_event)
+            result = _compare(request, found.folder, prepared, conditions, Path(scratch), on_event)
+            return replace(result, stated=len(stated))
 
 
 @torch.inference_mode()

@@ -13,6 +13,7 @@ CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which speak
 # Options of other programs, by the word that their lines hold.
 OTHER_PROGRAMS = re.compile(r"pip install|vllm serve|tests\.fuzz|pytest|torchrun |srun |python examples/")
 WRITTEN_LATER: set[str] = set()
+HIDDEN = {"--image"}  # not in the help: it is known so that an error can explain it
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +26,7 @@ def options() -> set[str]:
 def test_options_exist(page: Path, options: set[str]) -> None:
     lines = page.read_text(encoding="utf-8").splitlines()
     text = "\n".join(line for line in lines if not OTHER_PROGRAMS.search(line))
-    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= options
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+", text)) <= options | HIDDEN
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
@@ -34,6 +35,19 @@ def test_links_lead_somewhere(page: Path) -> None:
         if not re.match(r"https?:|#", link):
             target = page.parent / link.partition("#")[0]
             assert target.exists() or target.name in WRITTEN_LATER, f"{page.name} links to {link}"
+
+
+def anchors(page: Path) -> set[str]:
+    """The anchors of a page's headings, as code hosts and the site make them."""
+    text = re.sub(r"(?ms)^```.*?^```", "", page.read_text(encoding="utf-8"))
+    titles = re.findall(r"(?m)^#+ (.+)$", text)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+@pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)
+def test_anchors_exist(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)\s#:]*)#([^)\s]+)\)", page.read_text(encoding="utf-8")):
+        assert anchor in anchors(page.parent / target if target else page), f"{page.name} links to {target}#{anchor}"
 
 
 @pytest.mark.parametrize("page", CURRENT, ids=lambda page: page.name)

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.publish.preparation import prepare
 from gemma_awq_cli.quantize.verifying import VerifyRequest, recorded_request
 from tests.conftest import quantize_arguments
 from tests.documents import full_report, planted
+from tests.hub_server import Repo, client_environment, hub_server
 
 Capture = pytest.CaptureFixture[str]
 REPORT = "quantization_report.json"
@@ -179,3 +183,88 @@ def test_a_strangers_report_names_no_files_of_this_machine() -> None:
     for share in ("//server/share", "\\\\server\\share"):
         with pytest.raises(GemmaAwqError, match="of another machine"):
             recorded_request(planted(report, ("source", "model"), share), asked, Path("out"), False)
+
+
+@pytest.fixture
+def published(artifact: Path, tmp_path: Path) -> Path:
+    """A folder with what a push of the artifact uploads."""
+    folder = tmp_path / "published"
+    folder.mkdir()
+    for file in prepare(artifact, "me/tiny-AWQ", "org/tiny", "gemma", None).files:
+        if isinstance(file.content, bytes):
+            (folder / file.name).write_bytes(file.content)
+        else:
+            shutil.copyfile(file.content, folder / file.name)
+    return folder
+
+
+@pytest.mark.slow
+def test_a_repository_on_the_hub(
+    published: Path, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
+) -> None:
+    """Fetched by the hub's own client. Its report names no folders of this machine, and its statement is looked at."""
+    moved = ["--source", str(checkpoints("gemma3_text")), "--calibration", str(text_file), "--layers", "100", "--json"]
+
+    def verified(*more: str) -> tuple[int, dict[str, Any], str]:
+        with hub_server({"me/tiny-AWQ": Repo({"main": published})}) as hub:
+            home = tmp_path / f"hub-{len(list(tmp_path.iterdir()))}"
+            done = subprocess.run(
+                [sys.executable, "-m", "gemma_awq_cli", "verify", "me/tiny-AWQ", *more],
+                capture_output=True, text=True, check=False, cwd=tmp_path,
+                env=client_environment(home, {"HF_ENDPOINT": hub.url, "OMP_NUM_THREADS": "1"}),
+            )  # fmt: skip
+        return done.returncode, json.loads(done.stdout or "{}"), done.stderr
+
+    code, found, err = verified(*moved)
+    assert (code, found["verdict"]) == (0, "same"), err
+    assert found["stated_files"] == len(list(published.iterdir())) - 2  # but the statement and the card
+    code, _, err = verified("--json")
+    assert code == 4
+    assert "of another machine" in err
+    edit_weights(published, "model.layers.1.mlp.up_proj.qweight")
+    code, found, _ = verified(*moved)
+    assert (code, found["verdict"], found["different"]) == (1, "different", ["model.safetensors"])
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "Notice"])
+def test_a_file_that_is_not_as_stated(name: str, published: Path, capsys: Capture) -> None:
+    (published / name).write_bytes((published / name).read_bytes() + b" ")
+    assert verify(capsys, str(published))[:2] == (
+        1,
+        {
+            "artifact": str(published), "source": "provenance.json", "verdict": "different", "seed": 0, "layers": [],
+            "of": 0, "different": [name], "conditions": [], "stated_files": len(list(published.iterdir())) - 2,
+        },
+    )  # fmt: skip
+    os.remove(published / name)
+    assert verify(capsys, str(published))[1].get("different") == [name] or name == "config.json"
+    (published / "README.md").write_text("A card may be edited.")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "[]",
+        "{}",
+        '{"_type": "https://in-toto.io/Statement/v1", "subject": []}',
+        '{"_type": "https://in-toto.io/Statement/v1", "subject": [{"name": "config.json"}]}',
+        '{"_type": "https://in-toto.io/Statement/v1", "subject": [7]}',
+        '{"_type": "https://in-toto.io/Statement/v1", "subject": [{"name": "../x", "digest": {"sha256": "HASH"}}]}',
+        '{"_type": "https://in-toto.io/Statement/v1", "subject": [{"name": "x", "digest": {"sha256": "HAS"}}]}',
+    ],
+)
+def test_a_statement_that_says_nothing(statement: str, artifact: Path, capsys: Capture) -> None:
+    (artifact / "provenance.json").write_text(statement.replace("HASH", "0" * 64))
+    code, _, err = verify(capsys, str(artifact), "--layers", "1")
+    assert code == 4
+    assert "provenance.json" in err
+    assert "Traceback" not in err
+
+
+def test_a_link_out_of_the_folder_is_not_hashed(published: Path, tmp_path: Path, capsys: Capture) -> None:
+    (tmp_path / "elsewhere").write_bytes((published / "Notice").read_bytes())
+    os.remove(published / "Notice")
+    (published / "Notice").symlink_to(tmp_path / "elsewhere")
+    code, _, err = verify(capsys, str(published))
+    assert code == 4
+    assert "leads out of its folder" in err
