@@ -25,8 +25,8 @@ WITH_TORCH: dict[str, set[str]] = {
     },
     "kernels": {
         "aten_int4", "autoawq", "bfloat16_products", "column_loops", "compiled_columns", "cpu", "cuda",
-        "dense_products", "file_int4", "head", "known_numbers", "mps", "packed_linear", "plain_ops", "reference", "step_ops", "triton",
-        "triton_attention", "triton_columns", "triton_products", "triton_steps",
+        "dense_products", "file_int4", "head", "known_numbers", "mps", "packed_linear", "plain_ops", "reference",
+        "step_ops", "triton", "triton_attention", "triton_columns", "triton_products", "triton_steps",
     },
     "kernels.native": set(),
     "generate": {"vllm_engine"},
