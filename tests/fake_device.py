@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gemma_awq_cli.kernels import cuda as cuda_kernel
-from gemma_awq_cli.kernels import file_int4, head, mps, step_ops
+from gemma_awq_cli.kernels import column_loops, file_int4, head, mps, step_ops
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")
@@ -502,6 +502,7 @@ def _forget() -> None:
     file_int4._problem.cache_clear()
     head._int8_problem.cache_clear()
     step_ops.steps_problem.cache_clear()
+    column_loops.columns_problem.cache_clear()
 
 
 @contextmanager

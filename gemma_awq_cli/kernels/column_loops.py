@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.coordinate_descent import move_columns, move_columns_in_torch
 from gemma_awq_cli.awq.gptq import round_columns, round_columns_in_torch
-from gemma_awq_cli.system.failures import first_line
+from gemma_awq_cli.kernels.known_numbers import problem_in
 
 _KNOWN_COLUMNS, _KNOWN_ROWS, _KNOWN_GROUP = 160, 16, 32
 _DIFFERENT = 0.02  # of the integers of known numbers: another order of sums moves some that lie between two
@@ -48,6 +48,15 @@ def _(
         return triton_columns.move_columns(slope, integers, error, near, scale, inverse, curvature, group_of)
 
 
+def columns_walked_by(device: torch.device) -> str:
+    """Return a name of the code that walks the columns of weights on a device: integers may differ with it."""
+    if device.type != "cuda" or columns_problem(device) is not None:
+        return "PyTorch"
+    import triton
+
+    return f"Triton {triton.__version__}"
+
+
 @cache
 def columns_problem(device: torch.device) -> str | None:
     """Why a GPU's columns are walked by torch, or None if the kernels do it."""
@@ -55,14 +64,12 @@ def columns_problem(device: torch.device) -> str | None:
         return "triton is not installed"
     from gemma_awq_cli.kernels import triton_columns
 
-    try:
+    def walk() -> str | None:
         with torch.cuda.device(device):
             different = different_integers(triton_columns.round_columns, triton_columns.move_columns, device)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"they fail here: {first_line(error)}"
-    return None if different <= _DIFFERENT else f"{different:.0%} of known integers come out otherwise here"
+        return None if different <= _DIFFERENT else f"{different:.0%} of known integers come out otherwise here"
+
+    return problem_in(walk, "they fail here")
 
 
 def different_integers(rounding: object, moving: object, device: torch.device) -> float:

@@ -16,8 +16,8 @@ from gemma_awq_cli.awq.packed_arrays import PACK
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight
 from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.head_kinds import DENSE_HEAD, head_group
+from gemma_awq_cli.kernels.known_numbers import problem_in
 from gemma_awq_cli.kernels.packed_linear import make_linear
-from gemma_awq_cli.system.failures import first_line
 
 REFINED = 1024  # tokens whose logits a 4-bit head recomputes
 KNOWN_TOLERANCE = 0.02  # of the product of known numbers: 8 bits round by less than 1 %
@@ -93,15 +93,14 @@ def _int8_problem(device: torch.device) -> str | None:
     generator = torch.Generator("cpu").manual_seed(0)
     weight, x = (torch.randn(rows, 128, generator=generator).to(torch.bfloat16) for rows in (64, 3))
     expected = x.float() @ weight.float().t()
-    try:
+
+    def multiply() -> str | None:
         found = Int8Head(weight.to(device))(x.to(device)).cpu().float()
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"torch's int8 product fails here: {first_line(error)}"
-    if not (found - expected).norm() <= KNOWN_TOLERANCE * expected.norm():  # also if it is NaN
-        return "torch's int8 product multiplies known numbers wrongly here"
-    return None
+        if (found - expected).norm() <= KNOWN_TOLERANCE * expected.norm():
+            return None
+        return "torch's int8 product multiplies known numbers wrongly here"  # also if it is NaN
+
+    return problem_in(multiply, "torch's int8 product fails here")
 
 
 def soft_cap(logits: Tensor, cap: float | None) -> Tensor:

@@ -1,5 +1,7 @@
-"""A trial of a packed linear on known numbers: no GPU was there to prove it on, so each one that comes must."""
+"""Trials of kernels on known numbers: no GPU was there to prove them on, so each one that comes must."""
 
+import importlib.util
+import subprocess
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,14 +34,36 @@ def problem_with(
     )
     x = torch.randn(max(rows), shape[1], generator=generator).to(dtype)
     expected = x.float() @ dequantize(q, grid).t()
-    try:
+
+    def multiply() -> str | None:
         linear = make(PackedWeight(*(tensor.to(device) for tensor in pack_weight(q, grid))))
         for count in rows:
             found = linear(x[:count].to(device)).cpu().float()
             if not (found - expected[:count]).norm() <= TOLERANCE * expected[:count].norm():  # also if it is NaN
                 return f"it multiplies known numbers wrongly here ({count} rows)"
-    except (RuntimeError, NotImplementedError) as error:
+        return None
+
+    return problem_in(multiply, "it fails here")
+
+
+def problem_in(trial: Callable[[], str | None], failing: str) -> str | None:
+    """Return what a trial returns, or that it failed: `failing`, and why. Raises if memory ran out."""
+    try:
+        return trial()
+    except _failures() as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
-        return f"it fails here: {first_line(error)}"
-    return None
+        return f"{failing}: {first_line(error)}"
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What PyTorch and Triton raise where a kernel cannot run.
+
+    Triton asserts that the driver's library is there, and calls a C compiler and an assembler.
+    """
+    found: tuple[type[Exception], ...] = (RuntimeError, AssertionError, OSError, subprocess.SubprocessError)
+    if importlib.util.find_spec("triton") is not None:
+        from triton.errors import TritonError
+
+        found = (*found, TritonError)
+    return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.kernels import plain_ops
-from gemma_awq_cli.system.failures import first_line
+from gemma_awq_cli.kernels.known_numbers import problem_in
 
 _TOLERANCE = 0.02  # bfloat16 rounds by 0.4 %, some times one after the other
 HEAD_SIZES = (32, 64, 128, 256, 512)
@@ -122,13 +122,12 @@ def steps_problem(device: torch.device, dtype: torch.dtype, head_sizes: frozense
         return f"heads of {odd[0]} channels do not fit their tiles"
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
-    try:
-        apart = furthest_apart(device, dtype)
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        return f"they fail here: {first_line(error)}"
-    return None if apart <= _TOLERANCE else "they compute known numbers wrongly here"  # also if it is NaN
+
+    def compute() -> str | None:
+        right = furthest_apart(device, dtype) <= _TOLERANCE
+        return None if right else "they compute known numbers wrongly here"  # also if it is NaN
+
+    return problem_in(compute, "they fail here")
 
 
 @torch.inference_mode()

@@ -14,6 +14,7 @@ from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, Recipe,
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
 from gemma_awq_cli.events import Note, Warned
+from gemma_awq_cli.kernels.column_loops import columns_walked_by
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.companions import require_companions
 from gemma_awq_cli.models.checkpoints.files import CONFIG
@@ -76,6 +77,7 @@ class Prepared:
         import transformers
 
         device, measured = self.stack.device, self.plan.feedback_tokens
+        library = compiled_products(device)
         return {
             "gemma-awq": __version__,
             "model": self.checkpoint.identity(),
@@ -91,9 +93,11 @@ class Prepared:
             "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "observed in": "bfloat16" if multiplies_bfloat16(device) else "float32",
-            "products": "PyTorch" if compiled_products(device) is None else "compiled",
+            "products": "PyTorch" if library is None else f"compiled ({library.compiler})",
+            "columns": columns_walked_by(device) if library is None else "compiled",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            **({"CUDA": torch.version.cuda} if device.type == "cuda" else {}),
             "transformers": transformers.__version__,
         }
 

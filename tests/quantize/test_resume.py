@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -335,6 +336,7 @@ def test_shared_keys_and_values_are_kept_on_the_disk(
         (["model"], "model: "),
         (["threads"], "threads: "),
         (["torch"], "torch: 2.6.0 then"),
+        (["columns"], "columns: Triton 3.6.0 then"),
     ],
 )
 def test_resuming_under_other_conditions_is_refused(
@@ -359,6 +361,10 @@ def test_resuming_under_other_conditions_is_refused(
         monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
     elif change == ["torch"]:
         journal.write_text(journal.read_text().replace(f'"torch": "{torch.__version__}"', '"torch": "2.6.0"'))
+    elif change == ["columns"]:  # as on a GPU where Triton has been installed or removed meanwhile
+        content = journal.read_text()
+        assert '"columns": "' in content
+        journal.write_text(re.sub('"columns": "[^"]*"', '"columns": "Triton 3.6.0"', content))
     elif change[0] == "--calibration":
         other = tmp_path / "other.txt"
         other.write_text(text_file.read_text().replace("fox", "cat"))
@@ -601,3 +607,47 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_layer(
     assert "1 of 3 layers are kept" in captured.err
     assert main([*arguments, "--resume"]) == 0
     assert identity(tmp_path / "out") == identity(artifacts("gemma"))
+
+
+def test_the_fingerprint_names_what_computes(
+    tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever code makes the sums: that of another machine, or a kernel that was not installed before."""
+    import torch
+
+    from gemma_awq_cli.kernels import column_loops
+    from gemma_awq_cli.quantize import preparation
+    from gemma_awq_cli.quantize.request import QuantizeRequest
+    from tests.fake_device import fake_device
+
+    def fingerprint(device: str) -> dict[str, Any]:
+        request = QuantizeRequest(
+            str(checkpoints("gemma2")), tmp_path / "out", calibration=str(text_file), num_samples=2, seq_len=24,
+            group_size=32, device=device,
+        )  # fmt: skip
+        return preparation.prepare(request, lambda _: None).fingerprint()
+
+    def changed(device: str) -> list[str]:
+        now = fingerprint(device)
+        return [name for name in now if now[name] != before[name]]
+
+    before = fingerprint("cpu")
+    for compiler in ("GCC 12", "GCC 13"):
+        library = type("Library", (), {"compiler": compiler})()
+        with monkeypatch.context() as patch:
+            patch.setattr(preparation, "compiled_products", lambda _, one=library: one)
+            assert fingerprint("cpu")["products"] == f"compiled ({compiler})"
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation, "multiplies_bfloat16", lambda _: not before["observed in"] == "bfloat16")
+        assert changed("cpu") == ["observed in"]
+    with fake_device(capability=(9, 0)):
+        before = fingerprint("cuda")
+        assert "CUDA" in before
+        with monkeypatch.context() as patch:
+            patch.setattr(column_loops, "columns_problem", lambda _: None)
+            patch.setitem(sys.modules, "triton", type("Triton", (), {"__version__": "3.6.0"})())
+            assert changed("cuda") == ["columns"]
+            assert fingerprint("cuda")["columns"] == "Triton 3.6.0"
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.version, "cuda", "13.0")
+            assert changed("cuda") == ["CUDA"]

@@ -713,6 +713,15 @@ const char* gaq_sources() {
 }
 
 // The instruction set that the arithmetic was compiled for.
+// The compiler, whose choices change the last bits of sums.
+const char* gaq_compiler() {
+#if defined(__VERSION__)
+    return __VERSION__;
+#else
+    return "unknown";
+#endif
+}
+
 const char* gaq_instructions() {
 #if defined(__AVX512VNNI__)
     return "AVX-512 VNNI";

@@ -42,7 +42,7 @@ class Library:
     """The functions of engine.cpp.
 
     instructions: the instruction set that it was compiled for; empty if it has no fast kernels for this processor.
-    sources: `sources_hash` of a prebuilt library; empty of one that was compiled on this machine.
+    compiler: its version, by which the last bits of sums may differ; sources: `sources_hash` of a prebuilt library; empty of one that was compiled on this machine.
     multiplies_bfloat16: whether this processor has the instructions that `bfloat16_products` needs.
     Raises LayoutMismatchError if the library lays out its structures differently from structures.py.
     """
@@ -53,11 +53,12 @@ class Library:
             function = getattr(handle, name)
             function.argtypes = arguments
             function.restype = None
-        for name in ("gaq_instructions", "gaq_layout", "gaq_sources"):
+        for name in ("gaq_compiler", "gaq_instructions", "gaq_layout", "gaq_sources"):
             getattr(handle, name).restype = c_char_p
         if difference := layout_mismatch(handle.gaq_layout().decode()):
             raise LayoutMismatchError(difference)
         self.instructions: str = handle.gaq_instructions().decode()
+        self.compiler: str = handle.gaq_compiler().decode()
         self.sources: str = handle.gaq_sources().decode()
         handle.gaq_multiplies_bf16.argtypes = ()
         self.multiplies_bfloat16 = bool(handle.gaq_multiplies_bf16())
