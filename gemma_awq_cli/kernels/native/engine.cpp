@@ -712,7 +712,6 @@ const char* gaq_sources() {
 #endif
 }
 
-// The instruction set that the arithmetic was compiled for.
 // The compiler, whose choices change the last bits of sums.
 const char* gaq_compiler() {
 #if defined(__VERSION__)
@@ -722,6 +721,7 @@ const char* gaq_compiler() {
 #endif
 }
 
+// The instruction set that the arithmetic was compiled for.
 const char* gaq_instructions() {
 #if defined(__AVX512VNNI__)
     return "AVX-512 VNNI";
