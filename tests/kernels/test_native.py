@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.awq.packing import PackedWeight, as_packed_arrays
+from gemma_awq_cli.awq.grid import Grid
+from gemma_awq_cli.awq.packing import PackedWeight, as_packed_arrays, pack_weight
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native import linear as native
 from gemma_awq_cli.kernels.native import structures
@@ -60,6 +61,20 @@ def test_int4_is_exact_but_for_the_activations_eight_bits(
     x = torch.randn(rows, 384) * torch.logspace(-3, 2, 384)
     expected = in_int8(x, activation_group) @ dense.t()
     torch.testing.assert_close(applied(library, linear, x), expected, rtol=1e-4, atol=1e-4 * float(expected.std()))
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 7])
+@pytest.mark.parametrize("activation_group", [32, 128])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_largest_sums_are_exact(library: Library, rows: int, activation_group: int, sign: float) -> None:
+    """Every weight's integer is 15 and every activation's 127: no partial sum may overflow."""
+    shape, group = (64, 256), 128
+    grid = Grid(torch.full((64, 2), 0.5), torch.zeros(64, 2))
+    arena = native.Arena(library, native.arena_bytes(structures.INT4, 256, 64, group))
+    linear = repacked(library, pack_weight(torch.full(shape, 15, dtype=torch.int32), grid), arena)
+    linear.spec.activation_group = activation_group
+    found = applied(library, linear, torch.full((rows, 256), 127.0 * sign))
+    assert torch.equal(found, torch.full((rows, 64), 256 * 15 * 127 * 0.5 * sign))
 
 
 @pytest.mark.parametrize(("kind", "group", "error"), [(structures.INT8, 64, 0.01), (structures.INT4, 32, 0.09)])

@@ -15,8 +15,8 @@
 
 enum Kind : int32_t { INT4 = 0, INT8 = 1, BF16 = 2, INT4_BY_INPUT = 3 };  // the last is by_input.h's
 constexpr int BLOCK = 32;
-constexpr int VECTORS = BLOCK / LANES;     // per block
-constexpr int MANY = LANES == 16 ? 6 : 2;  // rows per block at once, as many whose two sums each the registers hold
+constexpr int VECTORS = BLOCK / LANES;  // per block
+constexpr int MANY = 6;                 // rows at once, as many whose two sums each the registers hold
 constexpr int MAX_PARTS = 3;
 
 // One linear as the caller passes it. Of bf16, `parts` are row-major weights [rows, K] whose outputs are joined; they
@@ -93,75 +93,108 @@ INLINE int32_t four(const int8_t* q) {
     return v;
 }
 
-// R rows against one block of 32 outputs. to: its results for the first of them, `stride` floats per row.
-template <int KIND, int R>
-static void block_rows(const LinearSpec& w, int64_t block, const Activations& a, int64_t row, float* to, int64_t stride) {
+// The dot products of R rows with V vectors of a block's outputs, for the inputs from q to end. p: the first vector's
+// weights; q and p are moved on. INT4 and NARROW: no more inputs than that.
+template <int KIND, int R, int V>
+INLINE void dots_of(const int8_t*& q, const int8_t* end, int64_t inputs, const uint8_t*& p, Ints (&dots)[R][V]) {
+    // inputs k .. k+3 of each eight, and k+4 .. k+7; for one row, more independent sums hide the latency
+    constexpr bool APART = R == 1, IN_16_BITS = KIND == INT4 && NARROW > 0;
+    const auto add = [](Ints acc, Bytes weights, int32_t x) __attribute__((always_inline)) {
+        return IN_16_BITS ? narrow_dot4(acc, weights, x) : dot4<KIND == INT4>(acc, weights, x);
+    };
+    Ints others[R][V];
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < V; h++) dots[r][h] = others[r][h] = splat(0);
+    for (; q < end; q += 8, p += KIND == INT4 ? 128 : 256) {
+        if (R > 1)  // for one row the processor's own prefetching is enough
+            for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
+        Bytes weights[V];
+        UNROLL for (int h = 0; h < V; h++) {
+            weights[h] = load_as<Bytes>(p + 4 * LANES * h);
+            if (KIND == INT4) weights[h] &= 15;
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            const int32_t x = four(q + r * inputs);
+            UNROLL for (int h = 0; h < V; h++) dots[r][h] = add(dots[r][h], weights[h], x);
+        }
+        UNROLL for (int h = 0; h < V; h++) {
+            if (KIND == INT4) weights[h] = (Bytes)(load_as<Words>(p + 4 * LANES * h) >> 4) & 15;
+            else weights[h] = load_as<Bytes>(p + 128 + 4 * LANES * h);
+        }
+        UNROLL for (int r = 0; r < R; r++) {
+            const int32_t x = four(q + r * inputs + 4);
+            UNROLL for (int h = 0; h < V; h++) {
+                if (APART) others[r][h] = add(others[r][h], weights[h], x);
+                else dots[r][h] = add(dots[r][h], weights[h], x);
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < R; r++)
+        UNROLL for (int h = 0; h < V; h++) {
+            if (IN_16_BITS) dots[r][h] = widened(dots[r][h]);
+            if (APART) dots[r][h] += IN_16_BITS ? widened(others[r][h]) : others[r][h];
+        }
+}
+
+// R rows against V vectors of one block of outputs, from vector `first` on. to: the results of the block's outputs for
+// the first of the rows, `stride` floats per row.
+template <int KIND, int R, int V>
+static void block_rows(const LinearSpec& w, int64_t block, int first, const Activations& a, int64_t row, float* to,
+                       int64_t stride) {
     const int64_t groups = w.inputs / w.group, bytes = group_bytes(KIND, w.group), run = w.activation_group;
+    const int64_t most = KIND == INT4 && NARROW ? std::min(NARROW, run) : run;
     const uint8_t* data = w.data + block * groups * bytes;
     const uint8_t* zeros = KIND == INT4 ? w.zeros + block * groups * BLOCK : nullptr;
-    Floats result[R][VECTORS];
+    Floats result[R][V];
     const int8_t* q = a.q + row * a.inputs;
     const int64_t scales = w.inputs / run;
     const float *scale_of = a.scale + row * scales, *total_of = a.total + row * groups;
     UNROLL for (int r = 0; r < R; r++)
-        UNROLL for (int h = 0; h < VECTORS; h++) result[r][h] = splat(0.0f);
+        UNROLL for (int h = 0; h < V; h++) result[r][h] = splat(0.0f);
     for (int64_t g = 0; g < groups; g++, data += bytes, total_of++) {
-        Floats sums[R][VECTORS];
+        Floats sums[R][V];
         UNROLL for (int r = 0; r < R; r++)
-            UNROLL for (int h = 0; h < VECTORS; h++) sums[r][h] = splat(0.0f);
-        const uint8_t* p = data + 2 * BLOCK;
+            UNROLL for (int h = 0; h < V; h++) sums[r][h] = splat(0.0f);
+        const uint8_t* p = data + 2 * BLOCK + 4 * LANES * first;
         for (const int8_t* group_end = q + w.group; q < group_end; scale_of++) {
-            // inputs k .. k+3 of each eight, and k+4 .. k+7; for one row, more independent sums hide the latency
-            constexpr bool APART = R == 1;
-            Ints dots[R][VECTORS], others[R][VECTORS];
+            const int8_t* run_end = q + run;
+            Ints dots[R][V];
+            dots_of<KIND, R, V>(q, q + most, a.inputs, p, dots);
+            if (KIND == INT4 && NARROW)
+                while (q < run_end) {
+                    Ints further[R][V];
+                    dots_of<KIND, R, V>(q, std::min(run_end, q + most), a.inputs, p, further);
+                    for (int r = 0; r < R; r++)
+                        for (int h = 0; h < V; h++) dots[r][h] += further[r][h];
+                }
             UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int h = 0; h < VECTORS; h++) dots[r][h] = others[r][h] = splat(0);
-            for (const int8_t* run_end = q + run; q < run_end; q += 8, p += KIND == INT4 ? 128 : 256) {
-                if (R > 1)  // for one row the processor's own prefetching is enough
-                    for (int ahead = 0; ahead < (KIND == INT4 ? 128 : 256); ahead += 64) __builtin_prefetch(p + 4096 + ahead);
-                Bytes weights[VECTORS];
-                UNROLL for (int h = 0; h < VECTORS; h++) {
-                    weights[h] = load_as<Bytes>(p + 4 * LANES * h);
-                    if (KIND == INT4) weights[h] &= 15;
-                }
-                UNROLL for (int r = 0; r < R; r++) {
-                    const int32_t x = four(q + r * a.inputs);
-                    UNROLL for (int h = 0; h < VECTORS; h++) dots[r][h] = dot4<KIND == INT4>(dots[r][h], weights[h], x);
-                }
-                UNROLL for (int h = 0; h < VECTORS; h++) {
-                    if (KIND == INT4) weights[h] = (Bytes)(load_as<Words>(p + 4 * LANES * h) >> 4) & 15;
-                    else weights[h] = load_as<Bytes>(p + 128 + 4 * LANES * h);
-                }
-                UNROLL for (int r = 0; r < R; r++) {
-                    const int32_t x = four(q + r * a.inputs + 4);
-                    UNROLL for (int h = 0; h < VECTORS; h++) {
-                        if (APART) others[r][h] = dot4<KIND == INT4>(others[r][h], weights[h], x);
-                        else dots[r][h] = dot4<KIND == INT4>(dots[r][h], weights[h], x);
-                    }
-                }
-            }
-            UNROLL for (int r = 0; r < R; r++)
-                UNROLL for (int h = 0; h < VECTORS; h++) {
-                    if (APART) dots[r][h] += others[r][h];
+                UNROLL for (int h = 0; h < V; h++)
                     // integers below 2^24: exact in float
                     sums[r][h] = fma(to_float(dots[r][h]), splat(scale_of[r * scales]), sums[r][h]);
-                }
         }
-        UNROLL for (int h = 0; h < VECTORS; h++) {
-            const Floats scale = load_half((const uint16_t*)data + LANES * h);
-            const Floats zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + LANES * h) : splat(128.0f);
+        UNROLL for (int h = 0; h < V; h++) {
+            const Floats scale = load_half((const uint16_t*)data + LANES * (first + h));
+            const Floats zero = KIND == INT4 ? load_u8(zeros + g * BLOCK + LANES * (first + h)) : splat(128.0f);
             UNROLL for (int r = 0; r < R; r++)
                 result[r][h] = fma(fma(zero, splat(-total_of[r * groups]), sums[r][h]), scale, result[r][h]);
         }
     }
-    const int64_t left = w.outputs - block * BLOCK;
+    const int64_t left = w.outputs - block * BLOCK - LANES * first;
+    if (left <= 0) return;
     UNROLL for (int r = 0; r < R; r++, to += stride) {
-        if (left >= BLOCK) {
-            UNROLL for (int h = 0; h < VECTORS; h++) store(to + LANES * h, result[r][h]);
+        if (left >= LANES * V) {
+            UNROLL for (int h = 0; h < V; h++) store(to + LANES * (first + h), result[r][h]);
         } else {
-            memcpy(to, &result[r][0], 4 * left);
+            memcpy(to + LANES * first, &result[r][0], 4 * left);
         }
     }
+}
+
+// R rows against one block: of many rows, as many vectors at once as there are registers for their sums.
+template <int KIND, int R>
+static void block_rows(const LinearSpec& w, int64_t block, const Activations& a, int64_t row, float* to, int64_t stride) {
+    constexpr int V = R > 2 ? 2 : VECTORS;
+    for (int first = 0; first < VECTORS; first += V) block_rows<KIND, R, V>(w, block, first, a, row, to, stride);
 }
 
 // All rows against one block of 32 outputs. to: its results for the first row, `stride` floats per row.
@@ -171,7 +204,7 @@ static void block_all_rows(const LinearSpec& w, int64_t block, const Activations
         const int64_t left = a.rows - row;
         many = left >= MANY ? MANY : left >= 4 ? 4 : left >= 2 ? 2 : 1;
         if (many == MANY) block_rows<KIND, MANY>(w, block, a, row, to, stride);
-        else if (many == 4) block_rows<KIND, MANY >= 4 ? 4 : 1>(w, block, a, row, to, stride);
+        else if (many == 4) block_rows<KIND, 4>(w, block, a, row, to, stride);
         else if (many == 2) block_rows<KIND, 2>(w, block, a, row, to, stride);
         else block_rows<KIND, 1>(w, block, a, row, to, stride);
     }
