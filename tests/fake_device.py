@@ -29,8 +29,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gemma_awq_cli.kernels import cuda as cuda_kernel
 from gemma_awq_cli.kernels import column_loops, file_int4, head, mps, step_ops
+from gemma_awq_cli.kernels import cuda as cuda_kernel
 
 ATEN = torch.ops.aten
 CPU = torch.device("cpu")

@@ -638,7 +638,7 @@ def test_the_fingerprint_names_what_computes(
             patch.setattr(preparation, "compiled_products", lambda _, one=library: one)
             assert fingerprint("cpu")["products"] == f"compiled ({compiler})"
     with monkeypatch.context() as patch:
-        patch.setattr(preparation, "multiplies_bfloat16", lambda _: not before["observed in"] == "bfloat16")
+        patch.setattr(preparation, "multiplies_bfloat16", lambda _: before["observed in"] != "bfloat16")
         assert changed("cpu") == ["observed in"]
     with fake_device(capability=(9, 0)):
         before = fingerprint("cuda")

@@ -42,7 +42,8 @@ class Library:
     """The functions of engine.cpp.
 
     instructions: the instruction set that it was compiled for; empty if it has no fast kernels for this processor.
-    compiler: its version, by which the last bits of sums may differ; sources: `sources_hash` of a prebuilt library; empty of one that was compiled on this machine.
+    compiler: its version, by which the last bits of sums may differ.
+    sources: `sources_hash` of a prebuilt library; empty of one that was compiled on this machine.
     multiplies_bfloat16: whether this processor has the instructions that `bfloat16_products` needs.
     Raises LayoutMismatchError if the library lays out its structures differently from structures.py.
     """
