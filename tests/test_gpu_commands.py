@@ -18,6 +18,7 @@ from gemma_awq_cli.awq.scale_descent import Fed
 from gemma_awq_cli.bench.scoring import Continuation, score
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.fidelity.comparison import measure
+from gemma_awq_cli.kernels.column_loops import columns_problem
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.quantize import output_information
@@ -142,6 +143,9 @@ def test_quantize_at_every_quality(
     level = QUALITIES[quality]
     monkeypatch.setitem(QUALITIES, quality, replace(level, sampled_rows=min(2, level.sampled_rows)))
     with fake_device("cuda") as device:
+        for place in ("cuda", "cuda:0"):
+            assert columns_problem(torch.device(place)) is not None  # the trial walks some columns in torch
+        device.reset()
         assert main(quick(one_layer, tmp_path / "out", text_file, "cuda", "--quality", quality)) == 0
         assert not device.unordered
         # columns are walked inside of kernels: there are none that change a few columns for one
