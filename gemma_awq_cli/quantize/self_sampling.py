@@ -89,8 +89,8 @@ def sample_rows(
 ) -> Tensor:
     """Sample token ids [rows, seq_len] int64, each row from BOS.
 
-    The same seed, number of threads and libraries give the same rows. on_token: called with the position of each token;
-    adapter: merged into the model.
+    The same seed, number of threads, libraries and kernels give the same rows. on_token: called with the position of
+    each token; adapter: merged into the model.
     """
     opened = open_model(folder, device, adapter=adapter)
     session = opened.session(rows, seq_len)
