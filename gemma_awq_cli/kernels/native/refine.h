@@ -1,13 +1,14 @@
-// Makes a coarse head's largest logits exact: of each row, those that hold practically all of the probability are
-// recomputed from the 16-bit weight.
+// Makes a coarse head's largest logits exact: of each row, those of likely entries are recomputed from the 16-bit weight.
 #pragma once
 
 #include "linear.h"
 
-constexpr float REACH = 14.0f;  // below the largest logit, beyond which none is recomputed
+constexpr float REACH = 14.0f;  // below the largest logit, beyond which no token is LIKELY
 constexpr int BINS = 56;
-constexpr float MISSED = 0.003f;  // share of the probability that may stay coarse
-constexpr int64_t MOST = 3072;    // blocks that are searched; if more are within reach, the nearest bins of them
+// The probability from which on a token's logit is recomputed. A logit that stays coarse costs about its probability times
+// half the error's square: one threshold for all tokens gives the smallest divergence for as many recomputed logits.
+constexpr float LIKELY = 2e-6f;
+constexpr int64_t MOST = 32768;  // of them in a row: more than the nearest bins that hold so many are not recomputed
 
 // The coarse logits of one row, and what is recomputed of them.
 struct Refined {
@@ -26,18 +27,13 @@ INLINE float top_of(const float* logits, int64_t count) {
     return most;
 }
 
-// Finds the entries that hold all but MISSED of the row's probability.
+// Finds the entries that are LIKELY, as the coarse logits have it.
 static void find_likely(Refined& row, int64_t entries) {
     const int64_t blocks = blocks_of(entries);
     const float top = top_of(row.tops, blocks);
     const auto bin_of = [&](float logit) { return std::min(BINS - 1, (int)((top - logit) * (BINS / REACH))); };
-    int64_t counts[BINS] = {};
-    for (int64_t b = 0; b < blocks; b++)
-        if (row.tops[b] > top - REACH) counts[bin_of(row.tops[b])]++;  // NaN never is
-    int bins = 0;
-    for (int64_t total = 0; bins < BINS && (total += counts[bins]) <= MOST;) bins++;
-    const float limit = top - (REACH / BINS) * (float)bins;
-    const auto near_blocks = std::count_if(row.tops, row.tops + blocks, [&](float one) { return one > limit; });
+    const float limit = top - REACH;
+    const auto near_blocks = std::count_if(row.tops, row.tops + blocks, [&](float one) { return one > limit; });  // NaN is not
     row.likely.resize(near_blocks * BLOCK + 1);
     int32_t* likely = row.likely.data();
     int64_t found = 0;
@@ -48,12 +44,13 @@ static void find_likely(Refined& row, int64_t entries) {
             found += row.logits[i] > limit;
         }
     }
-    memset(counts, 0, sizeof counts);
+    int64_t counts[BINS] = {};
     for (int64_t i = 0; i < found; i++) counts[bin_of(row.logits[likely[i]])]++;
-    float mass[BINS], all = 0, held = 0;
-    for (int n = 0; n < BINS; n++) all += mass[n] = (float)counts[n] * std::exp(-((float)n + 0.5f) * (REACH / BINS));
-    for (bins = 0; bins < BINS && held < all * (1 - MISSED);) held += mass[bins++];
-    const float nearer = top - (REACH / BINS) * (float)bins;
+    float all = 0;
+    for (int n = 0; n < BINS; n++) all += (float)counts[n] * std::exp(-((float)n + 0.5f) * (REACH / BINS));
+    int bins = 0;
+    for (int64_t total = 0; bins < BINS && (total += counts[bins]) <= MOST;) bins++;
+    const float nearer = top + std::max(std::log(all * LIKELY), -(REACH / BINS) * (float)bins);
     int64_t kept = 0;
     for (int64_t i = 0; i < found; i++) {
         const int32_t entry = likely[i];

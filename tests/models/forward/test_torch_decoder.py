@@ -1,5 +1,6 @@
 """The decode paths of our own against transformers: every family, past the window, turn by turn, rows of any length."""
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -162,6 +163,27 @@ def test_heads_in_8_and_4_bits_are_near_the_16bit_head(artifacts: Callable[[str]
     assert 0.02 < float((int4 - exact).norm() / exact.norm()) < 0.2
     likely = exact > exact.amax(-1, keepdim=True) - 5  # where probability lies four bits are refined to all
     assert likely.float().sum() < 0.1 * likely.numel()
+    torch.testing.assert_close(int4[likely], exact[likely], rtol=1e-4, atol=1e-3)
+
+
+def test_an_int4_head_is_exact_where_many_tokens_are_likely(artifacts: Callable[[str], Path], tmp_path: Path) -> None:
+    """After a space or a line break half of the vocabulary may be possible."""
+    vocabulary, folder = 160_000, shutil.copytree(artifacts("gemma3_text"), tmp_path / "wide")
+
+    def widen(tensors: dict[str, Tensor]) -> None:
+        old = tensors["model.embed_tokens.weight"]
+        rows = torch.randn(vocabulary, old.shape[1], generator=torch.Generator().manual_seed(2))
+        tensors["model.embed_tokens.weight"] = (rows * old.float().std() * 0.25).to(old.dtype)
+
+    edit_weights(folder, widen)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": vocabulary}))
+    turns = random_turns(1)
+    exact = read_by(open_model(folder, CPU, head="16bit").session(1, CAPACITY), turns)
+    int4 = read_by(open_model(folder, CPU, head="int4").session(1, CAPACITY), turns)
+    at_most = exact.topk(20_000).values[..., -1:]
+    likely = (exact.softmax(-1) > 1e-5) & (exact > at_most)
+    assert likely.sum() > 5_000 * len(turns)
     torch.testing.assert_close(int4[likely], exact[likely], rtol=1e-4, atol=1e-3)
 
 
