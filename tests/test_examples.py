@@ -108,7 +108,8 @@ def test_the_notebook(instruct: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     client = pytest.importorskip("nbclient")
     nbformat = pytest.importorskip("nbformat")
     settings = {
-        "MODEL": str(instruct), "STEPS": "2", "WORK": str(tmp_path), "QUANTIZE": " ".join(TINY), "BENCH": "--windows 1 --device cpu",
+        "MODEL": str(instruct), "STEPS": "2", "WORK": str(tmp_path), "QUANTIZE": " ".join(TINY),
+        "BENCH": "--windows 1 --device cpu",
         "PUSH": "--dry-run --base-model google/gemma-3-270m --license gemma", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     for name, value in settings.items():
