@@ -4,8 +4,10 @@
 this imports no torch, because `llm` does so at every start.
 """
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import AsyncGenerator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,14 +22,17 @@ PREFIX = "gemma-awq"
 DEFAULT_MODEL = "GEMMA_AWQ_MODEL"  # the variable of gemma-awq's own commands
 MAX_TOKENS, MAX_TOKENS_THINKING = 1024, 4096
 OF_OPENING = ("path", "device")  # what is not an option of each answer
+# Where asyncio's answers are computed, so that its loop goes on. It is one thread, because models are not made for
+# several: answers that are asked for at once take turns in it, piece by piece.
+THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix=PREFIX)
 
 
 @llm.hookimpl
 def register_models(register: Any) -> None:
     """Register a model for each artifact, and one that takes the folder as its option."""
     for model_id, folder in model_folders(list_artifacts()).items():
-        register(GemmaAwq(model_id, str(folder)))
-    register(GemmaAwqAtPath())
+        register(GemmaAwq(model_id, str(folder)), AsyncGemmaAwq(model_id, str(folder)))
+    register(GemmaAwqAtPath(), AsyncGemmaAwqAtPath())
 
 
 def model_folders(folders: list[Path]) -> dict[str, Path]:
@@ -60,8 +65,8 @@ class AnswerOptions(llm.Options):
     device: str = Field("auto", description="auto, cpu, cuda, cuda:N or mps")
 
 
-class GemmaAwq(llm.Model):
-    """One artifact as a model of `llm`. folder: where it lies."""
+class OfFolder:
+    """What the models for `llm` have in common: one artifact that answers. folder: where it lies."""
 
     can_stream = True
     supports_schema = True
@@ -76,20 +81,19 @@ class GemmaAwq(llm.Model):
     def __str__(self) -> str:
         return f"GemmaAwq: {self.model_id}"
 
-    def execute(
-        self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
-    ) -> Iterator[str | StreamEvent]:
+    def folder_for(self, options: Any) -> str:
+        """Return the folder of the model that answers with these options."""
+        return self.folder
+
+    def answer(self, prompt: llm.Prompt, response: Any) -> Iterator[str | StreamEvent]:
         """Yield the answer, and the thoughts before it; leave the calls of tools and the usage in the response."""
         try:
             yield from self._answer(prompt, response)
         except GemmaAwqError as error:
             raise llm.ModelError(f"{error.message} {error.hint}".strip()) from error
 
-    def _folder(self, options: Any) -> str:
-        return self.folder
-
-    def _answer(self, prompt: llm.Prompt, response: llm.Response) -> Iterator[str | StreamEvent]:
-        model = opened(self._folder(prompt.options), prompt.options.device)
+    def _answer(self, prompt: llm.Prompt, response: Any) -> Iterator[str | StreamEvent]:
+        model = opened(self.folder_for(prompt.options), prompt.options.device)
         thoughts: list[str] = []
         settings = settings_of(prompt)
         if model.is_chat:
@@ -104,7 +108,7 @@ class GemmaAwq(llm.Model):
         note(text.completion, response)
 
 
-class GemmaAwqAtPath(GemmaAwq):
+class AtPath(OfFolder):
     """The model that the option `path` names, or the variable, or else the artifact that was written last."""
 
     class Options(AnswerOptions):
@@ -116,7 +120,7 @@ class GemmaAwqAtPath(GemmaAwq):
     def __init__(self) -> None:
         super().__init__(PREFIX, "")
 
-    def _folder(self, options: Any) -> str:
+    def folder_for(self, options: Any) -> str:
         if options.path or os.environ.get(DEFAULT_MODEL):
             return str(options.path or os.environ[DEFAULT_MODEL])
         if not (folders := list_artifacts()):
@@ -125,6 +129,41 @@ class GemmaAwqAtPath(GemmaAwq):
                 "Name one with `-o path FOLDER`, or make one with `gemma-awq quantize`.",
             )
         return str(folders[0])
+
+
+class GemmaAwq(OfFolder, llm.Model):
+    """A model of `llm`'s commands and of its blocking Python API."""
+
+    def execute(
+        self, prompt: llm.Prompt, stream: bool, response: llm.Response, conversation: llm.Conversation | None
+    ) -> Iterator[str | StreamEvent]:
+        """Yield the answer piece by piece."""
+        return self.answer(prompt, response)
+
+
+class AsyncGemmaAwq(OfFolder, llm.AsyncModel):
+    """A model of `llm`'s Python API for asyncio."""
+
+    async def execute(
+        self, prompt: llm.Prompt, stream: bool, response: llm.AsyncResponse, conversation: llm.AsyncConversation | None
+    ) -> AsyncGenerator[str | StreamEvent, None]:
+        """Yield the answer piece by piece; the loop goes on while a piece is made."""
+        loop = asyncio.get_running_loop()
+        pieces = self.answer(prompt, response)
+        try:
+            while (piece := await loop.run_in_executor(THREAD, next, pieces, None)) is not None:
+                yield piece
+        finally:
+            # a task may be cancelled while a piece is made; its turn is over when this one comes
+            await loop.run_in_executor(THREAD, pieces.close)
+
+
+class GemmaAwqAtPath(AtPath, GemmaAwq):
+    """Of the blocking API."""
+
+
+class AsyncGemmaAwqAtPath(AtPath, AsyncGemmaAwq):
+    """Of the API for asyncio."""
 
 
 @lru_cache(maxsize=1)
@@ -191,7 +230,7 @@ def thought_events(thoughts: list[str]) -> Iterator[StreamEvent]:
         thoughts.clear()
 
 
-def note(completion: Completion, response: llm.Response) -> None:
+def note(completion: Completion, response: Any) -> None:
     """Leave in the response what came of it besides the text."""
     for call in completion.call_documents.get("tool_calls", ()):
         response.add_tool_call(llm.ToolCall(call["name"], call["arguments"]))

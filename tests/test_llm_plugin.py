@@ -1,5 +1,6 @@
 """The plugin for `llm`, run by the real `llm`: what it lists, and that answers are those of the Python API."""
 
+import asyncio
 import importlib.util
 import json
 import os
@@ -206,6 +207,91 @@ def test_tools_are_called_and_their_results_read(instruct: Any, script: Script, 
     ]  # fmt: skip
     script(["It rains."])
     assert answer.usage().input == same.chat(messages, max_new_tokens=200, tools=tools, temperature=1.0).prompt_tokens
+
+
+def test_asyncio_gets_the_same_answers_piece_by_piece(artifact: Path) -> None:
+    """Two at once of one model, while the loop goes on."""
+    name, settings = f"gemma-awq/{artifact.name}", {"max_tokens": 40, "temperature": 1.0, "seed": 2, "device": "cpu"}
+    prompts = ["Hello there", "A word"]
+    order: list[str] = []
+
+    async def read(prompt: str) -> str:
+        response = llm.get_async_model(name).prompt(prompt, **settings)
+        pieces = []
+        async for piece in response:
+            pieces.append(piece)
+            order.append(prompt)
+        assert (await response.usage()).output == 40
+        assert response.response_json["finish"] == "length"
+        return "".join(pieces)
+
+    async def ask() -> list[str]:
+        return list(await asyncio.gather(*map(read, prompts)))
+
+    texts = asyncio.run(ask())
+    assert texts == [llm.get_model(name).prompt(prompt, **settings).text() for prompt in prompts]
+    assert order not in (sorted(order), sorted(order, reverse=True))  # in turns: the loop goes on meanwhile
+
+
+def test_asyncio_converses_matches_a_schema_and_calls_tools(instruct: Any, script: Script, same: Model) -> None:
+    pytest.importorskip("llguidance")
+    _, settings = instruct
+    model = llm.get_async_model("gemma-awq")
+    asked: list[str] = []
+
+    async def weather(city: str) -> str:
+        """Of a city."""
+        await asyncio.sleep(0)
+        asked.append(city)
+        return f"Rain in {city}"
+
+    async def talk() -> list[str]:
+        conversation = model.conversation()
+        return [await conversation.prompt(text, **settings).text() for text in ("Hi", "More")]
+
+    async def matched() -> str:
+        return await model.prompt("A dog's age", schema={"enum": [3, 12]}, **settings).text()
+
+    async def called() -> str:
+        return await model.chain("Rain in Köln?", tools=[weather], options={**settings, "max_tokens": 200}).text()
+
+    first, second = asyncio.run(talk())
+    messages = [{"role": "user", "content": "Hi"}]
+    assert first == same.chat(messages, max_new_tokens=6).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "More"}]
+    assert second == same.chat(messages, max_new_tokens=6).text
+    assert asyncio.run(matched()) in ("3", "12")
+    script(['{"name": "weather", "parameters": {"city": "Köln"}}', "It rains."])
+    assert asyncio.run(called()) == "It rains."
+    assert asked == ["Köln"]
+
+
+def test_asyncio_errors_and_cancelled_answers_leave_the_model_usable(artifact: Path) -> None:
+    settings = {"temperature": 1.0, "seed": 2, "device": "cpu"}
+    model = llm.get_async_model(f"gemma-awq/{artifact.name}")
+    pieces: list[str] = []
+
+    async def failing() -> None:
+        await llm.get_async_model("gemma-awq").prompt("Hi", path="./missing").text()
+
+    async def cancelled() -> str:
+        async def read() -> None:
+            async for piece in model.prompt("Hello there", max_tokens=40, **settings):
+                pieces.append(piece)
+                asyncio.current_task().cancel()  # while the next piece is made
+
+        with pytest.raises(asyncio.CancelledError):
+            await asyncio.create_task(read())
+        return await model.prompt("Hello there", max_tokens=40, **settings).text()
+
+    with pytest.raises(llm.ModelError, match=r"neither a folder nor a hub id\. Give a checkpoint folder"):
+        asyncio.run(failing())
+    text = asyncio.run(cancelled())
+    assert len(pieces) == 1
+    assert (
+        text
+        == load_model(artifact, device="cpu").generate("Hello there", max_new_tokens=40, temperature=1, seed=2).text
+    )
 
 
 def test_errors_are_the_message_and_its_hint(instruct: Any, artifact: Path, tmp_path: Path) -> None:
