@@ -63,10 +63,8 @@ def main() -> None:
     rows = build_rows(recipe, prompter, count, args.seq_len, args.seed, 1).ids
     information_layout.ROWS = args.measured_rows
     with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-        measured = HiddenStates(Path(folder), checkpoint.shape, rows)
-        measured.start(stack.embedder(rows))
         files, before = InformationFiles(Path(folder)), time.process_time()
-        OutputInformation(stack, files, rows, 2048, args.seed).measure(measured, lambda: None)
+        OutputInformation(stack, files, rows, 2048, args.seed).measure(lambda: None)
         print(f"measuring: {time.process_time() - before:.0f} s of CPU time")
         states = quantized_states(stack, files, rows[: args.rows], torch.cat(list(texts.values())), settings, args)
         print("| |", " | ".join(texts), "| mean |")

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.row_shares import RowShares
+
 TILE = 256  # a Gram matrix is symmetric: only its upper tiles, each this wide, are summed
 
 
@@ -88,6 +90,17 @@ class InputStatistics:
         error = (reference.reshape(x.shape) - x).chunk(self.blocks, 1)
         for total, lost, part in zip(self.error_gram, error, x.chunk(self.blocks, 1), strict=True):
             self._sums.cross(total, lost, part, weights)
+
+    def add_up(self, shares: RowShares) -> None:
+        """Add the sums over the tokens of other processes. Call it before `finish`."""
+        for total in self.gram:
+            for first in range(0, total.shape[0], TILE):
+                shares.add_up(total[first : first + TILE, first:])
+        for total in self.error_gram if self.error_gram is not None else ():
+            for part in total.split(TILE):
+                shares.add_up(part)
+        shares.add_up(self.abs_sum)
+        self.tokens = int(shares.total(self.tokens))
 
     def finish(self, tokens: int | None = None) -> None:
         """Turn the sums into means. Call it once, after the last token.

@@ -16,6 +16,7 @@ from gemma_awq_cli.awq.gram import output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.output_feedback import OutputFeedback
 from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.awq.search import Effort, search_range
 
 PART = 2**23  # elements that are rounded at a time: rows are independent
@@ -50,19 +51,22 @@ def round_compensated(
     group_size: int,
     effort: Effort,
     feedback: OutputFeedback | None = None,
+    shares: RowShares = ALONE,
 ) -> Rounded:
     """Search the ranges, round with compensation and refine, one block of the Gram matrix after the other.
 
-    feedback: between the rows of the weight; None: each is rounded alone.
+    feedback: between the rows of the weight; None: each is rounded alone. shares: of the rows that can be rounded at
+    the same time.
     """
     result = _empty(weight, group_size)
+    mine = shares.own(weight.shape[0])
     width = gram.shape[1]
     for index in range(gram.shape[0]):
         block = slice(index * width, (index + 1) * width)
         groups = slice(block.start // group_size, block.stop // group_size)
         rounder = _Rounder(scaled_gram(gram[index : index + 1], columns[block])[0], group_size, effort)
         if feedback is None:
-            for part in _parts(weight, width):
+            for part in _parts(weight[mine], width, mine.start):
                 scaled = (weight[part, block] * columns[block]).mul_(rows[part])
                 _put(result, part, block, groups, *rounder.round(scaled))
             continue
@@ -70,13 +74,29 @@ def round_compensated(
         for turn in range(feedback.turns):
             own = feedback.rows(turn)
             target = feedback.wanted_error(turn, error).add_(weight[own, block])
-            for part in _parts(target):
+            mine = shares.own(len(own))
+            for part in _parts(target[mine], start=mine.start):
                 scaled = (target[part] * columns[block]).mul_(rows[own[part]])
-                q, grid = rounder.round(scaled)
-                _put(result, own[part], block, groups, q, grid)
-                made = dequantize(q, grid).div_(columns[block]).div_(rows[own[part]])
-                error[own[part]] = made.sub_(weight[own[part], block])
+                _put(result, own[part], block, groups, *rounder.round(scaled))
+            _fill(result, own, block, groups, shares)
+            for part in _parts(target):
+                there = own[part]
+                grid = Grid(result.grid.scale[there, groups], result.grid.zero[there, groups])
+                made = dequantize(result.q[there, block], grid).div_(columns[block]).div_(rows[there])
+                error[there] = made.sub_(weight[there, block])
+    if feedback is None:
+        for tensor in (result.q, *result.grid):
+            shares.fill(tensor)
     return result
+
+
+def _fill(result: Rounded, rows: Tensor, columns: slice, groups: slice, shares: RowShares) -> None:
+    """Fill in those of some rows that other processes have rounded."""
+    if shares.count > 1:
+        for tensor, part in ((result.q, columns), (result.grid.scale, groups), (result.grid.zero, groups)):
+            some = tensor[rows, part]
+            shares.fill(some)
+            tensor[rows, part] = some
 
 
 class _Rounder:
@@ -114,14 +134,18 @@ def round_and_compare(
     group_size: int,
     effort: Effort,
     feedback: OutputFeedback | None = None,
+    shares: RowShares = ALONE,
 ) -> tuple[Rounded, float, float]:
     """Return what `round_compensated` returns, its `rounding_error`, and that of round-to-nearest without scales."""
-    rounded = round_compensated(weight, columns, rows, gram, group_size, effort, feedback)
+    rounded = round_compensated(weight, columns, rows, gram, group_size, effort, feedback, shares)
+    mine = shares.own(weight.shape[0])
+    weight, rows = weight[mine], rows[mine]
     one, ones = torch.ones_like(columns), torch.ones_like(rows)
     nearest = round_nearest(weight, one, ones, group_size)
     with matmul_precision("medium"):  # they are only compared
-        error = rounding_error(weight, columns, rows, rounded, gram)
-        return rounded, error, rounding_error(weight, one, ones, nearest, gram)
+        error = rounding_error(weight, columns, rows, rounded.rows(mine), gram)
+        rtn_error = rounding_error(weight, one, ones, nearest, gram)
+    return rounded, shares.total(error), shares.total(rtn_error)
 
 
 def _empty(weight: Tensor, group_size: int) -> Rounded:
@@ -137,10 +161,13 @@ def part_elements(device: torch.device) -> int:
     return PART if device.type == "cpu" else GPU_PART
 
 
-def _parts(weight: Tensor, width: int | None = None) -> Iterator[slice]:
-    """Yield slices of rows whose `width` columns, by default all, have at most `part_elements`."""
-    count = max(1, part_elements(weight.device) // (width or weight.shape[1]))
-    return (slice(start, start + count) for start in range(0, weight.shape[0], count))
+def _parts(weight: Tensor, width: int | None = None, start: int = 0) -> Iterator[slice]:
+    """Yield slices of rows whose `width` columns, by default all, have at most `part_elements`.
+
+    start: the number of the first row.
+    """
+    count, end = max(1, part_elements(weight.device) // (width or weight.shape[1])), start + weight.shape[0]
+    return (slice(first, min(first + count, end)) for first in range(start, end, count))
 
 
 def _put(result: Rounded, rows: slice | Tensor, columns: slice, groups: slice, q: Tensor, grid: Grid) -> None:

@@ -297,14 +297,15 @@ def _expert_groups(experts: Experts) -> tuple[Linear, Linear]:
     return Linear(2 * experts.intermediate, experts.hidden), Linear(experts.hidden, experts.intermediate)
 
 
-def seconds(work: Workload, fit: Fit, processes: int = 1) -> float:
+def seconds(work: Workload, fit: Fit, processes: int = 1, shares_rows: bool = False) -> float:
     """Return how long the quantization takes on two CPU cores with AVX-512.
 
     processes: how many share out the layers, each on as many cores of its own. Each runs the calibration rows through
-    all layers, and one of them measures.
+    all layers, and one of them measures. shares_rows: they share out the rows of each layer instead; one of them
+    measures what feedback is made from.
     """
     whole = _seconds(work, fit)
-    alone = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
+    alone = START_SECONDS + (_measuring_seconds(work) if shares_rows else _forward_flops(work) / FLOPS_PER_SECOND)
     return whole if processes == 1 else alone + max(0.0, whole - alone) / processes
 
 
@@ -322,28 +323,40 @@ def _forward_flops(work: Workload) -> float:
 def _seconds(work: Workload, fit: Fit) -> float:
     """`seconds` of one process."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
-    elements = float(DRAW_OPERATIONS * work.information_tokens * work.vocabulary)
-    flops += 4.0 * work.information_tokens * work.vocabulary * work.hidden
+    elements = 0.0
     for layout in work.layouts:
-        flops += _information_flops(work, layout)
+        flops += _feedback_flops(work, layout)
         flops += sum(_group_flops(work, fit, group) for group in _joined_groups(layout))
         flops += 2.0 * _tokens(work) * _kept(layout)
         elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
         if (experts := layout.experts) is not None:
             flops += _expert_flops(work, fit, experts)
             elements += sum(experts.count * _group_elements(work, group, 1) for group in _expert_groups(experts))
-    return START_SECONDS + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
+    return START_SECONDS + _measuring_seconds(work) + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
+
+
+def _measuring_seconds(work: Workload) -> float:
+    """Seconds to measure the information of all layers' outputs."""
+    elements = float(DRAW_OPERATIONS * work.information_tokens * work.vocabulary)
+    flops = 4.0 * work.information_tokens * work.vocabulary * work.hidden
+    flops += sum(_information_flops(work, layout) for layout in work.layouts)
+    return flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
 
 
 def _information_flops(work: Workload, layout: LayerLayout) -> float:
-    """Floating-point operations for the information of a layer's outputs, and for the feedback."""
+    """Floating-point operations for the information of a layer's outputs."""
     if not work.information_tokens:
         return 0.0
     weights = float(sum(group.inputs * group.outputs for group in _joined_groups(layout)) + _kept(layout))
     if (experts := layout.experts) is not None:
         weights += _expert_weights(experts) * experts.active / experts.count
-    flops = work.information_tokens * (2.0 * GRADIENT_PASSES * weights + _information_entries(layout))
-    for group in layout.groups:
+    return work.information_tokens * (2.0 * GRADIENT_PASSES * weights + _information_entries(layout))
+
+
+def _feedback_flops(work: Workload, layout: LayerLayout) -> float:
+    """Floating-point operations for the feedback between the rows of a layer's weights."""
+    flops = 0.0
+    for group in layout.groups if work.information_tokens else ():
         inputs = layout.joined(group.linears).inputs
         flops += sum(FACTOR_FLOPS * size**3 + inputs * size**2 for size in matrix_sizes(layout, group))
     return flops

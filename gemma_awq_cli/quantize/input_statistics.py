@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import IN_TORCH, InputStatistics, Sums, block_width
+from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
@@ -51,11 +52,15 @@ class Observer:
             hook = _adder(statistics, group.normalized, paired)
             self._hooks.append(module.get_submodule(group.linears[0]).register_forward_hook(hook))
 
-    def finish(self, index: int) -> None:
-        """Stop observing layer `index`, counted from 0. Raises if the rows' activations overflowed."""
+    def finish(self, index: int, shares: RowShares = ALONE) -> None:
+        """Stop observing layer `index`, counted from 0. Raises if the rows' activations overflowed.
+
+        shares: of the rows, whose statistics become those of all processes.
+        """
         for hook in self._hooks:
             hook.remove()
         for name, statistics in self._statistics.items():
+            statistics.add_up(shares)
             statistics.finish()
             if not torch.isfinite(statistics.gram.diagonal(dim1=1, dim2=2)).all():
                 raise GemmaAwqError(

@@ -17,6 +17,7 @@ from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.output_feedback import OutputFeedback
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.round_group import Rounded, round_and_compare, round_nearest
+from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.awq.search import BALANCED, Effort, search_scale
 from gemma_awq_cli.kernels import column_loops  # noqa: F401 (a GPU's kernels for the loops of `awq`)
 from gemma_awq_cli.models.checkpoints.journal import GroupRecord
@@ -98,6 +99,7 @@ def quantize_layer(
     device: torch.device,
     effort: Effort = BALANCED,
     information: Mapping[str, Sequence[Tensor]] | None = None,
+    shares: RowShares = ALONE,
 ) -> QuantizedLayer:
     """Quantize one layer, but for its experts (see experts.py).
 
@@ -105,13 +107,13 @@ def quantize_layer(
     observed: the groups from the last to the first with the statistics of their inputs (`Observer.hand_over`). The last
     comes first, so that the rows that a linear gets from folding (v from o, up from down) are known when it is rounded.
     information: of the outputs of groups by their names, see `OutputFeedback`; the rows of other groups are rounded
-    alone.
+    alone. shares: of the outputs that each process corrects and rounds.
     """
     layer = QuantizedLayer({name: weight.cpu() for name, weight in weights.items() if name not in layout.unpacked()})
     for group, statistics in observed:
         own = None if information is None else information.get(group.name)
         record = _quantize_group(
-            layer, layout, gain_offset, weights, group, statistics, group_size, device, effort, own
+            layer, layout, gain_offset, weights, group, statistics, group_size, device, effort, own, shares
         )
         layer.groups.insert(0, record)
     return layer
@@ -128,12 +130,16 @@ def _quantize_group(
     device: torch.device,
     effort: Effort,
     information: Sequence[Tensor] | None,
+    shares: RowShares,
 ) -> GroupRecord:
     """Quantize one group, and add its linears and its folded source to `layer`."""
     gram = statistics.gram
     stacked = _stacked(weights, group.linears, device)
     if (error_gram := statistics.take_error_gram()) is not None:
-        correct(stacked, error_gram, gram, effort.correction)
+        mine = shares.own(stacked.shape[0])
+        if mine.stop > mine.start:
+            correct(stacked[mine], error_gram, gram, effort.correction)
+        shares.fill(stacked)
     del error_gram
     originals = dict(zip(group.linears, stacked.split([layout.linears[n].outputs for n in group.linears]), strict=True))
     rows, ones = _row_factors(layer, originals), torch.ones(stacked.shape[1], device=device)
@@ -161,12 +167,12 @@ def _quantize_group(
             effort,
         )
         method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
-        scale = fold(choice.scale)
+        scale = fold(shares.of_first(choice.scale))  # the others' could differ in the last bit on another machine
     feedback = None
     if information is not None:
         feedback = OutputFeedback([matrix.to(device).to(torch.float32) for matrix in information], effort.feedback)
         method += WITH_FEEDBACK
-    rounded, error, rtn_error = round_and_compare(stacked, scale, rows, gram, group_size, effort, feedback)
+    rounded, error, rtn_error = round_and_compare(stacked, scale, rows, gram, group_size, effort, feedback, shares)
     if not error <= rtn_error:  # also if it is NaN
         method, exponents, error = NEAREST, (0.0, 0.0), rtn_error
         scale = fold(ones)

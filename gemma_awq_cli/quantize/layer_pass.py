@@ -7,6 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.compiled_columns import compiled_columns
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -34,11 +35,13 @@ def process_layer(
     hidden: HiddenStates,
     information: InformationFiles,
     index: int,
+    shares: RowShares = ALONE,
 ) -> QuantizedLayer:
     """Quantize layer `index`, counted from 0, and write the hidden states behind it.
 
     Rows that `hidden` does not have take no time: without held-out rows only the calibration rows go on.
-    information: which a plan with feedback between rows has been measured for.
+    information: which a plan with feedback between rows has been measured for. shares: of the calibration rows, of
+    which `hidden` has this process's, and of the outputs that are rounded.
     """
     weights = _read(stack, plan, index)
     batch, paired = plan.rows_per_batch, plan.effort.paths == 2
@@ -62,7 +65,7 @@ def process_layer(
                 rows = max(1, batch // plan.effort.paths)
                 beside = hidden.calibration_quantized if paired else None
                 hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
-            observer.finish(index)
+            observer.finish(index, shares)
             if experts is not None:
                 experts.finish(index)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
@@ -76,7 +79,7 @@ def process_layer(
         known = layer_information(information, layout, index) if plan.feedback_tokens else None
         with compiled_columns(compiled_products(stack.device)):
             layer = quantize_layer(
-                layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known
+                layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known, shares
             )
             del known
             if experts is not None:
@@ -90,7 +93,7 @@ def process_layer(
     with matmul_precision("highest"):
         require_exact_fold(index, fold_deviation(expected, stack.run_layer(index, module, *sample), carried))
     del module
-    if hidden.heldout_quantized.stop > hidden.heldout_quantized.start:
+    if shares.count > 1 or hidden.heldout_quantized.stop > hidden.heldout_quantized.start:
         module = stack.layer(index, dense_weights(layer.tensors, layout, stack.device))
         with matmul_precision("medium"):
             hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))

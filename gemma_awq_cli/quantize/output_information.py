@@ -22,7 +22,6 @@ from gemma_awq_cli.awq.gram import add_products, mirror
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
-from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import KeysAndValues, TextStack
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.gemma.layers import LayerLayout
@@ -67,16 +66,13 @@ class OutputInformation:
     tokens: int
     seed: int
 
-    def measure(self, hidden: HiddenStates, on_step: Callable[[], None]) -> None:
-        """Make the file of every layer that has none.
-
-        hidden: of the calibration rows, in front of the first layer.
-        """
+    def measure(self, on_step: Callable[[], None]) -> None:
+        """Make the file of every layer that has none."""
         files, layers = self.files, self.stack.checkpoint.layers
         # whatever is kept for a gradient must not be an inference tensor
         with torch.inference_mode(False), torch.no_grad(), matmul_precision(PRECISION):
             if not files.there(INFORMATION):
-                self._forward(hidden, on_step)
+                self._forward(on_step)
                 if layers not in files.there(GRADIENT):
                     self._begin_backward()
                 on_step()
@@ -102,8 +98,13 @@ class OutputInformation:
     @property
     def _rows(self) -> Tensor:
         """The token ids [R', S'] of the rows that are taken, evenly spaced among all."""
-        rows, seq_len = measured_rows(*self.ids.shape)
-        return self.ids[torch.arange(rows) * len(self.ids) // rows, :seq_len]
+        return self._whole_rows[:, : measured_rows(*self.ids.shape)[1]]
+
+    @property
+    def _whole_rows(self) -> Tensor:
+        """The same rows with all their tokens: [R', S]."""
+        rows, _ = measured_rows(*self.ids.shape)
+        return self.ids[torch.arange(rows) * len(self.ids) // rows]
 
     def _batches(self) -> Iterator[slice]:
         rows, seq_len = self._rows.shape
@@ -127,13 +128,14 @@ class OutputInformation:
     def _module(self, index: int) -> nn.Module:
         return self.stack.layer(index, self.stack.read_layer(index))
 
-    def _forward(self, hidden: HiddenStates, on_step: Callable[[], None]) -> None:
+    def _forward(self, on_step: Callable[[], None]) -> None:
         """Make the inputs of all layers and the last one's output."""
         files, layers, rows = self.files, self.stack.checkpoint.layers, self._rows
         done = max(files.there(INPUT), default=-1)
         if done < 0:
-            places = (torch.arange(len(rows)) * len(self.ids) // len(rows)).tolist()
-            states = torch.cat([hidden.read(0, slice(p, p + 1))[..., : rows.shape[1], :].to(KEPT) for p in places])
+            whole = self._whole_rows
+            embed = self.stack.embedder(whole)
+            states = torch.cat([embed(row)[..., : rows.shape[1], :].to(KEPT) for row in whole.split(1)])
             files.add(INPUT, 0, {_STATES: states})
             done = 0
         for index in range(done, layers):

@@ -9,13 +9,14 @@ the layers that are done.
 import os
 import time
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Unpack
 
 import torch
 
+from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.models.checkpoints.cache import remember_artifact
@@ -69,12 +70,15 @@ from gemma_awq_cli.quantize.report import (
     VersionsSection,
 )
 from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, QuantizeOptions, QuantizeRequest
-from gemma_awq_cli.quantize.sharing import SharedProgress, quantize_share, remove_leftovers, require_shareable, shares
+from gemma_awq_cli.quantize.row_exchange import exchanging
+from gemma_awq_cli.quantize.row_sharing import quantize_own_rows, recording, row_states
+from gemma_awq_cli.quantize.sharing import SharedProgress, quantize_share, remove_leftovers, shares_of_layers
 from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.quantize.within_budget import plan_within_budget, quantize_within_budget
 from gemma_awq_cli.quantize.work_folder import WorkFolder
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 
+COMPLETE = -1  # what the first of several processes says in place of the number of finished layers
 SMALL_FILES_BYTES = 40_000_000  # tokenizer, config and report of an artifact, at most
 
 
@@ -147,7 +151,6 @@ def plan_model(
         prepared = prepare(request, on_event, dry_run=True)
         return PlannedModel(prepared.target, prepared.plan, plan_within_budget(prepared, request, on_event))
     if process is not None:
-        require_shareable(request.quality)
         request = replace(request, device=own_device(request.device, process))
     prepared = prepare(request, on_event, dry_run=True, process=process)
     return PlannedModel(prepared.target, prepared.plan)
@@ -183,26 +186,43 @@ def _require_one_process() -> None:
 
 def _quantize_together(process: Launched, request: QuantizeRequest, on_event: OnEvent) -> QuantizedModel:
     """`quantize_model` in one of several processes. The first of them reports, and writes the artifact."""
-    require_shareable(request.quality)
     request = replace(request, device=own_device(request.device, process))
     report = on_event if process.is_first else ignore
     with joined(process) as group:
-        # the first one fetches the model, and samples rows, for all that share its cache
-        prepared = group.first_then_others(lambda: prepare(request, report, process=process))
+        prepared = _prepare_together(group, request, report)
         require_same_everywhere(group.gather(prepared.fingerprint()), differences)
         if group.is_first:
             result = _quantize(prepared, request, report, group)
             with suppress(GemmaAwqError):  # the artifact is in its place: who is lost now is not missed
                 group.wait()
             return result
-        if group.gather(False)[0]:  # it is complete already
+        done = group.gather(0)[0]
+        if done == COMPLETE:
             group.wait()
             return QuantizedModel(prepared.target, _report_of(prepared.target), found=True)
         with write_errors(prepared.target), torch.inference_mode():
             state = StagedFolder.state_of(prepared.target)
-            _share_out(prepared, LayerFiles(state), state, group)
+            if prepared.plan.shares_rows:
+                with exchanging(group) as shares:
+                    quantize_own_rows(prepared, state, done, shares)
+            else:
+                _share_out(prepared, LayerFiles(state), state, group)
         group.wait()
         return QuantizedModel(prepared.target, _report_of(prepared.target))
+
+
+def _prepare_together(group: Group, request: QuantizeRequest, report: OnEvent) -> Prepared:
+    """`prepare` in one of several processes. The first one fetches the model for all that share its cache.
+
+    It also samples the rows that the model writes itself, and hands them to the others.
+    """
+    if group.is_first:
+        prepared = prepare(request, report, process=group.process)
+        count = 0 if prepared.plan.keeps_grid else request.sampled_rows
+        group.gather(prepared.rows.ids[len(prepared.rows.ids) - count :].tolist())
+        return prepared
+    sampled = torch.tensor(group.gather([])[0], dtype=torch.int64)
+    return prepare(request, report, process=group.process, sampled=sampled)
 
 
 def _report_of(folder: Path) -> dict[str, Any]:
@@ -227,30 +247,32 @@ def _quantize(
         found = work.finished_report(fingerprint)
         if found is not None:
             if group is not None:
-                group.gather(True)
+                group.gather(COMPLETE)
             return QuantizedModel(target, found, found=True)
         journal = work.open_journal(fingerprint, plan.layers)
         kept = work.kept_bytes() if journal.records else 0
         require_space(target, plan.artifact_bytes + plan.state_bytes + SMALL_FILES_BYTES - kept)
         writer = TensorWriter(work.model, plan.tensors, begun=bool(journal.records))
-        hidden = _hidden_states(prepared, work.state, journal)
         information = InformationFiles(work.state if trials is None else trials.folder)
         folds = None if trials is None else trials.folds(plan.group_size)
         if not journal.records:
             journal.begin(fingerprint)
             if plan.feedback_tokens:
-                measure_information(prepared, information, hidden, on_event)
+                measure_information(prepared, information, on_event)
         if group is not None:
-            work.layer_files.begin()
-            remove_leftovers(work.state)
-            group.gather(False)
-        if work.layer_files.begun:  # by this run or by one that it continues
-            on_event(LayersStarted(plan.layers))
-            progress = SharedProgress(work.layer_files, plan, on_event)
-            _share_out(prepared, work.layer_files, work.state, group, progress)
-            _collect_layers(prepared, work.layer_files, writer, hidden, journal, on_event)
-        else:
-            _quantize_layers(prepared, writer, hidden, information, journal, folds, on_event)
+            if not plan.shares_rows:
+                work.layer_files.begin()
+                remove_leftovers(work.state)
+            group.gather(len(journal.records))
+        with exchanging(group) if group is not None and plan.shares_rows else nullcontext(ALONE) as shares:
+            hidden = row_states(prepared, work.state, len(journal.records), shares)
+            if work.layer_files.begun:  # by this run or by one that it continues
+                on_event(LayersStarted(plan.layers))
+                progress = SharedProgress(work.layer_files, plan, on_event)
+                _share_out(prepared, work.layer_files, work.state, group, progress)
+                _collect_layers(prepared, work.layer_files, writer, hidden, journal, on_event)
+            else:
+                _quantize_layers(prepared, writer, hidden, information, journal, folds, shares, on_event)
         with layer_memory_errors(plan, plan.layers):
             fidelity = measure_heldout(prepared.stack, hidden, prepared.rows.heldout)
         verified = finish_artifact(prepared, writer, work.model)
@@ -273,19 +295,7 @@ def _quantize(
     return QuantizedModel(target, report)
 
 
-def _hidden_states(prepared: Prepared, folder: Path, journal: Journal) -> HiddenStates:
-    """The hidden states in front of the first layer that is not done."""
-    stack, rows, plan = prepared.stack, prepared.rows, prepared.plan
-    shape = prepared.checkpoint.shape
-    hidden = HiddenStates(folder, shape, rows.ids, rows.heldout, both_paths=plan.effort.paths == 2)
-    if journal.records:
-        hidden.require_begun(len(journal.records), plan.layers)
-    else:
-        hidden.start(stack.embedder(torch.cat([rows.ids, rows.heldout])))
-    return hidden
-
-
-def measure_information(prepared: Prepared, files: InformationFiles, hidden: HiddenStates, on_event: OnEvent) -> None:
+def measure_information(prepared: Prepared, files: InformationFiles, on_event: OnEvent) -> None:
     """Measure the information of all linears' outputs, as far as an interrupted run has not."""
     plan, rows, seed = prepared.plan, prepared.rows, int(prepared.arguments["seed"])
     tokens = plan.fit.tokens_per_batch // BATCH_SHARE
@@ -297,7 +307,7 @@ def measure_information(prepared: Prepared, files: InformationFiles, hidden: Hid
     if left := measured.steps_left:
         on_event(InformationStarted(information_steps(plan.layers), left))
         with layer_memory_errors(plan, 0):
-            measured.measure(hidden, lambda: on_event(InformationStep()))
+            measured.measure(lambda: on_event(InformationStep()))
         on_event(InformationFinished())
 
 
@@ -308,9 +318,13 @@ def _quantize_layers(
     information: InformationFiles,
     journal: Journal,
     folds: FoldFiles | None,
+    shares: RowShares,
     on_event: OnEvent,
 ) -> None:
-    """Quantize and write every layer that is not in the journal yet. folds: where its factors are kept, if anywhere."""
+    """Quantize and write every layer that is not in the journal yet.
+
+    folds: where its factors are kept, if anywhere; shares: of the first of several processes, or of the only one.
+    """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if folds is not None:
         folds.begin()
@@ -321,12 +335,13 @@ def _quantize_layers(
     for index in range(len(journal.records), plan.layers):
         started = time.perf_counter()
         with layer_memory_errors(plan, index):
-            layer = process_layer(checkpoint, prepared.stack, plan, hidden, information, index)
+            layer = process_layer(checkpoint, prepared.stack, plan, hidden, information, index, shares)
         _write_layer(checkpoint, writer, hidden, index, layer.tensors)
         if folds is not None:
             folds.add(index, plan.layouts[index], layer)
         record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
-        journal.add(record)
+        with recording(shares):
+            journal.add(record)
         del layer
         return_freed_memory()
         on_event(LayerDone(index, plan.layers, record.error, record.rtn_error, record.seconds))
@@ -358,7 +373,7 @@ def _share_out(
     layers, number = prepared.plan.layers, 0 if group is None else group.process.rank
     finished = files.finished() if group is None else group.gather(files.finished())[0]  # which others add to already
     missing = [index for index in range(layers) if index not in finished]
-    own = shares(missing, number, 1 if group is None else group.process.count)
+    own = shares_of_layers(missing, number, 1 if group is None else group.process.count)
     try:
         quantize_share(prepared, files, state, own, meanwhile)
         if group is not None:

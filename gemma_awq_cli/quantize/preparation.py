@@ -86,6 +86,7 @@ class Prepared:
             "stored dtype": self.plan.dtype_name,
             **({"grid": "kept"} if self.plan.keeps_grid else {}),
             **({} if measured is None else {"row feedback": f"{measured[0]} x {measured[1]} tokens"}),
+            **({"processes": self.plan.processes} if self.plan.shares_rows else {}),  # how sums are added up
             "calibration rows": self.rows.text_sha256,
             "held-out rows": self.rows.heldout_sha256,
             "tokens a batch": self.plan.fit.tokens_per_batch,
@@ -103,12 +104,17 @@ class Prepared:
 
 
 def prepare(
-    request: QuantizeRequest, on_event: OnEvent, dry_run: bool = False, process: Launched | None = None
+    request: QuantizeRequest,
+    on_event: OnEvent,
+    dry_run: bool = False,
+    process: Launched | None = None,
+    sampled: Tensor | None = None,
 ) -> Prepared:
     """Check a request, fetch its source, build its rows and plan it. Nothing is written to the target.
 
     dry_run: the target may be taken, weights stay on the hub, and rows that the model would sample are left zero, as
-    only their number matters. process: one of several that share out the layers.
+    only their number matters. process: one of several that share out the work. sampled: the rows that the model wrote
+    in another process.
     """
     device = pick_device(request.device)
     recipe = find_recipe(
@@ -143,11 +149,14 @@ def prepare(
     if reason is not None:
         on_event(Note(reason))
     stack = TextStack(checkpoint, device)
-    rows = _calibration_rows(request, recipe, checkpoint, device, on_event, dry_run, keeps_grid)
+    if dry_run:
+        sampled = torch.zeros(request.sampled_rows, request.seq_len, dtype=torch.int64)
+    rows = _calibration_rows(request, recipe, checkpoint, device, on_event, sampled, keeps_grid)
     processes = 1 if process is None else process.count
     plan = make_plan(
         checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes
     )
+    _require_shareable(plan, request.quality)
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     if (problem := device_room_problem(plan, device)) is not None:
         if not dry_run:
@@ -173,6 +182,15 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
             "Give a Gemma that generates text. Encoders are not supported.",
         )
     require_companions(checkpoint)
+
+
+def _require_shareable(plan: Plan, quality: str) -> None:
+    """Raise UsageError if several processes cannot share out the work."""
+    if plan.shares_rows and any(layout.experts is not None for layout in plan.layouts):
+        raise UsageError(
+            f"--quality {quality} shares out the rows of each layer, which experts need whole.",
+            "Use --quality balanced with several processes, or start one process.",
+        )
 
 
 def device_room_problem(plan: Plan, device: torch.device) -> GemmaAwqError | None:
@@ -213,10 +231,13 @@ def _calibration_rows(
     checkpoint: Checkpoint,
     device: torch.device,
     on_event: OnEvent,
-    dry_run: bool,
+    sampled: Tensor | None,
     keeps_grid: bool,
 ) -> Rows:
-    """The rows of the text, and those that the model samples; of a grid that is kept, only the held-out rows."""
+    """The rows of the text, and those that the model samples; of a grid that is kept, only the held-out rows.
+
+    sampled: the rows that it has sampled already.
+    """
     heldout = request.level.heldout_samples
     prompter = Prompter(checkpoint.folder)
     rows = build_rows(recipe, prompter, request.num_samples, request.seq_len, request.seed, heldout, request.strict)
@@ -231,17 +252,13 @@ def _calibration_rows(
         require_memory_to_sample(checkpoint, request.sampled_rows, request.seq_len, memory)
         if request.samples_itself:  # the text is only measured on
             rows = replace(rows, ids=rows.ids[:0], description=SELF)
-        rows = with_sampled_rows(rows, _sampled(request, checkpoint, device, on_event, dry_run))
+        rows = with_sampled_rows(rows, _sampled(request, checkpoint, device, on_event) if sampled is None else sampled)
     elif len(rows.ids) < request.num_samples:
         on_event(Note(f"Calibrating on {len(rows.ids)} rows: {rows.description} has no more."))
     return rows
 
 
-def _sampled(
-    request: QuantizeRequest, checkpoint: Checkpoint, device: torch.device, on_event: OnEvent, dry_run: bool
-) -> Tensor:
-    if dry_run:
-        return torch.zeros(request.sampled_rows, request.seq_len, dtype=torch.int64)
+def _sampled(request: QuantizeRequest, checkpoint: Checkpoint, device: torch.device, on_event: OnEvent) -> Tensor:
     on_event(SamplingStarted(request.sampled_rows, request.seq_len))
     ids = sampled_rows(
         checkpoint, device, request.sampled_rows, request.seq_len, request.seed, lambda _: on_event(SamplingStep())

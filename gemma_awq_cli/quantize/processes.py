@@ -1,7 +1,8 @@
 """Several processes that quantize one model together, as torchrun, Slurm or another launcher starts them.
 
 They agree through the store of torch.distributed, which needs nothing but a network, and share a folder. Results lie
-in the folder (see layer_files.py). No collective operations are used: a process that waits in one heeds no signal.
+in the folder (see layer_files.py). No collective operations are used in here: a process that waits in one heeds no
+signal (see row_exchange.py).
 """
 
 import json
@@ -129,8 +130,7 @@ class Group:
     """
 
     def __init__(self, process: Launched, store: Any) -> None:
-        self.process = process
-        self._store = store
+        self.process, self.store = process, store
         self._calls = 0
         self._ended = threading.Event()
         self._seen: dict[int, tuple[bytes, float]] = {}  # the last sign of life of each process, and when it was new
@@ -150,12 +150,12 @@ class Group:
         self._calls += 1
         keys = [f"{self._calls}/{rank}" for rank in range(self.process.count)]
         with _lost_store():
-            self._store.set(keys[self.process.rank], json.dumps(value))
-            while missing := [rank for rank, key in enumerate(keys) if not self._store.check([key])]:
+            self.store.set(keys[self.process.rank], json.dumps(value))
+            while missing := [rank for rank, key in enumerate(keys) if not self.store.check([key])]:
                 meanwhile()
                 self._require_alive(missing)
                 time.sleep(POLL_SECONDS)
-            return [json.loads(self._store.get(key)) for key in keys]
+            return [json.loads(self.store.get(key)) for key in keys]
 
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Return when all processes have called this."""
@@ -171,15 +171,20 @@ class Group:
             result = do()
         return result
 
+    def require_all(self) -> None:
+        """Raise if another process is lost. It may be called often."""
+        with _lost_store():
+            self._require_alive([rank for rank in range(self.process.count) if rank != self.process.rank])
+
     def leave(self, in_peace: bool) -> None:
         """Tell the others that this process ends. in_peace: it needs nothing more, and neither do they from it."""
         self._ended.set()
         with suppress(RuntimeError):
-            self._store.set(f"left/{self.process.rank}", "")
+            self.store.set(f"left/{self.process.rank}", "")
             if in_peace and self.is_first:  # whose store the others are still reading
                 deadline = time.monotonic() + LEAVE_SECONDS
                 left = [f"left/{rank}" for rank in range(self.process.count)]
-                while not self._store.check(left) and time.monotonic() < deadline:
+                while not self.store.check(left) and time.monotonic() < deadline:
                     time.sleep(POLL_SECONDS)
 
     def _live(self) -> None:
@@ -189,7 +194,7 @@ class Group:
                 self._beat()
 
     def _beat(self) -> None:
-        self._store.set(f"alive/{self.process.rank}", str(time.monotonic()))
+        self.store.set(f"alive/{self.process.rank}", str(time.monotonic()))
 
     def _require_alive(self, ranks: list[int]) -> None:
         """Raise if one of some processes is lost."""
@@ -198,9 +203,9 @@ class Group:
             return
         self._looked = now
         for rank in ranks:
-            if self._store.check([f"left/{rank}"]):
+            if self.store.check([f"left/{rank}"]):
                 raise lost(f"Process {rank} of this run has ended.")
-            sign = self._store.get(f"alive/{rank}") if self._store.check([f"alive/{rank}"]) else b""
+            sign = self.store.get(f"alive/{rank}") if self.store.check([f"alive/{rank}"]) else b""
             if rank not in self._seen or self._seen[rank][0] != sign:
                 self._seen[rank] = sign, now
             patience = LOST_SECONDS if sign else JOIN_SECONDS

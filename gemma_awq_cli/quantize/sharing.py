@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 
-from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.models.checkpoints.journal import LayerRecord
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.memory import return_freed_memory
@@ -23,21 +22,11 @@ from gemma_awq_cli.quantize.layer_files import LayerFiles
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors, pass_calibration, process_layer
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.preparation import Prepared
-from gemma_awq_cli.quantize.quality import QUALITIES
 
 _OWN = "process-"  # how the folder of one process begins
 
 
-def require_shareable(quality: str) -> None:
-    """Raise UsageError for a quality at which layers depend on one another."""
-    if QUALITIES[quality].effort.paths > 1:
-        raise UsageError(
-            f"--quality {quality} corrects each layer for those before it, so layers cannot be shared out.",
-            "Use --quality balanced with several processes, or start one process.",
-        )
-
-
-def shares(missing: Iterable[int], rank: int, count: int) -> list[int]:
+def shares_of_layers(missing: Iterable[int], rank: int, count: int) -> list[int]:
     """Return the layers of one of `count` processes, of those that are missing: every count-th."""
     return list(missing)[rank::count]
 

@@ -180,7 +180,7 @@ def _different_layers(
     plan, stack, checkpoint = prepared.plan, prepared.stack, prepared.checkpoint
     hidden, information = calibration_states(prepared, scratch), InformationFiles(scratch)
     if plan.feedback_tokens:
-        measure_information(prepared, information, hidden, on_event)
+        measure_information(prepared, information, on_event)
     on_event(VerifyingStarted(own[-1] + 1))
     for index in range(own[-1] + 1):
         different: list[str] = []

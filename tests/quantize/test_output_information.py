@@ -13,7 +13,6 @@ from torch import Tensor
 from gemma_awq_cli.awq.search import BALANCED
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.quantize import information_layout, output_information
 from gemma_awq_cli.quantize.estimates import Workload, information_disk_bytes
@@ -51,11 +50,9 @@ def measured(
     """The files of a finished pass over the rows."""
     stack = TextStack(Checkpoint(checkpoint), CPU)
     state.mkdir(exist_ok=True)
-    hidden = HiddenStates(state, stack.checkpoint.shape, ids)
     with torch.inference_mode():
-        hidden.start(stack.embedder(ids))
         files = InformationFiles(state)
-        OutputInformation(stack, files, ids, 2 * SEQ_LEN, 7).measure(hidden, on_step)
+        OutputInformation(stack, files, ids, 2 * SEQ_LEN, 7).measure(on_step)
     return files
 
 

@@ -15,7 +15,7 @@ import pytest
 from gemma_awq_cli.awq.search import FAST
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
-from gemma_awq_cli.models.checkpoints.journal import GroupRecord, LayerRecord, differences
+from gemma_awq_cli.models.checkpoints.journal import JOURNAL, GroupRecord, LayerRecord, differences
 from gemma_awq_cli.quantize.estimates import (
     FLOPS_PER_SECOND,
     START_SECONDS,
@@ -33,7 +33,7 @@ from gemma_awq_cli.quantize.processes import (
     own_device,
     require_same_everywhere,
 )
-from gemma_awq_cli.quantize.sharing import shares
+from gemma_awq_cli.quantize.sharing import shares_of_layers
 from tests.conftest import quantize_arguments
 from tests.crew import Crew
 from tests.fake_device import fake_device
@@ -92,8 +92,8 @@ def test_processes_that_differ_are_told_apart() -> None:
 
 def test_every_layer_has_one_process() -> None:
     missing = [0, 3, 4, 7, 9]
-    assert sorted(layer for rank in range(3) for layer in shares(missing, rank, 3)) == missing
-    assert max(len(shares(missing, rank, 3)) for rank in range(3)) == 2
+    assert sorted(layer for rank in range(3) for layer in shares_of_layers(missing, rank, 3)) == missing
+    assert max(len(shares_of_layers(missing, rank, 3)) for rank in range(3)) == 2
 
 
 def test_a_damaged_layer_file_is_an_error(tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_the_planned_time_is_that_of_the_slowest_process(checkpoints: Callable[[
     own = (seconds(work, fit) - forward) / 24
     assert own > 0
     for count in (2, 4, 8):
-        slowest = max(len(shares(range(24), rank, count)) for rank in range(count))
+        slowest = max(len(shares_of_layers(range(24), rank, count)) for rank in range(count))
         assert seconds(work, fit, count) == pytest.approx(forward + slowest * own, rel=0.02)
 
 
@@ -285,3 +285,79 @@ def test_torchrun_starts_them(
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.splitlines() == [str(tmp_path / "out")]
     assert identity(tmp_path / "out") == identity(artifacts("gemma2"))
+
+
+def kl_of(folder: Path) -> float:
+    return float(json.loads((folder / "quantization_report.json").read_text())["fidelity"]["kl"])
+
+
+BEST = ("--quality", "best", "--num-samples", "10")  # the model writes 32 more rows
+
+
+@posix
+@pytest.mark.slow
+def test_rows_are_shared_out_where_layers_cannot_be(
+    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    """The same number of processes repeats the bytes; another adds sums up in another order, and is as faithful."""
+    alone, kind = tmp_path / "alone", "gemma4_text"
+    assert main(quantize_arguments(checkpoints(kind), alone, text_file, *BEST)) == 0
+    once, again = (tmp_path / name for name in ("once", "again"))
+    for folder in (once, again):
+        ended = crew.run(quantize_arguments(checkpoints(kind), folder, text_file, *BEST), 3)
+        assert ended.codes == [0, 0, 0], ended.outputs
+        assert ended.outputs[1:] == ["", ""]
+    assert identity(once) == identity(again)
+    assert kl_of(once) == pytest.approx(kl_of(alone), rel=0.1)
+    report = json.loads((once / "quantization_report.json").read_text())
+    assert report["fingerprint"]["processes"] == 3
+    assert report["fingerprint"]["calibration rows"] == identity_of_rows(alone)
+
+
+def identity_of_rows(folder: Path) -> str:
+    return str(json.loads((folder / "quantization_report.json").read_text())["fingerprint"]["calibration rows"])
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_rows_of_a_lost_process_are_gone_on_with(
+    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    out = crew.work / "best"  # type: ignore[attr-defined]
+    arguments = quantize_arguments(checkpoints("gemma2"), out, text_file, *BEST)
+    whole = crew.run(quantize_arguments(checkpoints("gemma2"), tmp_path / "whole", text_file, *BEST), 2)
+    assert whole.codes == [0, 0], whole.outputs
+    expected, rng, kept, kills = identity(tmp_path / "whole"), random.Random(1), 0, 0
+    for turn in range(3):
+        killed = turn % 2
+        ended = crew.run(
+            arguments, 2, killed, at_operation=rng.randrange(120, 200) if killed == 0 else rng.randrange(15, 30)
+        )
+        if ended.codes[killed] == -9 and not out.exists():
+            kills += 1
+            kept += (out.parent / ".best.partial" / "state" / JOURNAL).read_text().count("\n") > 1
+            assert ended.codes[1 - killed] == 1, ended.outputs
+            assert " of this run has " in ended.outputs[1 - killed], ended.outputs
+            other = crew.run([*arguments, "--resume"], 3)
+            assert other.codes[0] == 1
+            assert "processes" in other.outputs[0]  # is another than that of the unfinished run
+            again = crew.run([*arguments, "--resume"], 2)
+            assert again.codes == [0, 0], again.outputs
+        assert identity(out) == expected
+        for path in out.iterdir():
+            path.unlink()
+        out.rmdir()
+    assert kills >= 2
+    assert kept  # layers of them
+
+
+@posix
+@pytest.mark.slow
+def test_experts_are_not_shared_out_by_rows(
+    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
+) -> None:
+    ended = crew.run(quantize_arguments(checkpoints("gemma4-experts"), tmp_path / "out", text_file, *BEST), 2)
+    assert ended.codes[0] == 2, ended.outputs
+    assert "--quality balanced" in ended.outputs[0]
+    assert list(tmp_path.iterdir()) == []
