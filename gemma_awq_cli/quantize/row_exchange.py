@@ -7,6 +7,7 @@ CPU: what another process says is never executed.
 """
 
 import ctypes
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -92,20 +93,7 @@ class RowExchange(RowShares):
 @contextmanager
 def exchanging(group: Group) -> Iterator[RowExchange]:
     """Connect the processes of a group to each other. Raises GemmaAwqError if they cannot reach each other."""
-    import torch.distributed
-
-    dist: Any = torch.distributed  # whose process groups are exported without types
-    try:
-        engine = dist.ProcessGroupGloo(
-            dist.PrefixStore("rows", group.store), group.process.rank, group.process.count,
-            timedelta(seconds=JOIN_SECONDS),
-        )  # fmt: skip
-    except RuntimeError as error:
-        raise GemmaAwqError(
-            f"Process {group.process.rank} cannot exchange tensors with the others: {first_line(error)}",
-            "Each machine must reach the others by their host names, on any port. GLOO_SOCKET_IFNAME names the "
-            "network interface to use.",
-        ) from error
+    engine = _connected(group)
     engine._set_default_timeout(LONGEST)
     try:
         yield RowExchange(group, engine)
@@ -113,3 +101,31 @@ def exchanging(group: Group) -> Iterator[RowExchange]:
         # an operation may never end now, and the engine's end would wait for it: the process ends without
         ctypes.pythonapi.Py_IncRef(ctypes.py_object(engine))
         raise
+
+
+def _connected(group: Group) -> Any:
+    """Gloo's process group of the processes of a group. It is made on another thread, as making it heeds no signal."""
+    import torch.distributed
+
+    dist: Any = torch.distributed  # whose process groups are exported without types
+    made: list[Any] = []
+
+    def make() -> None:
+        process, store = group.process, dist.PrefixStore("rows", group.store)
+        try:
+            made.append(dist.ProcessGroupGloo(store, process.rank, process.count, timedelta(seconds=JOIN_SECONDS)))
+        except (RuntimeError, ValueError) as error:
+            made.append(error)
+
+    threading.Thread(target=make, daemon=True).start()
+    while not made:
+        group.require_all()
+        time.sleep(FIRST_LOOK_SECONDS)
+    if isinstance(made[0], Exception):
+        group.require_all()
+        raise GemmaAwqError(
+            f"Process {group.process.rank} cannot exchange tensors with the others: {first_line(made[0])}",
+            "Each machine must reach the others by their host names, on any port. GLOO_SOCKET_IFNAME names the "
+            "network interface to use.",
+        ) from made[0]
+    return made[0]
