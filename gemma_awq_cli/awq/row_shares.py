@@ -18,7 +18,11 @@ class RowShares:
 
     def own(self, rows: int) -> slice:
         """Return which of a number of rows are this process's: a slice that follows the one of the process before."""
-        return slice(rows * self.rank // self.count, rows * (self.rank + 1) // self.count)
+        return self.of(self.rank, rows)
+
+    def of(self, rank: int, rows: int) -> slice:
+        """Return which of a number of rows are those of process `rank`."""
+        return slice(rows * rank // self.count, rows * (rank + 1) // self.count)
 
     def add_up(self, tensor: Tensor) -> None:
         """Turn `tensor` into the sum of those of all processes, in place."""

@@ -107,6 +107,11 @@ class Workload:
     on_gpu: bool = False
 
     @property
+    def layers_depend(self) -> bool:
+        """Whether each layer is corrected for how those before it were quantized."""
+        return self.effort.paths > 1 and not self.keeps_grid
+
+    @property
     def information_rows(self) -> tuple[int, int] | None:
         """The rows, and the tokens of each, that feedback between rows is measured on; None without feedback."""
         if not self.effort.feedback or self.keeps_grid:
@@ -297,15 +302,17 @@ def _expert_groups(experts: Experts) -> tuple[Linear, Linear]:
     return Linear(2 * experts.intermediate, experts.hidden), Linear(experts.hidden, experts.intermediate)
 
 
-def seconds(work: Workload, fit: Fit, processes: int = 1, shares_rows: bool = False) -> float:
+def seconds(work: Workload, fit: Fit, processes: int = 1) -> float:
     """Return how long the quantization takes on two CPU cores with AVX-512.
 
     processes: how many share out the layers, each on as many cores of its own. Each runs the calibration rows through
-    all layers, and one of them measures. shares_rows: they share out the rows of each layer instead; one of them
-    measures what feedback is made from.
+    all layers, and one of them measures. Where layers depend on one another they share out the rows of each instead;
+    one of them measures what feedback is made from.
     """
     whole = _seconds(work, fit)
-    alone = START_SECONDS + (_measuring_seconds(work) if shares_rows else _forward_flops(work) / FLOPS_PER_SECOND)
+    alone = START_SECONDS + (
+        _measuring_seconds(work) if work.layers_depend else _forward_flops(work) / FLOPS_PER_SECOND
+    )
     return whole if processes == 1 else alone + max(0.0, whole - alone) / processes
 
 

@@ -54,7 +54,8 @@ class Plan:
     memory that is planned, the GPU's if it has its own; None if there is no such fit; state_bytes: on the disk while
     the work goes on; seconds: None on a GPU, where none was measured; keeps_grid: whether the weights stay on the 4-bit
     grid that they are on, and nothing is searched; processes: how many share out the work, each with the memory that
-    is planned; feedback_tokens: rows and tokens of each that feedback between the rows of weights is measured on, None
+    is planned; shares_rows: whether all work on one layer at a time, each on some of the rows, and not on layers apart;
+    feedback_tokens: rows and tokens of each that feedback between the rows of weights is measured on, None
     without it; left: the groups of linears that stay in 16 bits.
     """
 
@@ -75,6 +76,7 @@ class Plan:
     effort: Effort
     keeps_grid: bool = False
     processes: int = 1
+    shares_rows: bool = False
     feedback_tokens: tuple[int, int] | None = None
     left: tuple[LeftGroup, ...] = ()
 
@@ -86,11 +88,6 @@ class Plan:
     @property
     def layers(self) -> int:
         return len(self.layouts)
-
-    @property
-    def shares_rows(self) -> bool:
-        """Whether several processes work on one layer at a time, each on some of the rows, and not on layers apart."""
-        return self.processes > 1 and self.effort.paths > 1 and not self.keeps_grid
 
     @property
     def dtype_name(self) -> str:
@@ -184,8 +181,7 @@ def make_plan(
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
     disk = state_bytes(checkpoint.shape, states) + information_disk_bytes(work)
-    shares_rows = effort.paths > 1 and not keeps_grid
-    if processes > 1 and not shares_rows:
+    if processes > 1 and not work.layers_depend:
         # each has the calibration rows once more, and the layers lie in files of their own first
         disk += processes * state_bytes(checkpoint.shape, work.calibration_tokens)
         disk += sum(tensor.nbytes for tensor in tensors)
@@ -203,10 +199,11 @@ def make_plan(
         device_bytes=None if device_total is None else planned,
         smaller=smaller,
         state_bytes=disk,
-        seconds=None if work.on_gpu else seconds(work, fit, processes, shares_rows),
+        seconds=None if work.on_gpu else seconds(work, fit, processes),
         effort=effort,
         keeps_grid=keeps_grid,
         processes=processes,
+        shares_rows=processes > 1 and work.layers_depend,
         feedback_tokens=work.information_rows,
     )
 

@@ -51,8 +51,7 @@ class RowExchange(RowShares):
         return sum(self._gather(torch.tensor([number], dtype=torch.float64)).tolist())
 
     def fill(self, tensor: Tensor) -> None:
-        slices = [slice(len(tensor) * rank // self.count, len(tensor) * (rank + 1) // self.count)
-                  for rank in range(self.count)]  # fmt: skip
+        slices = [self.of(rank, len(tensor)) for rank in range(self.count)]
         most, row_bytes = max(part.stop - part.start for part in slices), tensor[:1].nbytes
         step = max(1, BUFFER_BYTES // max(1, row_bytes * self.count))
         for first in range(0, most, step):
