@@ -1,12 +1,14 @@
 """Check this tool on a real GPU: first whether it is right, then how fast it is. One JSON document holds all of it.
 
-PYTHONPATH=. python benchmarks/gpu_check.py CHECK.json [--from N] [--only N,N] [--deadline SECONDS]
+PYTHONPATH=. python benchmarks/gpu_check.py CHECK.json [--from N] [--only N,N] [--deadline SECONDS] [--slice DIR]
 PYTHONPATH=. python benchmarks/gpu_check.py CHECK.json --dry-run [--device fake]
 
 Each stage is a process of its own with a limit of time, and the document is written again after each: a stage that
 fails, hangs or crashes takes none of the others with it. Stages after `--deadline` seconds are left for another call,
 which adds to the same document. `--dry-run` runs every stage on tiny sizes, on the CPU or on the fake device of
 tests/fake_device.py; its figures mean nothing.
+
+--slice: two layers of a real model and what a CPU made of them, from gpu_slice.py: stages 3 and 5 compare with that.
 
 The status is 0 if every stage that was run has passed.
 """
@@ -48,6 +50,8 @@ STAGES = (
     Stage(8, "decode_memory", 90),
     Stage(9, "quantize_large", 400),
     Stage(10, "fidelity", 120),
+    Stage(11, "profile", 90),
+    Stage(12, "quantize_best", 180),
 )
 
 
@@ -60,11 +64,14 @@ def main() -> int:
     parser.add_argument("--only", metavar="N,N")
     parser.add_argument("--deadline", type=float, default=float("inf"), metavar="SECONDS")
     parser.add_argument("--scratch", type=Path, help="folder for models, kept for further calls")
+    parser.add_argument("--slice", type=Path, help="what gpu_slice.py has written")
     parser.add_argument("--cap", type=float, help="limit of every stage in seconds, instead of its own")
     asked = parser.parse_args()
     device = asked.device or ("cpu" if asked.dry_run else "cuda")
     only = None if asked.only is None else {int(number) for number in asked.only.split(",")}
     wanted = [one for one in STAGES if one.number >= asked.first and (only is None or one.number in only)]
+    options = ["--small"] if asked.dry_run else []
+    options += [] if asked.slice is None else ["--slice", str(asked.slice.absolute())]
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         scratch = asked.scratch or Path(temporary)
@@ -75,7 +82,7 @@ def main() -> int:
             if left <= 0:
                 print(f"{stage.number:>2} {stage.name}: left for another call", flush=True)
                 continue
-            record = run(stage, device, asked.dry_run, scratch, min(asked.cap or stage.cap, left))
+            record = run(stage, device, options, scratch, min(asked.cap or stage.cap, left))
             document["stages"][str(stage.number)] = record
             write(asked.document, document)
             print(f"{stage.number:>2} {stage.name}: {record['outcome']} in {record['seconds']:.1f} s", flush=True)
@@ -100,8 +107,8 @@ def write(path: Path, document: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def run(stage: Stage, device: str, small: bool, scratch: Path, cap: float) -> dict[str, Any]:
-    """Run one stage in a process group of its own. Returns its record."""
+def run(stage: Stage, device: str, options: list[str], scratch: Path, cap: float) -> dict[str, Any]:
+    """Run one stage in a process group of its own, with options of the stages' script. Returns its record."""
     started = time.monotonic()
     result = scratch / f"result-{stage.number}.json"
     result.unlink(missing_ok=True)
@@ -110,7 +117,7 @@ def run(stage: Stage, device: str, small: bool, scratch: Path, cap: float) -> di
     path = os.pathsep.join(filter(None, [root, str(STAGES_SCRIPT.parent), os.environ.get("PYTHONPATH")]))
     with tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            [*command, *(["--small"] if small else [])], stdout=output, stderr=output, start_new_session=True,
+            [*command, *options], stdout=output, stderr=output, start_new_session=True,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
         )  # fmt: skip
         try:

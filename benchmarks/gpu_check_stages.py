@@ -1,4 +1,6 @@
-"""The stages of gpu_check.py, one a process: python gpu_check_stages.py STAGE DEVICE SCRATCH RESULT.json [--small]
+"""The stages of gpu_check.py, one a process.
+
+python gpu_check_stages.py STAGE DEVICE SCRATCH RESULT.json [--small] [--slice DIR]
 
 A stage returns its figures, and fails by an exception. What it finds on the way is in the result file already.
 """
@@ -8,6 +10,7 @@ import hashlib
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +22,11 @@ from statistics import median
 from typing import Any
 
 import torch
+from gpu_slice import quantize_arguments
+from safetensors.torch import load_file
+from torch.profiler import ProfilerActivity
 
+from gemma_awq_cli.awq.gptq import factor_gram, quantize_compensated
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.packing import PackedWeight, pack_weight, unpack_weight
 from gemma_awq_cli.awq.precision import matmul_precision
@@ -30,12 +37,14 @@ from gemma_awq_cli.kernels.packed_linear import KERNELS
 from gemma_awq_cli.kernels.step_ops import steps_problem
 from gemma_awq_cli.kernels.triton import TritonLinear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.checkpoints.weight_files import read_tensors
 from gemma_awq_cli.models.forward.device_session import DeviceSession
 from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.memory import free_memory, peak_device_memory
 from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.session import Session
 
+SAME_INTEGERS = 0.97  # sums in another order move a few integers, and what is rounded after them
 TOLERANCE = 0.02  # of an output's size: bfloat16 rounds by 0.4 %, one wrong nibble of 640 changes 5 % of a column
 LARGE = {"qkv": (12_288, 3_072), "o": (3_072, 4_096), "gate_up": (49_152, 3_072), "down": (3_072, 24_576)}  # of 7B
 CPU = torch.device("cpu")
@@ -44,12 +53,13 @@ PROMPT = [2, 5, 6, 7, 9, 11, 13, 8]
 
 @dataclass
 class Check:
-    """One stage. small: sizes that take no time; found: what the document gets."""
+    """One stage. small: sizes that take no time; slice: what gpu_slice.py has made; found: what the document gets."""
 
     device: torch.device
     scratch: Path
     result: Path
     small: bool
+    slice: Path | None = None
     found: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -233,6 +243,27 @@ def quantize_tiny(check: Check) -> None:
             divergences[f"{kind} {quality}"] = both
             check.note(kl_on_cpu_and_device=divergences)
             assert both[1] < 1.5 * both[0] + 0.05, f"{kind} {quality}: KL {both[0]} on the CPU, {both[1]} here"
+    if check.slice is not None:
+        quantize_slice(check, check.slice)
+
+
+def quantize_slice(check: Check, folder: Path) -> None:
+    """Two layers of a real model: nearly all integers and scales are those that the CPU made of them."""
+    output = check.scratch / "slice-AWQ"
+    assert command(quantize_arguments(folder, output, str(check.device))) == 0
+    made, kept = Checkpoint(output), Checkpoint(folder / "artifact")
+    equal: dict[str, float] = {}
+    for name in kept.tensors:
+        if name.endswith((".qweight", ".scales")):
+            mine, theirs = (read_tensors(one.tensors, [name])[name] for one in (made, kept))
+            equal[name] = float((nibbles(mine) == nibbles(theirs)).float().mean())
+    check.note(equal_integers_of_slice=equal, kl_of_slice=[kl_of(folder / "artifact"), kl_of(output)])
+    assert min(equal.values()) > SAME_INTEGERS
+
+
+def nibbles(tensor: torch.Tensor) -> torch.Tensor:
+    """The 4-bit integers of packed ones, and other tensors as they are."""
+    return tensor if tensor.dtype != torch.int32 else (tensor.unsqueeze(-1) >> torch.arange(0, 32, 4)) & 15
 
 
 def hashes(folder: Path) -> dict[str, str]:
@@ -245,10 +276,7 @@ def hashes(folder: Path) -> dict[str, str]:
 
 def determinism(check: Check) -> None:
     """Twice the same bytes, and the same after an interruption and --resume."""
-    from tests.layers import as_layer_begins
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
+    from tests.layers import as_layer_begins, interrupt
 
     place, more = str(check.device), ("--quality", "fast" if check.small else "balanced")
     first = hashes(quantized(check, "gemma2", "first", place, *more))
@@ -285,8 +313,22 @@ def run(check: Check) -> None:
             # the CPU's compiled engine rounds activations, which these models' odd gains make the most of
             bound = 0.01 if folder != artifact else 0.25
             assert median(apart) < bound, f"{name}: logits differ by {median(apart):.1%}"
+    if check.slice is not None:
+        logits_of_slice(check, check.slice)
     ask = ["run", "Hi", "-m", str(check.scratch / "run-gemma2"), "--device", str(check.device), "--raw", "--seed", "1"]
     assert command([*ask, "--max-new-tokens", "4", "--temperature", "1"]) == 0
+
+
+def logits_of_slice(check: Check, folder: Path) -> None:
+    """Two layers of a real model: the logits are those that transformers computes in float64."""
+    reference = load_file(folder / "reference.safetensors")
+    ids, expected = reference["ids"].tolist(), reference["logits"]
+    with torch.inference_mode():
+        session = open_model(folder / "model", check.device, Precision("float32")).session(len(ids), len(ids[0]))
+        found = torch.as_tensor(session.next_logits(ids)).cpu()
+    apart = float((found - expected[:, -1]).norm() / expected[:, -1].norm())
+    check.note(difference_of_slices_logits=apart)
+    assert apart < 0.001
 
 
 def require_recorded(session: Session) -> None:
@@ -412,11 +454,69 @@ def fidelity(check: Check) -> None:
     assert abs(both[1] - both[0]) < 0.01 * both[0] + 1e-4
 
 
+def profile(check: Check) -> None:
+    """What the fastest product and the rounding of columns wait for: NVIDIA's profiler says it, if it is there."""
+    if check.is_real_cuda and (ncu := shutil.which("ncu")) is not None:
+        own = [
+            sys.executable,
+            __file__,
+            "profiled",
+            str(check.device),
+            str(check.scratch),
+            str(check.scratch / "ncu.json"),
+        ]
+        done = subprocess.run(
+            [ncu, "--csv", "--section", "SpeedOfLight", "--section", "WarpStateStats", "--launch-count", "40", *own],
+            check=False, capture_output=True, text=True,
+        )  # fmt: skip
+        # a container may forbid the counters; the times below are known all the same
+        check.note(ncu_status=done.returncode, ncu=done.stdout[-200_000:] or done.stderr[-2000:])
+    profiled(check)
+
+
+def profiled(check: Check) -> None:
+    """Run the product and the rounding, and note the time of each kernel as PyTorch's profiler has it."""
+    outputs, inputs = (16, 256) if check.small else LARGE["gate_up"]
+    packed = packed_on(check, outputs, inputs, 128)
+    linear = next(kernel.linear for kernel in KERNELS if check.runs(kernel.linear, packed, torch.bfloat16))(packed)
+    x = check.normal(1, inputs, dtype=torch.bfloat16)
+    weight = check.normal(32 if check.small else 4096, 256 if check.small else 3072)
+    rows = check.normal(512, weight.shape[1])
+    grid, factor = minmax_grid(weight, 128), factor_gram(rows.t() @ rows)
+    work = [lambda: linear(x), lambda: quantize_compensated(weight, grid, factor)]
+    for do in work:  # what is compiled or tried at first use is not what is asked
+        do()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if check.is_real_cuda else [])]
+    with torch.profiler.profile(activities=kinds) as found:
+        for do in work:
+            do()
+    averages = found.key_averages()
+    times = {one.key: one.self_device_time_total if check.is_real_cuda else one.self_cpu_time_total for one in averages}
+    longest = sorted(times, key=times.__getitem__, reverse=True)[:20]
+    check.note(microseconds={key: times[key] for key in longest}, calls={one.key: one.count for one in averages})
+    assert times
+
+
+def quantize_best(check: Check) -> None:
+    """The slowest quality, and rows that the model samples itself: twice the same bytes, and near the CPU's KL."""
+    place, kind = str(check.device), "gemma3_text"
+    for name, more in {
+        "best": ("--quality", "best"), "self": ("--quality", "fast", "--calibration", "self"),
+    }.items():  # fmt: skip
+        first, second, on_cpu = (
+            quantized(check, kind, f"{name}-{number}", where, *more)
+            for number, where in enumerate((place, place, "cpu"))
+        )
+        check.note(**{f"kl_of_{name}_on_cpu_and_device": [kl_of(on_cpu), kl_of(first)]})
+        assert hashes(first) == hashes(second)
+        assert kl_of(first) < 1.5 * kl_of(on_cpu) + 0.05
+
+
 STAGES = {
     stage.__name__: stage
     for stage in (
         environment, ceilings, kernels, quantize_tiny, determinism, run, kernel_speed, decode, decode_memory,
-        quantize_large, fidelity,
+        quantize_large, fidelity, profile, profiled, quantize_best,
     )
 }  # fmt: skip
 
@@ -428,6 +528,7 @@ def main() -> None:
     parser.add_argument("scratch", type=Path)
     parser.add_argument("result", type=Path)
     parser.add_argument("--small", action="store_true")
+    parser.add_argument("--slice", type=Path)
     asked = parser.parse_args()
     os.environ["GEMMA_AWQ_CACHE"] = str(asked.scratch / "cache")
     context: Any = nullcontext()
@@ -437,7 +538,7 @@ def main() -> None:
         context = fake_device("cuda", capability=(9, 0))
     with context:
         place = torch.device("cuda", 0) if asked.device == "fake" else torch.device(asked.device)
-        check = Check(place, asked.scratch, asked.result, asked.small)
+        check = Check(place, asked.scratch, asked.result, asked.small, asked.slice)
         STAGES[asked.stage](check)
         check.note(finished=True)
 

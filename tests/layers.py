@@ -23,3 +23,8 @@ def as_layer_begins(layer: int, do: Callable[[], None]) -> Iterator[None]:
 
     with mock.patch.object(layer_pass, "_read", observed):
         yield
+
+
+def interrupt() -> None:
+    """What Ctrl-C does."""
+    raise KeyboardInterrupt

@@ -25,6 +25,7 @@ from gemma_awq_cli.quantize import output_information
 from tests.bench.in_process import InProcess
 from tests.conftest import quantize_arguments
 from tests.fake_device import FakeDevice, fake_device
+from tests.layers import as_layer_begins, interrupt
 from tests.tiny import CONFIGS, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
@@ -107,6 +108,32 @@ def test_each_weight_is_uploaded_once_and_in_16_bits(
     found = Counter({shape: count for (_, shape), count in device.uploaded.items() if shape in expected})
     assert found == expected
     assert {dtype for dtype, shape in device.uploaded if shape in expected} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3n_text"])  # whose layers share keys and values
+def test_hidden_states_stay_on_a_gpu_that_has_the_memory(
+    kind: str, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None, capsys: Capture
+) -> None:
+    """The same bytes as without, also of a run that was interrupted, and fewer uploads."""
+    needed, uploaded = {}, {}
+    for name in ("held", "not held"):
+        with fake_device("cuda", free=needed["held"] - 1 if needed else 78 << 30) as device:
+            ask = quick(checkpoints(kind), tmp_path / name, text_file, "cuda")
+            capsys.readouterr()
+            assert main([*ask, "--dry-run", "--json"]) == 0
+            needed[name] = json.loads(capsys.readouterr().out)["device_bytes"]
+            device.reset()
+            assert main(ask) == 0
+            uploaded[name] = device.uploads["to the device"]
+    assert needed["not held"] < needed["held"]
+    assert uploaded["held"] < uploaded["not held"]
+    with fake_device("cuda"), as_layer_begins(1, interrupt):
+        ask = quick(checkpoints(kind), tmp_path / "resumed", text_file, "cuda")
+        assert main(ask) == 130
+    with fake_device("cuda"):
+        assert main([*ask, "--resume"]) == 0
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("held", "not held", "resumed")]
+    assert files[0] == files[1] == files[2]
 
 
 @pytest.mark.parametrize(("kind", "quality"), [("gemma2", "fast"), ("gemma-mqa", "balanced"), ("gemma4_text", "fast")])
@@ -236,8 +263,11 @@ def test_the_plan_knows_the_gpus_memory(
         assert main(plan) == 0
     document = json.loads(capsys.readouterr().out)
     assert document["estimated_seconds"] is None  # none was ever measured
-    needed = document["device_bytes"]
-    assert needed > 0
+    with_states = document["device_bytes"]
+    with fake_device(free=with_states - 1):  # hidden states then stay on the disk
+        assert main(plan) == 0
+    needed = json.loads(capsys.readouterr().out)["device_bytes"]
+    assert 0 < needed < with_states
     run = quick(checkpoints("gemma2"), tmp_path / "out", text_file, "cuda")
     with fake_device(free=needed - 1):  # other programs have the rest
         assert main(plan) == 0

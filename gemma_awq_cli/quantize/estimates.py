@@ -25,6 +25,7 @@ CUDA_LIBRARY_BYTES = 2_500_000_000  # CUDA's libraries in the system's memory
 CONTEXT_BYTES = 800_000_000  # the driver's context and cuBLAS's workspaces in the GPU's memory
 FRAGMENTED = 1.1  # what PyTorch's allocator reserves for each byte that is used
 OBSERVED_WEIGHT = 6  # of a weight of the layer that is observed: 16-bit as it was read, float32 in the module
+READ_AHEAD_WEIGHT = 2  # of a weight of the next layer, in the system's memory while a GPU computes
 HELD_WEIGHT = 3  # of a weight of the layer that is being rounded: 16-bit, and the packed ones that are finished
 GROUP_WEIGHT = 6  # of a weight of the group: float32, and one integer each by compensation and by round-to-nearest
 # of an entry of a block's Gram matrix: scaled and reordered in float32, damped and factored in float64, feedback in
@@ -137,10 +138,12 @@ def device_peak_bytes(work: Workload, fit: Fit) -> int:
 def host_peak_bytes(work: Workload) -> int:
     """Return the peak of the system's memory while a GPU with its own computes: a layer as it is read, and its results.
 
-    Experts' tokens are kept there too. At the start it is the embedding, at the end the head.
+    The next layer is read meanwhile, and experts' tokens are kept there too. At the start it is the embedding, at the
+    end the head.
     """
     layers = max(
-        HELD_WEIGHT * _weights(layout) + (_expert_tokens(work, layout.experts) if layout.experts is not None else 0)
+        (HELD_WEIGHT + READ_AHEAD_WEIGHT) * _weights(layout)
+        + (_expert_tokens(work, layout.experts) if layout.experts is not None else 0)
         for layout in work.layouts
     )
     return LIBRARY_BYTES + CUDA_LIBRARY_BYTES + max(layers, HEAD_WEIGHT * work.vocabulary * work.hidden)

@@ -147,8 +147,12 @@ def _observed(stack: TextStack, module: nn.Module) -> Iterator[None]:
 
 
 def _read(stack: TextStack, plan: Plan, index: int) -> dict[str, Tensor]:
-    """A layer's parameters in the dtype that is stored, on the device."""
-    return {name: tensor.to(plan.dtype).to(stack.device) for name, tensor in stack.read_layer(index).items()}
+    """A layer's parameters in the dtype that is stored, on the device. The next one's are read meanwhile."""
+    stored = stack.read_layer(index)
+    if index + 1 < plan.layers:
+        stack.read_ahead(index + 1)
+    # converted there: no processor core does it, which would take longer than to upload 32 bits
+    return {name: tensor.to(stack.device, non_blocking=True).to(plan.dtype) for name, tensor in stored.items()}
 
 
 def _expert_inputs(

@@ -264,8 +264,10 @@ def _quantize(
                 work.layer_files.begin()
                 remove_leftovers(work.state)
             group.gather(len(journal.records))
-        with exchanging(group) if group is not None and plan.shares_rows else nullcontext(ALONE) as shares:
-            hidden = row_states(prepared, work.state, len(journal.records), shares)
+        with (
+            exchanging(group) if group is not None and plan.shares_rows else nullcontext(ALONE) as shares,
+            row_states(prepared, work.state, len(journal.records), shares) as hidden,
+        ):
             if work.layer_files.begun:  # by this run or by one that it continues
                 on_event(LayersStarted(plan.layers))
                 progress = SharedProgress(work.layer_files, plan, on_event)

@@ -3,7 +3,7 @@
 It reads the headers of a checkpoint and no weights.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +15,9 @@ from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.checkpoints.writing import PlannedTensor, files_bytes
-from gemma_awq_cli.models.forward.hidden_states import state_bytes
+from gemma_awq_cli.models.forward.hidden_states import STATE_FILES, state_bytes
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.memory import device_memory
+from gemma_awq_cli.models.forward.memory import device_memory, free_memory
 from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
 from gemma_awq_cli.models.gemma.left_groups import LeftGroup
@@ -55,6 +55,7 @@ class Plan:
     the work goes on; seconds: None on a GPU, where none was measured; keeps_grid: whether the weights stay on the 4-bit
     grid that they are on, and nothing is searched; processes: how many share out the work, each with the memory that
     is planned; shares_rows: whether all work on one layer at a time, each on some of the rows, and not on layers apart;
+    holds_states: whether a GPU with its own memory holds the hidden states of all rows too;
     feedback_tokens: rows and tokens of each that feedback between the rows of weights is measured on, None
     without it; left: the groups of linears that stay in 16 bits.
     """
@@ -77,6 +78,7 @@ class Plan:
     keeps_grid: bool = False
     processes: int = 1
     shares_rows: bool = False
+    holds_states: bool = False
     feedback_tokens: tuple[int, int] | None = None
     left: tuple[LeftGroup, ...] = ()
 
@@ -176,7 +178,8 @@ def make_plan(
         stack.device.type != "cpu",
     )
     device_total = device_memory(stack.device)
-    fit, planned, smaller = _choose_fit(work, max_memory, device_total)
+    limits = [limit for limit in (max_memory, device_total) if limit is not None]
+    fit, planned, smaller = _choose_fit(work, limits, device_total)
     linears = quantized_linears(layouts)
     tensors = _planned_tensors(checkpoint, stack, linears, group_size, dtype)
     states = effort.paths * work.calibration_tokens + 2 * work.heldout_tokens  # that travel through the layers
@@ -185,6 +188,12 @@ def make_plan(
         # each has the calibration rows once more, and the layers lie in files of their own first
         disk += processes * state_bytes(checkpoint.shape, work.calibration_tokens)
         disk += sum(tensor.nbytes for tensor in tensors)
+    shares_rows = processes > 1 and work.layers_depend
+    held = state_bytes(checkpoint.shape, -(-states // processes) if shares_rows else states)
+    # it changes no sum, so it may depend on what other programs use
+    free = free_memory(stack.device)
+    holds = device_total is not None and all(planned + held <= limit for limit in (*limits, free) if limit is not None)
+    on_host = 0 if device_total is None else host_peak_bytes(work) + (held // STATE_FILES if holds else 0)
     return Plan(
         layouts=layouts,
         quantized_linears=len(linears),
@@ -195,15 +204,16 @@ def make_plan(
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
         fit=fit,
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
-        memory_bytes=planned if device_total is None else host_peak_bytes(work),
-        device_bytes=None if device_total is None else planned,
+        memory_bytes=planned if device_total is None else on_host,
+        device_bytes=None if device_total is None else planned + (held if holds else 0),
         smaller=smaller,
         state_bytes=disk,
         seconds=None if work.on_gpu else seconds(work, fit, processes),
         effort=effort,
         keeps_grid=keeps_grid,
         processes=processes,
-        shares_rows=processes > 1 and work.layers_depend,
+        shares_rows=shares_rows,
+        holds_states=holds,
         feedback_tokens=work.information_rows,
     )
 
@@ -229,14 +239,13 @@ def fitting_group_sizes(layouts: tuple[LayerLayout, ...]) -> list[int]:
     return [size for size in GROUP_SIZES if all(width % size == 0 for width in inputs)]
 
 
-def _choose_fit(work: Workload, max_memory: int | None, device_total: int | None) -> tuple[Fit, int, int | None]:
-    """The first fit that is within `max_memory`, its memory, and that of the next much smaller one.
+def _choose_fit(work: Workload, limits: Sequence[int], device_total: int | None) -> tuple[Fit, int, int | None]:
+    """The first fit that is within all limits, its memory, and that of the next much smaller one.
 
     device_total: the memory of a GPU that has its own, which is planned then.
     """
     peak = peak_bytes if device_total is None else device_peak_bytes
     choices = [(fit, peak(work, fit)) for fit in (FITS if work.on_gpu else CPU_FITS)]
-    limits = [limit for limit in (max_memory, device_total) if limit is not None]
     fitting = [choice for choice in choices if all(choice[1] <= limit for limit in limits)]
     if not fitting:
         least = min(memory for _, memory in choices)

@@ -30,8 +30,7 @@ def quantize_own_rows(prepared: Prepared, state: Path, done: int, shares: RowSha
     state: see `WorkFolder`; this process's hidden states have a folder of their own there, which a resumed run reads.
     """
     plan, information = prepared.plan, InformationFiles(state)
-    with _own_folder(state, shares.rank) as folder:
-        hidden = row_states(prepared, folder, done, shares)
+    with _own_folder(state, shares.rank) as folder, row_states(prepared, folder, done, shares) as hidden:
         for index in range(done, plan.layers):
             with layer_memory_errors(plan, index):
                 process_layer(prepared.checkpoint, prepared.stack, plan, hidden, information, index, shares)
@@ -77,7 +76,8 @@ def row_states(prepared: Prepared, folder: Path, done: int, shares: RowShares = 
     stack, rows, plan = prepared.stack, prepared.rows, prepared.plan
     heldout = rows.heldout if shares.rank == 0 else None
     own = rows.ids[shares.own(len(rows.ids))]
-    hidden = HiddenStates(folder, prepared.checkpoint.shape, own, heldout, both_paths=plan.effort.paths == 2)
+    both, device = plan.effort.paths == 2, stack.device if plan.holds_states else None
+    hidden = HiddenStates(folder, prepared.checkpoint.shape, own, heldout, both, device)
     if done:
         hidden.require_begun(done, plan.layers)
     else:

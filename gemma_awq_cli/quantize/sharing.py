@@ -53,19 +53,20 @@ def quantize_share(
         return
     # not named by the process's number: one that was given up for lost may still be writing to its folder
     folder = Path(tempfile.mkdtemp(prefix=_OWN, dir=state))
-    hidden, information = calibration_states(prepared, folder), InformationFiles(state)
-    for index in range(max(own) + 1):
-        started = time.perf_counter()
-        with layer_memory_errors(plan, index):
-            if index in own:
-                layer = process_layer(prepared.checkpoint, stack, plan, hidden, information, index)
-                record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
-                files.add(index, layer.tensors, record)
-                del layer
-            if index not in own or plan.keeps_grid:  # which quantizes without the calibration rows
-                pass_calibration(stack, plan, hidden, index)
-        return_freed_memory()
-        after_layer()
+    information = InformationFiles(state)
+    with calibration_states(prepared, folder) as hidden:
+        for index in range(max(own) + 1):
+            started = time.perf_counter()
+            with layer_memory_errors(plan, index):
+                if index in own:
+                    layer = process_layer(prepared.checkpoint, stack, plan, hidden, information, index)
+                    record = LayerRecord(tuple(layer.groups), round(time.perf_counter() - started, 2))
+                    files.add(index, layer.tensors, record)
+                    del layer
+                if index not in own or plan.keeps_grid:  # which quantizes without the calibration rows
+                    pass_calibration(stack, plan, hidden, index)
+            return_freed_memory()
+            after_layer()
     shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -73,7 +74,8 @@ def calibration_states(prepared: Prepared, folder: Path) -> HiddenStates:
     """Return the hidden states of the calibration rows in front of the first layer, which no held-out rows go with."""
     rows, plan = prepared.rows, prepared.plan
     ids = rows.heldout[:1] if plan.keeps_grid else rows.ids  # a row on which the layer is proved
-    hidden = HiddenStates(folder, prepared.checkpoint.shape, ids, both_paths=plan.effort.paths == 2)
+    both, device = plan.effort.paths == 2, prepared.stack.device if plan.holds_states else None
+    hidden = HiddenStates(folder, prepared.checkpoint.shape, ids, both_paths=both, device=device)
     hidden.start(prepared.stack.embedder(torch.cat([rows.ids, rows.heldout])))
     return hidden
 

@@ -178,27 +178,28 @@ def _different_layers(
 ) -> Iterator[str]:
     """Yield the names of the tensors of layers `own` that are not as stored."""
     plan, stack, checkpoint = prepared.plan, prepared.stack, prepared.checkpoint
-    hidden, information = calibration_states(prepared, scratch), InformationFiles(scratch)
+    information = InformationFiles(scratch)
     if plan.feedback_tokens:
         measure_information(prepared, information, on_event)
     on_event(VerifyingStarted(own[-1] + 1))
-    for index in range(own[-1] + 1):
-        different: list[str] = []
-        keys = _layer_keys(prepared, index)
-        with layer_memory_errors(plan, index):
-            if index in own:
-                made = process_layer(checkpoint, stack, plan, hidden, information, index).tensors
-                kept = read_tensors(stored.tensors, keys.values())
-                different = [keys[name] for name in keys if not _same(made[name], kept[keys[name]])]
-                del made, kept
-            if index < own[-1] and (index not in own or plan.keeps_grid):
-                pass_calibration(stack, plan, hidden, index)
-            if index < own[-1] and plan.effort.paths == 2:
-                kept = read_tensors(stored.tensors, keys.values())
-                pass_quantized(stack, plan, hidden, index, {name: kept[key] for name, key in keys.items()})
-        return_freed_memory()
-        on_event(LayerPassed(index, not different if index in own else None))
-        yield from different
+    with calibration_states(prepared, scratch) as hidden:
+        for index in range(own[-1] + 1):
+            different: list[str] = []
+            keys = _layer_keys(prepared, index)
+            with layer_memory_errors(plan, index):
+                if index in own:
+                    made = process_layer(checkpoint, stack, plan, hidden, information, index).tensors
+                    kept = read_tensors(stored.tensors, keys.values())
+                    different = [keys[name] for name in keys if not _same(made[name], kept[keys[name]])]
+                    del made, kept
+                if index < own[-1] and (index not in own or plan.keeps_grid):
+                    pass_calibration(stack, plan, hidden, index)
+                if index < own[-1] and plan.effort.paths == 2:
+                    kept = read_tensors(stored.tensors, keys.values())
+                    pass_quantized(stack, plan, hidden, index, {name: kept[key] for name, key in keys.items()})
+            return_freed_memory()
+            on_event(LayerPassed(index, not different if index in own else None))
+            yield from different
 
 
 def _layer_keys(prepared: Prepared, index: int) -> dict[str, str]:

@@ -32,7 +32,7 @@ from gemma_awq_cli.quantize.input_statistics import BOS_WEIGHT, Observer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from tests.conftest import quantize_arguments, tiny_rows
-from tests.layers import as_layer_begins
+from tests.layers import as_layer_begins, interrupt
 from tests.models.forward.test_loading import dequantized
 from tests.tiny import edit_weights, make_checkpoint
 
@@ -266,9 +266,6 @@ def test_a_resumed_run_writes_the_same_bytes(
     artifact: Callable[[str], Path], checkpoint: Path, text_file: Path, tmp_path: Path
 ) -> None:
     arguments = quantize_arguments(checkpoint, tmp_path / "out", text_file)
-
-    def interrupt() -> None:
-        raise KeyboardInterrupt
 
     with as_layer_begins(1, interrupt):
         assert main(arguments) == 130

@@ -37,7 +37,7 @@ from gemma_awq_cli.quantize.sharing import shares_of_layers
 from tests.conftest import quantize_arguments
 from tests.crew import Crew
 from tests.fake_device import fake_device
-from tests.layers import as_layer_begins
+from tests.layers import as_layer_begins, interrupt
 from tests.quantize.test_plan import plan_of
 from tests.tiny import snap_to_grid
 
@@ -252,9 +252,6 @@ def test_whichever_process_is_lost_the_rest_is_kept(
 def test_several_processes_continue_what_one_began(
     crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, artifacts: Callable[[str], Path]
 ) -> None:
-    def interrupt() -> None:
-        raise KeyboardInterrupt
-
     arguments = quantize_arguments(checkpoints("gemma2"), tmp_path / "out", text_file)
     with as_layer_begins(1, interrupt):
         assert main(arguments) == 130

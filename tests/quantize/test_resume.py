@@ -34,7 +34,7 @@ from gemma_awq_cli.quantize import layer_pass
 from gemma_awq_cli.quantize.information_files import INFORMATION, INPUT, InformationFiles
 from gemma_awq_cli.quantize.quality import heldout_samples
 from tests.conftest import quantize_arguments
-from tests.layers import as_layer_begins
+from tests.layers import as_layer_begins, interrupt
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
 Capture = pytest.CaptureFixture[str]
@@ -187,10 +187,6 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
         kills += code == -9
         resumed("killed at a random moment")
     assert kills >= 45
-
-
-def interrupt() -> None:
-    raise KeyboardInterrupt
 
 
 def kept_run(out: Path, checkpoint: Path, text: Path, *more: str, layers: int = 2) -> list[str]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gemma_awq_cli.kernels.plain_ops import attend_seen, seen_slots
 from gemma_awq_cli.models.forward.device_cache import DeviceCache, make_device_cache
+from gemma_awq_cli.models.forward.memory import copies_from_pinned
 from gemma_awq_cli.models.forward.step_graph import Recorder
 from gemma_awq_cli.models.forward.torch_layers import LayerOps, Rotary, TextWeights, TorchLayers, head_facts
 
@@ -86,8 +87,7 @@ class DecodeStep:
         self.cache = make_device_cache(arch.layouts, rows, capacity, weights.dtype, device)
         self.rotary = Rotary(arch, device)
         self.recorder = Recorder(device)
-        pinned = device.type == "cuda" and torch.backends.cuda.is_built()
-        self._host_inputs = torch.zeros(3, rows, dtype=torch.int64, pin_memory=pinned)
+        self._host_inputs = torch.zeros(3, rows, dtype=torch.int64, pin_memory=copies_from_pinned(device))
         self._inputs = torch.zeros(3, rows, dtype=torch.int64, device=device)
         self._per_layer: Tensor | None = None
         if weights.per_layer is not None:

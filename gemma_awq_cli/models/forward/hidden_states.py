@@ -8,22 +8,20 @@ Rows take one of two paths: the reference path through the 16-bit layers, or the
 are written.
 """
 
-import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Self
 
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.models.checkpoints.journal import ANEW
 from gemma_awq_cli.models.checkpoints.weight_files import raw_bytes
+from gemma_awq_cli.models.forward.held_rows import FLOAT32, Behind, HeldRows, RowFile
 from gemma_awq_cli.models.forward.layerwise import KeysAndValues
 from gemma_awq_cli.models.gemma.architecture import TextShape
-from gemma_awq_cli.system.reading import require_regular
 
-FLOAT32 = 4  # bytes
+STATE_FILES = 2  # that take turns
 
 # From hidden states, token ids and shared keys and values to the layer's output: see `TextStack.run_layer`.
 Run = Callable[[Tensor, Tensor, KeysAndValues], Tensor]
@@ -33,45 +31,7 @@ def state_bytes(shape: TextShape, tokens: int) -> int:
     """Return how many bytes the files of `HiddenStates` take for a number of tokens in all sets together."""
     streams = 1 if shape.altup is None else shape.altup.streams
     keys_and_values = sum(2 * shape.layouts[index].kv_size for index in shape.kv_sources)
-    return tokens * FLOAT32 * (2 * streams * shape.hidden + keys_and_values)
-
-
-@dataclass(frozen=True)
-class _RowFile:
-    """Rows of one shape in float32, one after another in a file."""
-
-    path: Path
-    row: tuple[int, ...]
-
-    @property
-    def row_bytes(self) -> int:
-        return torch.Size(self.row).numel() * FLOAT32
-
-    def read(self, rows: slice) -> Tensor:
-        """Return rows [R, ...]; an error if the file does not hold them all."""
-        result = torch.empty((rows.stop - rows.start, *self.row), dtype=torch.float32)
-        with self.path.open("rb") as file:
-            file.seek(rows.start * self.row_bytes)
-            if file.readinto(raw_bytes(result)) != result.nbytes:
-                raise GemmaAwqError(f"{file.name} is too short: something changed it during the run.", ANEW)
-        return result
-
-    def write(self, first: int, rows: Tensor) -> None:
-        """Write rows [R, ...] from row `first` on. The file must exist."""
-        with self.path.open("r+b") as file:
-            file.seek(first * self.row_bytes)
-            file.write(raw_bytes(rows.to(torch.float32)))
-
-    def require(self, rows: int) -> None:
-        """Raise unless an interrupted run left at least this number of rows."""
-        require_regular(self.path, ANEW)
-        if self.path.stat().st_size < rows * self.row_bytes:
-            raise GemmaAwqError(f"{self.path} is too short: something changed it since.", ANEW)
-
-    def sync(self) -> None:
-        """Force the file to the disk."""
-        with self.path.open("r+b") as file:
-            os.fsync(file.fileno())
+    return tokens * FLOAT32 * (STATE_FILES * streams * shape.hidden + keys_and_values)
 
 
 class HiddenStates:
@@ -81,7 +41,8 @@ class HiddenStates:
     the held-out rows on the quantized path; calibration_quantized: the calibration rows on it, empty unless
     `both_paths`.
 
-    calibration_ids, heldout_ids: [R, S], their tokens.
+    calibration_ids, heldout_ids: [R, S], their tokens. device: which also holds what is written, if it has the memory;
+    closing ends that.
     """
 
     def __init__(
@@ -91,6 +52,7 @@ class HiddenStates:
         calibration_ids: Tensor,
         heldout_ids: Tensor | None = None,
         both_paths: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self.seq_len = seq_len = calibration_ids.shape[1]
         sets = [calibration_ids, *([heldout_ids] * 2 if heldout_ids is not None else [])]
@@ -102,13 +64,34 @@ class HiddenStates:
         self.heldout_quantized = slice(self.heldout.stop, self.heldout.stop + heldout)
         self.calibration_quantized = slice(self.heldout_quantized.stop, len(self._ids))
         streams = () if shape.altup is None else (shape.altup.streams,)
-        self._files = tuple(_RowFile(folder / f"hidden-{i}.f32", (*streams, seq_len, shape.hidden)) for i in (0, 1))
+        self._behind = None if device is None else Behind()
+
+        def rows(name: str, row: tuple[int, ...]) -> RowFile | HeldRows:
+            file = RowFile(folder / f"{name}.f32", row)
+            if device is None or self._behind is None:
+                return file
+            return HeldRows(file, len(self._ids), device, self._behind)
+
+        self._files = tuple(rows(f"hidden-{i}", (*streams, seq_len, shape.hidden)) for i in range(STATE_FILES))
         self._sources = [layout.kv_source for layout in shape.layouts]
         self._shared = {
-            index: _RowFile(folder / f"shared-{index}.f32", (2, layout.kv_heads, seq_len, layout.head_dim))
+            index: rows(f"shared-{index}", (2, layout.kv_heads, seq_len, layout.head_dim))
             for index, layout in enumerate(shape.layouts)
             if index in shape.kv_sources
         }
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if self._behind is not None:
+            try:
+                if error is None:
+                    self._behind.wait()
+            finally:
+                self._behind.close()
 
     def start(self, embed: Callable[[Tensor], Tensor]) -> None:
         """Write the input of layer 0 for all rows. embed: returns the hidden states of token ids."""

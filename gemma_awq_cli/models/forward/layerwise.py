@@ -9,6 +9,7 @@ Rows are [R, S, hidden]; with alternating updates (AltUp) they are [R, streams, 
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Self
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.memory import copies_from_pinned, device_memory
 from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerInputs
 from gemma_awq_cli.models.gemma.architecture import final_softcap
 from gemma_awq_cli.models.gemma.config_values import HINT
@@ -206,6 +208,7 @@ class TextStack:
         require_known_matrices(self.shapes, checkpoint.shape.layouts)
         self._layers = list(self.model.model.layers)
         self._calls: dict[tuple[int, bool], list[LayerCall]] = {}  # by the rows' length and the mode
+        self._ahead: tuple[int, Future[dict[str, Tensor]]] | None = None  # the layer that is being read
 
     @property
     def softcap(self) -> float | None:
@@ -217,6 +220,30 @@ class TextStack:
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """One layer's tensors as they are stored, by their names relative to the layer."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == index:
+            return ahead[1].result()
+        return self._read(index)
+
+    def read_ahead(self, index: int) -> None:
+        """Let another thread read a layer that `read_layer` will be asked for next, if a GPU computes meanwhile.
+
+        The layer's tensors are then in memory already, and for CUDA's GPUs in memory that they copy fast from.
+        """
+        if device_memory(self.device) is not None:
+            self._ahead = index, self._reader.submit(self._read_for_device, index)
+
+    @cached_property
+    def _reader(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(1, "read-ahead")
+
+    def _read_for_device(self, index: int) -> dict[str, Tensor]:
+        tensors = self._read(index)
+        if copies_from_pinned(self.device):
+            tensors = {name: tensor.pin_memory() for name, tensor in tensors.items()}
+        return tensors
+
+    def _read(self, index: int) -> dict[str, Tensor]:
         prefix = f"model.layers.{index}."
         read = self.checkpoint.read(prefix + name for name in self.layer_names(index))
         return {name.removeprefix(prefix): tensor for name, tensor in read.items()}
@@ -225,6 +252,7 @@ class TextStack:
         """The same model with the weights of another checkpoint of it."""
         other = copy.copy(self)
         other.checkpoint = checkpoint
+        other._ahead = None
         vars(other).pop("_per_layer_inputs", None)
         return other
 

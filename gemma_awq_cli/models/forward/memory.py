@@ -40,6 +40,15 @@ def device_memory(device: "torch.device") -> int | None:
     return int(torch.cuda.mem_get_info(device)[1])
 
 
+def copies_from_pinned(device: "torch.device") -> bool:
+    """Whether copies to a device are faster from memory that the system cannot move."""
+    if device.type != "cuda":
+        return False
+    import torch
+
+    return torch.backends.cuda.is_built()
+
+
 def peak_device_memory(device: "torch.device") -> int | None:
     """The most bytes that torch has allocated on a CUDA device; None where torch does not tell."""
     if device.type != "cuda":
