@@ -62,16 +62,13 @@ def cut_tokenizer(path: Path, count: int) -> tuple[dict[str, Any], list[int]]:
     """
     whole: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     vocabulary: dict[str, int] = whole["model"]["vocab"]
-    by_id = sorted(vocabulary, key=vocabulary.__getitem__)
-    kept: list[str] = []
-    characters: set[str] = set()
-    for token in by_id:
-        single = {one for one in token if one in vocabulary}
-        if len(set(kept) | characters | single) >= count:
+    chosen: set[str] = set()
+    for token in sorted(vocabulary, key=vocabulary.__getitem__):
+        more = {token, *(one for one in token if one in vocabulary)} - chosen
+        if len(chosen) + len(more) > count:
             break
-        kept.append(token)
-        characters |= single
-    kept += sorted(characters - set(kept), key=vocabulary.__getitem__)
+        chosen |= more
+    kept = sorted(chosen, key=vocabulary.__getitem__)
     new = {token: index for index, token in enumerate(kept)}
     whole["model"]["vocab"] = new
     merges = [pair if isinstance(pair, list) else pair.split(" ") for pair in whole["model"]["merges"]]

@@ -3,12 +3,14 @@
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
+SLICE = SCRIPT.with_name("gpu_slice.py")
 
 
 def check(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> int:
@@ -23,9 +25,9 @@ def stages(document: Path) -> dict[str, Any]:
     return found
 
 
-def dry_run(device: str, numbers: str, document: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def dry_run(device: str, numbers: str, document: Path, monkeypatch: pytest.MonkeyPatch, *more: str) -> dict[str, Any]:
     """The records of some stages, all of which have passed."""
-    code = check(monkeypatch, document, "--dry-run", "--device", device, "--only", numbers, "--cap", "100")
+    code = check(monkeypatch, document, "--dry-run", "--device", device, "--only", numbers, "--cap", "100", *more)
     found = stages(document)
     assert {name: record["outcome"] for name, record in found.items()} == dict.fromkeys(numbers.split(","), "passed")
     assert code == 0
@@ -37,6 +39,21 @@ def dry_run(device: str, numbers: str, document: Path, monkeypatch: pytest.Monke
 def test_the_first_stages_run_dry_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = dry_run("cpu", "0,1,4,8,10", tmp_path / "check.json", monkeypatch)
     assert found["4"]["result"]["same_bytes_after_resuming"] is True
+
+
+@pytest.mark.slow
+def test_a_slice_of_a_model_is_compared_with_what_was_made_of_it(
+    tmp_path: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Here of a tiny model, whose tokens are bytes."""
+    cut = ["--layers", "0,1", "--tokens", "200"]
+    monkeypatch.setattr(sys, "argv", [str(SLICE), str(checkpoints("gemma3_text")), str(tmp_path / "slice"), *cut])
+    runpy.run_path(str(SLICE), run_name="__main__")
+    config = json.loads((tmp_path / "slice" / "model" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["vocab_size"]) == (2, 200)
+    found = dry_run("cpu", "3,5,11,12", tmp_path / "check.json", monkeypatch, "--slice", str(tmp_path / "slice"))
+    assert set(found["3"]["result"]["equal_integers_of_slice"].values()) == {1.0}
+    assert 0 < found["5"]["result"]["difference_of_slices_logits"] < 1e-4
 
 
 @pytest.mark.slow

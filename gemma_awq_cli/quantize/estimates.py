@@ -310,13 +310,13 @@ def seconds(work: Workload, fit: Fit, processes: int = 1) -> float:
 
     processes: how many share out the layers, each on as many cores of its own. Each runs the calibration rows through
     all layers, and one of them measures. Where layers depend on one another they share out the rows of each instead;
-    one of them measures what feedback is made from.
+    one of them measures what feedback is made from, and each searches and factors for itself. What they tell one
+    another is not counted.
     """
-    whole = _seconds(work, fit)
-    alone = START_SECONDS + (
-        _measuring_seconds(work) if work.layers_depend else _forward_flops(work) / FLOPS_PER_SECOND
-    )
-    return whole if processes == 1 else alone + max(0.0, whole - alone) / processes
+    if processes == 1 or work.layers_depend:
+        return _seconds(work, fit, processes)
+    alone = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
+    return alone + max(0.0, _seconds(work, fit, 1) - alone) / processes
 
 
 def _forward_flops(work: Workload) -> float:
@@ -330,14 +330,14 @@ def _forward_flops(work: Workload) -> float:
     return flops
 
 
-def _seconds(work: Workload, fit: Fit) -> float:
-    """`seconds` of one process."""
+def _seconds(work: Workload, fit: Fit, sharing: int) -> float:
+    """`seconds` of one process. sharing: how many work on each layer."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
     elements = 0.0
     for layout in work.layouts:
         flops += _feedback_flops(work, layout)
-        flops += sum(_group_flops(work, fit, group) for group in _joined_groups(layout))
-        flops += 2.0 * _tokens(work) * _kept(layout)
+        flops += sum(_group_flops(work, fit, group, sharing=sharing) for group in _joined_groups(layout))
+        flops += 2.0 * _tokens(work, sharing) * _kept(layout)
         elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
         if (experts := layout.experts) is not None:
             flops += _expert_flops(work, fit, experts)
@@ -387,27 +387,31 @@ def _expert_flops(work: Workload, fit: Fit, experts: Experts) -> float:
     return flops
 
 
-def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0) -> float:
-    """Floating-point operations in matrix products for one group of linears. share: of the tokens that reach it."""
+def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0, sharing: int = 1) -> float:
+    """Floating-point operations in matrix products for one group of linears.
+
+    share: of the tokens that reach it; sharing: see `_seconds`: each has as many fewer tokens, and outputs to round.
+    """
     effort, (k, n) = work.effort, (group.inputs, group.outputs)
     block = block_width(k, work.group_size, fit.gram_limit)
     # the layer's forward, the Gram matrix
-    flops = 2.0 * share * _tokens(work) * k * n
+    flops = 2.0 * share * _tokens(work, sharing) * k * n
     if work.keeps_grid:
         return flops
-    flops += 2.0 * share * work.calibration_tokens * k * block / (GRAM_SPEED if work.product_bytes == 2 else 1.0)
-    flops += k * block**2 + ROUND_FLOPS * n * k * block  # two Cholesky factors, the rounding
+    tokens, outputs = share * work.calibration_tokens / sharing, n / sharing
+    flops += 2.0 * tokens * k * block / (GRAM_SPEED if work.product_bytes == 2 else 1.0)
+    flops += k * block**2 + ROUND_FLOPS * outputs * k * block  # two Cholesky factors, the rounding
     if effort.correction:
-        flops += share * CORRECT_TOKEN_FLOPS * work.calibration_tokens * k * block / _speed(work)
-        flops += k * block**2 + ROUND_FLOPS * n * k * block  # factor and solve
-    return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * n * k * block
+        flops += CORRECT_TOKEN_FLOPS * tokens * k * block / _speed(work)
+        flops += k * block**2 + ROUND_FLOPS * outputs * k * block  # factor and solve
+    return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * outputs * k * block
 
 
-def _tokens(work: Workload) -> float:
+def _tokens(work: Workload, sharing: int = 1) -> float:
     """How many tokens pass through a layer, as often as they do, in float32 or as long as it would take."""
     forwards = FORWARDS_WITH_CORRECTION if work.effort.correction else 1
-    # held-out rows take both paths
-    return forwards * work.calibration_tokens / _speed(work) + 2 * work.heldout_tokens
+    # held-out rows take both paths, in one process
+    return forwards * work.calibration_tokens / sharing / _speed(work) + 2 * work.heldout_tokens
 
 
 def _speed(work: Workload) -> float:

@@ -156,7 +156,7 @@ def prepare(
     plan = make_plan(
         checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes
     )
-    _require_shareable(plan, request.quality)
+    _require_shareable(plan, request.quality, len(rows.ids))
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     if (problem := device_room_problem(plan, device)) is not None:
         if not dry_run:
@@ -184,8 +184,13 @@ def require_quantizable(checkpoint: Checkpoint) -> None:
     require_companions(checkpoint)
 
 
-def _require_shareable(plan: Plan, quality: str) -> None:
+def _require_shareable(plan: Plan, quality: str, samples: int) -> None:
     """Raise UsageError if several processes cannot share out the work."""
+    if plan.shares_rows and samples < plan.processes:
+        raise UsageError(
+            f"{plan.processes} processes share out the calibration samples, and there are only {samples}.",
+            "Give more (--num-samples), or start fewer processes.",
+        )
     if plan.shares_rows and any(layout.experts is not None for layout in plan.layouts):
         raise UsageError(
             f"--quality {quality} shares out the rows of each layer, which experts need whole.",

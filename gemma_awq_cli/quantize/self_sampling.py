@@ -22,6 +22,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.adapter import Adapter
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
+from gemma_awq_cli.models.forward.device_session import DeviceSession
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.gemma.layers import layers_of
 from gemma_awq_cli.quantize.estimates import FLOAT32, LIBRARY_BYTES
@@ -97,8 +98,12 @@ def sample_rows(
     generator = torch.Generator(device=device).manual_seed(seed)
     ids = torch.full((rows, seq_len), opened.prompter.bos, dtype=torch.int64)
     for position in range(seq_len - 1):
-        logits = torch.from_numpy(session.next_logits(ids[:, position : position + 1].tolist()))
-        ids[:, position + 1] = draw(logits.to(device), generator).cpu()
+        read = ids[:, position].tolist()
+        if isinstance(session, DeviceSession):
+            logits = session.step_logits(read)
+        else:
+            logits = torch.from_numpy(session.next_logits([[token] for token in read])).to(device)
+        ids[:, position + 1] = draw(logits, generator).cpu()
         on_token(position + 1)
     return ids
 

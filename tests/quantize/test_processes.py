@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from gemma_awq_cli.awq.search import FAST
+from gemma_awq_cli.awq.search import BEST as BEST_EFFORT
+from gemma_awq_cli.awq.search import FAST, Effort
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.journal import JOURNAL, GroupRecord, LayerRecord, differences
@@ -138,22 +139,42 @@ def test_a_plan_for_several_processes(
     one, eight = (json.loads(plan(0, count)) for count in (1, 8))
     assert eight["working_disk_bytes"] == one["working_disk_bytes"]
     assert eight["estimated_seconds"] <= one["estimated_seconds"]
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1000")
+    assert main(ask) == 2
+    assert "1000 processes share out the calibration samples, and there are only" in capsys.readouterr().err
+
+
+def twenty_four_layers(checkpoints: Callable[[str], Path], effort: Effort) -> Workload:
+    """A model of seven linears of 2048 x 2048 in each layer, and 128 samples of 512 tokens."""
+    small = plan_of(checkpoints("gemma")).layouts[0]
+    linears = {name: replace(one, outputs=2048, inputs=2048) for name, one in small.linears.items()}
+    layouts = (replace(small, hidden=2048, linears=linears),) * 24
+    return Workload(layouts, 256_000, 2048, 65_536, 4_096, 512, 128, 4, effort)
 
 
 def test_the_planned_time_is_that_of_the_slowest_process(checkpoints: Callable[[str], Path]) -> None:
     """Against a simulation: layers of equal work, in turn to the processes, behind the forward that all of them do."""
-    small = plan_of(checkpoints("gemma")).layouts[0]
-    linears = {name: replace(one, outputs=2048, inputs=2048) for name, one in small.linears.items()}
-    work = Workload(
-        (replace(small, hidden=2048, linears=linears),) * 24, 256_000, 2048, 65_536, 4_096, 512, 128, 4, FAST
-    )
-    fit = Fit(8192, 8192)
+    work, fit = twenty_four_layers(checkpoints, FAST), Fit(8192, 8192)
     forward = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
     own = (seconds(work, fit) - forward) / 24
     assert own > 0
     for count in (2, 4, 8):
         slowest = max(len(shares_of_layers(range(24), rank, count)) for rank in range(count))
         assert seconds(work, fit, count) == pytest.approx(forward + slowest * own, rel=0.02)
+
+
+def test_shared_rows_leave_to_each_process_what_it_does_for_itself(checkpoints: Callable[[str], Path]) -> None:
+    """Against a simulation: the held-out rows, three factors of four Gram matrices a layer, and what is measured."""
+    work, fit = twenty_four_layers(checkpoints, BEST_EFFORT), Fit(8192, 8192)
+    endless = seconds(work, fit, 10**9)
+    shared = seconds(work, fit) - endless
+    for count in (2, 4, 8):
+        assert seconds(work, fit, count) == pytest.approx(endless + shared / count)
+    heldout = 2 * 4096 * 2.0 * (24 * 7 * 2048**2 + 256_000 * 2048)
+    factors = 24 * 4 * 2 * 2048.0**3
+    assert endless > START_SECONDS + (heldout + factors) / FLOPS_PER_SECOND
+    assert shared > 24 * 7 * 2 * 2.0 * 65_536 * 2048**2 / FLOPS_PER_SECOND  # the rows' two passes in float32
 
 
 def identity(folder: Path) -> dict[str, str]:

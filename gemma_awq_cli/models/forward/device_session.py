@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from gemma_awq_cli.kernels import step_ops
 from gemma_awq_cli.models.forward.cached_attention import CacheTensors
@@ -116,6 +117,13 @@ class DeviceSession(DecoderSession):
         read = self._step.run(tokens)
         found: list[int] = self._step.likeliest[:read].tolist()
         return [token for token, new in zip(found, tokens, strict=False) if new]
+
+    @torch.inference_mode()
+    def step_logits(self, tokens: Sequence[int]) -> Tensor:
+        """Let every row read one token; the logits [R, V] float32 on the device, until the next step."""
+        self._cache.require_room([[token] for token in tokens], self._vocabulary)
+        self._step.run([[token] for token in tokens])
+        return self._step.logits
 
     def _is_step(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> bool:
         """Whether rows read one token each, and logits are wanted."""

@@ -217,6 +217,19 @@ def test_the_likeliest_token_comes_without_its_logits(checkpoints: Callable[[str
         assert one.likeliest([[], [9], []]) == [-1]
 
 
+def test_the_logits_of_all_rows_stay_on_the_device(checkpoints: Callable[[str], Path]) -> None:
+    with fake_device(capability=(9, 0)) as device:
+        text = text_of(checkpoints("gemma2"), GPU)
+        one, other = DeviceSession(text, 3, 32), DeviceSession(text, 3, 32)
+        for tokens in ([2, 2, 2], [5, 6, 7], [8, 9, 10]):
+            device.reset()
+            found = one.step_logits(tokens)
+            assert not device.syncs
+            assert np.array_equal(found.cpu().numpy(), other.next_logits([[token] for token in tokens]))
+        with pytest.raises(ValueError, match="vocabulary"):
+            one.step_logits([5, 6, 10**6])
+
+
 def test_a_step_that_cannot_be_recorded_runs_as_it_is(
     checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
