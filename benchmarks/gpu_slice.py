@@ -1,8 +1,8 @@
-"""Cut a small model out of a real Gemma 3 for `gpu_check.py --slice`: two layers, and its 8192 most frequent tokens.
+"""Cut a small model out of a real Gemma 3 for `gpu_check.py --slice`: two layers, and its 4096 most frequent tokens.
 
-python benchmarks/gpu_slice.py MODEL_DIR OUTPUT_DIR [--layers 0,5] [--tokens 8192]
+python benchmarks/gpu_slice.py MODEL_DIR OUTPUT_DIR [--layers 0,5] [--tokens 4096]
 
-Of the Gemma 3 270M that the demo unpacks it takes 50 MB, which fits where a machine with a GPU may be sent little.
+Of the Gemma 3 270M that the demo unpacks it takes 40 MB, which fits where a machine with a GPU may be sent little.
 OUTPUT_DIR gets `model`, a 16-bit checkpoint; `artifact`, what `gemma-awq quantize` makes of it on this machine's CPU;
 `text.txt`, what it was calibrated on; and `reference.safetensors`, transformers' logits of a few rows in float64.
 """
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--layers", default="0,5", help="the second one with full attention")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--tokens", type=int, default=4096)
     asked = parser.parse_args()
     model, text = asked.output / "model", asked.output / "text.txt"
     model.mkdir(parents=True)

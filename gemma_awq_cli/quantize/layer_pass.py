@@ -14,7 +14,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.compiled_attention import compiled_attention
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.memory import is_refusal, return_freed_memory
+from gemma_awq_cli.models.forward.memory import copies_from_pinned, is_refusal, return_freed_memory
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
@@ -151,8 +151,9 @@ def _read(stack: TextStack, plan: Plan, index: int) -> dict[str, Tensor]:
     stored = stack.read_layer(index)
     if index + 1 < plan.layers:
         stack.read_ahead(index + 1)
+    waits_not = copies_from_pinned(stack.device)
     # converted there: no processor core does it, which would take longer than to upload 32 bits
-    return {name: tensor.to(stack.device, non_blocking=True).to(plan.dtype) for name, tensor in stored.items()}
+    return {name: one.to(stack.device, non_blocking=waits_not).to(plan.dtype) for name, one in stored.items()}
 
 
 def _expert_inputs(
