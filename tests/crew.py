@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.conftest import make_cache
+
 # Reads commands as JSON lines, answers with the exit code (or minus the signal) and the output of each process.
 SERVER = """
 import json, os, signal, sys
@@ -62,12 +64,13 @@ class Ended:
 class Crew:
     """Starts processes in `folder`, below whose `work` their file operations are counted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, native_folder: Path) -> None:
         self._folder = folder
+        cache = make_cache(folder / "cache", native_folder)
         (folder / "outputs").mkdir(exist_ok=True)
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(folder / "cache")},
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(cache)},
         )  # fmt: skip
 
     def run(self, arguments: list[str], count: int, killed: int = -1, at_operation: int = 0) -> Ended:
