@@ -28,6 +28,7 @@ torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums repeat only for as many
 SLOW = 8.0  # seconds from which on a test should be marked so
 TIMES = {"demo": 60.0, "slow": 8.0}  # roughly, of a test with such a marker
+pytest_plugins = ["tests.warm_python"]
 FUZZ = Path(__file__).parent / "fuzz"
 FAMILIES = sorted(CONFIGS)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_python")]  # each stage is a process
 SCRIPT = Path(__file__).parent.parent / "benchmarks" / "gpu_check.py"
 
 
@@ -33,13 +34,11 @@ def dry_run(device: str, numbers: str, document: Path, monkeypatch: pytest.Monke
     return found
 
 
-@pytest.mark.slow
 def test_the_first_stages_run_dry_on_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = dry_run("cpu", "0,1,4,8,10", tmp_path / "check.json", monkeypatch)
     assert found["4"]["result"]["same_bytes_after_resuming"] is True
 
 
-@pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_ended_and_the_others_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

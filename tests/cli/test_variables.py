@@ -199,6 +199,7 @@ def _in_a_process(arguments: list[str], home: Path, **variables: str) -> subproc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -226,6 +227,7 @@ def test_offline_asks_no_hub(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_offline_takes_a_model_from_the_cache(checkpoints: Callable[[str], Path], home: Path) -> None:
     ask = ["run", "Hello", "-m", "org/model", "--max-new-tokens", "2", "--device", "cpu", "--temperature", "0"]
     with hub_server({"org/model": Repo({"main": checkpoints("gemma3")})}) as hub:
