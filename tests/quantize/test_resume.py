@@ -403,6 +403,7 @@ def test_two_processes_do_not_write_one_artifact(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     code = (
         "import os, signal, sys\n"
