@@ -26,7 +26,7 @@ def stages(document: Path) -> dict[str, Any]:
 
 def dry_run(device: str, numbers: str, document: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The records of some stages, all of which have passed."""
-    code = check(monkeypatch, document, "--dry-run", "--device", device, "--only", numbers, "--cap", "100")
+    code = check(monkeypatch, document, "--dry-run", "--device", device, "--only", numbers, "--cap", "250")
     found = stages(document)
     assert {name: record["outcome"] for name, record in found.items()} == dict.fromkeys(numbers.split(","), "passed")
     assert code == 0
