@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# the tests start hundreds of processes, each of which would compile the package's Python again
+unexport PYTHONDONTWRITEBYTECODE
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test test-fast lint check docs fuzz sanitize wheels clean

@@ -28,6 +28,7 @@ torch.set_num_threads(THREADS)
 os.environ["OMP_NUM_THREADS"] = str(THREADS)  # of child processes: the sums repeat only for as many
 SLOW = 8.0  # seconds from which on a test should be marked so
 TIMES = {"demo": 60.0, "slow": 8.0}  # roughly, of a test with such a marker
+pytest_plugins = ["tests.warm_python"]
 FUZZ = Path(__file__).parent / "fuzz"
 FAMILIES = sorted(CONFIGS)
 
@@ -69,9 +70,19 @@ def with_feedback(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session")
-def native_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the compiled kernels lie: once a session, because compiling takes seconds."""
-    return tmp_path_factory.mktemp("native")
+def native_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the compiled kernels lie, for all workers of a session: compiling takes twenty seconds."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if hasattr(pytestconfig, "workerinput") else own) / "native"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+def make_cache(folder: Path, native_folder: Path) -> Path:
+    """A cache folder in which nothing lies but the compiled kernels."""
+    folder.mkdir(exist_ok=True)
+    (folder / "native").symlink_to(native_folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -82,8 +93,7 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(caches: Path, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user's own cache holds, and none reaches the network."""
-    cache = Path(tempfile.mkdtemp(dir=caches))
-    (cache / "native").symlink_to(native_folder)
+    cache = make_cache(Path(tempfile.mkdtemp(dir=caches)), native_folder)
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(cache))
     monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -110,16 +120,17 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pat
 
 @pytest.fixture(scope="session")
 def artifacts(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path, native_folder: Path
 ) -> Callable[[str], Path]:
     """family -> the artifact that the command makes of its tiny checkpoint."""
     root = tmp_path_factory.mktemp("artifacts")
+    cache = make_cache(root / "cache", native_folder)
 
     def get(kind: str) -> Path:
         folder = root / kind
         if not folder.exists():
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("GEMMA_AWQ_CACHE", str(root / "cache"))
+                patch.setenv("GEMMA_AWQ_CACHE", str(cache))
                 assert main(quantize_arguments(checkpoints(kind), folder, text_file)) == 0
         return folder
 

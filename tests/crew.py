@@ -11,9 +11,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.conftest import make_cache
+
 # Reads commands as JSON lines, answers with the exit code (or minus the signal) and the output of each process.
+# What the first process of a command imports, it imports too.
 SERVER = """
-import json, os, signal, sys
+import contextlib, importlib, json, os, signal, sys
 os.environ["TORCH_CPP_LOG_LEVEL"] = "ERROR"
 import torch
 torch.set_num_threads(1)  # no threads exist that a fork would lose
@@ -22,6 +25,7 @@ import transformers.models.gemma2.modeling_gemma2
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.quantize import processes
 processes.BEAT_SECONDS, processes.LOST_SECONDS = 0.1, 3.0  # a process that is killed says nothing
+imported = set(sys.modules)
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir"}
 for line in sys.stdin:
     order = json.loads(line)
@@ -44,9 +48,19 @@ for line in sys.stdin:
                 sys.addaudithook(hook)
             code = main(order["arguments"])
             sys.stdout.flush()
+            if rank == 0:
+                with open(f"{order['outputs']}/imported", "w") as file:
+                    json.dump(list(set(sys.modules) - imported), file)
             os._exit(code)
         children.append(pid)
     codes = [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in children]
+    if codes[0] >= 0:
+        with open(f"{order['outputs']}/imported") as file:
+            names = json.load(file)
+        for name in names:
+            with contextlib.suppress(ImportError):
+                importlib.import_module(name)
+        imported.update(names)
     print("answer", json.dumps(codes), flush=True)
 """
 
@@ -62,12 +76,13 @@ class Ended:
 class Crew:
     """Starts processes in `folder`, below whose `work` their file operations are counted."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, native_folder: Path) -> None:
         self._folder = folder
+        cache = make_cache(folder / "cache", native_folder)
         (folder / "outputs").mkdir(exist_ok=True)
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(folder / "cache")},
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(cache)},
         )  # fmt: skip
 
     def run(self, arguments: list[str], count: int, killed: int = -1, at_operation: int = 0) -> Ended:

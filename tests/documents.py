@@ -146,10 +146,8 @@ def places(value: Any, place: Place = ()) -> Iterator[Place]:
 
 
 def planted(document: Any, place: Place, value: Any) -> Any:
-    """A copy with `value` at a place."""
-    changed = copy.deepcopy(document)
-    below = changed
-    for key in place[:-1]:
-        below = below[key]
-    below[place[-1]] = value
+    """A copy with `value` at a place. It shares with `document` what does not hold that place."""
+    changed = copy.copy(document)
+    key, *below = place
+    changed[key] = planted(document[key], tuple(below), value) if below else value
     return changed

@@ -119,6 +119,7 @@ def test_decode_fidelity_compares_every_way_to_run(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_interoperability_compares_readers_with_the_exact_weights(
     tmp_path: Path, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

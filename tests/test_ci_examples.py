@@ -17,7 +17,7 @@ pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="shell scripts")
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
+def shell(tmp_path: Path, warm_python: None) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs bash in an empty folder of a checkout, with `gemma-awq` and `python` on the path."""
     commands = tmp_path / "bin"
     commands.mkdir()

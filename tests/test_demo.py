@@ -10,6 +10,7 @@ import pytest
 
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints import demo
+from tests.conftest import make_cache
 from tests.models.text.test_tokenizer import require_same
 
 pytestmark = [
@@ -20,8 +21,9 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def workplace(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("demo")
+    make_cache(folder / "cache", native_folder)
     yield folder
     shutil.rmtree(folder)
 

@@ -33,7 +33,7 @@ from gemma_awq_cli.publish.preparation import Prepared, read_bench, require_repo
 from gemma_awq_cli.publish.privacy import require_nothing_private
 from gemma_awq_cli.publish.public_documents import public_bench
 from gemma_awq_cli.reports.artifact_files import BENCH, CARD
-from gemma_awq_cli.reports.markup import Markdown, markdown_environment
+from gemma_awq_cli.reports.markup import Markdown, markdown_template
 
 TEMPLATE = Path(__file__).parent / "templates" / "foreign_card.md"
 OTHERS_FILES = (*BESIDE, "recipe.yaml")  # of llm-compressor
@@ -130,31 +130,27 @@ def _card(
     )
     layouts = checkpoint.shape.layouts
     count = sum(map(len, packed.layers))
-    text: str = (
-        markdown_environment()
-        .from_string(TEMPLATE.read_text(encoding="utf-8"))
-        .render(
-            hub=HUB,
-            repo_id=Markdown(repo),
-            name=repo.split("/")[1],
-            base_model=base,
-            maker=identity.maker or "a tool that left no name in the files",
-            method=identity.format,
-            layout=packed.layout.title,
-            group_size=packed.group_size,
-            linears=count,
-            left=sum(len(layout.packed()) for layout in layouts) - count,
-            head=packed.head is not None,
-            dtype=str(checkpoint.dtype).removeprefix("torch."),
-            size=size_of(sum(info.nbytes for info in checkpoint.tensors.values())),
-            notice=notice,
-            licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
-            fidelity=_fidelity(bench, checkpoint.identity()),
-            speed=speed_table(bench),
-            prompt_quoted=Markdown(json.dumps(PROMPTS[chat])),
-            restrictions=Markdown(licence.terms.restrictions),
-            licence_text=licence_text(licence),
-        )
+    text: str = markdown_template(TEMPLATE).render(
+        hub=HUB,
+        repo_id=Markdown(repo),
+        name=repo.split("/")[1],
+        base_model=base,
+        maker=identity.maker or "a tool that left no name in the files",
+        method=identity.format,
+        layout=packed.layout.title,
+        group_size=packed.group_size,
+        linears=count,
+        left=sum(len(layout.packed()) for layout in layouts) - count,
+        head=packed.head is not None,
+        dtype=str(checkpoint.dtype).removeprefix("torch."),
+        size=size_of(sum(info.nbytes for info in checkpoint.tensors.values())),
+        notice=notice,
+        licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
+        fidelity=_fidelity(bench, checkpoint.identity()),
+        speed=speed_table(bench),
+        prompt_quoted=Markdown(json.dumps(PROMPTS[chat])),
+        restrictions=Markdown(licence.terms.restrictions),
+        licence_text=licence_text(licence),
     )
     return marked(f"---\n{str(data.to_yaml()).strip()}\n---\n\n{text}")
 

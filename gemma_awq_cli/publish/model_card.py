@@ -25,7 +25,7 @@ from gemma_awq_cli.models.gemma.families import FAMILIES
 from gemma_awq_cli.publish.gguf_files import GgufFiles
 from gemma_awq_cli.publish.licensing import Licence
 from gemma_awq_cli.publish.public_documents import adapter_name, source_name
-from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_environment, one_line
+from gemma_awq_cli.reports.markup import Markdown, code, escape, markdown_template, one_line
 
 HUB = Markdown("https://huggingface.co")
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
@@ -212,56 +212,54 @@ def _body(facts: CardFacts) -> str:
     multimodal = bool(family.companions)
     versions = report["versions"]
     named = ("gemma_awq", "torch", "transformers", "safetensors", "python")
-    text: str = (
-        markdown_environment()
-        .from_string((GGUF_TEMPLATE if facts.gguf_alone else TEMPLATE).read_text(encoding="utf-8"))
-        .render(
-            hub=HUB,
-            gguf=_gguf(facts.gguf),
-            repo_id=Markdown(facts.repo),  # inside code: it was checked to be a hub id
-            name=facts.repo.split("/")[1],
-            base_model=facts.base_model,
-            notice=facts.notice,
-            provenance=facts.provenance,
-            source_size=size_of(report["source"]["bytes"]),
-            artifact_size=size_of(artifact["bytes"]),
-            heldout_tokens=fidelity["heldout_tokens"],
-            heldout_text=heldout_text(report),
-            perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
-            perplexity_4bit=f"{fidelity['perplexity_4bit']:.2f}",
-            kl=f"{fidelity['kl']:.4f}",
-            top1=f"{100 * fidelity['top1_agreement']:.1f} %",
-            reading=fidelity_sentence(report),
-            qat=qat_sentences(report),
-            speed=speed_table(facts.bench),
-            prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
-            chat=facts.chat,
-            auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
-            dtype=artifact["dtype"],
-            table_size=size_of(facts.contents.table_bytes) if facts.contents.table_bytes else "",
-            smaller=f"{100 * (1 - artifact['bytes'] / max(1, report['source']['bytes'])):.0f} %",
-            experts=facts.contents.experts,
-            library=next((part.library for part in family.companions if part.library), ""),
-            float16=family.float16,
-            command=Markdown(quantize_command(report)),
-            source=_source(report["source"], source_name(report), "config", report["source"]["config_sha256"]),
-            adapter=_adapter(report),
-            group_size=artifact["group_size"],
-            linears=artifact["quantized_linears"],
-            left=_left(facts.tied, facts.contents, artifact.get("left_in_16_bits", [])),
-            budget=_budget(report),
-            calibration_rows=calibration["rows"],
-            calibration_seq_len=calibration["seq_len"],
-            calibration_text=calibration_text(report),
-            calibration_sha256=calibration["sha256"],
-            heldout_sha256=fidelity["heldout_sha256"],
-            versions=", ".join(f"{name.replace('_', '-')} {versions[name]}" for name in named),
-            made=f"{report['run']['finished'][:10]} on {report['run']['machine']}",
-            gain=_median_gain(report["layers"]),
-            restrictions=Markdown(licence.terms.restrictions),
-            licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
-            licence_text=licence_text(licence),
-        )
+    text: str = markdown_template(
+        GGUF_TEMPLATE if facts.gguf_alone else TEMPLATE
+    ).render(
+        hub=HUB,
+        gguf=_gguf(facts.gguf),
+        repo_id=Markdown(facts.repo),  # inside code: it was checked to be a hub id
+        name=facts.repo.split("/")[1],
+        base_model=facts.base_model,
+        notice=facts.notice,
+        provenance=facts.provenance,
+        source_size=size_of(report["source"]["bytes"]),
+        artifact_size=size_of(artifact["bytes"]),
+        heldout_tokens=fidelity["heldout_tokens"],
+        heldout_text=heldout_text(report),
+        perplexity_16bit=f"{fidelity['perplexity_16bit']:.2f}",
+        perplexity_4bit=f"{fidelity['perplexity_4bit']:.2f}",
+        kl=f"{fidelity['kl']:.4f}",
+        top1=f"{100 * fidelity['top1_agreement']:.1f} %",
+        reading=fidelity_sentence(report),
+        qat=qat_sentences(report),
+        speed=speed_table(facts.bench),
+        prompt_quoted=Markdown(json.dumps(PROMPTS[facts.chat])),
+        chat=facts.chat,
+        auto_class="AutoModelForImageTextToText" if multimodal else "AutoModelForCausalLM",
+        dtype=artifact["dtype"],
+        table_size=size_of(facts.contents.table_bytes) if facts.contents.table_bytes else "",
+        smaller=f"{100 * (1 - artifact['bytes'] / max(1, report['source']['bytes'])):.0f} %",
+        experts=facts.contents.experts,
+        library=next((part.library for part in family.companions if part.library), ""),
+        float16=family.float16,
+        command=Markdown(quantize_command(report)),
+        source=_source(report["source"], source_name(report), "config", report["source"]["config_sha256"]),
+        adapter=_adapter(report),
+        group_size=artifact["group_size"],
+        linears=artifact["quantized_linears"],
+        left=_left(facts.tied, facts.contents, artifact.get("left_in_16_bits", [])),
+        budget=_budget(report),
+        calibration_rows=calibration["rows"],
+        calibration_seq_len=calibration["seq_len"],
+        calibration_text=calibration_text(report),
+        calibration_sha256=calibration["sha256"],
+        heldout_sha256=fidelity["heldout_sha256"],
+        versions=", ".join(f"{name.replace('_', '-')} {versions[name]}" for name in named),
+        made=f"{report['run']['finished'][:10]} on {report['run']['machine']}",
+        gain=_median_gain(report["layers"]),
+        restrictions=Markdown(licence.terms.restrictions),
+        licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
+        licence_text=licence_text(licence),
     )
     return text
 

@@ -1,10 +1,12 @@
 """Strangers' text for a Markdown page: put on one line, and escaped so that it can only be text.
 
-`Markdown` marks what is Markdown on purpose; `markdown_environment` escapes everything else that a template puts in, so
+`Markdown` marks what is Markdown on purpose; `markdown_template` escapes everything else that a template puts in, so
 that no place can forget to.
 """
 
 import re
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 _BIDI = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # characters that change the direction of text
@@ -47,8 +49,9 @@ def code(text: object) -> Markdown:
     return Markdown(f"{fence}{pad}{line}{pad}{fence}")
 
 
-def markdown_environment() -> Any:
-    """Return a jinja2 environment for our own Markdown templates, which escapes everything that is not `Markdown`."""
+@cache
+def markdown_template(path: Path) -> Any:
+    """Return one of our own Markdown templates, compiled by jinja2: it escapes everything that is not `Markdown`."""
     import jinja2
     from markupsafe import Markup
 
@@ -57,4 +60,4 @@ def markdown_environment() -> Any:
         autoescape=True, finalize=lambda value: Markup(escape(value)),
     )  # fmt: skip
     environment.filters["code"] = code
-    return environment
+    return environment.from_string(path.read_text(encoding="utf-8"))

@@ -142,6 +142,7 @@ def run_process(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_prompts_from_a_pipe(artifacts: Callable[[str], Path]) -> None:
     more = ["-m", str(artifacts("gemma")), "--max-new-tokens", "4", "--device", "cpu", "--json"]
     piped = run_process(["run", *more], b"Hello there\n")
@@ -180,6 +181,7 @@ def test_ctrl_c_leaves_nothing_half_written(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.skipif(os.name != "posix", reason="limits are POSIX")
 def test_a_disk_that_fills_up(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     """A real full disk: a file system of 1 MB, filled while the artifact is written."""

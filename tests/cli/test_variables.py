@@ -15,6 +15,7 @@ import typer.main
 from gemma_awq_cli.cli.app import app, main
 from gemma_awq_cli.cli.variables import COMMAND_LINE_ONLY, PREFIX, SHARED
 from tests.cli.test_documentation import PAGES
+from tests.conftest import make_cache
 from tests.hub_server import TOKEN, Repo, hub_server
 
 Capture = pytest.CaptureFixture[str]
@@ -180,6 +181,13 @@ def test_documents_name_variables_that_exist() -> None:
 # --- offline, debug, version
 
 
+@pytest.fixture
+def home(tmp_path: Path, native_folder: Path) -> Path:
+    """Where a process has its caches, with nothing in them but the compiled kernels."""
+    make_cache(tmp_path / "cache", native_folder)
+    return tmp_path
+
+
 def _in_a_process(arguments: list[str], home: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", PREFIX))}
     environment = {
@@ -191,6 +199,7 @@ def _in_a_process(arguments: list[str], home: Path, **variables: str) -> subproc
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -202,31 +211,32 @@ def _in_a_process(arguments: list[str], home: Path, **variables: str) -> subproc
     ids=lambda arguments: " ".join(arguments[:3]),
 )  # fmt: skip
 def test_offline_asks_no_hub(
-    arguments: list[str], checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], tmp_path: Path
+    arguments: list[str], checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], home: Path
 ) -> None:
     places = {"MODEL": str(checkpoints("gemma3")), "ARTIFACT": str(artifacts("gemma3"))}
     typed = [places.get(argument, argument) for argument in arguments]
     with hub_server({"org/model": Repo({"main": checkpoints("gemma3")})}) as hub:
-        done = _in_a_process([*typed, "--offline"], tmp_path, HF_ENDPOINT=hub.url, HF_DATASETS_OFFLINE="0")
+        done = _in_a_process([*typed, "--offline"], home, HF_ENDPOINT=hub.url, HF_DATASETS_OFFLINE="0")
         assert hub.requests == []
         assert done.returncode == 1
         if "org/texts" not in typed:  # whose error is the library's own
             assert "HF_HUB_OFFLINE is set or --offline given" in done.stderr
-        by_variable = _in_a_process(typed, tmp_path, HF_ENDPOINT=hub.url, GEMMA_AWQ_OFFLINE="1")
+        by_variable = _in_a_process(typed, home, HF_ENDPOINT=hub.url, GEMMA_AWQ_OFFLINE="1")
         assert hub.requests == []
         assert by_variable.stderr.startswith(done.stderr.rstrip())
 
 
 @pytest.mark.slow
-def test_offline_takes_a_model_from_the_cache(checkpoints: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.usefixtures("warm_python")
+def test_offline_takes_a_model_from_the_cache(checkpoints: Callable[[str], Path], home: Path) -> None:
     ask = ["run", "Hello", "-m", "org/model", "--max-new-tokens", "2", "--device", "cpu", "--temperature", "0"]
     with hub_server({"org/model": Repo({"main": checkpoints("gemma3")})}) as hub:
-        online = _in_a_process(ask, tmp_path, HF_ENDPOINT=hub.url)
+        online = _in_a_process(ask, home, HF_ENDPOINT=hub.url)
         assert online.returncode == 0, online.stderr
         assert hub.requests
         hub.requests.clear()
         for typed in ([*ask, "--offline"], ["--offline", *ask]):
-            offline = _in_a_process(typed, tmp_path, HF_ENDPOINT=hub.url)
+            offline = _in_a_process(typed, home, HF_ENDPOINT=hub.url)
             assert (offline.returncode, offline.stdout) == (0, online.stdout), offline.stderr
         assert hub.requests == []
 

@@ -6,6 +6,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -197,6 +198,18 @@ def test_a_damaged_library_is_built_anew(damage: str, tmp_path: Path, compiler: 
     assert len(compiler.read_text().splitlines()) == 2
     (path,) = folder.glob("*.so")
     assert path.read_bytes() == whole
+
+
+def test_processes_that_start_together_compile_once(tmp_path: Path, compiler: Path) -> None:
+    """Each has a lock of its own, as threads have here; they wait for the one that came first."""
+    program = Path(os.environ["CXX"])
+    program.write_text(program.read_text().replace("\ncp ", "\nsleep 0.5\ncp "))
+    folder = tmp_path / "cache"
+    with ThreadPoolExecutor(3) as pool:
+        loaded = list(pool.map(native_library.load.__wrapped__, [folder] * 3))
+    assert all(isinstance(one, Library) for one in loaded)
+    assert len(compiler.read_text().splitlines()) == 1
+    assert [path.suffix for path in folder.iterdir()] == [".so"]
 
 
 def test_a_library_of_another_machine_is_built_anew(tmp_path: Path, compiler: Path) -> None:

@@ -16,7 +16,7 @@ from tests.hub_server import HubServer, Repo, client_environment, hub_server
 from tests.tiny import make_checkpoint
 
 PADDING = 4 * FIRST_BYTES  # of each file: what is fetched beyond the header shows
-pytestmark = pytest.mark.slow  # each starts the command once or twice
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("warm_python")]  # each starts the command once or twice
 KINDS = ("gemma3", "gemma4", "gemma4-experts", "gemma3n_text")
 
 

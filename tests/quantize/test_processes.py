@@ -186,10 +186,10 @@ def identity(folder: Path) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def crew(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crew]:
+def crew(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Iterator[Crew]:
     folder = tmp_path_factory.mktemp("crew")
     (folder / "work").mkdir()
-    made = Crew(folder)
+    made = Crew(folder, native_folder)
     made.work = folder / "work"  # type: ignore[attr-defined]
     yield made
     made.close()

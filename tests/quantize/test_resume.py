@@ -33,7 +33,7 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.quantize import layer_pass
 from gemma_awq_cli.quantize.information_files import INFORMATION, INPUT, InformationFiles
 from gemma_awq_cli.quantize.quality import heldout_samples
-from tests.conftest import quantize_arguments
+from tests.conftest import make_cache, quantize_arguments
 from tests.layers import as_layer_begins, interrupt
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
@@ -41,9 +41,10 @@ Capture = pytest.CaptureFixture[str]
 SMALL = ("--num-samples", "4", "--quality", "fast")  # where many runs are made
 
 # Reads commands as JSON lines: the arguments, and at which of its file operations or after how many seconds to die.
-# Answers: the exit code, and how many file operations below the target's parent there were.
+# Answers: the exit code, and how many file operations below the target's parent there were. What the first runs import,
+# it imports too, and it searches scales with few steps: where a run is killed and gone on with is the same.
 SERVER = """
-import json, os, signal, sys, threading
+import contextlib, dataclasses, importlib, json, os, signal, sys
 import torch
 torch.set_num_threads(1)  # no threads exist that a fork would lose
 from gemma_awq_cli.cli.app import main
@@ -53,7 +54,11 @@ from gemma_awq_cli.awq.packing import pack_weight
 from gemma_awq_cli.kernels.autoawq import dequantize_with_autoawq
 weight = torch.zeros(8, 8)
 dequantize_with_autoawq(pack_weight(weight, minmax_grid(weight, 8)), 8)  # what its first use imports
+from gemma_awq_cli.quantize.quality import QUALITIES
+for name, quality in QUALITIES.items():
+    QUALITIES[name] = dataclasses.replace(quality, effort=quality.effort._replace(descent=3))
 WATCHED = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "shutil.rmtree"}
+imported = set(sys.modules)
 for line in sys.stdin:
     order = json.loads(line)
     reading, writing = os.pipe()
@@ -72,24 +77,31 @@ for line in sys.stdin:
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
             signal.setitimer(signal.ITIMER_REAL, order["after_seconds"])
         code = main(order["arguments"])
-        os.write(writing, json.dumps([code, count]).encode())
+        with open(writing, "w") as answer:
+            json.dump([code, count, list(set(sys.modules) - imported)], answer)
         os._exit(0)
     os.close(writing)
+    with open(reading) as answer:
+        said = answer.read()
     _, status = os.waitpid(pid, 0)
-    answer = os.read(reading, 1000)
-    os.close(reading)
-    print("answer", answer.decode() if os.WIFEXITED(status) else "[-9, 0]", flush=True)
+    code, count, names = json.loads(said) if os.WIFEXITED(status) else [-9, 0, []]
+    for name in names:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    imported.update(names)
+    print("answer", json.dumps([code, count]), flush=True)
 """
 
 
 class Runner:
     """Runs `gemma-awq quantize` in a fresh process each time, and may kill it."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, native_folder: Path) -> None:
         self.folder = folder
+        cache = make_cache(folder / "cache", native_folder)
         self._server = subprocess.Popen(
             [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(folder / "cache")},
+            text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "GEMMA_AWQ_CACHE": str(cache)},
         )  # fmt: skip
 
     def run(self, arguments: list[str], **kill: float) -> tuple[int, int]:
@@ -112,10 +124,10 @@ class Runner:
 
 
 @pytest.fixture(scope="module")
-def runner(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runner]:
+def runner(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Iterator[Runner]:
     folder = tmp_path_factory.mktemp("resume")
     (folder / "work").mkdir()
-    runner = Runner(folder)
+    runner = Runner(folder, native_folder)
     yield runner
     runner.close()
 
@@ -387,6 +399,7 @@ def test_two_processes_do_not_write_one_artifact(
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_sigterm_is_an_interruption(tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path) -> None:
     code = (
         "import os, signal, sys\n"
@@ -525,13 +538,13 @@ def _refuse(event: str, arguments: tuple[Any, ...]) -> None:
 
 @pytest.fixture(scope="module")
 def small(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path, native_folder: Path
 ) -> dict[str, str]:
     """The identity of an artifact that was made undisturbed."""
     sys.addaudithook(_refuse)  # it stays for good, and does nothing unless it is told to
     out = tmp_path_factory.mktemp("small") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GEMMA_AWQ_CACHE", str(out.parent / "cache"))
+        patch.setenv("GEMMA_AWQ_CACHE", str(make_cache(out.parent / "cache", native_folder)))
         assert main(quantize_arguments(checkpoints("gemma"), out, text_file, *SMALL)) == 0
     return identity(out)
 

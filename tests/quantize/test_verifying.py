@@ -199,6 +199,7 @@ def published(artifact: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_a_repository_on_the_hub(
     published: Path, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:

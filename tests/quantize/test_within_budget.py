@@ -35,7 +35,7 @@ from gemma_awq_cli.quantize import pipeline, sensitivity, within_budget
 from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from tests import tiny
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, make_cache
 from tests.models.forward.test_loading import dequantized
 from tests.models.gemma.test_not_converted import RULES
 from tests.quantize.test_quantize import _original
@@ -71,11 +71,13 @@ def hidden(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def missed(wide: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+def missed(
+    wide: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory, native_folder: Path
+) -> tuple[Path, str]:
     """A run with a KL that cannot be met: its output folder, and what it said."""
     folder = tmp_path_factory.mktemp("missed") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GEMMA_AWQ_CACHE", str(folder.parent / "cache"))
+        patch.setenv("GEMMA_AWQ_CACHE", str(make_cache(folder.parent / "cache", native_folder)))
         said = io.StringIO()
         with contextlib.redirect_stderr(said):
             assert main(arguments(wide, folder, text_file, "--max-kl", "0.000001")) == 3

@@ -76,7 +76,8 @@ def test_the_schemas_are_schemas_and_ours_agree_with_the_libraries(name: str) ->
     for place in own_places(make()):
         for value in WRONG:
             document = planted(make(), place, value)
-            assert validator.is_valid(document) or refusal(document, schema) is not None  # ours may refuse more
+            # ours, which is far quicker, may refuse more
+            assert refusal(document, schema) is not None or validator.is_valid(document)
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from contextlib import suppress
 from ctypes import c_char_p
 from dataclasses import dataclass
@@ -22,10 +23,12 @@ from pathlib import Path
 from gemma_awq_cli.kernels.native import prebuilt
 from gemma_awq_cli.kernels.native.structures import ARGUMENTS, layout_mismatch
 from gemma_awq_cli.system.failures import first_line, reason_of
+from gemma_awq_cli.system.locking import Lock
 from gemma_awq_cli.system.processor import processor_features
 
 SOURCES = Path(__file__).parent
 COMPILE_SECONDS = 600  # it takes about twenty
+WAIT_SECONDS = 0.1  # between looks whether another process has compiled it
 COMPILERS = ("c++", "g++", "clang++")
 FLAGS = (
     "-std=c++17", "-O3", "-fPIC", "-shared", "-pthread", "-w", "-fvisibility=hidden",
@@ -109,7 +112,7 @@ def load(folder: Path) -> Library | Unavailable:
             return Unavailable(distrust)
         command = [*compiler, *FLAGS, *processor_flags()]
         key = build_key(command)
-        library = _load_built(folder, key) or _build(folder, key, command)
+        library = _load_built(folder, key) or _build_once(folder, key, command)
     except OSError as error:
         return Unavailable(f"they cannot be compiled into {folder} ({reason_of(error)})")
     if isinstance(library, Library) and not library.instructions:
@@ -190,7 +193,7 @@ def _load_built(folder: Path, key: str) -> Library | None:
         if _is_intact(path):
             with suppress(OSError, AttributeError, LayoutMismatchError):  # from another machine, perhaps
                 return Library(path)
-        path.unlink()
+        path.unlink(missing_ok=True)
     return None
 
 
@@ -206,6 +209,18 @@ def _is_intact(path: Path) -> bool:
             return path.stem.endswith(f"-{hashlib.sha256(file.read()).hexdigest()}")
     except OSError:
         return False
+
+
+def _build_once(folder: Path, key: str, command: list[str]) -> Library | Unavailable:
+    """Compile the library, or wait for that of another process, which started at the same time."""
+    lock = Lock(folder / f"native-{key}.lock")
+    given_up = time.monotonic() + COMPILE_SECONDS
+    while not lock.acquire() and time.monotonic() < given_up:
+        time.sleep(WAIT_SECONDS)
+    try:
+        return _load_built(folder, key) or _build(folder, key, command)
+    finally:
+        lock.release(remove=True)
 
 
 def _build(folder: Path, key: str, command: list[str]) -> Library | Unavailable:

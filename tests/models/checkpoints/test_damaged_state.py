@@ -15,6 +15,7 @@ from gemma_awq_cli.generate.generation import GenerationOptions
 from gemma_awq_cli.generate.sampling import Sampling
 from gemma_awq_cli.models.checkpoints.cache import last_artifact, remember_artifact
 from gemma_awq_cli.models.checkpoints.journal import Journal
+from tests.conftest import make_cache
 from tests.quantize.test_resume import identity, kept_run, record
 
 Capture = pytest.CaptureFixture[str]
@@ -111,12 +112,12 @@ DAMAGE: list[tuple[str, Callable[[Path], Any]]] = [
 
 @pytest.fixture(scope="module")
 def kept(
-    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path
+    tmp_path_factory: pytest.TempPathFactory, checkpoints: Callable[[str], Path], text_file: Path, native_folder: Path
 ) -> tuple[Path, list[str]]:
     """A run that was interrupted after two of three layers, and its arguments."""
     out = tmp_path_factory.mktemp("kept") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("GEMMA_AWQ_CACHE", str(out.parent / "cache"))
+        patch.setenv("GEMMA_AWQ_CACHE", str(make_cache(out.parent / "cache", native_folder)))
         arguments = kept_run(out, checkpoints("gemma"), text_file)
     return out, arguments
 
