@@ -9,6 +9,7 @@ what can be done with it.
 """
 
 import argparse
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from trl import SFTConfig, SFTTrainer
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
+from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.transformers_model import build_model
@@ -61,8 +63,11 @@ class FrozenLinear(ReferenceLinear):
 
 def open_artifact(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
     """transformers' model of an artifact, whose packed linears are `FrozenLinear`."""
+    checkpoint = Checkpoint(Path(folder))
+    if checkpoint.quantization is None:
+        raise UsageError(f"{folder} holds 16-bit weights, not an artifact.", "finetune_qlora.py is for those.")
     model = build_model(
-        Checkpoint(Path(folder)), device, dtype,
+        checkpoint, device, dtype,
         lambda packed, device, _: FrozenLinear(PackedWeight(*(tensor.to(device) for tensor in packed))),
     )  # fmt: skip
     model.name_or_path = folder  # the adapter's config says what it was trained on
@@ -70,13 +75,14 @@ def open_artifact(folder: str, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def on_frozen_linears(config: LoraConfig) -> LoraConfig:
-    """A config whose adapters go around `FrozenLinear` as they go around AWQ linears that PEFT knows."""
+    """A config whose adapters go around `FrozenLinear` as they go around the AWQ linears that PEFT knows."""
+    warnings.filterwarnings("ignore", "Unsupported layer type", module="peft")  # it finds the sizes all the same
     config._register_custom_module({FrozenLinear: AwqLoraLinear})
     return config
 
 
 def with_adapter(model: Any, adapter: str) -> PeftModel:
-    """An opened artifact with an adapter that was trained on it, ready to use."""
+    """A model that `open_artifact` returned, with an adapter that was trained on its artifact."""
     return PeftModel.from_pretrained(model, adapter, config=on_frozen_linears(LoraConfig.from_pretrained(adapter)))
 
 
@@ -95,12 +101,15 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
+    try:
+        model = open_artifact(
+            args.artifact, torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
+        )
+    except GemmaAwqError as error:
+        parser.error(f"{error.message} {error.hint}")
     tokenizer = AutoTokenizer.from_pretrained(args.artifact)
     if tokenizer.chat_template is None:
         parser.error(f"{args.artifact} has no chat template; take an instruct model's artifact")
-    model = open_artifact(
-        args.artifact, torch.device("cuda" if gpu else "cpu"), torch.bfloat16 if gpu else torch.float32
-    )
     model.set_attn_implementation("eager")  # as Google advises for training Gemma 2 and 3
     lora = LoraConfig(
         r=args.rank, lora_alpha=2 * args.rank, lora_dropout=0.05, target_modules=LINEARS, task_type="CAUSAL_LM"

@@ -20,7 +20,6 @@ from gemma_awq_cli.kernels.mps import MpsInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.kernels.triton import TritonLinear
 
-
 # Makes a module that multiplies by a packed weight on a device, in a dtype.
 MakeLinear = Callable[[PackedWeight, torch.device, torch.dtype], nn.Module]
 
