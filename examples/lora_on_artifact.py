@@ -4,8 +4,8 @@
     python examples/lora_on_artifact.py my-awq conversations.jsonl my-lora
 
 A weight is expanded for each product and again for its gradient, so that only the 4-bit weights are held. Runs on a
-GPU, and, for small models and few steps, on a CPU. The adapter belongs to this artifact: docs/fine-tuning.md says
-what can be done with it.
+GPU, and, for small models and few steps, on a CPU. Experts stay as they are, without adapters. The adapter belongs to
+this artifact: docs/fine-tuning.md says what can be done with it.
 """
 
 import argparse

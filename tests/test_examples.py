@@ -144,7 +144,8 @@ def test_the_way_of_an_adapter(follow: Callable[[Callable[[list[str]], bool]], S
 def test_the_way_of_all_weights(follow: Callable[[Callable[[list[str]], bool]], Said]) -> None:
     said = follow(
         lambda command: (
-            is_tried(command) and (ALL_WEIGHTS in command or command[1] in ("run", "push") or command[-2:] == ["-o", "base-awq"])
+            is_tried(command)
+            and (ALL_WEIGHTS in command or command[1] in ("run", "push") or command[-2:] == ["-o", "base-awq"])
         )
     )
     assert "Next: gemma-awq quantize my-model" in " ".join(said.values())
