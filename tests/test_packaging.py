@@ -2,8 +2,10 @@
 
 import email
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -92,3 +94,14 @@ def test_the_wheel_finds_its_recipes_outside_the_clone(installed: Path, tmp_path
         [sys.executable, "-c", code], cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
     )
     assert done.stdout == "['c4', 'embedded', 'pile', 'ultrachat', 'wikitext']\nTrue\n"
+
+
+def test_the_source_archive_holds_what_its_tests_read() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    included = project["tool"]["hatch"]["build"]["targets"]["sdist"]["include"]
+    texts = (path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("*.py"))
+    read = {name for text in texts for name in re.findall(r'(?:ROOT|parent\.parent) / "([\w-]+)"', text)}
+    there = {name for name in read if (ROOT / name).exists()}
+    assert there >= {"docs", "examples", "benchmarks"}
+    assert {f"/{name}" for name in there} <= {*included}
+    assert all((ROOT / name.removeprefix("/")).exists() for name in included)

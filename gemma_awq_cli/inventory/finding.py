@@ -81,7 +81,7 @@ def find(name: str) -> Entry:
         )
     if REPO_ID.fullmatch(name) and (entry := next((each for each in hub_models() if each.name == name), None)):
         return entry
-    raise GemmaAwqError(f"There is no {name}.", "`gemma-awq list` shows what there is.")
+    raise GemmaAwqError(f"There is nothing named {name} here.", "`gemma-awq list` shows what there is.")
 
 
 def cached() -> Iterator[Entry]:

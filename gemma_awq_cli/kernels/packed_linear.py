@@ -5,6 +5,7 @@ dtype of its input. `reference.py` is what every other kernel is tested against,
 compiled kernels in `native/` have an interface of their own, because they run a whole model in one call.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -18,6 +19,9 @@ from gemma_awq_cli.kernels.file_int4 import FileInt4Linear
 from gemma_awq_cli.kernels.mps import MpsInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.kernels.triton import TritonLinear
+
+# Makes a module that multiplies by a packed weight on a device, in a dtype.
+MakeLinear = Callable[[PackedWeight, torch.device, torch.dtype], nn.Module]
 
 
 class PackedLinear(Protocol):

@@ -9,7 +9,7 @@ from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.awq.packing import PackedWeight, as_packed_weight
 from gemma_awq_cli.kernels.dense_products import linear
 from gemma_awq_cli.kernels.head import make_head
-from gemma_awq_cli.kernels.packed_linear import make_linear
+from gemma_awq_cli.kernels.packed_linear import MakeLinear, make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.altup import AltUpWeights
 from gemma_awq_cli.models.forward.decoder_weights import (
@@ -175,13 +175,15 @@ def _experts(
     )
 
 
-def expert_linears(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> list[nn.Module]:
-    """One of `EXPERT_JOINED` of each expert."""
+def expert_linears(
+    reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype, make: MakeLinear = make_linear
+) -> list[nn.Module]:
+    """One of `EXPERT_JOINED` of each expert. make: makes what stands for each packed one."""
     assert reader.layout.experts is not None
     if not reader.packs_experts:
         return [JoinedLinear([weight]) for weight in as_tensor(reader.dense_experts(kind)).to(device, dtype)]
     count = reader.layout.experts.count
-    return [make_linear(as_packed_weight(reader.packed_expert(expert, kind)), device, dtype) for expert in range(count)]
+    return [make(as_packed_weight(reader.packed_expert(expert, kind)), device, dtype) for expert in range(count)]
 
 
 def stacked_linears(reader: LayerReader, kind: str, device: torch.device, dtype: torch.dtype) -> StackedLinears:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gemma_awq_cli.errors import GemmaAwqError
-from gemma_awq_cli.kernels.packed_linear import make_linear
+from gemma_awq_cli.kernels.packed_linear import MakeLinear, make_linear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.decoder_weights import EXPERT_JOINED, LayerReader
 from gemma_awq_cli.models.forward.experts import mix_experts
@@ -17,12 +17,17 @@ from gemma_awq_cli.models.gemma.architecture import TextShape, architecture_of
 from gemma_awq_cli.models.gemma.layers import Linear
 
 
-@torch.inference_mode()
-def build_model(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model on `device`, with every parameter and buffer loaded and nothing trainable."""
+@torch.no_grad()  # not inference_mode: what is trained on top of the model goes through its tensors
+def build_model(
+    checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: MakeLinear = make_linear
+) -> Any:
+    """The model on `device`, with every parameter and buffer loaded and nothing trainable.
+
+    make: makes what stands for each packed linear.
+    """
     model = meta_model(checkpoint.text_config)
     if checkpoint.quantization is not None:
-        _replace_linears(model, checkpoint, device, dtype)
+        _replace_linears(model, checkpoint, device, dtype, make)
     shapes = parameter_shapes(model, checkpoint.tied_head)
     weights = {name: tensor.to(device, dtype) for name, tensor in checkpoint.read(shapes).items()}
     model.load_state_dict(weights, strict=False, assign=True)
@@ -66,22 +71,24 @@ def _compute_buffers(model: Any, shape: TextShape, device: torch.device) -> None
             layer.altup.router_input_scale = torch.tensor(shape.hidden**-1.0, device=device)
 
 
-def _replace_linears(model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> None:
+def _replace_linears(
+    model: nn.Module, checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype, make: MakeLinear
+) -> None:
     """Put packed linears in place of the layers' own."""
     arch = architecture_of(checkpoint.facts, checkpoint.family)
     for index, layout in enumerate(arch.layouts):
         prefix, packed = f"model.layers.{index}.", checkpoint.packed(index)
-        linears = {prefix + name: linear for name, linear in packed.items() if name in layout.linears}
+        linears = {prefix + name: one for name, one in packed.items() if name in layout.linears}
         for name, weight in (checkpoint.read_packed(linears) if linears else {}).items():
             if linears[name].bias:
                 raise GemmaAwqError(
                     f"{name} of {checkpoint.folder} has a bias, which packed linears cannot hold.",
                     "Use the 16-bit model instead.",
                 )
-            model.set_submodule(name, make_linear(weight, device, dtype))
+            model.set_submodule(name, make(weight, device, dtype))
         reader = LayerReader(checkpoint, arch, index)
         if reader.packs_experts:
-            experts = (expert_linears(reader, kind, device, dtype) for kind in EXPERT_JOINED)
+            experts = (expert_linears(reader, kind, device, dtype, make) for kind in EXPERT_JOINED)
             model.set_submodule(f"{prefix}experts", PackedExperts(*experts))
 
 
