@@ -19,9 +19,11 @@ from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality, heldout_samples
 from tests.tiny import CONFIGS, TEXT, make_checkpoint
 
-# A shell starts its background jobs with SIGINT ignored, which the commands that are tested would heed.
+# A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP: the commands that are tested would heed it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 # Tiny models gain nothing from threads, and beside other work these wait for one another longer than they compute.
 THREADS = 1
 torch.set_num_threads(THREADS)
