@@ -58,7 +58,13 @@ def read_at_start() -> dict[str, str]:
 
 
 @pytest.fixture(scope="session")
-def warm_launcher() -> Iterator[Path]:
+def warm_start() -> dict[str, str]:
+    """The variables that a process must start with to be warm: a library may have set others since."""
+    return read_at_start()
+
+
+@pytest.fixture(scope="session")
+def warm_launcher(warm_start: dict[str, str]) -> Iterator[Path]:
     """The launcher's path. Its server ends with the tests."""
     with tempfile.TemporaryDirectory(prefix="warm", ignore_cleanup_errors=True) as folder:  # a socket's path is short
         address, script, launcher = (Path(folder, name) for name in ("socket", "launcher.py", "python"))
@@ -72,7 +78,7 @@ def warm_launcher() -> Iterator[Path]:
         with server.stdin, server.stdout:
             assert server.stdout.readline() == b"ready\n"
             text = LAUNCHER.format(
-                python=sys.executable, address=str(address), start=read_at_start(), read=READ_AT_START, heeded=HEEDED
+                python=sys.executable, address=str(address), start=warm_start, read=READ_AT_START, heeded=HEEDED
             )
             script.write_text(text)
             launcher.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -IS {shlex.quote(str(script))} "$@"\n')

@@ -11,7 +11,7 @@ ROOT = PACKAGE.parent
 PAGES = sorted(path for folder in (ROOT, ROOT / "docs") for path in folder.glob("*.md"))
 CURRENT = [page for page in PAGES if page.name != "CHANGELOG.md"]  # which speaks of earlier versions
 # Options of other programs, by the word that their lines hold.
-OTHER_PROGRAMS = re.compile(r"pip install|vllm serve|tests\.fuzz|pytest|torchrun |srun |python examples/")
+OTHER_PROGRAMS = re.compile(r"pip install|vllm serve|tests\.fuzz|pytest|torchrun |srun |python (examples|benchmarks)/")
 WRITTEN_LATER: set[str] = set()
 HIDDEN = {"--image"}  # not in the help: it is known so that an error can explain it
 
