@@ -193,7 +193,7 @@ def make_plan(
     # it changes no sum, so it may depend on what other programs use
     free = free_memory(stack.device)
     holds = device_total is not None and all(planned + held <= limit for limit in (*limits, free) if limit is not None)
-    on_host = 0 if device_total is None else host_peak_bytes(work) + (held // STATE_FILES if holds else 0)
+    held = held if holds else 0
     return Plan(
         layouts=layouts,
         quantized_linears=len(linears),
@@ -204,8 +204,8 @@ def make_plan(
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
         fit=fit,
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
-        memory_bytes=planned if device_total is None else on_host,
-        device_bytes=None if device_total is None else planned + (held if holds else 0),
+        memory_bytes=planned if device_total is None else host_peak_bytes(work) + held // STATE_FILES,
+        device_bytes=None if device_total is None else planned + held,
         smaller=smaller,
         state_bytes=disk,
         seconds=None if work.on_gpu else seconds(work, fit, processes),

@@ -104,8 +104,7 @@ class DeviceSession(DecoderSession):
         """See `Session.last_logits`."""
         if not self._is_step(tokens, counts):
             return super().last_logits(tokens, counts)
-        self._cache.require_room(tokens, self._vocabulary)
-        read = self._step.run(tokens)
+        read = self._run_step(tokens)
         wanted = [row for row in range(read) if tokens[row] and counts[row]]
         logits = as_array(self._step.logits[:read].to("cpu", copy=True))  # the only time that the host waits
         return logits if len(wanted) == read else logits[wanted]
@@ -113,17 +112,20 @@ class DeviceSession(DecoderSession):
     @torch.inference_mode()
     def likeliest(self, tokens: Sequence[Sequence[int]]) -> list[int]:
         """See `CachedSession.likeliest`: the logits themselves do not leave the device."""
-        self._cache.require_room(tokens, self._vocabulary)
-        read = self._step.run(tokens)
+        read = self._run_step(tokens)
         found: list[int] = self._step.likeliest[:read].tolist()
         return [token for token, new in zip(found, tokens, strict=False) if new]
 
     @torch.inference_mode()
     def step_logits(self, tokens: Sequence[int]) -> Tensor:
         """Let every row read one token; the logits [R, V] float32 on the device, until the next step."""
-        self._cache.require_room([[token] for token in tokens], self._vocabulary)
-        self._step.run([[token] for token in tokens])
+        self._run_step([[token] for token in tokens])
         return self._step.logits
+
+    def _run_step(self, tokens: Sequence[Sequence[int]]) -> int:
+        """See `DecodeStep.run`."""
+        self._cache.require_room(tokens, self._vocabulary)
+        return self._step.run(tokens)
 
     def _is_step(self, tokens: Sequence[Sequence[int]], counts: Sequence[int]) -> bool:
         """Whether rows read one token each, and logits are wanted."""

@@ -220,17 +220,18 @@ class TextStack:
 
     def read_layer(self, index: int) -> dict[str, Tensor]:
         """One layer's tensors as they are stored, by their names relative to the layer."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None and ahead[0] == index:
-            return ahead[1].result()
-        return self._read(index)
+        if self._ahead is None or self._ahead[0] != index:
+            return self._read(index)
+        (_, read), self._ahead = self._ahead, None
+        return read.result()
 
     def read_ahead(self, index: int) -> None:
         """Let another thread read a layer that `read_layer` will be asked for next, if a GPU computes meanwhile.
 
         The layer's tensors are then in memory already, and for CUDA's GPUs in memory that they copy fast from.
         """
-        if device_memory(self.device) is not None:
+        begun = self._ahead is not None and self._ahead[0] == index
+        if not begun and device_memory(self.device) is not None:
             self._ahead = index, self._reader.submit(self._read_for_device, index)
 
     @cached_property
