@@ -6,7 +6,7 @@ BIN = $(VENV)/bin
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-fast lint check docs fuzz sanitize wheels clean
+.PHONY: demo test test-fast test-thorough lint check docs fuzz sanitize wheels clean
 
 demo: $(INSTALLED)
 	$(BIN)/gemma-awq quantize --force
@@ -17,6 +17,10 @@ test: lint check
 # What to run at each save; make test runs the rest too.
 test-fast: lint
 	$(BIN)/python -m pytest -q -n 2 -m "not slow and not demo"
+
+# For a nightly job: every place where make test tries a sample. An hour or more.
+test-thorough: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --thorough --fuzz-cases $(CASES)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -36,11 +36,20 @@ FAMILIES = sorted(CONFIGS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, default=500, help="how many cases tests/fuzz makes (default: 500)")
+    parser.addoption("--fuzz-cases", type=int, default=200, help="how many cases tests/fuzz makes (default: 200)")
+    parser.addoption(
+        "--thorough", action="store_true", help="try every place where otherwise a sample is tried (an hour or more)"
+    )
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the fuzzer's tests, and put the files that take longest first: a long one at the end keeps one core busy."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the fuzzer's tests, leave out what `--thorough` adds, and put the files that take longest first.
+
+    A long one at the end would keep one core busy alone.
+    """
+    if not config.getoption("--thorough"):
+        config.hook.pytest_deselected(items=[item for item in items if item.get_closest_marker("thorough")])
+        items[:] = [item for item in items if not item.get_closest_marker("thorough")]
     seconds: Counter[Path] = Counter()
     for item in items:
         if item.path.is_relative_to(FUZZ):
@@ -54,6 +63,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for report in terminalreporter.getreports("passed"):
         if report.when == "call" and report.duration > SLOW and not {"slow", "demo"} & set(report.keywords):
             terminalreporter.write_line(f"{report.nodeid} took {report.duration:.0f} s and is not marked as slow")
+
+
+@pytest.fixture(scope="session")
+def thorough(pytestconfig: pytest.Config) -> bool:
+    """Whether to try every place where otherwise a sample is tried."""
+    return bool(pytestconfig.getoption("--thorough"))
 
 
 @pytest.fixture(autouse=True)

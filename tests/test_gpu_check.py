@@ -41,6 +41,7 @@ def test_the_first_stages_run_dry_on_the_cpu(tmp_path: Path, monkeypatch: pytest
     assert found["4"]["result"]["same_bytes_after_resuming"] is True
 
 
+@pytest.mark.thorough
 def test_a_slice_of_a_model_is_compared_with_what_was_made_of_it(
     tmp_path: Path, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from tests.test_gpu_check import dry_run
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.usefixtures("warm_python")
 def test_the_other_stages_run_dry_on_the_fake_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     kernels = dry_run("fake", "2,3,5,6,7,9", tmp_path / "check.json", monkeypatch)["2"]["result"]

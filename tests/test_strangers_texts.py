@@ -22,7 +22,7 @@ from gemma_awq_cli.publish.model_card import CardFacts, render_card
 from gemma_awq_cli.publish.public_documents import public_bench, public_report
 from gemma_awq_cli.reports import plots
 from gemma_awq_cli.reports.markup import code, escape, one_line
-from gemma_awq_cli.reports.schema_check import load_schema, require_schema
+from gemma_awq_cli.reports.schema_check import require_schema
 from tests.documents import Place, full_bench, full_report, leaves, planted
 
 ATTACKS = (
@@ -77,7 +77,7 @@ def command_of(text: str) -> list[str]:
 
 def is_accepted(document: Any, name: str) -> bool:
     try:
-        require_schema(document, load_schema(name), "x", "")
+        require_schema(document, name, "x", "")
     except GemmaAwqError:
         return False
     return True

@@ -19,6 +19,7 @@ from torch import Tensor
 from gemma_awq_cli.awq.ordered_sums import running_sums
 from gemma_awq_cli.calibration_text.rows import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.checkpoints.adapter import Adapter
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
@@ -59,7 +60,7 @@ def sampled_rows(
     """
     conditions = {
         "model": checkpoint.identity(), "rows": rows, "seq_len": seq_len, "seed": seed, "device": device.type,
-        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": native_library.sources_hash(),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "own-rows" / f"{name}.safetensors"

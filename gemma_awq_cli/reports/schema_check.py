@@ -5,7 +5,7 @@ Every text and list is bounded in length, every integer fits in 64 bits, and eve
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -27,11 +27,14 @@ def load_schema(name: str) -> dict[str, Any]:
     return schema
 
 
-def require_schema(value: Any, schema: Mapping[str, Any], where: str | Path, hint: str) -> None:
-    """Raise with the name of the field of `value` that does not match `schema`. where: what `value` was read from."""
+def require_schema(value: Any, schema: str, where: str | Path, hint: str) -> None:
+    """Raise with the name of the field of `value` that does not match.
+
+    schema: its file's name, as `load_schema` takes it. where: what `value` was read from.
+    """
     if (unbounded := next(_unbounded(value, ""), None)) is not None:
         raise GemmaAwqError(f"{where}: {unbounded}.", hint)
-    error = next(_validator(json.dumps(schema)).iter_errors(value), None)
+    error = next(_validator(schema).iter_errors(value), None)
     if error is None:
         return
     while (
@@ -52,7 +55,7 @@ def _validator(schema: str) -> Any:
 
     # JSON Schema takes 2.0 for an integer; the code that counts with it does not
     types = Draft202012Validator.TYPE_CHECKER.redefine("integer", lambda _, value: type(value) is int)
-    return extend(Draft202012Validator, type_checker=types)(json.loads(schema))
+    return extend(Draft202012Validator, type_checker=types)(load_schema(schema))
 
 
 def _demand(error: Any) -> str:

@@ -22,16 +22,15 @@ def read_quantization_report(folder: Path, hint: str = REQUANTIZE) -> dict[str, 
     report = read_json(path, hint)
     if (schema := report.get("schema")) != 2:
         raise GemmaAwqError(f"{path} has schema {schema!r}, not 2.", hint)
-    require_schema(report, load_schema("report-schema.json"), path, hint)
+    require_schema(report, "report-schema.json", path, hint)
     return report
 
 
 def read_bench_document(path: Path, hint: str = REMEASURE) -> dict[str, Any]:
     """Return a document that `bench --json` or `bench --save` wrote; raises if it does not match its schema."""
     document = read_json(path, hint)
-    schema = load_schema("bench-schema.json")
-    number = schema["properties"]["schema"]["const"]
+    number = load_schema("bench-schema.json")["properties"]["schema"]["const"]
     if document.get("schema") != number or not isinstance(document.get("models"), list):
         raise GemmaAwqError(f"{path} is not a document of `gemma-awq bench --json` with schema {number}.", hint)
-    require_schema(document, schema, path, hint)
+    require_schema(document, "bench-schema.json", path, hint)
     return document

@@ -234,7 +234,7 @@ def test_a_kept_grid_is_shared_out_too(crew: Crew, text_file: Path, tmp_path: Pa
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_whichever_process_is_lost_the_rest_is_kept(
-    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
+    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, thorough: bool
 ) -> None:
     kind = "gemma2"
     alone, out = tmp_path / "alone", crew.work / "out"  # type: ignore[attr-defined]
@@ -242,7 +242,8 @@ def test_whichever_process_is_lost_the_rest_is_kept(
     assert main(quantize_arguments(checkpoints(kind), alone, text_file, *few)) == 0
     arguments = quantize_arguments(checkpoints(kind), out, text_file, *few)
     expected, rng, kills, kept = identity(alone), random.Random(0), 0, 0
-    for turn in range(8):
+    turns = 8 if thorough else 4
+    for turn in range(turns):
         killed = turn % 3
         ended = crew.run(arguments, 3, killed, at_operation=rng.randrange(3, 60 if killed == 0 else 25))
         if ended.codes[killed] == -9:
@@ -264,7 +265,7 @@ def test_whichever_process_is_lost_the_rest_is_kept(
         for path in out.iterdir():
             path.unlink()
         out.rmdir()
-    assert kills >= 5
+    assert kills > turns // 2
     assert kept
 
 

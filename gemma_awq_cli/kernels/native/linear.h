@@ -214,16 +214,17 @@ static void block_all_rows(const LinearSpec& w, int64_t block, const Activations
 template <int C, int R>
 static void bf16_tile(const uint16_t* w, int64_t inputs, const float* x, float* out, int64_t stride) {
     Floats acc[C][R];
-    for (int c = 0; c < C; c++)
-        for (int r = 0; r < R; r++) acc[c][r] = splat(0.0f);
+    UNROLL for (int c = 0; c < C; c++) UNROLL for (int r = 0; r < R; r++) acc[c][r] = splat(0.0f);
     const int64_t whole = inputs & ~(LANES - 1);
     for (int64_t k = 0; k < whole; k += LANES) {
         // the processor's own prefetching makes little of several short rows at once
         if (R == 1 && C > 1)
             for (int line = 0; line < C * LANES; line += 32) __builtin_prefetch(w + C * k + 6144 + line);
-        for (int c = 0; c < C; c++) {
-            const Floats v = load_bf16(w + c * inputs + k);
-            for (int r = 0; r < R; r++) acc[c][r] = fma(v, load(x + r * inputs + k), acc[c][r]);
+        Floats weights[C];
+        UNROLL for (int c = 0; c < C; c++) weights[c] = load_bf16(w + c * inputs + k);
+        UNROLL for (int r = 0; r < R; r++) {
+            const Floats v = load(x + r * inputs + k);
+            UNROLL for (int c = 0; c < C; c++) acc[c][r] = fma(weights[c], v, acc[c][r]);
         }
     }
     for (int c = 0; c < C; c++)
@@ -233,10 +234,12 @@ static void bf16_tile(const uint16_t* w, int64_t inputs, const float* x, float* 
             out[r * stride + c] = total;
         }
 }
+// R rows against `count` outputs: with the many sums of several rows, as many outputs at once as there are registers.
 template <int R>
 static void bf16_rows(const uint16_t* w, int64_t count, int64_t inputs, const float* x, float* out, int64_t stride) {
+    constexpr int C = R > 4 && LANES < 16 ? 2 : 4;
     int64_t n = 0;
-    for (; n + 4 <= count; n += 4) bf16_tile<4, R>(w + n * inputs, inputs, x, out + n, stride);
+    for (; n + C <= count; n += C) bf16_tile<C, R>(w + n * inputs, inputs, x, out + n, stride);
     for (; n < count; n++) bf16_tile<1, R>(w + n * inputs, inputs, x, out + n, stride);
 }
 
@@ -261,10 +264,15 @@ struct Product {
         }
         const uint16_t* from = part + first * w->inputs;
         float* to = out + first;
-        int64_t r = 0;
-        for (; r + 4 <= a.rows; r += 4)
-            bf16_rows<4>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
-        for (; r < a.rows; r++) bf16_rows<1>(from, end - first, w->inputs, a.x + r * a.inputs, to + r * stride, stride);
+        for (int64_t r = 0, many; r < a.rows; r += many) {
+            const int64_t left = a.rows - r;
+            many = left >= 6 ? 6 : left >= 3 ? 3 : left;
+            const float* x = a.x + r * a.inputs;
+            if (many == 6) bf16_rows<6>(from, end - first, w->inputs, x, to + r * stride, stride);
+            else if (many == 3) bf16_rows<3>(from, end - first, w->inputs, x, to + r * stride, stride);
+            else if (many == 2) bf16_rows<2>(from, end - first, w->inputs, x, to + r * stride, stride);
+            else bf16_rows<1>(from, end - first, w->inputs, x, to + r * stride, stride);
+        }
     }
 
     // Of an integer linear whose rows lie so far apart that they fall into the same places of the caches: first into

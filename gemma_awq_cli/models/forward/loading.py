@@ -147,16 +147,16 @@ def open_model(
     with memory_errors(f"loading {folder.name}", hint):
         head = head or (DEFAULT_HEAD if quantized else DENSE_HEAD)
         forward = choose_forward(checkpoint, place, dtype, chosen, head, refusal)
-    _require_kv_cache(kv_cache, forward)
+    _require_kv_cache(kv_cache, quantized, forward)
     opened = OpenModel(checkpoint, place, dtype, quantized, forward, build, prompter, kv_cache)
     if forward.text is None:
         assert opened.model is not None  # an error in the files shows now
     return opened
 
 
-def _require_kv_cache(kv_cache: str, forward: Forward) -> None:
-    """Raise UsageError for keys and values in 8 bits where the compiled forward does not do all of the reading."""
-    if kv_cache == KV_INT8 and not (isinstance(forward.text, NativeText) and forward.text.dense is None):
+def _require_kv_cache(kv_cache: str, quantized: bool, forward: Forward) -> None:
+    """Raise UsageError for keys and values in 8 bits of a model that torch reads, on some processors at least."""
+    if kv_cache == KV_INT8 and not (quantized and isinstance(forward.text, NativeText)):
         raise UsageError(
             "--kv-cache int8 is for artifacts that run on the compiled CPU kernels.",
             "Leave it out; --verbose says what runs this model.",

@@ -30,7 +30,7 @@ class NativeSession(CachedSession):
     exact_reading = True  # each row of a product is summed up in the same order, however many rows there are
 
     def __init__(self, text: NativeText, rows: int, capacity: int, kv_cache: str = KV_16BIT) -> None:
-        """kv_cache: one of `KV_CACHES`; int8 only for an artifact, as the torch decoder does not read it."""
+        """kv_cache: one of `KV_CACHES`; int8 only where the torch decoder, which does not read it, has no part."""
         assert kv_cache == KV_16BIT or text.dense is None
         self._text = text
         layouts, vocabulary = text.arch.layouts, text.arch.vocabulary

@@ -3,6 +3,7 @@
 Its integer linears quantize their activations to 8 bits, one scale per token and 32 inputs.
 """
 
+import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,7 +58,7 @@ FEATURES = frozenset({
     "post_norms", "qk_norm", "attention_softcap", "final_softcap", "sliding_window", "value_norm", "keys_are_values",
     "shared_kv", "per_layer_inputs", "layer_scalar", "altup", "sparse_gate", "experts",
 })  # fmt: skip
-MANY_TOKENS = 16  # from this many at once on, torch's bf16 product is faster than the kernel for 16-bit weights
+MANY_TOKENS = 16  # of 16-bit weights: from this many at once on, torch is faster where `torch_is_faster`
 _VECTOR = 16  # floats that C++ handles at a time; head sizes and MLP widths must be multiples of it
 _HEAD_KINDS = {"int8": INT8, "int4": INT4}
 _WEIGHTS = {INT4: "int4", INT4_BY_INPUT: "int4", INT8: "int8", BF16: "bfloat16"}
@@ -86,7 +87,7 @@ class NativeText:
     """A language model for the compiled decoder.
 
     spec: what C++ reads; it points into all that follows. embedding, exact_head: bf16 [V, hidden]; norm: the final gain
-    [hidden] float32; dense: the same 16-bit weights for the torch decoder, None for an artifact.
+    [hidden] float32; dense: the same 16-bit weights for the torch decoder where it reads many tokens faster, or None.
     """
 
     library: Library
@@ -157,6 +158,15 @@ def _mixed(layout: LayerLayout, packed: Mapping[str, Linear]) -> str | None:
     return None
 
 
+def torch_is_faster(library: Library) -> bool:
+    """Whether torch multiplies many tokens with 16-bit weights faster than the kernels do.
+
+    On x86-64 it needs the processor's instructions for bfloat16; without, it expands the weights each time, and 16 to
+    1024 tokens take 0.4 to 1.0 times as long in the kernels. Other processors were not measured.
+    """
+    return library.multiplies_bfloat16 or platform.machine().lower() not in ("x86_64", "amd64")
+
+
 def read_native_text(library: Library, checkpoint: Checkpoint, arch: Architecture, head: str) -> NativeText:
     """Read all weights of the language model: packed ones are repacked for C++, 16-bit ones stay mapped.
 
@@ -181,7 +191,7 @@ def read_native_text(library: Library, checkpoint: Checkpoint, arch: Architectur
     else:
         head_linear = native.quantized(library, exact_head, head_kind, group, arena, release)
     dense = None
-    if group_size is None:
+    if group_size is None and torch_is_faster(library):
         import torch
 
         from gemma_awq_cli.models.forward.torch_weights import read_torch_text

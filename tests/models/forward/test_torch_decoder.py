@@ -18,7 +18,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward import native_weights, prefill, torch_decoder, transformers_session
 from gemma_awq_cli.models.forward.cached_attention import slot_positions
 from gemma_awq_cli.models.forward.kv_cache import SPARE, make_cache
-from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.models.forward.precision import Precision
@@ -84,9 +84,11 @@ def test_in_float32_it_is_transformers(
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
-def test_in_bfloat16_it_errs_no_more_than_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
-    """The compiled decoder, and torch's for many tokens at once, on a 16-bit checkpoint."""
-    opened = open_model(checkpoints(kind), CPU)
+def test_in_bfloat16_it_errs_no_more_than_transformers(
+    kind: str, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a 16-bit checkpoint: the compiled decoder, with torch's for many tokens at once or alone, and torch's."""
+    opened, mixed = (open_read_by(checkpoints(kind), torch_too, monkeypatch) for torch_too in (False, True))
     exact = read_whole(build_model(opened.checkpoint, CPU, torch.float32), random_turns())
     theirs = read_whole(build_model(opened.checkpoint, CPU, torch.bfloat16), random_turns())
     torch_text = read_torch_text(
@@ -95,10 +97,19 @@ def test_in_bfloat16_it_errs_no_more_than_transformers(kind: str, checkpoints: C
         CPU,
         torch.bfloat16,
     )
-    for session in (opened.session(3, CAPACITY), DecoderSession(torch_text, 3, CAPACITY)):
+    for session in (opened.session(3, CAPACITY), mixed.session(3, CAPACITY), DecoderSession(torch_text, 3, CAPACITY)):
         ours = read_by(session, random_turns())
         # the median: at some tokens of these hard models any rounding flips what attention looks at, in either
         assert apart(ours, exact).median() <= 1.5 * apart(theirs, exact).median()
+
+
+def open_read_by(folder: Path, torch_too: bool, monkeypatch: pytest.MonkeyPatch) -> OpenModel:
+    """A 16-bit checkpoint of which torch reads many tokens at once, or not, as if this processor were faster so."""
+    monkeypatch.setattr(native_weights, "torch_is_faster", lambda _: torch_too)
+    opened = open_model(folder, CPU)
+    if isinstance(opened.forward.text, NativeText):
+        assert (opened.forward.text.dense is not None) == torch_too
+    return opened
 
 
 class SeenInInt8(nn.Module):
