@@ -532,6 +532,7 @@ def fake_device(kind: str = "cuda", **facts: Any) -> Iterator[FakeDevice]:
         (torch.cuda, "device", lambda *_: nullcontext()),
         # what it would ask, a torch with CUDA asks the driver
         (torch.accelerator, "current_accelerator", lambda *_, **__: None),
+        (torch.backends.cuda, "is_built", lambda: False),  # memory that the driver would pin
         (torch.backends.mps, "is_available", lambda: not is_cuda),
         (torch, "Generator", _Generator),
     ]
