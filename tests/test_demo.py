@@ -33,9 +33,12 @@ def _own_cache(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("GEMMA_AWQ_CACHE", str(workplace / "cache"))
 
 
-def test_the_demo_is_quantized_faithfully_and_answers(workplace: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = workplace / "out"
-    assert main(["quantize", "demo", "-o", str(out), "--num-samples", "8", "--seq-len", "256", "--device", "cpu"]) == 0
+def test_the_demo_is_quantized_faithfully_and_answers(
+    workplace: Path, capsys: pytest.CaptureFixture[str], thorough: bool
+) -> None:
+    out, quality = workplace / "out", "balanced" if thorough else "fast"
+    asked = ["quantize", "demo", "-o", str(out), "--num-samples", "8", "--quality", quality, "--device", "cpu"]
+    assert main(asked) == 0
     assert capsys.readouterr().out == f"{out}\n"
     report = json.loads((out / "quantization_report.json").read_text())
     # round-to-nearest has a KL divergence of 0.5 and more on such text

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ FLAGS = (
     "-O1", "-fexpensive-optimizations", "-g", "-fno-omit-frame-pointer",
     "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all",
 )  # fmt: skip
+QUICK_TESTS = ("tests/kernels/test_native.py", "tests/models/forward/test_unlike_layers.py")
 TESTS = (
-    "tests/kernels/test_native.py",
+    *QUICK_TESTS,
     "tests/models/forward/test_torch_decoder.py",
     "tests/models/forward/test_compiled_decoder.py",
-    "tests/models/forward/test_unlike_layers.py",
     "tests/models/forward/test_last_logits.py",
 )
 FORWARDS = ("config", "weights", "packed", "generation")  # kinds whose cases reach the kernels
@@ -77,11 +78,11 @@ def use(path: Path) -> None:
     native_library.load = load  # type: ignore[assignment]
 
 
-def run_tests(library: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    """Run the tests of the kernels on the sanitized library."""
+def run_tests(library: Path, tests: Sequence[str] = TESTS) -> subprocess.CompletedProcess[str]:
+    """Run tests of the kernels on the sanitized library."""
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-p", "tests.fuzz.sanitizers"]
     return subprocess.run(
-        [*command, "--sanitized", str(library), *TESTS, *more], cwd=PROJECT, env={**os.environ, **environment()},
+        [*command, "--sanitized", str(library), *tests], cwd=PROJECT, env={**os.environ, **environment()},
         capture_output=True, text=True, errors="replace", check=False,
     )  # fmt: skip
 

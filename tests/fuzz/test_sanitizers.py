@@ -26,8 +26,8 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made
 
 
-def test_the_kernels_tests_pass_under_the_sanitizers(library: Path) -> None:
-    done = sanitizers.run_tests(library)
+def test_the_kernels_tests_pass_under_the_sanitizers(library: Path, thorough: bool) -> None:
+    done = sanitizers.run_tests(library, sanitizers.TESTS if thorough else sanitizers.QUICK_TESTS)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     assert " passed" in done.stdout
 
