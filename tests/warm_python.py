@@ -59,7 +59,7 @@ def read_at_start() -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def warm_start() -> dict[str, str]:
-    """The variables that a process must start with to be warm: a library may have set others since."""
+    """The variables that a process must start with to be warm. A library that a test imports may set others later."""
     return read_at_start()
 
 
@@ -92,3 +92,8 @@ def warm_python(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
     """Processes that a test starts with `sys.executable` have torch from the start, where the system can fork."""
     if os.name == "posix" and sys.platform != "darwin":  # whose libraries do not bear it
         monkeypatch.setattr(sys, "executable", str(request.getfixturevalue("warm_launcher")))
+        warm_start = request.getfixturevalue("warm_start")
+        for name in read_at_start().keys() - warm_start.keys():
+            monkeypatch.delenv(name)
+        for name, value in warm_start.items():
+            monkeypatch.setenv(name, value)

@@ -53,8 +53,17 @@ def sampling_of(number: int) -> Sampling:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafts", [exact_lookup, lookup])
-@pytest.mark.parametrize("limit", [0, 500_000, 10**9], ids=["no cache", "small cache", "cache"])
+@pytest.mark.parametrize(
+    ("limit", "drafts"),
+    [
+        pytest.param(0, exact_lookup, id="no cache-exact_lookup", marks=pytest.mark.thorough),
+        pytest.param(0, lookup, id="no cache-lookup"),
+        pytest.param(500_000, exact_lookup, id="small cache-exact_lookup"),
+        pytest.param(500_000, lookup, id="small cache-lookup", marks=pytest.mark.thorough),
+        pytest.param(10**9, exact_lookup, id="cache-exact_lookup", marks=pytest.mark.thorough),
+        pytest.param(10**9, lookup, id="cache-lookup"),
+    ],
+)
 def test_rows_are_as_they_are_alone(limit: int, drafts: BeginDraft, opened: OpenModel) -> None:
     run_scheduler(opened, opened.session(3, CAPACITY), limit, drafts)
 
