@@ -57,12 +57,11 @@ class CudaInt4Linear(nn.Module):
 
     def dense(self) -> Tensor:
         """Return the weight [N, K] in bf16, as the op sees it."""
-        return unpacked_tiles(self.packed, _order(self.packed.device), self.scale_zero, list(self.shape))
+        return unpacked_tiles(self.packed, _order(self.packed.device), self.scale_zero, *self.shape)
 
 
-def _unpacked_tiles(packed: Tensor, order: Tensor, scale_zero: Tensor, shape: list[int]) -> Tensor:
-    """The weight of the op's tensors, `shape` [N, K] bf16. order: see `tile_order`."""
-    outputs, inputs = shape
+def _unpacked_tiles(packed: Tensor, order: Tensor, scale_zero: Tensor, outputs: int, inputs: int) -> Tensor:
+    """The weight of the op's tensors, [N, K] bf16. order: see `tile_order`."""
     tiles = _nibbles(packed).view(outputs // TILE[0], inputs // TILE[1], -1)[:, :, order]
     q = tiles.unflatten(2, TILE).transpose(1, 2).reshape(outputs, scale_zero.shape[0], -1)
     scale, zero = (part.t().contiguous() for part in scale_zero.unbind(-1))  # [N, G] each
@@ -75,13 +74,13 @@ unpacked_tiles = torch.library.custom_op("gemma_awq::unpacked_tiles", _unpacked_
 
 
 @unpacked_tiles.register_kernel("cuda")
-def _(packed: Tensor, order: Tensor, scale_zero: Tensor, shape: list[int]) -> Tensor:
+def _(packed: Tensor, order: Tensor, scale_zero: Tensor, outputs: int, inputs: int) -> Tensor:
     if importlib.util.find_spec("triton") is None:  # as on Windows
-        return _unpacked_tiles(packed, order, scale_zero, shape)
+        return _unpacked_tiles(packed, order, scale_zero, outputs, inputs)
     from gemma_awq_cli.kernels import triton_products
 
     with torch.cuda.device(packed.device):
-        return triton_products.unpacked_tiles(packed, order, scale_zero, (shape[0], shape[1]), TILE)
+        return triton_products.unpacked_tiles(packed, order, scale_zero, (outputs, inputs), TILE)
 
 
 @cache
