@@ -69,7 +69,7 @@ REFINE_FLOPS = 12  # the same, to fit the scales once
 SWEEP_FLOPS = 4  # the same, for one pass over the integers
 CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
 GRADIENT_PASSES = 3  # of the rows that information is measured on through a layer: forward, again, and backward
-DRAW_OPERATIONS = 8  # elementwise operations per logit to draw a label and to compute the gradient
+DRAW_OPERATIONS = 5  # elementwise operations per logit to draw two labels
 FACTOR_FLOPS = 3  # per cubed size of a matrix of information: its float64 factor and the gains
 FORWARDS_WITH_CORRECTION = 3  # of a calibration row through a layer: reference, quantized, and quantized once more
 
@@ -348,7 +348,7 @@ def _seconds(work: Workload, fit: Fit, sharing: int) -> float:
 def _measuring_seconds(work: Workload) -> float:
     """Seconds to measure the information of all layers' outputs."""
     elements = float(DRAW_OPERATIONS * work.information_tokens * work.vocabulary)
-    flops = 4.0 * work.information_tokens * work.vocabulary * work.hidden
+    flops = 2.0 * work.information_tokens * work.vocabulary * work.hidden
     flops += sum(_information_flops(work, layout) for layout in work.layouts)
     return flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
 

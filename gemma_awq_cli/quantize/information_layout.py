@@ -11,7 +11,7 @@ SEQ_LEN = 256
 # The largest matrix has this many outputs. A wider linear has several, whose rows give each other no feedback.
 WIDEST = 4096
 JOINED = 2048  # linears of one input share a matrix up to this width: a wider one gains nothing (docs/benchmarks.md)
-LOGITS = 2**26  # entries of the logits that are held at a time
+LOGITS = 2**22  # entries of the logits that are held at a time
 BATCH_SHARE = 2  # a batch has this many times fewer tokens than one of the calibration rows
 
 

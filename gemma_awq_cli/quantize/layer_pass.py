@@ -25,7 +25,7 @@ from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
-from gemma_awq_cli.quantize.products import compiled_products, sums_for
+from gemma_awq_cli.quantize.products import compiled_loops, compiled_products, sums_for
 
 
 def process_layer(
@@ -77,7 +77,7 @@ def process_layer(
     else:
         observed = observer.hand_over()
         known = layer_information(information, layout, index) if plan.feedback_tokens else None
-        with compiled_columns(compiled_products(stack.device)):
+        with compiled_columns(compiled_loops(stack.device)):
             layer = quantize_layer(
                 layout, gain_offset, weights, observed, plan.group_size, stack.device, plan.effort, known, shares
             )

@@ -1,8 +1,8 @@
 """The Fisher information of the outputs of every linear: what an error of the outputs does to the predictions.
 
 It is the mean over tokens of `g^T g`, where g [N] is the gradient, at the outputs of the 16-bit model's linear, of the
-log probability of labels that are sampled from the model's own predictions. The BOS, whose gradient is far larger than
-any other's, is left out.
+log probability of labels that are sampled from the model's own predictions; see `label_gradient` for what is taken
+instead. The BOS, whose gradient is far larger than any other's, is left out.
 
 A few calibration rows run through the layers, and their input of each layer is kept on the disk. Then the gradient runs
 back, one layer at a time: the layer is run again on its input, and what it needs for its gradient lives only until the
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from gemma_awq_cli.awq.gram import add_products, mirror
+from gemma_awq_cli.awq.ordered_sums import running_sums
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.head import soft_cap
@@ -28,11 +29,10 @@ from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.information_files import GRADIENT, INFORMATION, INPUT, InformationFiles
 from gemma_awq_cli.quantize.information_layout import LOGITS, matrix_sizes, measured_rows
 from gemma_awq_cli.quantize.input_statistics import bfloat16_products, multiplies_bfloat16
-from gemma_awq_cli.quantize.self_sampling import draw_weighted
 
 KEPT = torch.bfloat16  # the data type of the kept inputs and matrices
 PRECISION = "medium"  # of products in float32
-HEAD_CHUNK = 2**15  # vocabulary entries whose logits are computed at a time
+HEAD_CHUNK = 2**11  # vocabulary entries whose logits are computed at a time
 
 _STATES = "states"
 
@@ -234,29 +234,49 @@ def _shared_name(source: int) -> str:
 
 
 def label_gradient(stack: TextStack, head: Tensor, normed: Tensor, generator: torch.Generator) -> Tensor:
-    """Return the gradient of -log p(label) at normed final states [n, hidden]: [n, hidden] float32.
+    """Return a gradient at normed final states [n, hidden] whose mean square is the Fisher information: [n, hidden].
 
-    The labels are drawn from p. head: [V, hidden]. A few positions at a time are computed.
+    For two labels that are drawn from the predictions it is the difference of their log probabilities' gradients over
+    the root of 2. Its mean square is the same as that of one label's gradient, and what both have in common, the mean
+    of the whole head, drops out: that would be a second product as large as the logits.
+
+    head: [V, hidden]; the result is in float32.
     """
     result = torch.empty_like(normed, dtype=torch.float32)
-    count, softcap, dtype = max(1, LOGITS // head.shape[0]), stack.softcap, product_dtype(stack.device)
-    for part in (slice(first, first + count) for first in range(0, normed.shape[0], count)):
-        states = normed[part].to(dtype)
-        weights = torch.empty(states.shape[0], head.shape[0], dtype=dtype, device=stack.device)
-        for rows, own in zip(head.split(HEAD_CHUNK), weights.split(HEAD_CHUNK, dim=1), strict=True):
-            own.copy_(soft_cap(states @ rows.to(dtype).t(), softcap))
-        inner = None if softcap is None else 1.0 - (weights / softcap).square_()  # the slope of the cap
-        weights.sub_(weights.amax(1, keepdim=True)).exp_()
-        labels, total = draw_weighted(weights, generator)
-        wanted = head[labels].to(torch.float32)
-        if inner is not None:
-            weights *= inner
-            wanted *= inner.gather(1, labels[:, None])
-        expected = torch.zeros_like(wanted)
-        for rows, own in zip(head.split(HEAD_CHUNK), weights.split(HEAD_CHUNK, dim=1), strict=True):
-            expected += own @ rows.to(dtype)
-        result[part] = expected.div_(total[:, None]).sub_(wanted)
+    for states, own in zip(normed.split(LOGITS // HEAD_CHUNK), result.split(LOGITS // HEAD_CHUNK), strict=True):
+        labels = draw_labels(head, states.to(product_dtype(stack.device)), stack.softcap, generator)
+        rows = head[labels].to(torch.float32)  # [n, 2, hidden]
+        if stack.softcap is not None:
+            logits = torch.linalg.vecdot(rows, states[:, None].to(torch.float32))
+            rows *= 1.0 - torch.tanh(logits / stack.softcap).square_()[..., None]  # the slope of the cap
+        own.copy_(rows[:, 1] - rows[:, 0]).mul_(0.5**0.5)
     return result
+
+
+def draw_labels(head: Tensor, states: Tensor, softcap: float | None, generator: torch.Generator) -> Tensor:
+    """Draw two labels of each state [n, hidden] from the softmax of its logits, independently: [n, 2].
+
+    A part of the vocabulary at a time is read, and nothing of it is kept but the label that was drawn so far. A part's
+    own label takes its place with the part's share of all weights up to and with it.
+    """
+    device, count = states.device, states.shape[0]
+    labels = torch.zeros(count, 2, dtype=torch.int64, device=device)
+    top = torch.full((count, 1), -torch.inf, dtype=states.dtype, device=device)
+    total = torch.zeros(count, 1, device=device)  # of the weights exp(logit - top)
+    for place, rows in enumerate(head.split(HEAD_CHUNK)):
+        weights = soft_cap(states @ rows.to(states.dtype).t(), softcap)
+        before, top = top, torch.maximum(top, weights.amax(1, keepdim=True))
+        weights.sub_(top).exp_()
+        own = weights.sum(1, keepdim=True, dtype=torch.float32)
+        total = total * (before - top).exp().to(torch.float32) + own
+        state, which = torch.nonzero(
+            torch.rand(count, 2, generator=generator, device=device) * total < own, as_tuple=True
+        )
+        sums = running_sums(weights[state].to(torch.float32))
+        points = torch.rand(len(state), 1, generator=generator, device=device) * sums[:, -1:]
+        drawn = torch.searchsorted(sums, points)[:, 0].clamp_(max=rows.shape[0] - 1)
+        labels[state, which] = place * HEAD_CHUNK + drawn
+    return labels
 
 
 class _OutputObserver:

@@ -42,7 +42,7 @@ from gemma_awq_cli.quantize.kept_grid import NO_CALIBRATION, decide_on_grid, gri
 from gemma_awq_cli.quantize.merged_adapter import MergedAdapter, adapter_warnings, open_asked_adapter
 from gemma_awq_cli.quantize.plan import Plan, choose_group_size, make_plan, stored_dtype
 from gemma_awq_cli.quantize.processes import Launched
-from gemma_awq_cli.quantize.products import compiled_products
+from gemma_awq_cli.quantize.products import compiled_loops, compiled_products
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, GRID_OR_BUDGET, ONE_CHOICE, QuantizeRequest
 from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
@@ -77,7 +77,7 @@ class Prepared:
         import transformers
 
         device, measured = self.stack.device, self.plan.feedback_tokens
-        library = compiled_products(device)
+        multiplying, walking = compiled_products(device), compiled_loops(device)
         return {
             "gemma-awq": __version__,
             "model": self.checkpoint.identity(),
@@ -94,8 +94,8 @@ class Prepared:
             "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "observed in": "bfloat16" if multiplies_bfloat16(device) else "float32",
-            "products": "PyTorch" if library is None else f"compiled ({library.compiler})",
-            "columns": columns_walked_by(device) if library is None else "compiled",
+            "products": "PyTorch" if multiplying is None else f"compiled ({multiplying.compiler})",
+            "columns": columns_walked_by(device) if walking is None else f"compiled ({walking.compiler})",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             **({"CUDA": torch.version.cuda} if device.type == "cuda" else {}),

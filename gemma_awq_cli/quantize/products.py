@@ -1,4 +1,4 @@
-"""Which code multiplies bfloat16 numbers for the calibration rows: the compiled library where it is the faster one."""
+"""Which code does the arithmetic of quantizing: the compiled library where it is faster than PyTorch."""
 
 from functools import partial
 
@@ -12,16 +12,24 @@ from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.forward.layerwise import Product, product
 
 
+def compiled_loops(device: torch.device) -> Library | None:
+    """Return the library, to walk the columns of weights on this device; it is compiled now if need be."""
+    if device.type != "cpu":
+        return None
+    library = native_library.load(cache_folder() / "native")
+    return library if isinstance(library, Library) else None
+
+
 def compiled_products(device: torch.device) -> Library | None:
-    """Return the library if it multiplies faster than PyTorch on this device; it is compiled now if need be.
+    """Return the library if it multiplies faster than PyTorch on this device.
 
     Processors with AMX have yet faster instructions, which PyTorch uses, also for float32 in `matmul_precision`'s
     medium.
     """
     if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
         return None
-    library = native_library.load(cache_folder() / "native")
-    return library if isinstance(library, Library) and library.multiplies_bfloat16 else None
+    library = compiled_loops(device)
+    return library if library is not None and library.multiplies_bfloat16 else None
 
 
 def sums_for(device: torch.device) -> Sums:

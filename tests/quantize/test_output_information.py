@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple, cast
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.search import BALANCED
 from gemma_awq_cli.errors import GemmaAwqError
+from gemma_awq_cli.kernels.head import soft_cap
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.quantize import information_layout, output_information
@@ -28,14 +30,19 @@ ROWS, SEQ_LEN = 5, 40  # longer than the sliding windows
 
 @pytest.fixture
 def exact(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Everything in float32, and labels that are known: the least likely tokens, whose gradients are large."""
+    """Everything in float32, and labels that are known: the most and the least likely token."""
     monkeypatch.setattr(output_information, "KEPT", torch.float32)
     monkeypatch.setattr(output_information, "PRECISION", "highest")
     monkeypatch.setattr(output_information, "bfloat16_products", lambda _: nullcontext())
     monkeypatch.setattr(output_information, "product_dtype", lambda _: torch.float32)
-    monkeypatch.setattr(output_information, "draw_weighted", lambda weights, _: (weights.argmin(1), weights.sum(1)))
+    monkeypatch.setattr(output_information, "draw_labels", most_and_least)
     monkeypatch.setattr(output_information, "LOGITS", 3000)  # a few positions at a time
     monkeypatch.setattr(output_information, "HEAD_CHUNK", 100)
+
+
+def most_and_least(head: Tensor, states: Tensor, _: float | None, __: torch.Generator) -> Tensor:
+    logits = states @ head.to(states.dtype).t()
+    return torch.stack([logits.argmax(1), logits.argmin(1)], 1)
 
 
 def rows_of(count: int = ROWS) -> Tensor:
@@ -81,7 +88,7 @@ def test_information_is_that_of_automatic_differentiation(
                 lambda _, __, output, key=(index, name): outputs.__setitem__(key, output)  # type: ignore[misc]
             )
     logits = model(input_ids=ids).logits
-    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), logits.argmin(-1).flatten(), reduction="sum")
+    loss = (logits.amax(-1) - logits.amin(-1)).sum() / 2**0.5  # of log probabilities too: their normalizers cancel
     gradients = dict(zip(outputs, torch.autograd.grad(loss, list(outputs.values())), strict=True))
     for index, layout in enumerate(checkpoint.shape.layouts):
         found = layer_information(files, layout, index)
@@ -91,6 +98,48 @@ def test_information_is_that_of_automatic_differentiation(
             expected = own.t() @ own / len(own)
             (matrix,) = found[group.name]
             assert float((matrix - expected).norm() / expected.norm()) < 1e-3
+
+
+class Head(NamedTuple):
+    """What `label_gradient` reads of a `TextStack`."""
+
+    softcap: float | None
+    device: torch.device = CPU
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_two_labels_measure_the_information(softcap: float | None) -> None:
+    """Their mean square is the covariance of all labels' gradients, which a small head tells exactly."""
+    generator = torch.Generator().manual_seed(0)
+    head, state = torch.randn(300, 6, generator=generator), torch.randn(6, generator=generator)
+    logits = head @ state
+    slopes = torch.ones(300)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+        slopes -= (logits / softcap).square()
+    given = head * slopes[:, None]
+    likely = logits.softmax(-1)
+    centred = given - likely @ given
+    expected = centred.t() @ (centred * likely[:, None])
+
+    drawn = output_information.label_gradient(
+        cast(TextStack, Head(softcap)), head, state.expand(40_000, -1).contiguous(), generator
+    )
+    assert float(drawn.mean(0).abs().max()) < 0.03 * float(expected.diagonal().max()) ** 0.5
+    found = drawn.t() @ drawn / len(drawn)
+    assert float((found - expected).norm() / expected.norm()) < 0.03  # 40000 draws
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_labels_are_drawn_independently_from_all_parts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output_information, "HEAD_CHUNK", 16)
+    generator = torch.Generator().manual_seed(0)
+    head, state = torch.randn(70, 8, generator=generator).to(dtype), torch.randn(8, generator=generator).to(dtype)
+    likely = soft_cap(head @ state, 4.0).to(torch.float32).softmax(-1)
+    drawn = output_information.draw_labels(head, state.expand(200_000, -1), 4.0, generator)
+    pairs = torch.bincount(drawn[:, 0] * 70 + drawn[:, 1], minlength=70 * 70).view(70, 70) / len(drawn)
+    expected = likely[:, None] * likely
+    assert float((pairs - expected).norm() / expected.norm()) < 0.07  # chance makes it 0.05
 
 
 @pytest.mark.usefixtures("exact")

@@ -645,8 +645,9 @@ def test_the_fingerprint_names_what_computes(
     for compiler in ("GCC 12", "GCC 13"):
         library = type("Library", (), {"compiler": compiler})()
         with monkeypatch.context() as patch:
-            patch.setattr(preparation, "compiled_products", lambda _, one=library: one)
-            assert fingerprint("cpu")["products"] == f"compiled ({compiler})"
+            for kind, name in (("compiled_products", "products"), ("compiled_loops", "columns")):
+                patch.setattr(preparation, kind, lambda _, one=library: one)
+                assert fingerprint("cpu")[name] == f"compiled ({compiler})"
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "multiplies_bfloat16", lambda _: before["observed in"] != "bfloat16")
         assert changed("cpu") == ["observed in"]

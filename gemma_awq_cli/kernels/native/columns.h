@@ -7,9 +7,9 @@
 
 #include <algorithm>
 
-constexpr int SPREAD = LANES == 16 ? 4 : 2;           // registers of rows that are walked together
-constexpr int64_t STRIP = (int64_t)SPREAD * LANES;    // rows in them
-constexpr float LARGEST = 15.0f;                      // of the integers
+constexpr int SPREAD = 4;                           // registers of rows that are walked together
+constexpr int64_t STRIP = (int64_t)SPREAD * LANES;  // rows in them
+constexpr float LARGEST = 15.0f;                    // of the integers
 
 // To the nearest integer, ties to even: of numbers of at most 2^22, and of larger ones something as large.
 INLINE Floats nearest(Floats x) {
