@@ -53,11 +53,11 @@ INFORMATION_ENTRY, FACTORED_ENTRY = 10, 24
 # float32 activations that are kept for the gradient: as wide as the hidden states, and as the widest linear
 KEPT_HIDDEN, KEPT_WIDE = 24, 5
 KEPT_STATES = 10  # of a hidden state of all measured rows: 16-bit, and the gradients at both ends of a layer
-KEPT_LOGIT = 6  # of a logit of the positions whose gradients are computed at a time: three matrices in 16 bits
+KEPT_LOGIT = 8  # of a logit of the positions and the part of the vocabulary that are computed at a time: two in float32
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
-# Time. The rates are those of two CPU cores with AVX-512: matrix products, and elementwise operations.
-FLOPS_PER_SECOND = 2.5e11
+# Time. How fast the machine multiplies is measured (`products.flops_per_second`); elementwise operations are those of
+# two CPU cores.
 ELEMENTS_PER_SECOND = 1.5e9
 BFLOAT16_SPEED = 1.6  # times as many products in bfloat16, where they are multiplied so
 GRAM_SPEED = 3.0  # the same of a Gram matrix, of which half the products are computed
@@ -70,6 +70,8 @@ SWEEP_FLOPS = 4  # the same, for one pass over the integers
 CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
 GRADIENT_PASSES = 3  # of the rows that information is measured on through a layer: forward, again, and backward
 DRAW_OPERATIONS = 5  # elementwise operations per logit to draw two labels
+SAMPLING_SPEED = 0.65  # times as many products while rows are sampled, a token of each at a time
+SAMPLE_OPERATIONS = 7  # elementwise operations per logit to draw one token
 FACTOR_FLOPS = 3  # per cubed size of a matrix of information: its float64 factor and the gains
 FORWARDS_WITH_CORRECTION = 3  # of a calibration row through a layer: reference, quantized, and quantized once more
 
@@ -91,7 +93,8 @@ class Workload:
 
     vocabulary: entries of the embedding; calibration_tokens, heldout_tokens: of all rows together; seq_len: of one row;
     product_bytes: of an activation as linears multiply it, 2 or 4; keeps_grid: see `Plan`; streams: of hidden states,
-    more than one with AltUp; on_gpu: whether a GPU computes, CUDA's or Apple's.
+    more than one with AltUp; on_gpu: whether a GPU computes, CUDA's or Apple's; unsampled_tokens: of the calibration
+    tokens, those that the model has yet to sample itself.
     """
 
     layouts: tuple[LayerLayout, ...]
@@ -106,6 +109,7 @@ class Workload:
     keeps_grid: bool = False
     streams: int = 1
     on_gpu: bool = False
+    unsampled_tokens: int = 0
 
     @property
     def layers_depend(self) -> bool:
@@ -305,35 +309,32 @@ def _expert_groups(experts: Experts) -> tuple[Linear, Linear]:
     return Linear(2 * experts.intermediate, experts.hidden), Linear(experts.hidden, experts.intermediate)
 
 
-def seconds(work: Workload, fit: Fit, processes: int = 1) -> float:
-    """Return how long the quantization takes on two CPU cores with AVX-512.
+def seconds(work: Workload, fit: Fit, flops_per_second: float, processes: int = 1) -> float:
+    """Return how long the quantization takes on a CPU.
 
-    processes: how many share out the layers, each on as many cores of its own. Each runs the calibration rows through
-    all layers, and one of them measures. Where layers depend on one another they share out the rows of each instead;
-    one of them measures what feedback is made from, and each searches and factors for itself. What they tell one
-    another is not counted.
+    flops_per_second: of its products in float32; processes: how many share out the layers, each on as many cores of its
+    own. Each runs the calibration rows through all layers, and one of them measures. Where layers depend on one another
+    they share out the rows of each instead; one of them measures what feedback is made from, and each searches and
+    factors for itself. What they tell one another is not counted.
     """
     if processes == 1 or work.layers_depend:
-        return _seconds(work, fit, processes)
-    alone = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
-    return alone + max(0.0, _seconds(work, fit, 1) - alone) / processes
+        return _seconds(work, fit, flops_per_second, processes)
+    alone = START_SECONDS + _forward_flops(work) / flops_per_second
+    return alone + max(0.0, _seconds(work, fit, flops_per_second, 1) - alone) / processes
 
 
 def _forward_flops(work: Workload) -> float:
     """Floating-point operations of all that runs through the 16-bit layers and of the head, without any search."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
-    for layout in work.layouts:
-        weights = float(sum(group.inputs * group.outputs for group in _joined_groups(layout)) + _kept(layout))
-        if (experts := layout.experts) is not None:
-            weights += _expert_weights(experts) * experts.active / experts.count
-        flops += 2.0 * _tokens(work) * weights
-    return flops
+    return flops + 2.0 * _tokens(work) * sum(_multiplied(layout) for layout in work.layouts)
 
 
-def _seconds(work: Workload, fit: Fit, sharing: int) -> float:
+def _seconds(work: Workload, fit: Fit, flops_per_second: float, sharing: int) -> float:
     """`seconds` of one process. sharing: how many work on each layer."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
-    elements = 0.0
+    flops += _information_flops(work) + _sampling_flops(work)
+    elements = float(work.vocabulary)
+    elements *= DRAW_OPERATIONS * work.information_tokens + SAMPLE_OPERATIONS * work.unsampled_tokens
     for layout in work.layouts:
         flops += _feedback_flops(work, layout)
         flops += sum(_group_flops(work, fit, group, sharing=sharing) for group in _joined_groups(layout))
@@ -342,25 +343,31 @@ def _seconds(work: Workload, fit: Fit, sharing: int) -> float:
         if (experts := layout.experts) is not None:
             flops += _expert_flops(work, fit, experts)
             elements += sum(experts.count * _group_elements(work, group, 1) for group in _expert_groups(experts))
-    return START_SECONDS + _measuring_seconds(work) + flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
+    return START_SECONDS + flops / flops_per_second + elements / ELEMENTS_PER_SECOND
 
 
-def _measuring_seconds(work: Workload) -> float:
-    """Seconds to measure the information of all layers' outputs."""
-    elements = float(DRAW_OPERATIONS * work.information_tokens * work.vocabulary)
-    flops = 2.0 * work.information_tokens * work.vocabulary * work.hidden
-    flops += sum(_information_flops(work, layout) for layout in work.layouts)
-    return flops / FLOPS_PER_SECOND + elements / ELEMENTS_PER_SECOND
-
-
-def _information_flops(work: Workload, layout: LayerLayout) -> float:
-    """Floating-point operations for the information of a layer's outputs."""
+def _information_flops(work: Workload) -> float:
+    """Floating-point operations to measure the information of all layers' outputs."""
     if not work.information_tokens:
         return 0.0
+    flops = 2.0 * work.vocabulary * work.hidden
+    for layout in work.layouts:
+        flops += 2.0 * GRADIENT_PASSES * _multiplied(layout) + _information_entries(layout)
+    return work.information_tokens * flops
+
+
+def _sampling_flops(work: Workload) -> float:
+    """The same to sample rows, or as many as would take as long."""
+    weights = work.vocabulary * work.hidden + sum(_multiplied(layout) for layout in work.layouts)
+    return 2.0 * work.unsampled_tokens * weights / SAMPLING_SPEED
+
+
+def _multiplied(layout: LayerLayout) -> float:
+    """Number of the weights of a layer that a token is multiplied with."""
     weights = float(sum(group.inputs * group.outputs for group in _joined_groups(layout)) + _kept(layout))
     if (experts := layout.experts) is not None:
         weights += _expert_weights(experts) * experts.active / experts.count
-    return work.information_tokens * (2.0 * GRADIENT_PASSES * weights + _information_entries(layout))
+    return weights
 
 
 def _feedback_flops(work: Workload, layout: LayerLayout) -> float:

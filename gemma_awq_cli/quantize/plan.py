@@ -32,6 +32,7 @@ from gemma_awq_cli.quantize.estimates import (
     seconds,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
+from gemma_awq_cli.quantize.products import flops_per_second
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES
 
 DTYPE_NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -156,8 +157,11 @@ def make_plan(
     quality: str = DEFAULT_QUALITY,
     keeps_grid: bool = False,
     processes: int = 1,
+    unsampled_rows: int = 0,
 ) -> Plan:
     """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none.
+
+    unsampled_rows: of `rows`, those that the model has yet to sample.
 
     On a GPU with its own memory it is that memory which is planned, and it must fit the GPU too. It must not depend on
     what other programs use there, because sums depend on the plan.
@@ -176,6 +180,7 @@ def make_plan(
         keeps_grid,
         1 if checkpoint.shape.altup is None else checkpoint.shape.altup.streams,
         stack.device.type != "cpu",
+        unsampled_rows * rows.ids.shape[1],
     )
     device_total = device_memory(stack.device)
     limits = [limit for limit in (max_memory, device_total) if limit is not None]
@@ -208,7 +213,7 @@ def make_plan(
         device_bytes=None if device_total is None else planned + held,
         smaller=smaller,
         state_bytes=disk,
-        seconds=None if work.on_gpu else seconds(work, fit, processes),
+        seconds=None if work.on_gpu else seconds(work, fit, flops_per_second(), processes),
         effort=effort,
         keeps_grid=keeps_grid,
         processes=processes,

@@ -154,8 +154,9 @@ def prepare(
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, sampled, keeps_grid)
     processes = 1 if process is None else process.count
     plan = make_plan(
-        checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes
-    )
+        checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes,
+        request.sampled_rows if dry_run and not keeps_grid else 0,
+    )  # fmt: skip
     _require_shareable(plan, request.quality, len(rows.ids))
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
     if (problem := device_room_problem(plan, device)) is not None:

@@ -1,15 +1,20 @@
 """Which code does the arithmetic of quantizing: the compiled library where it is faster than PyTorch."""
 
-from functools import partial
+import math
+import time
+from functools import cache, partial
 
 import torch
 
 from gemma_awq_cli.awq.gram import IN_TORCH, Sums
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.kernels.bfloat16_products import multiply, token_sums
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.forward.layerwise import Product, product
+
+_MEASURED, _MEASUREMENTS = 1024, 5  # rows and columns, and products
 
 
 def compiled_loops(device: torch.device) -> Library | None:
@@ -42,3 +47,18 @@ def product_for(device: torch.device) -> Product:
     """Return what multiplies the final states of the rows that are measured with the head."""
     library = compiled_products(device)
     return product if library is None else partial(multiply, library)
+
+
+@cache
+def flops_per_second() -> float:
+    """Return how many floating-point operations of float32 products the CPU does in a second, with torch's threads.
+
+    It is measured once in a process, which takes a tenth of a second: the fastest of a few products.
+    """
+    factor, best = torch.ones(_MEASURED, _MEASURED), math.inf
+    with matmul_precision("highest"):
+        for _ in range(_MEASUREMENTS):
+            started = time.perf_counter()
+            torch.mm(factor, factor)
+            best = min(best, time.perf_counter() - started)
+    return 2.0 * _MEASURED**3 / best

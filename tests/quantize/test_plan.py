@@ -20,12 +20,18 @@ from gemma_awq_cli.system.sizes import parse_bytes
 from tests.fake_device import fake_device
 
 
-def plan_of(checkpoint: Path, max_memory: int | None = None, quality: str = "balanced", place: str = "cpu") -> Plan:
+def plan_of(
+    checkpoint: Path,
+    max_memory: int | None = None,
+    quality: str = "balanced",
+    place: str = "cpu",
+    unsampled_rows: int = 0,
+) -> Plan:
     """A plan for so many tokens that activations, and not the libraries, decide."""
     opened = Checkpoint(checkpoint)
     rows = Rows(torch.zeros(64, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.int64), "", "", "")
     stack = TextStack(opened, torch.device(place))
-    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory, quality)
+    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory, quality, unsampled_rows=unsampled_rows)
 
 
 def test_less_memory_takes_smaller_batches(checkpoints: Callable[[str], Path]) -> None:
@@ -67,8 +73,8 @@ def test_the_estimates_add_up_over_layers_that_differ(checkpoints: Callable[[str
             == peak_bytes(work(large), CPU_FITS[0])
             > peak_bytes(work(small), CPU_FITS[0])
         )
-        alone = sum(seconds(work(layout), CPU_FITS[0]) - START_SECONDS for layout in order)
-        assert seconds(work(*order), CPU_FITS[0]) == pytest.approx(START_SECONDS + alone)
+        alone = sum(seconds(work(layout), CPU_FITS[0], 2e11) - START_SECONDS for layout in order)
+        assert seconds(work(*order), CPU_FITS[0], 2e11) == pytest.approx(START_SECONDS + alone)
 
 
 def test_a_batch_is_planned_with_the_tokens_that_there_are(checkpoints: Callable[[str], Path]) -> None:
@@ -102,9 +108,31 @@ def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> Non
     weights = 128 * 3 * 704 * 2816
     more = peak_bytes(work(many), CPU_FITS[0]) - LIBRARY_BYTES
     assert PROVED_WEIGHT * weights < more < PROVED_WEIGHT * weights + grams / 2
-    alone = seconds(work(none), CPU_FITS[0]) - START_SECONDS
-    assert seconds(work(many), CPU_FITS[0]) > seconds(work(tiny), CPU_FITS[0]) > START_SECONDS + alone
-    assert seconds(work(many, BEST), CPU_FITS[0]) > seconds(work(many), CPU_FITS[0])
+    alone = seconds(work(none), CPU_FITS[0], 2e11) - START_SECONDS
+    assert seconds(work(many), CPU_FITS[0], 2e11) > seconds(work(tiny), CPU_FITS[0], 2e11) > START_SECONDS + alone
+    assert seconds(work(many, BEST), CPU_FITS[0], 2e11) > seconds(work(many), CPU_FITS[0], 2e11)
+
+
+def test_what_the_planned_time_depends_on(checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    from gemma_awq_cli.quantize import plan
+
+    def planned(flops_per_second: float, unsampled_rows: int = 0) -> float:
+        monkeypatch.setattr(plan, "flops_per_second", lambda: flops_per_second)
+        seconds = plan_of(checkpoints("gemma"), unsampled_rows=unsampled_rows).seconds
+        assert seconds is not None
+        return seconds
+
+    slow = 1e7
+    assert planned(slow) == pytest.approx(2 * planned(2 * slow), rel=0.1)
+    both = planned(slow, 32), planned(slow, 64)
+    assert both[1] - both[0] == pytest.approx(both[0] - planned(slow))
+    assert both[0] > planned(slow)
+
+
+def test_how_fast_products_are_is_measured() -> None:
+    from gemma_awq_cli.quantize.products import flops_per_second
+
+    assert 1e8 < flops_per_second() < 1e15
 
 
 def test_the_end_of_memory_names_the_next_smaller_plan(checkpoints: Callable[[str], Path]) -> None:

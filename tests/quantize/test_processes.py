@@ -18,7 +18,6 @@ from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.models.checkpoints.journal import JOURNAL, GroupRecord, LayerRecord, differences
 from gemma_awq_cli.quantize.estimates import (
-    FLOPS_PER_SECOND,
     START_SECONDS,
     Fit,
     Workload,
@@ -145,6 +144,9 @@ def test_a_plan_for_several_processes(
     assert "1000 processes share out the calibration samples, and there are only" in capsys.readouterr().err
 
 
+FLOPS_PER_SECOND = 2e11
+
+
 def twenty_four_layers(checkpoints: Callable[[str], Path], effort: Effort) -> Workload:
     """A model of seven linears of 2048 x 2048 in each layer, and 128 samples of 512 tokens."""
     small = plan_of(checkpoints("gemma")).layouts[0]
@@ -157,20 +159,20 @@ def test_the_planned_time_is_that_of_the_slowest_process(checkpoints: Callable[[
     """Against a simulation: layers of equal work, in turn to the processes, behind the forward that all of them do."""
     work, fit = twenty_four_layers(checkpoints, FAST), Fit(8192, 8192)
     forward = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
-    own = (seconds(work, fit) - forward) / 24
+    own = (seconds(work, fit, FLOPS_PER_SECOND) - forward) / 24
     assert own > 0
     for count in (2, 4, 8):
         slowest = max(len(shares_of_layers(range(24), rank, count)) for rank in range(count))
-        assert seconds(work, fit, count) == pytest.approx(forward + slowest * own, rel=0.02)
+        assert seconds(work, fit, FLOPS_PER_SECOND, count) == pytest.approx(forward + slowest * own, rel=0.02)
 
 
 def test_shared_rows_leave_to_each_process_what_it_does_for_itself(checkpoints: Callable[[str], Path]) -> None:
     """Against a simulation: the held-out rows, three factors of four Gram matrices a layer, and what is measured."""
     work, fit = twenty_four_layers(checkpoints, BEST_EFFORT), Fit(8192, 8192)
-    endless = seconds(work, fit, 10**9)
-    shared = seconds(work, fit) - endless
+    endless = seconds(work, fit, FLOPS_PER_SECOND, 10**9)
+    shared = seconds(work, fit, FLOPS_PER_SECOND) - endless
     for count in (2, 4, 8):
-        assert seconds(work, fit, count) == pytest.approx(endless + shared / count)
+        assert seconds(work, fit, FLOPS_PER_SECOND, count) == pytest.approx(endless + shared / count)
     heldout = 2 * 4096 * 2.0 * (24 * 7 * 2048**2 + 256_000 * 2048)
     factors = 24 * 4 * 2 * 2048.0**3
     assert endless > START_SECONDS + (heldout + factors) / FLOPS_PER_SECOND
