@@ -110,17 +110,11 @@ def sample_rows(
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
-    """Draw one token per row from softmax(logits [R, V]): [R]."""
-    return draw_weighted((logits - logits.max(1, keepdim=True).values).exp_(), generator)[0]
-
-
-def draw_weighted(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Draw one token per row in proportion to the weights [R, V]: [R], and the sums of the rows' weights: [R] float32.
-
-    First a part of the vocabulary is drawn, then a token.
+    """Draw one token per row from softmax(logits [R, V]): [R]. First a part of the vocabulary is drawn, then a token.
 
     Running sums over rows of 262144 entries would take longer than the model.
     """
+    weights = (logits - logits.max(1, keepdim=True).values).exp_()
     rows, vocabulary = weights.shape
     width = -(-vocabulary // CHUNKS)
     if width * CHUNKS > vocabulary:
@@ -133,7 +127,7 @@ def draw_weighted(weights: Tensor, generator: torch.Generator) -> tuple[Tensor, 
     inside = running_sums(parts[torch.arange(rows, device=weights.device), part[:, 0]].to(torch.float32))
     # rounding may put the point beyond the sum of the part: it then takes the part's last token of any weight
     token = torch.searchsorted(inside, torch.minimum(point - before, inside[:, -1:]))
-    return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1), sums[:, -1]
+    return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1)
 
 
 def with_sampled_rows(rows: Rows, sampled: Tensor) -> Rows:
