@@ -118,8 +118,8 @@ def test_decode_fidelity_compares_every_way_to_run(
     assert len(rows) == 1 + 3 + 3
 
 
-# in Pythons of their own: torch does not always get its threads back in a fork
 @pytest.mark.slow
+@pytest.mark.usefixtures("warm_python")
 def test_interoperability_compares_readers_with_the_exact_weights(
     tmp_path: Path, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -10,6 +10,27 @@ import pytest
 
 PYTHON = sys.executable
 SHOW = "import os, sys; print(sys.argv[1:], os.getcwd(), os.environ.get('OWN'), __name__); print('e', file=sys.stderr)"
+# Three threads of each of a hundred children begin at once. Without `renew_threads`, one in forty children fails.
+RACE = """
+import os, sys, threading, torch, warm_server
+ones = torch.ones(40000)
+sys.setswitchinterval(1e-6)
+for _ in range(100):
+    child = os.fork()
+    if child == 0:
+        warm_server.renew_threads()
+        begun = []
+        def work():
+            begun.append(1)
+            while len(begun) < 3:
+                pass
+            torch.add(ones, ones)
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+        os._exit(0)
+    os.waitpid(child, 0)
+"""
 pytestmark = [
     pytest.mark.usefixtures("warm_python"),
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="it is the real Python elsewhere"),
@@ -59,3 +80,11 @@ def test_it_ends_with_its_launcher(sent: signal.Signals) -> None:
 def test_another_start_is_one_of_the_real_python(options: list[str], variables: dict[str, str]) -> None:
     command = [sys.executable, *options, "-c", "import sys; print('torch' in sys.modules)"]
     assert subprocess.run(command, env={**os.environ, **variables}, capture_output=True, text=True).stdout == "False\n"
+
+
+def test_threads_find_the_pool_that_the_fork_broke_renewed(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(RACE)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    warm = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+    assert (warm.stdout, warm.stderr) == ("", "")

@@ -108,6 +108,7 @@ def run(arguments: list[str], environment: Mapping[str, str], folder: str) -> in
     unbuffered = bool(environment.get("PYTHONUNBUFFERED"))
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(line_buffering=stream is sys.stderr or os.isatty(1), write_through=unbuffered)  # type: ignore[union-attr]
+    renew_threads()
     given = [os.path.abspath(path) for path in environment.get("PYTHONPATH", "").split(os.pathsep) if path]
     code: Any = 0
     try:
@@ -138,6 +139,14 @@ def run(arguments: list[str], environment: Mapping[str, str], folder: str) -> in
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     return 0 if code is None else code if isinstance(code, int) else 1
+
+
+def renew_threads() -> None:
+    """Have torch replace the thread pool that a fork has broken, which it otherwise does at its first operation.
+
+    While one thread replaces it, another finds none ("Invalid thread pool!"): so it is done before there is another.
+    """
+    sys.modules["torch"].set_num_threads(1)
 
 
 if __name__ == "__main__":
