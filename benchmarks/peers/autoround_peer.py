@@ -2,6 +2,7 @@
 
 pip install torch==2.13.0 auto-round==0.16.1
 python benchmarks/peers/autoround_peer.py CHECKPOINT_DIR OUT_DIR --text FILE [--rows 16] [--iterations 200]
+                                          [--float32]
 
 Prints the seconds that its `quantize_and_save` took.
 """
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 parser = arguments(__doc__)
 parser.add_argument("--iterations", type=int, default=200)
+parser.add_argument("--float32", action="store_true", help="for processors without instructions for bfloat16")
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
@@ -24,6 +26,7 @@ rows = torch.utils.data.DataLoader([torch.tensor([row]) for row in ids], batch_s
 rounder = AutoRound(
     model, tokenizer, bits=4, group_size=128, sym=False, dataset=rows, iters=args.iterations, seqlen=SEQ_LEN,
     nsamples=args.rows, batch_size=8, device_map="cpu", enable_torch_compile=False,
+    amp=not args.float32,
 )  # fmt: skip
 started = time.perf_counter()
 rounder.quantize_and_save(args.output, format="auto_awq")
