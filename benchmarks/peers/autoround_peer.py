@@ -11,12 +11,12 @@ import time
 
 import torch
 from auto_round import AutoRound
-from rows import SEQ_LEN, arguments, windows
+from rows import SEQ_LEN, add_float32, arguments, windows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 parser = arguments(__doc__)
+add_float32(parser)
 parser.add_argument("--iterations", type=int, default=200)
-parser.add_argument("--float32", action="store_true", help="for processors without instructions for bfloat16")
 args = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)

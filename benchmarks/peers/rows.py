@@ -17,6 +17,11 @@ def arguments(description: str | None) -> argparse.ArgumentParser:
     return parser
 
 
+def add_float32(parser: argparse.ArgumentParser) -> None:
+    """Let the user have a peer compute in float32, which is faster on a processor without bfloat16 instructions."""
+    parser.add_argument("--float32", action="store_true", help="for processors without bfloat16 instructions")
+
+
 def windows(tokenizer: Any, text: Path, rows: int) -> list[list[int]]:
     """Return the first `rows` windows of SEQ_LEN token ids of a text file."""
     tokens = tokenizer(text.read_text(encoding="utf-8"), add_special_tokens=False).input_ids
