@@ -72,7 +72,7 @@ def model_records(models: Sequence[BenchModel], options: BenchOptions, bandwidth
 def _size(model: BenchModel) -> int:
     if model.file is not None:
         return model.file.stat().st_size
-    return sum(info.nbytes for info in model.checkpoint.tensors.values())
+    return model.checkpoint.nbytes
 
 
 def _identity(model: BenchModel) -> str:

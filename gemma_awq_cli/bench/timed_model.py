@@ -88,7 +88,7 @@ def _load_vllm(path: Path, rows: int, tokens: int) -> TimedModel:
     started = time.perf_counter()
     checkpoint = Checkpoint(path)
     # other models are loaded beside it: room for the weights, twice while they are converted, and for the cache
-    needed = 2 * sum(info.nbytes for info in checkpoint.tensors.values()) + VLLM_ROOM
+    needed = 2 * checkpoint.nbytes + VLLM_ROOM
     share = min(0.9, needed / _total_memory())
     engine = VllmEngine(checkpoint, Prompter(path), tokens, rows, memory_share=share)
     config = checkpoint.text_config

@@ -143,7 +143,7 @@ def _card(
         left=sum(len(layout.packed()) for layout in layouts) - count,
         head=packed.head is not None,
         dtype=str(checkpoint.dtype).removeprefix("torch."),
-        size=size_of(sum(info.nbytes for info in checkpoint.tensors.values())),
+        size=size_of(checkpoint.nbytes),
         notice=notice,
         licence_sentence=f"{licence.terms.sentence}." if licence.terms.sentence else "",
         fidelity=_fidelity(bench, checkpoint.identity()),

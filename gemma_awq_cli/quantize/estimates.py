@@ -54,6 +54,8 @@ INFORMATION_ENTRY, FACTORED_ENTRY = 10, 24
 KEPT_HIDDEN, KEPT_WIDE = 24, 5
 KEPT_STATES = 10  # of a hidden state of all measured rows: 16-bit, and the gradients at both ends of a layer
 KEPT_LOGIT = 8  # of a logit of the positions and the part of the vocabulary that are computed at a time: two in float32
+KEY_AND_VALUE = 4  # of a channel of a cache in 16 bits
+DRAWN_LOGIT = 16  # of a logit of the tokens that are drawn: float32 logits, their weights and copies of either
 FINAL_COPIES = 4  # float32 final hidden states of a held-out token: both paths, before and after the norm
 
 # Time. How fast the machine multiplies is measured (`products.flops_per_second`); elementwise operations are those of
@@ -247,6 +249,14 @@ def _informing(work: Workload, fit: Fit, layout: LayerLayout) -> int:
 def _information_entries(layout: LayerLayout) -> int:
     """Entries of all matrices of information of a layer."""
     return sum(size**2 for group in layout.groups for size in matrix_sizes(layout, group))
+
+
+def sampling_bytes(
+    layouts: tuple[LayerLayout, ...], vocabulary: int, weight_bytes: int, rows: int, seq_len: int
+) -> int:
+    """Return the bytes that sampling rows takes: the whole 16-bit model, the cache of every row, one token's logits."""
+    cache = KEY_AND_VALUE * rows * seq_len * sum(one.kv_size for one in layouts if one.kv_source is None)
+    return weight_bytes + cache + DRAWN_LOGIT * rows * vocabulary
 
 
 def information_disk_bytes(work: Workload) -> int:

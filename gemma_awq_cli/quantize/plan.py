@@ -22,13 +22,16 @@ from gemma_awq_cli.models.gemma.families import FLOAT16_REASON
 from gemma_awq_cli.models.gemma.layers import LayerLayout, Linear, layers_of
 from gemma_awq_cli.models.gemma.left_groups import LeftGroup
 from gemma_awq_cli.quantize.estimates import (
+    CONTEXT_BYTES,
     FLOAT32,
+    LIBRARY_BYTES,
     Fit,
     Workload,
     device_peak_bytes,
     host_peak_bytes,
     information_disk_bytes,
     peak_bytes,
+    sampling_bytes,
     seconds,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
@@ -199,18 +202,25 @@ def make_plan(
     free = free_memory(stack.device)
     holds = device_total is not None and all(planned + held <= limit for limit in (*limits, free) if limit is not None)
     held = held if holds else 0
+    sampling = 0
+    if unsampled_rows:
+        sampling = sampling_bytes(layouts, work.vocabulary, checkpoint.nbytes, unsampled_rows, work.seq_len)
     return Plan(
         layouts=layouts,
         quantized_linears=len(linears),
         group_size=group_size,
         dtype=dtype,
         tensors=tensors,
-        source_bytes=sum(info.nbytes for info in checkpoint.tensors.values()),
+        source_bytes=checkpoint.nbytes,
         artifact_bytes=sum(tensor.nbytes for tensor in tensors),
         fit=fit,
         rows_per_batch=max(1, fit.tokens_per_batch // max(1, work.seq_len)),
-        memory_bytes=planned if device_total is None else host_peak_bytes(work) + held // STATE_FILES,
-        device_bytes=None if device_total is None else planned + held,
+        memory_bytes=(
+            max(planned, LIBRARY_BYTES + sampling)
+            if device_total is None
+            else host_peak_bytes(work) + held // STATE_FILES
+        ),
+        device_bytes=None if device_total is None else max(planned + held, CONTEXT_BYTES + sampling),
         smaller=smaller,
         state_bytes=disk,
         seconds=None if work.on_gpu else seconds(work, fit, flops_per_second(), processes),

@@ -24,7 +24,7 @@ from gemma_awq_cli.models.checkpoints.source import Source, find_source
 from gemma_awq_cli.models.checkpoints.source_metadata import UNREADABLE, source_card
 from gemma_awq_cli.models.forward.devices import pick_device
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.forward.memory import free_memory
+from gemma_awq_cli.models.forward.memory import free_memory, return_freed_memory
 from gemma_awq_cli.models.gemma.features import features_of
 from gemma_awq_cli.models.gemma.text_config import require_loadable
 from gemma_awq_cli.models.packed_formats.choosing import ORIGINAL, describe
@@ -269,5 +269,6 @@ def _sampled(request: QuantizeRequest, checkpoint: Checkpoint, device: torch.dev
     ids = sampled_rows(
         checkpoint, device, request.sampled_rows, request.seq_len, request.seed, lambda _: on_event(SamplingStep())
     )
+    return_freed_memory()
     on_event(SamplingFinished())
     return ids

@@ -26,23 +26,15 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.device_session import DeviceSession
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.gemma.layers import layers_of
-from gemma_awq_cli.quantize.estimates import FLOAT32, LIBRARY_BYTES
+from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES, sampling_bytes
 
 CHUNKS = 64  # parts of the vocabulary, of which a draw first chooses one
 
 
-def sampling_bytes(checkpoint: Checkpoint, rows: int, seq_len: int) -> int:
-    """Return the bytes that sampling takes: the whole 16-bit model, the cache of every row, one token's logits."""
-    key_and_value = 2 * 2  # bytes of a channel in 16 bits
-    channels = sum(layout.kv_size for layout in layers_of(checkpoint.facts, checkpoint.family))
-    cache = key_and_value * rows * seq_len * channels
-    weights = sum(info.nbytes for info in checkpoint.tensors.values())
-    return LIBRARY_BYTES + weights + cache + FLOAT32 * rows * checkpoint.vocabulary
-
-
 def require_memory_to_sample(checkpoint: Checkpoint, rows: int, seq_len: int, memory: int | None) -> None:
     """Raise if sampling needs more than `memory` bytes. None: unknown, and so allowed."""
-    needed = sampling_bytes(checkpoint, rows, seq_len)
+    layouts = layers_of(checkpoint.facts, checkpoint.family)
+    needed = LIBRARY_BYTES + sampling_bytes(layouts, checkpoint.vocabulary, checkpoint.nbytes, rows, seq_len)
     if memory is not None and needed > memory:
         raise GemmaAwqError(
             f"Sampling from the 16-bit model needs the whole of it in memory, {needed / 1e9:.1f} GB, but only "

@@ -12,7 +12,7 @@ from gemma_awq_cli.calibration_text.rows import Rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
-from gemma_awq_cli.models.gemma.layers import LayerLayout
+from gemma_awq_cli.models.gemma.layers import LayerLayout, layers_of
 from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
 from gemma_awq_cli.quantize.plan import CPU_FITS, FITS, Plan, make_plan
@@ -111,6 +111,19 @@ def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> Non
     alone = seconds(work(none), CPU_FITS[0], 2e11) - START_SECONDS
     assert seconds(work(many), CPU_FITS[0], 2e11) > seconds(work(tiny), CPU_FITS[0], 2e11) > START_SECONDS + alone
     assert seconds(work(many, BEST), CPU_FITS[0], 2e11) > seconds(work(many), CPU_FITS[0], 2e11)
+
+
+def test_the_planned_memory_counts_the_rows_that_the_model_has_yet_to_sample(
+    checkpoints: Callable[[str], Path],
+) -> None:
+    folder, many = checkpoints("gemma"), 10**6
+    without, few, most = (plan_of(folder, unsampled_rows=rows).memory_bytes for rows in (0, 1, many))
+    assert without == few  # the layers take more
+    checkpoint = Checkpoint(folder)
+    (layout, *_), seq_len = layers_of(checkpoint.facts, checkpoint.family), 512
+    cache = many * seq_len * checkpoint.layers * 2 * layout.kv_size * 2  # keys and values in 16 bits
+    logits = many * checkpoint.vocabulary * 4
+    assert most == pytest.approx(cache + 4 * logits, rel=0.02)
 
 
 def test_what_the_planned_time_depends_on(checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:

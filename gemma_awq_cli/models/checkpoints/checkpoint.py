@@ -230,6 +230,11 @@ class Checkpoint:
         return int(self.facts.num_hidden_layers)
 
     @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors as they are stored."""
+        return sum(info.nbytes for info in self.tensors.values())
+
+    @property
     def vocabulary(self) -> int:
         """The number of tokens that have an embedding."""
         return int(self.facts.vocab_size)

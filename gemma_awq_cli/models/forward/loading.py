@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 class OpenModel:
     """A model that is ready to run.
 
-    device_name, dtype_name: torch's; quantized: whether it is an artifact; build: makes `model`; kv_cache: one of
-    `KV_CACHES`, how sessions hold keys and values.
+    device_name, dtype_name: torch's; quantized: whether it is an artifact; build: makes `model` of this; kv_cache: one
+    of `KV_CACHES`, how sessions hold keys and values. Nothing that it holds refers to it, so that its memory is free as
+    soon as its last user lets it go.
     """
 
     checkpoint: Checkpoint
@@ -42,7 +43,7 @@ class OpenModel:
     dtype_name: str
     quantized: bool
     forward: Forward
-    build: Callable[[], Any]
+    build: Callable[["OpenModel"], Any]
     loading: Future[Prompter]
     kv_cache: str = KV_16BIT
 
@@ -64,7 +65,7 @@ class OpenModel:
     @cached_property
     def model(self) -> Any:
         """transformers' causal model of the language model, ready on `device`; built on first use."""
-        return self.build()
+        return self.build(self)
 
     @cached_property
     def prompter(self) -> Prompter:
@@ -139,7 +140,7 @@ def open_model(
         name = checkpoint.folder.name
         require_memory(needed, place, name if quantized else f"{name} in {dtype}", hint)
 
-    def build() -> Any:
+    def build(opened: OpenModel) -> Any:
         with memory_errors(f"loading {folder.name}", hint):
             return _transformers_model(opened, others, chosen)
 

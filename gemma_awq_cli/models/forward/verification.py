@@ -119,7 +119,7 @@ def require_complete(folder: Path, declared_bytes: int) -> tuple[Checkpoint, Pro
     for name in checkpoint.companions():
         for _ in read_pieces(name, checkpoint.tensors[name]):
             pass
-    if (stored := sum(info.nbytes for info in checkpoint.tensors.values())) != declared_bytes:
+    if (stored := checkpoint.nbytes) != declared_bytes:
         raise GemmaAwqError(
             f"{folder} holds {stored} bytes of tensors, but its report says {declared_bytes}.",
             "The report and the weights belong to different artifacts. " + REMAKE,
@@ -160,7 +160,7 @@ def _require_index(checkpoint: Checkpoint) -> None:
             )
     metadata = declared.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    if total != (stored := sum(info.nbytes for info in checkpoint.tensors.values())):
+    if total != (stored := checkpoint.nbytes):
         raise GemmaAwqError(f"{index} declares {total} bytes of tensors; the files hold {stored}.", REMAKE)
 
 

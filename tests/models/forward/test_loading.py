@@ -1,6 +1,8 @@
 """An opened artifact computes what transformers computes on the dequantized weights, with its weights left packed."""
 
+import gc
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.cpu import CpuInt4Linear
 from gemma_awq_cli.kernels.reference import ReferenceLinear
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
-from gemma_awq_cli.models.forward.loading import open_model
+from gemma_awq_cli.models.forward.loading import OpenModel, open_model
+from gemma_awq_cli.models.forward.precision import Precision
 from tests.conftest import FAMILIES
 from tests.tiny import edit_weights
 
@@ -166,3 +169,22 @@ def test_damaged_artifacts_are_refused(
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(GemmaAwqError, match="quantized by bitsandbytes, which is not read"):
         open_model(folder, CPU)
+
+
+@pytest.mark.parametrize(("quantized", "precision"), [(True, None), (False, None), (False, Precision(dtype="float32"))])
+def test_a_model_that_was_used_is_let_go_without_a_garbage_collection(
+    quantized: bool, precision: Precision | None, artifacts: Callable[[str], Path], checkpoints: Callable[[str], Path]
+) -> None:
+    folder = artifacts("gemma3") if quantized else checkpoints("gemma3")
+
+    def used(opened: OpenModel) -> list[weakref.ref[object]]:
+        session = opened.session(1, 16)
+        session.next_logits([[2, 7, 8]])
+        return [weakref.ref(one) for one in (opened, opened.forward.text, session)]
+
+    gc.disable()
+    try:
+        left = used(open_model(folder, CPU, precision))
+        assert [one() for one in left] == [None, None, None]
+    finally:
+        gc.enable()
