@@ -9,6 +9,9 @@ first, and each turn rounds the weights moved by that much.
 
 It is computed like the feedback between columns (see gptq.py): with `F = R R^T`, R upper triangular in the order of the
 turns, the rows of turn j should get the error `-R_jj^-T R_<j,j^T E_<j`.
+
+The diagonal of F says how much a squared error of each output counts by itself. The scale that all outputs share is
+searched with these weights (see search.py).
 """
 
 from collections.abc import Sequence
@@ -28,6 +31,8 @@ class OutputFeedback:
     information: the Fisher information of consecutive outputs, [n, n] float32 each, all N of them together: between
     outputs of different matrices there is no feedback; damping: the share of a matrix's mean diagonal that is added to
     its diagonal. The larger it is, the less feedback there is.
+
+    importances: [N] float32, how much a squared error of each output counts, 1 on the mean.
     """
 
     def __init__(self, information: Sequence[Tensor], damping: float) -> None:
@@ -37,6 +42,8 @@ class OutputFeedback:
             self._parts.append(_Part(matrix, damping, first))
             first += len(matrix)
         self.outputs = first
+        diagonal = torch.cat([matrix.diagonal() for matrix in information])
+        self.importances = diagonal / diagonal.mean() if diagonal.any() else torch.ones_like(diagonal)
 
     @property
     def turns(self) -> int:

@@ -66,6 +66,32 @@ class ScaleChoice(NamedTuple):
     descended: bool = False
 
 
+class ScaledInput(NamedTuple):
+    """Linears with one input, to search a scale for.
+
+    weights: [N_i, K] float32; residual: [K] of the input, see `Compensation`; importances: [N_i] float32 for each, how
+    much a squared error of each output counts, or None if all count the same.
+    """
+
+    weights: Sequence[Tensor]
+    residual: Tensor
+    importances: Sequence[Tensor] | None = None
+
+    def sampled(self, rows: int) -> Fed:
+        """Return at most `rows` evenly spaced rows of each weight.
+
+        A row that counts c times as much as others is a row that is the root of c times as large: its range and errors
+        grow with it.
+        """
+        strides = [-(-weight.shape[0] // rows) for weight in self.weights]
+        samples = [weight[::stride] for weight, stride in zip(self.weights, strides, strict=True)]
+        shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(self.weights, samples, strict=True)]
+        if self.importances is not None:
+            factors = [one[::stride].sqrt()[:, None] for one, stride in zip(self.importances, strides, strict=True)]
+            samples = [sample * factor for sample, factor in zip(samples, factors, strict=True)]
+        return Fed(samples, self.residual, shares)
+
+
 def weight_magnitude(weights: Sequence[Tensor], group_size: int) -> Tensor:
     """Return the mean over all rows of |w| relative to its group's largest: [K]. AutoAWQ calls it `w_mean`."""
     total = torch.zeros(weights[0].shape[1], device=weights[0].device)
@@ -100,18 +126,20 @@ def search_scale(
     foldable: Callable[[Tensor], Tensor],
     tied: Tensor | None = None,
     effort: Effort = BALANCED,
+    importances: Sequence[Tensor] | None = None,
 ) -> ScaleChoice:
     """Return the scale under which compensated rounding is expected to have the smallest error.
 
-    weights: [N_i, K] float32 of the linears that share the input; mean_abs: [K]; residual: [K], see `Compensation`;
-    foldable: returns the scale nearest to a given one that can be folded exactly, by which candidates are judged;
-    tied: [K] integers, equal for columns that must get the same scale, or None if there are none.
+    weights, residual, importances: of the linears that share the input, see `ScaledInput`; mean_abs: [K]; foldable:
+    returns the scale nearest to a given one that can be folded exactly, by which candidates are judged; tied: [K]
+    integers, equal for columns that must get the same scale, or None if there are none.
     """
-    return search_common_scale([(weights, residual)], mean_abs, group_size, foldable, tied, effort)
+    given = ScaledInput(weights, residual, importances)
+    return search_common_scale([given], mean_abs, group_size, foldable, tied, effort)
 
 
 def search_common_scale(
-    inputs: Sequence[tuple[Sequence[Tensor], Tensor]],
+    inputs: Sequence[ScaledInput],
     mean_abs: Tensor,
     group_size: int,
     foldable: Callable[[Tensor], Tensor],
@@ -120,15 +148,10 @@ def search_common_scale(
 ) -> ScaleChoice:
     """Return one scale for linears with different inputs, under which the sum of their errors is expected to be least.
 
-    inputs: for each, the weights that it enters and its residual; mean_abs: [K] over all of them. The rest as in
-    `search_scale`.
+    mean_abs: [K] over all inputs. The rest as in `search_scale`.
     """
-    parts = []
-    for weights, residual in inputs:
-        samples = [weight[:: -(-weight.shape[0] // effort.rows)] for weight in weights]
-        shares = [weight.shape[0] / sample.shape[0] for weight, sample in zip(weights, samples, strict=True)]
-        parts.append(Fed(samples, residual, shares))
-    magnitude = weight_magnitude([weight for weights, _ in inputs for weight in weights], group_size)
+    parts = [given.sampled(effort.rows) for given in inputs]
+    magnitude = weight_magnitude([weight for given in inputs for weight in given.weights], group_size)
 
     def error_of(scale: Tensor) -> float:
         total = 0.0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.gptq import residuals
 from gemma_awq_cli.awq.round_group import round_and_compare, round_nearest
-from gemma_awq_cli.awq.search import BALANCED, Effort, search_common_scale, search_scale
+from gemma_awq_cli.awq.search import BALANCED, Effort, ScaledInput, search_common_scale, search_scale
 from gemma_awq_cli.models.checkpoints.journal import ExpertsRecord, GroupRecord
 from gemma_awq_cli.models.forward.memory import return_freed_memory
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Place
@@ -45,7 +45,7 @@ def quantize_experts(
         gate_up = _gate_up(experts, weights, expert, device)
         downs.append(_quantize_down(layer, layout, weights, inputs, expert, gate_up, group_size, effort))
         sample = gate_up[:: -(-gate_up.shape[0] // sample_rows)].clone()
-        searched.append(([sample], residuals(inputs.gate_up(expert))))
+        searched.append(ScaledInput([sample], residuals(inputs.gate_up(expert))))
         del gate_up
         _tidy(expert)
     choice = search_common_scale(

@@ -141,7 +141,8 @@ def _quantize_group(
             correct(stacked[mine], error_gram, gram, effort.correction)
         shares.fill(stacked)
     del error_gram
-    originals = dict(zip(group.linears, stacked.split([layout.linears[n].outputs for n in group.linears]), strict=True))
+    outputs = [layout.linears[name].outputs for name in group.linears]
+    originals = dict(zip(group.linears, stacked.split(outputs), strict=True))
     rows, ones = _row_factors(layer, originals), torch.ones(stacked.shape[1], device=device)
 
     def fold(scale: Tensor) -> Tensor:
@@ -155,6 +156,9 @@ def _quantize_group(
             layer.rows[group.source] = source_rows(layout, group, scale)
         return scale
 
+    feedback = None
+    if information is not None:
+        feedback = OutputFeedback([matrix.to(device).to(torch.float32) for matrix in information], effort.feedback)
     method, exponents, scale = UNSCALED, (0.0, 0.0), ones
     if group.source is not None:
         choice = search_scale(
@@ -165,12 +169,11 @@ def _quantize_group(
             foldable_scale(layout, group, weights, gain_offset, device),
             tied_columns(layout, group, device),
             effort,
+            None if feedback is None else feedback.importances.split(outputs),
         )
         method, exponents = DESCENDED if choice.descended else COMPENSATED, choice.exponents
         scale = fold(shares.of_first(choice.scale))  # the others' could differ in the last bit on another machine
-    feedback = None
-    if information is not None:
-        feedback = OutputFeedback([matrix.to(device).to(torch.float32) for matrix in information], effort.feedback)
+    if feedback is not None:
         method += WITH_FEEDBACK
     rounded, error, rtn_error = round_and_compare(stacked, scale, rows, gram, group_size, effort, feedback, shares)
     if not error <= rtn_error:  # also if it is NaN

@@ -107,8 +107,17 @@ def test_rounding_with_feedback_loses_less(effort: object, block: int, monkeypat
     assert (parts.q == fed.q).float().mean() > 0.9
 
 
+def test_outputs_count_by_their_information_whichever_matrix_it_is_in() -> None:
+    matrices = [information(16), information(24, seed=3)]
+    importances = OutputFeedback(matrices, 1.0).importances
+    diagonal = torch.cat([matrix.diagonal() for matrix in matrices])
+    assert float(importances.mean()) == pytest.approx(1)
+    torch.testing.assert_close(importances * diagonal.mean(), diagonal)
+
+
 def test_information_without_any_gradient_changes_nothing() -> None:
     feedback = OutputFeedback([torch.zeros(output_feedback.LEAST_ROWS * 3, output_feedback.LEAST_ROWS * 3)], 1.0)
+    assert torch.equal(feedback.importances, torch.ones(feedback.outputs))
     error = torch.randn(feedback.outputs, K)
     for turn in range(feedback.turns):
         assert not feedback.wanted_error(turn, error).any()

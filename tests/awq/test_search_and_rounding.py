@@ -9,7 +9,7 @@ from gemma_awq_cli.awq.coordinate_descent import fit_scales, refine
 from gemma_awq_cli.awq.gptq import DAMPING, damping_amount, factor_gram, quantize_compensated, residuals
 from gemma_awq_cli.awq.gram import TILE, InputStatistics, block_width, output_error, scaled_gram
 from gemma_awq_cli.awq.grid import Grid, dequantize, minmax_grid, nearest
-from gemma_awq_cli.awq.search import BALANCED, search_common_scale, search_range, search_scale
+from gemma_awq_cli.awq.search import BALANCED, RATIOS, ScaledInput, search_common_scale, search_range, search_scale
 
 K, N, GROUP = 128, 64, 32
 
@@ -269,7 +269,7 @@ def test_a_common_scale_serves_inputs_that_differ() -> None:
     mean_abs = statistics_of(torch.cat([first, second])).mean_abs
 
     def found(inputs: list[int]) -> Tensor:
-        parts = [([weights[i]], residuals(grams[i])) for i in inputs]
+        parts = [ScaledInput([weights[i]], residuals(grams[i])) for i in inputs]
         return search_common_scale(parts, mean_abs, GROUP, lambda scale: scale).scale
 
     def error(scale: Tensor) -> float:
@@ -282,6 +282,23 @@ def test_a_common_scale_of_one_input_is_its_scale() -> None:
     statistics = statistics_of(outlier_rows())
     weights, left = [torch.randn(N, K), torch.randn(2 * N, K)], residuals(statistics.gram)
     own = search_scale(weights, statistics.mean_abs, left, GROUP, lambda scale: scale)
-    split = [([weight], left) for weight in weights]  # as if each had an input of its own
+    split = [ScaledInput([weight], left) for weight in weights]  # as if each had an input of its own
     common = search_common_scale(split, statistics.mean_abs, GROUP, lambda scale: scale)
     torch.testing.assert_close(common.scale, own.scale, rtol=1e-3, atol=0)
+
+
+def test_an_output_that_counts_twice_is_one_that_is_there_twice() -> None:
+    torch.manual_seed(0)
+    statistics, effort = statistics_of(outlier_rows()), BALANCED._replace(stride=RATIOS)  # by descent alone
+    weights, counts = [torch.randn(N, K), torch.randn(2 * N, K)], [torch.randint(0, 4, (n,)) for n in (N, 2 * N)]
+
+    def found(weights: list[Tensor], importances: list[Tensor] | None) -> Tensor:
+        left = residuals(statistics.gram)
+        return search_scale(
+            weights, statistics.mean_abs, left, GROUP, lambda scale: scale, effort=effort, importances=importances
+        ).scale
+
+    repeated = [weight.repeat_interleave(count, 0) for weight, count in zip(weights, counts, strict=True)]
+    weighted = found(weights, [count.float() for count in counts])
+    torch.testing.assert_close(weighted, found(repeated, None), rtol=1e-3, atol=0)
+    assert not torch.allclose(weighted, found(weights, None), rtol=1e-2)
