@@ -5,6 +5,7 @@ python benchmarks/row_feedback.py CHECKPOINT_DIR --text NAME=FILE ... [--rows 32
 
 The statistics of the calibration rows are those of the 16-bit model, as at `--quality balanced`, so all settings share
 them; a DAMPING of 0 is without feedback, and GROUPs (qkv, o, gate_up, down) are those with feedback, by default all.
+Where there is feedback, the information also weighs the outputs when their common scale is searched.
 Everything runs in bfloat16 where the processor multiplies it. Prints the KL divergence from the 16-bit model in nats
 per token for every third position, in Markdown.
 """
