@@ -5,8 +5,8 @@ For very wide inputs only square blocks on the diagonal of H are kept, [B, k, k]
 in different blocks are then missing from the sums, for every candidate and for round-to-nearest alike.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -94,8 +94,8 @@ class InputStatistics:
     def add_up(self, shares: RowShares) -> None:
         """Add the sums over the tokens of other processes. Call it before `finish`."""
         for total in self.gram:
-            for first in range(0, total.shape[0], TILE):
-                shares.add_up(total[first : first + TILE, first:])
+            for tile in upper_tiles(total):
+                shares.add_up(tile)
         for total in self.error_gram if self.error_gram is not None else ():
             for part in total.split(TILE):
                 shares.add_up(part)
@@ -115,10 +115,39 @@ class InputStatistics:
             self.error_gram /= over
         self.mean_abs = self.abs_sum / self.tokens
 
+    def parts(self) -> Iterator[Tensor]:
+        """Yield views of all that `finish` found, without a reference path, each number once."""
+        yield self.mean_abs
+        for total in self.gram:
+            yield from upper_tiles(total)
+
+    @classmethod
+    def of_parts(cls, width: int, block: int, device: torch.device, fill: Callable[[Tensor], None]) -> Self:
+        """Return finished statistics again. fill: writes into each of the `parts` what it was, in the same order."""
+        found = cls(width, block, device)
+        found.mean_abs = found.abs_sum
+        for part in found.parts():
+            fill(part)
+        for total in found.gram:
+            mirror(total)
+        return found
+
     def take_error_gram(self) -> Tensor | None:
         """Hand `error_gram` over and forget it: it is as large as a weight, and needed once."""
         taken, self.error_gram = self.error_gram, None
         return taken
+
+
+def upper_tiles(total: Tensor) -> Iterator[Tensor]:
+    """Yield views of the tiles on and above the diagonal of a matrix [k, k], a row of tiles at a time."""
+    for first in range(0, total.shape[0], TILE):
+        yield total[first : first + TILE, first:]
+
+
+def kept_bytes(width: int, block: int) -> int:
+    """Return the bytes of the `parts` of finished statistics of `width` channels in blocks of `block`."""
+    tiles = sum(min(TILE, block - first) * (block - first) for first in range(0, block, TILE))
+    return (width + width // block * tiles) * torch.float32.itemsize
 
 
 def add_products(total: Tensor, x: Tensor) -> None:

@@ -9,7 +9,7 @@ docs/method.md):
   the output.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -68,6 +68,11 @@ class Observer:
                     "finite.",
                     "The checkpoint is damaged or its training diverged. Compare its files with the original ones.",
                 )
+
+    @property
+    def statistics(self) -> Mapping[str, InputStatistics]:
+        """By the names of the groups."""
+        return self._statistics
 
     def hand_over(self) -> Iterator[tuple[ScaleGroup, InputStatistics]]:
         """Yield each group and its statistics, from the last group to the first, and forget them.

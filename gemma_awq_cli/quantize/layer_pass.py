@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor, nn
 
+from gemma_awq_cli.awq.gram import InputStatistics
 from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.errors import GemmaAwqError
@@ -15,6 +16,7 @@ from gemma_awq_cli.models.forward.compiled_attention import compiled_attention
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import copies_from_pinned, is_refusal, return_freed_memory
+from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
@@ -26,6 +28,7 @@ from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_w
 from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
 from gemma_awq_cli.quantize.products import compiled_loops, compiled_products, sums_for
+from gemma_awq_cli.quantize.statistics_files import StatisticsFiles
 
 
 def process_layer(
@@ -36,15 +39,17 @@ def process_layer(
     information: InformationFiles,
     index: int,
     shares: RowShares = ALONE,
+    statistics: StatisticsFiles | None = None,
 ) -> QuantizedLayer:
     """Quantize layer `index`, counted from 0, and write the hidden states behind it.
 
     Rows that `hidden` does not have take no time: without held-out rows only the calibration rows go on.
     information: which a plan with feedback between rows has been measured for. shares: of the calibration rows, of
-    which `hidden` has this process's, and of the outputs that are rounded.
+    which `hidden` has this process's, and of the outputs that are rounded. statistics: where those of the calibration
+    rows are found, or kept for other group sizes.
     """
     weights = _read(stack, plan, index)
-    batch, paired = plan.rows_per_batch, plan.effort.paths == 2
+    batch = plan.rows_per_batch
     sample = hidden.read_batch(index, slice(0, 1))
 
     def forward_of(module: nn.Module) -> Run:
@@ -55,27 +60,18 @@ def process_layer(
         expected = stack.run_layer(index, module, *sample)
         carried = stack.carried(index, module, sample[0].to(stack.device))
     with matmul_precision("medium"):
-        layout = plan.layouts[index]
-        observer = experts = None
-        if not plan.keeps_grid:
-            sums = sums_for(stack.device)
-            observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired, sums)
-            experts = _expert_inputs(plan, layout, module, hidden, stack)
-            with _observed(stack, module):
-                rows = max(1, batch // plan.effort.paths)
-                beside = hidden.calibration_quantized if paired else None
-                hidden.advance(index, hidden.calibration, rows, forward_of(module), beside)
-            observer.finish(index, shares)
-            if experts is not None:
-                experts.finish(index)
+        layout, observed, experts = plan.layouts[index], None, None
+        if statistics is not None and statistics.found:
+            observed = statistics.read(index, stack.device)
+        elif not plan.keeps_grid:
+            observed, experts = _observe(stack, plan, hidden, index, module, shares, statistics)
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
     return_freed_memory()
     gain_offset = checkpoint.family.gain_offset
-    if observer is None:
+    if observed is None:
         layer = keep_layer(layout, weights, stack.device, plan.effort)
     else:
-        observed = observer.hand_over()
         known = layer_information(information, layout, index) if plan.feedback_tokens else None
         with compiled_columns(compiled_loops(stack.device)):
             layer = quantize_layer(
@@ -136,6 +132,34 @@ def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int,
         module = stack.layer(index, weights)
         with matmul_precision("medium"):
             hidden.advance(index, rows, plan.rows_per_batch, partial(stack.run_layer, index, module))
+
+
+def _observe(
+    stack: TextStack,
+    plan: Plan,
+    hidden: HiddenStates,
+    index: int,
+    module: nn.Module,
+    shares: RowShares,
+    statistics: StatisticsFiles | None,
+) -> tuple[Iterator[tuple[ScaleGroup, InputStatistics]], ExpertInputs | None]:
+    """Run the calibration rows through a layer, and return what its groups and its experts got.
+
+    The statistics as by `Observer.hand_over`; the rest as in `process_layer`.
+    """
+    layout, paired, sums = plan.layouts[index], plan.effort.paths == 2, sums_for(stack.device)
+    observer = Observer(layout, module, plan.group_size, plan.fit.gram_limit, stack.device, paired, sums)
+    experts = _expert_inputs(plan, layout, module, hidden, stack)
+    rows = max(1, plan.rows_per_batch // plan.effort.paths)
+    beside = hidden.calibration_quantized if paired else None
+    with _observed(stack, module):
+        hidden.advance(index, hidden.calibration, rows, partial(stack.run_layer, index, module), beside)
+    observer.finish(index, shares)
+    if statistics is not None:
+        statistics.add(index, observer.statistics)
+    if experts is not None:
+        experts.finish(index)
+    return observer.hand_over(), experts
 
 
 @contextmanager

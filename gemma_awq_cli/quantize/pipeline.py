@@ -73,6 +73,7 @@ from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, QuantizeOptions, Quan
 from gemma_awq_cli.quantize.row_exchange import exchanging
 from gemma_awq_cli.quantize.row_sharing import quantize_own_rows, recording, row_states
 from gemma_awq_cli.quantize.sharing import SharedProgress, quantize_share, remove_leftovers, shares_of_layers
+from gemma_awq_cli.quantize.statistics_files import StatisticsFiles
 from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.quantize.within_budget import plan_within_budget, quantize_within_budget
 from gemma_awq_cli.quantize.work_folder import WorkFolder
@@ -171,8 +172,10 @@ def _quantize_in_budget(request: QuantizeRequest, on_event: OnEvent) -> Quantize
     _require_one_process()
     prepared = prepare(request, on_event)
 
-    def quantize(prepared: Prepared, request: QuantizeRequest, trials: TrialFiles) -> dict[str, Any]:
-        return _quantize(prepared, request, on_event, trials=trials).report
+    def quantize(
+        prepared: Prepared, request: QuantizeRequest, trials: TrialFiles, statistics: StatisticsFiles | None
+    ) -> dict[str, Any]:
+        return _quantize(prepared, request, on_event, trials=trials, statistics=statistics).report
 
     with torch.inference_mode():
         report, found = quantize_within_budget(prepared, request, quantize, on_event)
@@ -236,10 +239,12 @@ def _quantize(
     on_event: OnEvent,
     group: Group | None = None,
     trials: TrialFiles | None = None,
+    statistics: StatisticsFiles | None = None,
 ) -> QuantizedModel:
     """Write the artifact of a prepared request, or find it.
 
-    group: of several processes, whose first one this is; trials: those that the artifact is one of.
+    group: of several processes, whose first one this is; trials: those that the artifact is one of; statistics: which
+    they share.
     """
     started = time.perf_counter()
     target, plan, fingerprint = prepared.target, prepared.plan, prepared.fingerprint()
@@ -266,7 +271,9 @@ def _quantize(
             group.gather(len(journal.records))
         with (
             exchanging(group) if group is not None and plan.shares_rows else nullcontext(ALONE) as shares,
-            row_states(prepared, work.state, len(journal.records), shares) as hidden,
+            row_states(
+                prepared, work.state, len(journal.records), shares, statistics is None or not statistics.found
+            ) as hidden,
         ):
             if work.layer_files.begun:  # by this run or by one that it continues
                 on_event(LayersStarted(plan.layers))
@@ -274,7 +281,7 @@ def _quantize(
                 _share_out(prepared, work.layer_files, work.state, group, progress)
                 _collect_layers(prepared, work.layer_files, writer, hidden, journal, on_event)
             else:
-                _quantize_layers(prepared, writer, hidden, information, journal, folds, shares, on_event)
+                _quantize_layers(prepared, writer, hidden, information, journal, folds, statistics, shares, on_event)
         with layer_memory_errors(plan, plan.layers):
             fidelity = measure_heldout(prepared.stack, hidden, prepared.rows.heldout)
         verified = finish_artifact(prepared, writer, work.model)
@@ -320,12 +327,14 @@ def _quantize_layers(
     information: InformationFiles,
     journal: Journal,
     folds: FoldFiles | None,
+    statistics: StatisticsFiles | None,
     shares: RowShares,
     on_event: OnEvent,
 ) -> None:
     """Quantize and write every layer that is not in the journal yet.
 
-    folds: where its factors are kept, if anywhere; shares: of the first of several processes, or of the only one.
+    folds: where its factors are kept, if anywhere; statistics: see `process_layer`; shares: of the first of several
+    processes, or of the only one.
     """
     checkpoint, plan = prepared.checkpoint, prepared.plan
     if folds is not None:
@@ -337,7 +346,7 @@ def _quantize_layers(
     for index in range(len(journal.records), plan.layers):
         started = time.perf_counter()
         with layer_memory_errors(plan, index):
-            layer = process_layer(checkpoint, prepared.stack, plan, hidden, information, index, shares)
+            layer = process_layer(checkpoint, prepared.stack, plan, hidden, information, index, shares, statistics)
         _write_layer(checkpoint, writer, hidden, index, layer.tensors)
         if folds is not None:
             folds.add(index, plan.layouts[index], layer)

@@ -68,14 +68,17 @@ def _own_folder(state: Path, rank: int) -> Iterator[Path]:
         lock.release()
 
 
-def row_states(prepared: Prepared, folder: Path, done: int, shares: RowShares = ALONE) -> HiddenStates:
+def row_states(
+    prepared: Prepared, folder: Path, done: int, shares: RowShares = ALONE, calibrates: bool = True
+) -> HiddenStates:
     """Return the hidden states of this process's calibration rows in front of the first layer that is not done.
 
-    The first process holds the held-out rows too. done: how many layers are.
+    The first process holds the held-out rows too. done: how many layers are. calibrates: whether the calibration rows
+    are needed.
     """
     stack, rows, plan = prepared.stack, prepared.rows, prepared.plan
     heldout = rows.heldout if shares.rank == 0 else None
-    own = rows.ids[shares.own(len(rows.ids))]
+    own = rows.ids[shares.own(len(rows.ids) if calibrates else 0)]
     both, device = plan.effort.paths == 2, stack.device if plan.holds_states else None
     hidden = HiddenStates(folder, prepared.checkpoint.shape, own, heldout, both, device)
     if done:

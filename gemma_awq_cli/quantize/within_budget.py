@@ -8,7 +8,7 @@ the unfinished work. If none meets the bound, all of them stay, so that another 
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.events import Note
 from gemma_awq_cli.fidelity.metrics import Fidelity
 from gemma_awq_cli.models.checkpoints.journal import Fingerprint
-from gemma_awq_cli.models.checkpoints.staging import REPORT, require_space, write_errors
+from gemma_awq_cli.models.checkpoints.staging import REPORT, free_space, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.gemma.left_groups import LeftGroup, leavable_groups
 from gemma_awq_cli.quantize.budget import MOST_IN_16_BITS, Budget, BudgetSearch, Choice, Costs, Trial, fitting_sizes
@@ -25,18 +25,20 @@ from gemma_awq_cli.quantize.events import ComparingStarted, ComparingStep, OnEve
 from gemma_awq_cli.quantize.finishing import finish_artifact
 from gemma_awq_cli.quantize.layer import LEFT
 from gemma_awq_cli.quantize.mixture import Mixture
-from gemma_awq_cli.quantize.plan import fitting_group_sizes, leave_in_16_bits, make_plan
+from gemma_awq_cli.quantize.plan import Plan, fitting_group_sizes, leave_in_16_bits, make_plan
 from gemma_awq_cli.quantize.preparation import Prepared
 from gemma_awq_cli.quantize.report import ArtifactSection, BudgetSection, FidelitySection
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from gemma_awq_cli.quantize.sensitivity import measure_sensitivities, sensitivity_steps
+from gemma_awq_cli.quantize.statistics_files import StatisticsFiles
 from gemma_awq_cli.quantize.trials import OF_ONE_TRIAL, Sensitivities, TrialFiles
 from gemma_awq_cli.quantize.work_folder import WorkFolder
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from gemma_awq_cli.system.sizes import format_bytes
 
-# Quantizes a prepared request into an artifact of the trials, or finds it there, and returns the report.
-Quantize = Callable[[Prepared, QuantizeRequest, TrialFiles], dict[str, Any]]
+# Quantizes a prepared request into an artifact of the trials, or finds it there, and returns the report. The statistics
+# are those that the trials share, if they do.
+Quantize = Callable[[Prepared, QuantizeRequest, TrialFiles, StatisticsFiles | None], dict[str, Any]]
 
 
 def plan_within_budget(prepared: Prepared, request: QuantizeRequest, on_event: OnEvent) -> Costs:
@@ -45,16 +47,17 @@ def plan_within_budget(prepared: Prepared, request: QuantizeRequest, on_event: O
     prepared: with any of the group sizes.
     """
     budget = Budget(request.max_kl, request.max_size)
-    costs = _costs(_prepared_sizes(prepared, request))
-    sizes = fitting_sizes(budget, costs)
+    prepared_sizes = _prepared_sizes(prepared, request)
+    costs = _costs(prepared_sizes)
+    sizes = _sizes_to_try(budget, costs)
     most = f"up to {MOST_IN_16_BITS:.0%} of the linears' weights in 16 bits"
-    if budget.max_kl is None:
-        sizes = sizes[-1:]
     listed = ", ".join(f"{size} ({format_bytes(costs.plain[size])})" for size in sizes)
     order = "" if len(sizes) == 1 else ", each as planned, in this order"
     room = "" if budget.max_bytes is None else " if there is room"
     on_event(Note(f"For {budget.describe()}: groups of {listed}{order}, then{room} {most}."))
-    disk = sum(costs.plain[size] for size in sizes) + max(costs.plain.values())
+    disk = _trial_bytes(costs, sizes)
+    if _has_room_for_statistics(prepared_sizes, sizes, costs):
+        disk += StatisticsFiles.size(prepared.plan)
     on_event(Note(f"What is tried takes up to {format_bytes(disk)} of disk until the choice is made."))
     return costs
 
@@ -104,8 +107,9 @@ class _Run:
         self._sensitivities: Sensitivities | None = None
         self._started = time.perf_counter()
         self.scratch = trials.folder / "scratch"
-        budget = Budget(request.max_kl, request.max_size)
-        self.search = BudgetSearch(budget, _costs(sizes), self._measure, self._measure_sensitivities)
+        budget, costs = Budget(request.max_kl, request.max_size), _costs(sizes)
+        self._keeps_statistics = _has_room_for_statistics(sizes, _sizes_to_try(budget, costs), costs)
+        self.search = BudgetSearch(budget, costs, self._measure, self._measure_sensitivities)
 
     def _measure(self, choice: Choice) -> Trial:
         self._on_event(TrialStarted(choice))
@@ -115,12 +119,21 @@ class _Run:
         else:
             own = replace(prepared, target=self._trials.artifact(choice.group_size))
             own = replace(own, arguments=self._request.reported(own.stack.device.type, choice.group_size))
-            report = self._quantize(own, self._request, self._trials)
+            report = self._quantize(own, self._request, self._trials, self._statistics(own.plan))
             self._reports[choice.group_size] = report
+            if all((self._trials.artifact(size) / REPORT).is_file() for size in self._sizes):
+                StatisticsFiles.remove(self._trials.folder)  # which may be larger than the model
             kl = report["fidelity"]["kl"]
         trial = Trial(choice, prepared.plan.file_bytes, kl)
         self._on_event(TrialMeasured(trial, self.search.budget.meets_kl(kl)))
         return trial
+
+    def _statistics(self, plan: Plan) -> StatisticsFiles | None:
+        """Those that another group size was quantized from, or files for those of this one, if there is room."""
+        if not StatisticsFiles.suit(plan):
+            return None
+        files = StatisticsFiles(self._trials.folder, plan)
+        return files if files.found or self._keeps_statistics else None
 
     def _fidelity(self, choice: Choice) -> Fidelity:
         """What was measured with groups of linears in 16 bits, now or before."""
@@ -188,6 +201,27 @@ class _Run:
             shutil.rmtree(self.scratch)
         self.scratch.mkdir()
         return self.scratch
+
+
+def _sizes_to_try(budget: Budget, costs: Costs) -> list[int]:
+    """The group sizes that may be quantized, in this order."""
+    sizes = fitting_sizes(budget, costs)
+    return sizes[-1:] if budget.max_kl is None else sizes
+
+
+def _trial_bytes(costs: Costs, sizes: Sequence[int]) -> int:
+    """What the artifacts of all group sizes take on the disk, with the one that is chosen."""
+    return sum(costs.plain[size] for size in sizes) + max(costs.plain.values())
+
+
+def _has_room_for_statistics(prepared: Mapping[int, Prepared], sizes: Sequence[int], costs: Costs) -> bool:
+    """Whether the statistics of one group size help another, and the disk has room for them beside all the rest."""
+    first = prepared[sizes[0]]
+    if len(sizes) == 1 or not StatisticsFiles.suit(first.plan):
+        return False
+    needed = _trial_bytes(costs, sizes) + first.plan.state_bytes + StatisticsFiles.size(first.plan)
+    with write_errors(first.target):
+        return needed < free_space(first.target)
 
 
 def _prepared_sizes(prepared: Prepared, request: QuantizeRequest) -> dict[int, Prepared]:

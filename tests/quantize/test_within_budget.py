@@ -31,7 +31,7 @@ from gemma_awq_cli.models.forward.verification import require_complete
 from gemma_awq_cli.models.gemma.left_groups import find_left_groups, leavable_groups, not_converted_names
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.publish.preparation import prepare
-from gemma_awq_cli.quantize import pipeline, sensitivity, within_budget
+from gemma_awq_cli.quantize import layer_pass, pipeline, sensitivity, within_budget
 from gemma_awq_cli.quantize.trials import TrialFiles
 from gemma_awq_cli.reports.stored_documents import read_quantization_report
 from tests import tiny
@@ -330,6 +330,61 @@ def test_a_trial_that_was_interrupted_goes_on_after_its_finished_layers(
     assert not out.exists()
     assert main(arguments(wide, out, text_file, "--resume", *low)) == 3
     assert done == [0, 1, 2, 0, "interrupted", 1, 2]
+
+
+@pytest.mark.parametrize(("room", "passes"), [(10**12, 1), (0, 2)], ids=["kept", "no room"])
+def test_the_calibration_rows_run_once_for_all_group_sizes_if_the_disk_has_room(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, room: int, passes: int
+) -> None:
+    """The bytes are those of each group size alone, also after an interruption in the second one."""
+    out, alone, observed, written = tmp_path / "out", tmp_path / "alone", [], []
+    observe, write = layer_pass._observe, pipeline._write_layer
+
+    def counted(*given: Any) -> Any:
+        observed.append(given[3])  # the layer's index
+        return observe(*given)
+
+    def interrupted(*given: Any) -> Any:
+        written.append(given[3])
+        if len(written) == 5:  # the second layer of the second group size
+            raise KeyboardInterrupt
+        return write(*given)
+
+    low = ("--max-kl", "0.000001")
+    with monkeypatch.context() as patch:
+        patch.setattr(within_budget, "free_space", lambda folder: room)
+        patch.setattr(layer_pass, "_observe", counted)
+        patch.setattr(pipeline, "_write_layer", interrupted)
+        assert main(arguments(wide, out, text_file, *low)) == 130
+        assert main(arguments(wide, out, text_file, *low, "--resume")) == 3
+    assert written == [0, 1, 2, 0, 1, 1, 2]
+    assert observed == ([0, 1, 2] if passes == 1 else written)
+    trials = TrialFiles(hidden(out) / "state")
+    assert not list(trials.folder.glob("statistics-*"))  # no group size is left that needs them
+    for size in (64, 32):
+        assert main(arguments(wide, alone, text_file, "--force", "--group-size", str(size))) == 0
+        tried = trials.artifact(size) / "model.safetensors"
+        assert (alone / "model.safetensors").read_bytes() == tried.read_bytes()
+
+
+def test_statistics_that_are_not_whole_are_made_again(
+    wide: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, done, process = tmp_path / "out", [], pipeline.process_layer
+
+    def counted(*given: Any) -> Any:
+        done.append(given[-1].found)
+        if len(done) == 4:  # the first layer of the second group size
+            raise KeyboardInterrupt
+        return process(*given)
+
+    low = ("--max-kl", "0.000001")
+    monkeypatch.setattr(pipeline, "process_layer", counted)
+    assert main(arguments(wide, out, text_file, *low)) == 130
+    (folder,) = (hidden(out) / "state" / "trials").glob("statistics-*")
+    (folder / "00001.f32").write_bytes((folder / "00001.f32").read_bytes()[:-4])
+    assert main(arguments(wide, out, text_file, *low, "--resume")) == 3
+    assert done == [False] * 3 + [True] + [False] * 3
 
 
 def test_the_report_of_a_trial_is_not_the_artifacts(

@@ -242,12 +242,17 @@ def _remove(path: Path) -> None:
 def require_space(folder: Path, needed: int, elsewhere: str = ELSEWHERE) -> None:
     """An error before anything is computed if `needed` bytes do not fit on the disk that will hold `folder`."""
     with write_errors(folder, elsewhere):
-        existing = folder.absolute()
-        while not existing.exists():
-            existing = existing.parent
-        free = shutil.disk_usage(existing).free
+        free = free_space(folder)
     if needed > free:
         raise GemmaAwqError(
             f"{folder} needs {needed / 1e9:.2f} GB, but its disk has {free / 1e9:.2f} GB free.",
             f"Free some space, or {elsewhere}.",
         )
+
+
+def free_space(folder: Path) -> int:
+    """Return how many bytes are free on the disk that will hold `folder`. Raises OSError if that cannot be told."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    return shutil.disk_usage(existing).free

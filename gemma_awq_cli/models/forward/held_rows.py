@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from gemma_awq_cli.models.forward.memory import is_refusal
 from gemma_awq_cli.system.reading import require_regular
 
 FLOAT32 = 4  # bytes
+
+
+def fill(tensor: Tensor, file: BufferedReader) -> None:
+    """Read the numbers of a contiguous tensor on the CPU from where a file is; an error if it ends before."""
+    if file.readinto(raw_bytes(tensor)) != tensor.nbytes:
+        raise GemmaAwqError(f"{file.name} is too short: something changed it during the run.", ANEW)
 
 
 @dataclass(frozen=True)
@@ -40,8 +47,7 @@ class RowFile:
         result = torch.empty((rows.stop - rows.start, *self.row), dtype=torch.float32)
         with self.path.open("rb") as file:
             file.seek(rows.start * self.row_bytes)
-            if file.readinto(raw_bytes(result)) != result.nbytes:
-                raise GemmaAwqError(f"{file.name} is too short: something changed it during the run.", ANEW)
+            fill(result, file)
         return result
 
     def write(self, first: int, rows: Tensor) -> None:
