@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
+# Python compiles what is imported, when it first is; pip would compile all modules of all packages, for minutes.
+INSTALL = $(BIN)/python -m pip install --quiet --no-compile -c constraints.txt
 # the tests start hundreds of processes, each of which would compile the package's Python again
 unexport PYTHONDONTWRITEBYTECODE
 INSTALLED = $(VENV)/.installed
@@ -56,8 +58,8 @@ wheels: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[full,demo,test,examples,docs]"
+	$(INSTALL) torch
+	$(INSTALL) -e ".[full,demo,test,examples,docs]"
 	touch $@
 
 clean:
