@@ -4,7 +4,6 @@ With it, a linear of a finished artifact can be put back in 16 bits as its layer
 the layer again.
 """
 
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,7 +16,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.journal import ANEW
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.layer import QuantizedLayer
-from gemma_awq_cli.system.saving import sync_folder
+from gemma_awq_cli.system.saving import appearing_whole
 
 
 class Factors(NamedTuple):
@@ -46,13 +45,8 @@ class FoldFiles:
         for name in layout.linears:
             tensors[f"{name}.columns"] = layer.columns[name].cpu().contiguous().clone()
             tensors[f"{name}.rows"] = layer.rows[name].cpu().contiguous().clone()
-        partial = self._path(index).with_suffix(".partial")
-        with partial.open("wb") as file:
-            file.write(save(tensors))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path(index))
-        sync_folder(self.folder)
+        with appearing_whole(self._path(index)) as path:
+            path.write_bytes(save(tensors))
 
     def read(self, index: int, layout: LayerLayout) -> dict[str, Factors]:
         """Return the factors by the linears' names in the layer. Raises GemmaAwqError for a missing or damaged file."""

@@ -7,7 +7,6 @@ A file appears whole, under its name, when it is on the disk, so a pass that was
 - `information-I`: the matrices of layer I, from the last layer backwards; they stay until the model is quantized
 """
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.journal import ANEW
-from gemma_awq_cli.system.saving import sync_folder
+from gemma_awq_cli.system.saving import appearing_whole
 
 INPUT, GRADIENT, INFORMATION = "input", "gradient", "information"
 
@@ -43,13 +42,8 @@ class InformationFiles:
     def add(self, kind: str, layer: int, tensors: Mapping[str, Tensor]) -> None:
         """Add a file."""
         self.folder.mkdir(exist_ok=True)
-        path = self._path(kind, layer)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-        sync_folder(self.folder)
+        with appearing_whole(self._path(kind, layer)) as path:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path)
 
     def read(self, kind: str, layer: int, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """Return the tensors of a file, which must have these shapes. Raises GemmaAwqError for a damaged one."""

@@ -5,7 +5,6 @@ and it have finished is there, and any number of processes may continue.
 """
 
 import json
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -15,7 +14,7 @@ from torch import Tensor
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.models.checkpoints.journal import ANEW, LayerRecord, record_from_json, record_to_json
 from gemma_awq_cli.system.json_input import parse_json
-from gemma_awq_cli.system.saving import sync_folder
+from gemma_awq_cli.system.saving import appearing_whole
 
 _RECORD = "record"  # the entry of a file's metadata
 
@@ -45,14 +44,8 @@ class LayerFiles:
     def add(self, layer: int, tensors: dict[str, Tensor], record: LayerRecord) -> None:
         """Add a finished layer: what is written to the artifact, by names relative to the layer."""
         whole = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}  # which share no memory
-        content = save(whole, {_RECORD: json.dumps(record_to_json(record))})
-        partial = self._path(layer).with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(self._path(layer))
-        sync_folder(self.folder)
+        with appearing_whole(self._path(layer)) as path:
+            path.write_bytes(save(whole, {_RECORD: json.dumps(record_to_json(record))}))
 
     def record(self, layer: int) -> LayerRecord:
         """Return the record of a finished layer. Raises GemmaAwqError for a damaged file."""

@@ -6,7 +6,6 @@ them, so that a resumed run, or one with other settings, need not sample them ag
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -27,6 +26,7 @@ from gemma_awq_cli.models.forward.device_session import DeviceSession
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.gemma.layers import layers_of
 from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES, sampling_bytes
+from gemma_awq_cli.system.saving import appearing_whole
 
 CHUNKS = 64  # parts of the vocabulary, of which a draw first chooses one
 
@@ -61,13 +61,10 @@ def sampled_rows(
         if ids.shape == (rows, seq_len) and ids.dtype == torch.int32:
             return ids.to(torch.int64)
     ids = sample_rows(checkpoint.folder, device, rows, seq_len, seed, on_token, checkpoint.adapter)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"ids": ids.to(torch.int32)}, partial)
-        partial.replace(path)
-    with suppress(OSError):
-        partial.unlink()
+        with appearing_whole(path) as partial:
+            save_file({"ids": ids.to(torch.int32)}, partial)
     return ids
 
 

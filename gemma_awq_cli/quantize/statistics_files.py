@@ -5,7 +5,6 @@ to run through the 16-bit layers once however many group sizes are tried. That h
 those before them were quantized.
 """
 
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from functools import partial
@@ -21,7 +20,7 @@ from gemma_awq_cli.models.forward.held_rows import fill
 from gemma_awq_cli.models.gemma.family import ScaleGroup
 from gemma_awq_cli.models.gemma.layers import LayerLayout
 from gemma_awq_cli.quantize.plan import Plan
-from gemma_awq_cli.system.saving import sync_folder
+from gemma_awq_cli.system.saving import appearing_whole
 
 _NAME = "statistics"  # how the folder of one group size begins
 
@@ -60,16 +59,10 @@ class StatisticsFiles:
     def add(self, index: int, statistics: Mapping[str, InputStatistics]) -> None:
         """Add what was found of layer `index`, counted from 0, by the names of its groups."""
         self._folder.mkdir(exist_ok=True)
-        path = self._path(self._folder, index)
-        unfinished = path.with_suffix(".partial")
-        with unfinished.open("wb") as file:
+        with appearing_whole(self._path(self._folder, index)) as path, path.open("wb") as file:
             for group in self._plan.layouts[index].groups:
                 for part in statistics[group.name].parts():
                     file.write(raw_bytes(part.cpu()))
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(path)
-        sync_folder(self._folder)
 
     def read(self, index: int, device: torch.device) -> Iterator[tuple[ScaleGroup, InputStatistics]]:
         """Yield the groups of layer `index` and their statistics, from the last group to the first.

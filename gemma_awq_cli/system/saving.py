@@ -175,6 +175,25 @@ def _beside(path: Path, content: bytes, mode: int = 0o666) -> Iterator[Path]:
             partial.unlink()
 
 
+@contextmanager
+def appearing_whole(path: Path) -> Iterator[Path]:
+    """Yield where to write a file of the tool's own. It appears under `path` when all of it is on the disk.
+
+    After an error nothing does, and what was written is removed. Raises OSError.
+    """
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    try:
+        yield partial
+        with partial.open("rb+") as file:  # Windows syncs only what is open for writing
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
+        raise
+    sync_folder(path.parent)
+
+
 def sync_folder(folder: Path) -> None:
     """Make sure that a rename in `folder` is on the disk, where the system supports that."""
     with suppress(OSError):  # Windows cannot open folders, and some file systems cannot sync them

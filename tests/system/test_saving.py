@@ -17,6 +17,7 @@ from gemma_awq_cli.cli.options import _require_filled
 from gemma_awq_cli.errors import GemmaAwqError, UsageError
 from gemma_awq_cli.system.failures import unforeseen_error
 from gemma_awq_cli.system.saving import (
+    appearing_whole,
     local_path,
     require_file_place,
     scratch_folder,
@@ -56,7 +57,12 @@ def test_a_link_keeps_leading_where_it_leads(tmp_path: Path) -> None:
     assert (tmp_path / "real").read_bytes() == b"second"
 
 
-@pytest.mark.parametrize("write", [write_whole, write_new])
+def write_appearing(path: Path, content: bytes) -> None:
+    with appearing_whole(path) as partial:
+        partial.write_bytes(content)
+
+
+@pytest.mark.parametrize("write", [write_whole, write_new, write_appearing])
 @pytest.mark.parametrize("step", ["fsync", "replace", "link"])
 @pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), KeyboardInterrupt()])
 def test_whatever_happens_nothing_half_is_left(
@@ -67,7 +73,7 @@ def test_whatever_happens_nothing_half_is_left(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     path = tmp_path / "file"
-    if write is write_whole:
+    if write is not write_new:
         path.write_bytes(b"first")
 
     def fail(*_: Any, **__: Any) -> None:
@@ -80,7 +86,7 @@ def test_whatever_happens_nothing_half_is_left(
     if used:
         with pytest.raises(type(error)):
             write(path, b"second")
-        assert names(tmp_path) == (["file"] if write is write_whole else [])
+        assert names(tmp_path) == ([] if write is write_new else ["file"])
         assert not path.exists() or path.read_bytes() == b"first"
     else:
         write(path, b"second")
