@@ -260,9 +260,9 @@ class _Screen:
                 self._out.note(text)
             case Warned(text):
                 self._out.warning(text)
-            case events.SamplingStarted(rows, seq_len):
+            case events.SamplingStarted(rows, seq_len, steps):
                 self._out.note(f"Sampling {rows} rows of {seq_len} tokens from the 16-bit model.")
-                self._begin("Sampling", seq_len - 1)
+                self._begin("Sampling", steps)
             case events.SamplingStep():
                 self._progress.step()
             case events.SamplingFinished():

@@ -112,8 +112,8 @@ class _Screen:
                 self._out.note(text)
             case Warned(text):
                 self._out.warning(text)
-            case events.SamplingStarted(_, seq_len):
-                self._begin("Sampling", seq_len - 1)
+            case events.SamplingStarted(_, _, steps):
+                self._begin("Sampling", steps)
             case events.InformationStarted(steps, _):
                 self._begin("Measuring outputs", steps)
             case events.VerifyingStarted(layers):

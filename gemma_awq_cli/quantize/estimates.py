@@ -15,6 +15,7 @@ from gemma_awq_cli.models.forward.layerwise import GPU_LOGIT_CHUNK, LOGIT_CHUNK
 from gemma_awq_cli.models.gemma.layers import Experts, LayerLayout, Linear
 from gemma_awq_cli.quantize.expert_inputs import SEARCHED, TOKENS_AT_A_TIME
 from gemma_awq_cli.quantize.information_layout import BATCH_SHARE, LOGITS, matrix_sizes, measured_rows
+from gemma_awq_cli.quantize.own_rows import OwnRows
 
 FLOAT32 = 4  # bytes
 
@@ -251,12 +252,10 @@ def _information_entries(layout: LayerLayout) -> int:
     return sum(size**2 for group in layout.groups for size in matrix_sizes(layout, group))
 
 
-def sampling_bytes(
-    layouts: tuple[LayerLayout, ...], vocabulary: int, weight_bytes: int, rows: int, seq_len: int
-) -> int:
-    """Return the bytes that sampling rows takes: the whole 16-bit model, the cache of every row, one token's logits."""
-    cache = KEY_AND_VALUE * rows * seq_len * sum(one.kv_size for one in layouts if one.kv_source is None)
-    return weight_bytes + cache + DRAWN_LOGIT * rows * vocabulary
+def sampling_bytes(layouts: tuple[LayerLayout, ...], vocabulary: int, weight_bytes: int, own: OwnRows) -> int:
+    """Return the bytes that sampling takes: the whole 16-bit model, and a text's cache and one token's logits each."""
+    cache = KEY_AND_VALUE * own.at_once * own.text_len * sum(one.kv_size for one in layouts if one.kv_source is None)
+    return weight_bytes + cache + DRAWN_LOGIT * own.at_once * vocabulary
 
 
 def information_disk_bytes(work: Workload) -> int:

@@ -19,10 +19,11 @@ class SourceFound:
 
 @dataclass(frozen=True)
 class SamplingStarted:
-    """The 16-bit model begins to write calibration rows. One `SamplingStep` follows per token of a row, at most."""
+    """The 16-bit model begins to write calibration rows. A `SamplingStep` follows per step, or none of them."""
 
     rows: int
     seq_len: int
+    steps: int
 
 
 @dataclass(frozen=True)

@@ -221,7 +221,7 @@ def _prepare_together(group: Group, request: QuantizeRequest, report: OnEvent) -
     """
     if group.is_first:
         prepared = prepare(request, report, process=group.process)
-        count = 0 if prepared.plan.keeps_grid else request.sampled_rows
+        count = 0 if prepared.plan.keeps_grid else request.own_rows.rows
         group.gather(prepared.rows.ids[len(prepared.rows.ids) - count :].tolist())
         return prepared
     sampled = torch.tensor(group.gather([])[0], dtype=torch.int64)

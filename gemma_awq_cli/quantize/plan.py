@@ -35,6 +35,7 @@ from gemma_awq_cli.quantize.estimates import (
     seconds,
 )
 from gemma_awq_cli.quantize.input_statistics import multiplies_bfloat16
+from gemma_awq_cli.quantize.own_rows import OwnRows
 from gemma_awq_cli.quantize.products import flops_per_second
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES
 
@@ -160,11 +161,11 @@ def make_plan(
     quality: str = DEFAULT_QUALITY,
     keeps_grid: bool = False,
     processes: int = 1,
-    unsampled_rows: int = 0,
+    unsampled: OwnRows | None = None,
 ) -> Plan:
     """Return the plan of a quantization on `rows` that fits `max_memory` bytes. Raises if there is none.
 
-    unsampled_rows: of `rows`, those that the model has yet to sample.
+    unsampled: those of `rows` that the model has yet to write.
 
     On a GPU with its own memory it is that memory which is planned, and it must fit the GPU too. It must not depend on
     what other programs use there, because sums depend on the plan.
@@ -183,7 +184,7 @@ def make_plan(
         keeps_grid,
         1 if checkpoint.shape.altup is None else checkpoint.shape.altup.streams,
         stack.device.type != "cpu",
-        unsampled_rows * rows.ids.shape[1],
+        0 if unsampled is None else unsampled.tokens,
     )
     device_total = device_memory(stack.device)
     limits = [limit for limit in (max_memory, device_total) if limit is not None]
@@ -203,8 +204,8 @@ def make_plan(
     holds = device_total is not None and all(planned + held <= limit for limit in (*limits, free) if limit is not None)
     held = held if holds else 0
     sampling = 0
-    if unsampled_rows:
-        sampling = sampling_bytes(layouts, work.vocabulary, checkpoint.nbytes, unsampled_rows, work.seq_len)
+    if unsampled is not None:
+        sampling = sampling_bytes(layouts, work.vocabulary, checkpoint.nbytes, unsampled)
     return Plan(
         layouts=layouts,
         quantized_linears=len(linears),

@@ -149,13 +149,14 @@ def prepare(
     if reason is not None:
         on_event(Note(reason))
     stack = TextStack(checkpoint, device)
+    own = request.own_rows
     if dry_run:
-        sampled = torch.zeros(request.sampled_rows, request.seq_len, dtype=torch.int64)
+        sampled = torch.zeros(own.rows, own.seq_len, dtype=torch.int64)
     rows = _calibration_rows(request, recipe, checkpoint, device, on_event, sampled, keeps_grid)
     processes = 1 if process is None else process.count
     plan = make_plan(
         checkpoint, stack, group_size, dtype, rows, request.max_memory, request.quality, keeps_grid, processes,
-        request.sampled_rows if dry_run and not keeps_grid else 0,
+        own if dry_run and own.rows and not keeps_grid else None,
     )  # fmt: skip
     _require_shareable(plan, request.quality, len(rows.ids))
     require_loadable(artifact_config(checkpoint, plan), source.folder / CONFIG)
@@ -253,9 +254,8 @@ def _calibration_rows(
         on_event(Warned(rows.skipped))
     if keeps_grid:
         return replace(rows, ids=rows.ids[:0], text_sha256=hash_rows(rows.ids[:0]), description=NO_CALIBRATION)
-    if request.sampled_rows:
-        memory = request.max_memory or free_memory(device)
-        require_memory_to_sample(checkpoint, request.sampled_rows, request.seq_len, memory)
+    if request.own_rows.rows:
+        require_memory_to_sample(checkpoint, request.own_rows, request.max_memory or free_memory(device))
         if request.samples_itself:  # the text is only measured on
             rows = replace(rows, ids=rows.ids[:0], description=SELF)
         rows = with_sampled_rows(rows, _sampled(request, checkpoint, device, on_event) if sampled is None else sampled)
@@ -265,10 +265,9 @@ def _calibration_rows(
 
 
 def _sampled(request: QuantizeRequest, checkpoint: Checkpoint, device: torch.device, on_event: OnEvent) -> Tensor:
-    on_event(SamplingStarted(request.sampled_rows, request.seq_len))
-    ids = sampled_rows(
-        checkpoint, device, request.sampled_rows, request.seq_len, request.seed, lambda _: on_event(SamplingStep())
-    )
+    own = request.own_rows
+    on_event(SamplingStarted(own.rows, own.seq_len, own.steps))
+    ids = sampled_rows(checkpoint, device, own, request.seed, lambda: on_event(SamplingStep()))
     return_freed_memory()
     on_event(SamplingFinished())
     return ids

@@ -9,7 +9,7 @@ from gemma_awq_cli.awq.search import BALANCED, BEST, FAST, Effort
 @dataclass(frozen=True)
 class Quality:
     """effort: of the searches and the rounding. heldout_samples: rows to measure fidelity on; they pass through every
-    layer twice. sampled_rows: calibration rows that the model writes itself, in addition to those of the text.
+    layer twice. sampled_rows: calibration rows of what the model writes itself, in addition to those of the text.
     """
 
     effort: Effort
@@ -21,7 +21,7 @@ DEFAULT_QUALITY = "balanced"
 QUALITIES: Mapping[str, Quality] = {
     "fast": Quality(FAST, heldout_samples=2),
     DEFAULT_QUALITY: Quality(BALANCED),
-    "best": Quality(BEST, sampled_rows=32),
+    "best": Quality(BEST, sampled_rows=16),
 }
 
 

@@ -9,6 +9,7 @@ from gemma_awq_cli.awq.group_sizes import GROUP_SIZES
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, reported_name
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.models.checkpoints.source import DEMO
+from gemma_awq_cli.quantize.own_rows import SHORT, OwnRows
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality
 from gemma_awq_cli.system.devices import require_device_name
 
@@ -109,9 +110,11 @@ class QuantizeRequest:
         return self.calibration == SELF
 
     @property
-    def sampled_rows(self) -> int:
-        """How many calibration rows the model writes itself."""
-        return self.num_samples if self.samples_itself else self.level.sampled_rows
+    def own_rows(self) -> OwnRows:
+        """The calibration rows that the model writes itself, which may be none."""
+        if self.samples_itself:
+            return OwnRows(self.num_samples, self.seq_len, self.seq_len)
+        return OwnRows(self.level.sampled_rows, self.seq_len, min(SHORT, self.seq_len))
 
     def reported(self, device: str, group_size: int) -> dict[str, Any]:
         """The arguments that the artifact's bytes depend on, by their names in the report.

@@ -1,13 +1,14 @@
 """Calibration rows that the 16-bit model writes itself: from its own distribution, without a data set or its licence.
 
-All rows are sampled together, token by token from BOS at temperature 1, as `run` decodes. The tool's cache folder keeps
-them, so that a resumed run, or one with other settings, need not sample them again.
+Texts are sampled together, token by token from BOS at temperature 1, as `run` decodes, and joined to rows. The tool's
+cache folder keeps these, so that a resumed run, or one with other settings, need not sample them again.
 """
 
 import hashlib
 import json
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,15 +27,16 @@ from gemma_awq_cli.models.forward.device_session import DeviceSession
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.gemma.layers import layers_of
 from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES, sampling_bytes
+from gemma_awq_cli.quantize.own_rows import AT_ONCE, OwnRows
 from gemma_awq_cli.system.saving import appearing_whole
 
 CHUNKS = 64  # parts of the vocabulary, of which a draw first chooses one
 
 
-def require_memory_to_sample(checkpoint: Checkpoint, rows: int, seq_len: int, memory: int | None) -> None:
+def require_memory_to_sample(checkpoint: Checkpoint, own: OwnRows, memory: int | None) -> None:
     """Raise if sampling needs more than `memory` bytes. None: unknown, and so allowed."""
     layouts = layers_of(checkpoint.facts, checkpoint.family)
-    needed = LIBRARY_BYTES + sampling_bytes(layouts, checkpoint.vocabulary, checkpoint.nbytes, rows, seq_len)
+    needed = LIBRARY_BYTES + sampling_bytes(layouts, checkpoint.vocabulary, checkpoint.nbytes, own)
     if memory is not None and needed > memory:
         raise GemmaAwqError(
             f"Sampling from the 16-bit model needs the whole of it in memory, {needed / 1e9:.1f} GB, but only "
@@ -44,23 +46,23 @@ def require_memory_to_sample(checkpoint: Checkpoint, rows: int, seq_len: int, me
 
 
 def sampled_rows(
-    checkpoint: Checkpoint, device: torch.device, rows: int, seq_len: int, seed: int, on_token: Callable[[int], None]
+    checkpoint: Checkpoint, device: torch.device, own: OwnRows, seed: int, on_step: Callable[[], None]
 ) -> Tensor:
     """Return the rows that `sample_rows` makes, from the cache if the same rows were sampled before.
 
     If the cache cannot be read or written, the rows are sampled again.
     """
     conditions = {
-        "model": checkpoint.identity(), "rows": rows, "seq_len": seq_len, "seed": seed, "device": device.type,
+        "model": checkpoint.identity(), **asdict(own), "at_once": AT_ONCE, "seed": seed, "device": device.type,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "kernels": native_library.sources_hash(),
     }  # fmt: skip
     name = hashlib.sha256(json.dumps(conditions, sort_keys=True).encode()).hexdigest()[:32]
     path = cache_folder() / "own-rows" / f"{name}.safetensors"
     with suppress(OSError, SafetensorError, KeyError):  # absent or damaged
         ids = load_file(path)["ids"]
-        if ids.shape == (rows, seq_len) and ids.dtype == torch.int32:
+        if ids.shape == (own.rows, own.seq_len) and ids.dtype == torch.int32:
             return ids.to(torch.int64)
-    ids = sample_rows(checkpoint.folder, device, rows, seq_len, seed, on_token, checkpoint.adapter)
+    ids = sample_rows(checkpoint.folder, device, own, seed, on_step, checkpoint.adapter)
     with suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)
         with appearing_whole(path) as partial:
@@ -72,30 +74,38 @@ def sampled_rows(
 def sample_rows(
     folder: Path,
     device: torch.device,
-    rows: int,
-    seq_len: int,
+    own: OwnRows,
     seed: int,
-    on_token: Callable[[int], None],
+    on_step: Callable[[], None],
     adapter: Adapter | None = None,
 ) -> Tensor:
-    """Sample token ids [rows, seq_len] int64, each row from BOS.
+    """Sample the token ids of rows: [rows, seq_len] int64, each row from BOS.
 
-    The same seed, number of threads, libraries and kernels give the same rows. on_token: called with the position of
-    each token; adapter: merged into the model.
+    The same seed, number of threads, libraries and kernels give the same rows. on_step: called `own.steps` times;
+    adapter: merged into the model.
     """
     opened = open_model(folder, device, adapter=adapter)
-    session = opened.session(rows, seq_len)
     generator = torch.Generator(device=device).manual_seed(seed)
-    ids = torch.full((rows, seq_len), opened.prompter.bos, dtype=torch.int64)
-    for position in range(seq_len - 1):
-        read = ids[:, position].tolist()
-        if isinstance(session, DeviceSession):
-            logits = session.step_logits(read)
-        else:
-            logits = torch.from_numpy(session.next_logits([[token] for token in read])).to(device)
-        ids[:, position + 1] = draw(logits, generator).cpu()
-        on_token(position + 1)
-    return ids
+    texts = torch.full((own.texts, own.text_len), opened.prompter.bos, dtype=torch.int64)
+    for ids in texts.split(own.at_once):
+        session = opened.session(len(ids), own.text_len)
+        for position in range(own.text_len - 1):
+            read = ids[:, position].tolist()
+            if isinstance(session, DeviceSession):
+                logits = session.step_logits(read)
+            else:
+                logits = torch.from_numpy(session.next_logits([[token] for token in read])).to(device)
+            ids[:, position + 1] = draw(logits, generator).cpu()
+            on_step()
+        del session
+    return join_texts(texts, own.rows, own.seq_len)
+
+
+def join_texts(texts: Tensor, rows: int, seq_len: int) -> Tensor:
+    """Return the tokens behind the BOS of texts [T, S'], joined and cut into rows from BOS: [rows, seq_len]."""
+    width = seq_len - 1
+    joined = texts[:, 1:].flatten()[: rows * width].view(rows, width)
+    return torch.cat([texts[:1, :1].expand(rows, 1), joined], 1)
 
 
 def draw(logits: Tensor, generator: torch.Generator) -> Tensor:

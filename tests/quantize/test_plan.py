@@ -15,6 +15,7 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.layers import LayerLayout, layers_of
 from gemma_awq_cli.quantize.estimates import LIBRARY_BYTES
 from gemma_awq_cli.quantize.layer_pass import layer_memory_errors
+from gemma_awq_cli.quantize.own_rows import AT_ONCE, OwnRows
 from gemma_awq_cli.quantize.plan import CPU_FITS, FITS, Plan, make_plan
 from gemma_awq_cli.system.sizes import parse_bytes
 from tests.fake_device import fake_device
@@ -25,13 +26,13 @@ def plan_of(
     max_memory: int | None = None,
     quality: str = "balanced",
     place: str = "cpu",
-    unsampled_rows: int = 0,
+    unsampled: OwnRows | None = None,
 ) -> Plan:
     """A plan for so many tokens that activations, and not the libraries, decide."""
     opened = Checkpoint(checkpoint)
     rows = Rows(torch.zeros(64, 512, dtype=torch.int64), torch.zeros(2, 512, dtype=torch.int64), "", "", "")
     stack = TextStack(opened, torch.device(place))
-    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory, quality, unsampled_rows=unsampled_rows)
+    return make_plan(opened, stack, 32, torch.bfloat16, rows, max_memory, quality, unsampled=unsampled)
 
 
 def test_less_memory_takes_smaller_batches(checkpoints: Callable[[str], Path]) -> None:
@@ -116,22 +117,24 @@ def test_experts_need_memory_and_time(checkpoints: Callable[[str], Path]) -> Non
 def test_the_planned_memory_counts_the_rows_that_the_model_has_yet_to_sample(
     checkpoints: Callable[[str], Path],
 ) -> None:
-    folder, many = checkpoints("gemma"), 10**6
-    without, few, most = (plan_of(folder, unsampled_rows=rows).memory_bytes for rows in (0, 1, many))
+    folder, many = checkpoints("gemma"), 10**7
+    texts = (None, OwnRows(1, 512, 512), OwnRows(AT_ONCE, many, many), OwnRows(2 * AT_ONCE, many, many))
+    without, few, most, as_many = (plan_of(folder, unsampled=own).memory_bytes for own in texts)
     assert without == few  # the layers take more
+    assert as_many == most  # no more are sampled at once
     checkpoint = Checkpoint(folder)
-    (layout, *_), seq_len = layers_of(checkpoint.facts, checkpoint.family), 512
-    cache = many * seq_len * checkpoint.layers * 2 * layout.kv_size * 2  # keys and values in 16 bits
-    logits = many * checkpoint.vocabulary * 4
+    layout = layers_of(checkpoint.facts, checkpoint.family)[0]
+    cache = AT_ONCE * many * checkpoint.layers * 2 * layout.kv_size * 2  # keys and values in 16 bits
+    logits = AT_ONCE * checkpoint.vocabulary * 4
     assert most == pytest.approx(cache + 4 * logits, rel=0.02)
 
 
 def test_what_the_planned_time_depends_on(checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
     from gemma_awq_cli.quantize import plan
 
-    def planned(flops_per_second: float, unsampled_rows: int = 0) -> float:
+    def planned(flops_per_second: float, rows: int = 0) -> float:
         monkeypatch.setattr(plan, "flops_per_second", lambda: flops_per_second)
-        seconds = plan_of(checkpoints("gemma"), unsampled_rows=unsampled_rows).seconds
+        seconds = plan_of(checkpoints("gemma"), unsampled=OwnRows(rows, 512, 512) if rows else None).seconds
         assert seconds is not None
         return seconds
 

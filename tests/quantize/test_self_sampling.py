@@ -15,6 +15,7 @@ from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.loading import open_model
 from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.quantize import self_sampling
+from gemma_awq_cli.quantize.own_rows import AT_ONCE, OwnRows
 from gemma_awq_cli.quantize.quality import QUALITIES
 from tests.conftest import FAMILIES, quantize_arguments
 
@@ -44,7 +45,7 @@ def test_the_cache_changes_nothing(
         return logits.topk(3).indices[torch.arange(3), torch.arange(3)]
 
     monkeypatch.setattr(self_sampling, "draw", likeliest)
-    ids = self_sampling.sample_rows(checkpoints(kind), CPU, 3, 40, 0, lambda _: None)
+    ids = self_sampling.sample_rows(checkpoints(kind), CPU, OwnRows(3, 40, 40), 0, lambda: None)
     opened = open_model(checkpoints(kind), CPU, Precision("float32"))
     assert (ids[:, 0] == opened.prompter.bos).all()
     whole = opened.model(input_ids=ids).logits[:, :-1].float()
@@ -69,10 +70,35 @@ def test_quantize_on_its_own_rows(tmp_path: Path, checkpoints: Callable[[str], P
 
 def test_the_same_seed_gives_the_same_rows(checkpoints: Callable[[str], Path]) -> None:
     first, again, other = (
-        self_sampling.sample_rows(checkpoints("gemma"), CPU, 4, 24, seed, lambda _: None) for seed in (0, 0, 1)
+        self_sampling.sample_rows(checkpoints("gemma"), CPU, OwnRows(4, 24, 24), seed, lambda: None)
+        for seed in (0, 0, 1)
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+@pytest.mark.parametrize(("rows", "seq_len", "text_len"), [(2, 40, 9), (3, 12, 12), (AT_ONCE, 12, 7)])
+def test_short_texts_are_joined_to_rows(
+    rows: int, seq_len: int, text_len: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every token of a row but its BOS is one that was drawn, in the order of the texts."""
+    drawn: list[Tensor] = []
+
+    def count_up(logits: Tensor, _: torch.Generator) -> Tensor:
+        drawn.append(10 + torch.arange(len(logits)) + sum(len(one) for one in drawn))
+        return drawn[-1] % 256
+
+    monkeypatch.setattr(self_sampling, "draw", count_up)
+    own, steps = OwnRows(rows, seq_len, text_len), []
+    ids = self_sampling.sample_rows(checkpoints("gemma"), CPU, own, 0, lambda: steps.append(1))
+    assert len(steps) == own.steps == len(drawn)
+    assert ids.shape == (rows, seq_len)
+    assert (ids[:, 0] == open_model(checkpoints("gemma"), CPU).prompter.bos).all()
+    batches = [torch.stack(drawn[first : first + text_len - 1], 1) for first in range(0, own.steps, text_len - 1)]
+    texts = torch.cat([batch.flatten() for batch in batches]) % 256
+    assert all(len(batch) <= AT_ONCE for batch in batches)
+    assert len(texts) == own.texts * (text_len - 1) < (rows * (seq_len - 1)) + text_len - 1
+    assert torch.equal(ids[:, 1:].flatten(), texts[: rows * (seq_len - 1)])
 
 
 def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +113,7 @@ def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: 
     monkeypatch.setattr(self_sampling, "sample_rows", counted)
 
     def rows(seed: int = 0, kind: str = "gemma") -> Tensor:
-        return self_sampling.sampled_rows(Checkpoint(checkpoints(kind)), CPU, 2, 16, seed, lambda _: None)
+        return self_sampling.sampled_rows(Checkpoint(checkpoints(kind)), CPU, OwnRows(2, 16, 16), seed, lambda: None)
 
     first = rows()
     assert torch.equal(rows(), first)
@@ -109,4 +135,4 @@ def test_rows_are_sampled_once(checkpoints: Callable[[str], Path], monkeypatch: 
 
 def test_a_model_that_does_not_fit_is_not_sampled_from(checkpoints: Callable[[str], Path]) -> None:
     with pytest.raises(GemmaAwqError, match="whole of it in memory"):
-        self_sampling.require_memory_to_sample(Checkpoint(checkpoints("gemma")), 8, 512, 500_000_000)
+        self_sampling.require_memory_to_sample(Checkpoint(checkpoints("gemma")), OwnRows(8, 512, 512), 500_000_000)
