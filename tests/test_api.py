@@ -25,7 +25,14 @@ DOCUMENT = Path(gemma_awq_cli.__file__).parent.parent / "docs" / "python-api.md"
 def request_of(checkpoint: Path, output: Path, text: Path) -> QuantizeRequest:
     """The request that `quantize_arguments` makes on the command line."""
     return QuantizeRequest(
-        str(checkpoint), output, calibration=str(text), group_size=32, num_samples=24, seq_len=40, device="cpu"
+        str(checkpoint),
+        output,
+        calibration=str(text),
+        group_size=32,
+        num_samples=24,
+        general_samples=0,
+        seq_len=40,
+        device="cpu",
     )
 
 
@@ -60,7 +67,8 @@ def test_quantize_model_writes_what_the_command_writes(
     events: list[Event] = []
     out = tmp_path / "out"
     result = quantize_model(
-        checkpoints("gemma"), out, calibration=str(text_file), group_size=32, num_samples=24, seq_len=40, device="cpu",
+        checkpoints("gemma"), out, calibration=str(text_file), group_size=32, num_samples=24, general_samples=0,
+        seq_len=40, device="cpu",
         on_event=events.append,
     )  # fmt: skip
     assert result.folder == out

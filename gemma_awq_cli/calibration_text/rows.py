@@ -8,7 +8,7 @@ source that holds far more than is needed, it also draws the part that is read a
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -33,7 +33,8 @@ class Rows:
 
     ids: [R, S] int64, each row from BOS, to calibrate on; heldout: [H, S] int64, to measure on; text_sha256,
     heldout_sha256: of their ids; description: what the text is, as the report shows it; notes: files that were left
-    out; skipped: a sentence on rows of the text that could not be used, "" if there are none.
+    out; skipped: a sentence on rows of the text that could not be used, "" if there are none; added: how many of `ids`
+    are another text's, see `with_rows_of`.
     """
 
     ids: Tensor
@@ -43,6 +44,7 @@ class Rows:
     description: str
     notes: tuple[str, ...] = ()
     skipped: str = ""
+    added: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,20 @@ def build_rows(
     return Rows(
         ids, heldout_ids, hash_rows(ids), hash_rows(heldout_ids), recipe.description(), notes, _skipped(sources)
     )
+
+
+def with_rows_of(rows: Rows, recipe: Recipe, prompter: Prompter, count: int, seed: int) -> Rows:
+    """Return `rows` with `count` rows of another recipe's text behind them, or with as many as it has."""
+    seq_len = rows.ids.shape[1]
+    sources = _read_enough(recipe, prompter, count, seq_len, seed, 0, strict=False)
+    ids = torch.tensor(_shuffled_windows(sources, seed)[:count], dtype=torch.int64).view(-1, seq_len)
+    return replace(with_more_rows(rows, ids, f"{len(ids)} rows of {recipe.name}"), added=len(ids))
+
+
+def with_more_rows(rows: Rows, ids: Tensor, described: str) -> Rows:
+    """Return `rows` with rows `ids` [R', S] behind those to calibrate on. described: what these are."""
+    joined = torch.cat([rows.ids, ids])
+    return replace(rows, ids=joined, text_sha256=hash_rows(joined), description=f"{rows.description} + {described}")
 
 
 def _read_enough(

@@ -136,6 +136,17 @@ def command(
             rich_help_panel=CALIBRATION,
         ),
     ] = 128,
+    general_samples: Annotated[
+        int | None,
+        typer.Option(
+            help="Samples of the embedded text that are added to another, so that other kinds of text lose less.  "
+            "[default: a quarter as many, at least 8; none at `best`, which adds its own]",
+            min=0,
+            max=1_000_000,
+            metavar="N",
+            rich_help_panel=CALIBRATION,
+        ),
+    ] = None,
     seq_len: Annotated[
         int,
         typer.Option(help="Tokens per sample, including BOS.", min=8, metavar="N", rich_help_panel=CALIBRATION),
@@ -199,6 +210,7 @@ def command(
         text_column=text_column,
         strict=strict,
         num_samples=num_samples,
+        general_samples=general_samples,
         seq_len=seq_len,
         seed=seed,
         device=device,

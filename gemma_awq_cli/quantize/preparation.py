@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gemma_awq_cli import __version__
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, Recipe, find_recipe
-from gemma_awq_cli.calibration_text.rows import Rows, build_rows, hash_rows
+from gemma_awq_cli.calibration_text.rows import Rows, build_rows, hash_rows, with_more_rows, with_rows_of
 from gemma_awq_cli.errors import GemmaAwqError, UsageError, some
 from gemma_awq_cli.events import Note, Warned
 from gemma_awq_cli.kernels.column_loops import columns_walked_by
@@ -45,7 +45,7 @@ from gemma_awq_cli.quantize.processes import Launched
 from gemma_awq_cli.quantize.products import compiled_loops, compiled_products
 from gemma_awq_cli.quantize.report import artifact_config
 from gemma_awq_cli.quantize.request import BUDGET_OPTIONS, GRID_OR_BUDGET, ONE_CHOICE, QuantizeRequest
-from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows, with_sampled_rows
+from gemma_awq_cli.quantize.self_sampling import require_memory_to_sample, sampled_rows
 from gemma_awq_cli.quantize.work_folder import WorkFolder
 from gemma_awq_cli.system.saving import local_path
 
@@ -165,7 +165,7 @@ def prepare(
             raise problem
         on_event(Warned(f"{problem.message} {problem.hint}"))
     on_event(PlanMade(plan, source, target, device.type, None if merged is None else merged.source))
-    arguments = request.reported(device.type, group_size)
+    arguments = request.reported(device.type, group_size, rows.added)
     return Prepared(source, merged, target, checkpoint, card, beside, stack, rows, plan, arguments)
 
 
@@ -254,13 +254,23 @@ def _calibration_rows(
         on_event(Warned(rows.skipped))
     if keeps_grid:
         return replace(rows, ids=rows.ids[:0], text_sha256=hash_rows(rows.ids[:0]), description=NO_CALIBRATION)
+    if not request.samples_itself:
+        if len(rows.ids) < request.num_samples:
+            on_event(Note(f"Calibrating on {len(rows.ids)} rows: {rows.description} has no more."))
+        if general := request.general_rows(len(rows.ids)):
+            rows = with_rows_of(rows, find_recipe(DEFAULT_RECIPE), prompter, general, request.seed)
+            on_event(
+                Note(
+                    f"{rows.added} rows of the embedded text are added, so that other kinds of text lose less; "
+                    "--general-samples 0 leaves them out."
+                )
+            )
     if request.own_rows.rows:
         require_memory_to_sample(checkpoint, request.own_rows, request.max_memory or free_memory(device))
         if request.samples_itself:  # the text is only measured on
             rows = replace(rows, ids=rows.ids[:0], description=SELF)
-        rows = with_sampled_rows(rows, _sampled(request, checkpoint, device, on_event) if sampled is None else sampled)
-    elif len(rows.ids) < request.num_samples:
-        on_event(Note(f"Calibrating on {len(rows.ids)} rows: {rows.description} has no more."))
+        own = _sampled(request, checkpoint, device, on_event) if sampled is None else sampled
+        rows = with_more_rows(rows, own, f"{len(own)} rows of the model's own")
     return rows
 
 

@@ -10,7 +10,7 @@ from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, reporte
 from gemma_awq_cli.errors import UsageError
 from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.quantize.own_rows import SHORT, OwnRows
-from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality
+from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, LEAST_GENERAL_ROWS, QUALITIES, Quality
 from gemma_awq_cli.system.devices import require_device_name
 
 DTYPES = ("bfloat16", "float16")
@@ -37,7 +37,9 @@ class QuantizeRequest:
     calibration: a recipe, a file or folder of texts, a hub dataset, or `self` for rows that the model writes itself;
     dataset_config, dataset_split: of a hub dataset; text_column: the column that holds the text or the messages;
     strict: an unusable row of the text is an error and not a warning.
-    num_samples: the most calibration rows to use; seq_len: tokens per row, BOS included; seed: decides which rows.
+    num_samples: the most calibration rows of it to use; general_samples: rows of the embedded text beside those of
+    another, by default a share that the quality decides; seq_len: tokens per row, BOS included; seed: decides which
+    rows.
     device: `auto`, `cpu`, `cuda`, `cuda:N` or `mps`; max_memory: bytes that the plan must fit, on a CUDA device of its
     memory.
     max_kl: the most KL divergence on the held-out rows, in nats per token; max_size: the most bytes of the artifact's
@@ -61,6 +63,7 @@ class QuantizeRequest:
     text_column: str | None = None
     strict: bool = False
     num_samples: int = NUM_SAMPLES
+    general_samples: int | None = None
     seq_len: int = SEQ_LEN
     seed: int = 0
     device: str = "auto"
@@ -77,6 +80,8 @@ class QuantizeRequest:
         _require_one_of("quality", self.quality, tuple(QUALITIES))
         require_device_name(self.device)
         _require_at_least("num_samples", self.num_samples, 1)
+        if self.general_samples is not None:
+            _require_at_least("general_samples", self.general_samples, 0)
         _require_at_least("seq_len", self.seq_len, LEAST_SEQ_LEN)
         if self.adapter is None and self.adapter_revision is not None:
             raise UsageError("--adapter-revision needs --adapter.", "Name the adapter with --adapter OWNER/NAME.")
@@ -116,16 +121,26 @@ class QuantizeRequest:
             return OwnRows(self.num_samples, self.seq_len, self.seq_len)
         return OwnRows(self.level.sampled_rows, self.seq_len, min(SHORT, self.seq_len))
 
-    def reported(self, device: str, group_size: int) -> dict[str, Any]:
+    def general_rows(self, rows: int) -> int:
+        """Return how many rows of the embedded text are added to `rows` rows of another, so that others lose less."""
+        if self.calibration in (SELF, DEFAULT_RECIPE):
+            return 0
+        share = self.level.general_share
+        if self.general_samples is None:
+            return max(LEAST_GENERAL_ROWS, int(share * rows)) if share else 0
+        return self.general_samples
+
+    def reported(self, device: str, group_size: int, general_samples: int) -> dict[str, Any]:
         """The arguments that the artifact's bytes depend on, by their names in the report.
 
-        device, group_size: those in use.
+        device, group_size, general_samples: those in use.
         """
         return {
             "quality": self.quality,
             "group_size": group_size,
             "calibration": reported_name(self.calibration),
             "num_samples": self.num_samples,
+            **({"general_samples": general_samples} if general_samples else {}),
             "seq_len": self.seq_len,
             "seed": self.seed,
             "dataset_config": self.dataset_config,
@@ -156,6 +171,7 @@ class QuantizeOptions(TypedDict, total=False):
     text_column: str | None
     strict: bool
     num_samples: int
+    general_samples: int | None
     seq_len: int
     seed: int
     device: str

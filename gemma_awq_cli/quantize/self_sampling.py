@@ -17,7 +17,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gemma_awq_cli.awq.ordered_sums import running_sums
-from gemma_awq_cli.calibration_text.rows import Rows, hash_rows
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.models.checkpoints.adapter import Adapter
@@ -127,10 +126,3 @@ def draw(logits: Tensor, generator: torch.Generator) -> Tensor:
     # rounding may put the point beyond the sum of the part: it then takes the part's last token of any weight
     token = torch.searchsorted(inside, torch.minimum(point - before, inside[:, -1:]))
     return (part * width + token.clamp_(max=width - 1))[:, 0].clamp_(max=vocabulary - 1)
-
-
-def with_sampled_rows(rows: Rows, sampled: Tensor) -> Rows:
-    """Return `rows` with the rows [R', S] that the model sampled after those of the text."""
-    ids = torch.cat([rows.ids, sampled])
-    described = f"{rows.description} + {len(sampled)} rows of the model's own"
-    return Rows(ids, rows.heldout, hash_rows(ids), rows.heldout_sha256, described)

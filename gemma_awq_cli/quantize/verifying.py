@@ -60,9 +60,9 @@ _INPUTS = {
 _NAMES_ONLY = ("calibration", "held-out rows")
 # The arguments of a report -> their types.
 _ARGUMENTS = {
-    "quality": str, "group_size": int, "calibration": str, "num_samples": int, "seq_len": int, "seed": int,
-    "dataset_config": str, "dataset_split": str, "text_column": str, "device": str, "dtype": str, "max_memory": int,
-    "qat": str,
+    "quality": str, "group_size": int, "calibration": str, "num_samples": int, "general_samples": int, "seq_len": int,
+    "seed": int, "dataset_config": str, "dataset_split": str, "text_column": str, "device": str, "dtype": str,
+    "max_memory": int, "qat": str,
 }  # fmt: skip
 
 
@@ -260,7 +260,7 @@ def recorded_request(
             "The artifact was chosen within a budget (--max-kl, --max-size), and the choice is not made again here.",
             "Only an artifact that was made with a given group size can be compared.",
         )
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"general_samples": 0}  # where the report has none
     for name, kind in _ARGUMENTS.items():
         value = report["arguments"].get(name)
         if value is None:

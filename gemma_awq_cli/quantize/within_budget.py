@@ -118,7 +118,9 @@ class _Run:
             kl = self._fidelity(choice).kl
         else:
             own = replace(prepared, target=self._trials.artifact(choice.group_size))
-            own = replace(own, arguments=self._request.reported(own.stack.device.type, choice.group_size))
+            own = replace(
+                own, arguments=self._request.reported(own.stack.device.type, choice.group_size, own.rows.added)
+            )
             report = self._quantize(own, self._request, self._trials, self._statistics(own.plan))
             self._reports[choice.group_size] = report
             if all((self._trials.artifact(size) / REPORT).is_file() for size in self._sizes):
@@ -241,7 +243,7 @@ def _prepared_sizes(prepared: Prepared, request: QuantizeRequest) -> dict[int, P
                 request.max_memory,
                 request.quality,
             )
-        arguments = request.reported(prepared.stack.device.type, size)
+        arguments = request.reported(prepared.stack.device.type, size, prepared.rows.added)
         found[size] = replace(prepared, plan=plan, arguments=arguments)
     return found
 

@@ -35,6 +35,7 @@ complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l dataset-confi
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l dataset-split -r -d 'Split of a hub dataset.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l text-column -r -d 'Column that holds the text or the messages.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l num-samples -r -d 'Number of calibration samples, or fewer if the text has no more.'
+complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l general-samples -r -d 'Samples of the embedded text that are added to another, so that other kinds of text lose less.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l seq-len -r -d 'Tokens per sample, including BOS.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l seed -r -d 'Random seed of the choice of samples.'
 complete -c gemma-awq -n '__fish_seen_subcommand_from quantize' -l strict -d 'Exit with an error at the first unusable row of the calibration text.'
