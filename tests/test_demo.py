@@ -76,6 +76,7 @@ def test_a_damaged_demo_checkpoint_is_made_again(workplace: Path, monkeypatch: p
     shutil.rmtree(sound)
 
 
+@pytest.mark.thorough
 def test_transformers_reads_the_same_weights_from_the_package(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint against transformers' own dequantization of the same file."""
     import gguf

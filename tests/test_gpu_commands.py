@@ -34,6 +34,7 @@ TEXT_MODELS = (
     "gemma", "gemma-mqa", "gemma2", "gemma3_text", "vaultgemma", "gemma3n_text", "gemma4_text", "gemma4-dense",
     "gemma4-experts", "gemma4_unified_text",
 )  # fmt: skip
+ON_APPLES = ("gemma2", "gemma3n_text", "gemma4-experts")  # the rest is tried by --thorough
 # Kernels that a token of two rows starts per layer where steps are not recorded, of the 16-bit model.
 LAUNCHES = {
     "gemma": 62, "gemma-mqa": 62, "gemma2": 94, "gemma3_text": 100, "vaultgemma": 78, "gemma3n_text": 169,
@@ -180,8 +181,10 @@ def test_quantize_at_every_quality(
         assert device.launches["addr_"] == 0
 
 
-@pytest.mark.parametrize("place", ["cuda", "mps"])
-@pytest.mark.parametrize("kind", TEXT_MODELS)
+@pytest.mark.parametrize(("kind", "place"), [
+    *((kind, "cuda") for kind in TEXT_MODELS),
+    *(pytest.param(kind, "mps", marks=() if kind in ON_APPLES else pytest.mark.thorough) for kind in TEXT_MODELS),
+])  # fmt: skip
 def test_run_and_score_every_family(
     kind: str, place: str, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path]
 ) -> None:

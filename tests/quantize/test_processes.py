@@ -200,7 +200,9 @@ def crew(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Itera
 @posix
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "more"), [
-    ("gemma4_text", ()), ("gemma3n_text", ("--quality", "fast")), ("gemma4-experts", ("--quality", "fast")),
+    ("gemma4_text", ()),
+    pytest.param("gemma3n_text", ("--quality", "fast"), marks=pytest.mark.thorough),
+    ("gemma4-experts", ("--quality", "fast")),
 ])  # fmt: skip
 def test_the_bytes_of_one_process(
     kind: str, more: tuple[str, ...], crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
@@ -244,7 +246,7 @@ def test_whichever_process_is_lost_the_rest_is_kept(
     assert main(quantize_arguments(checkpoints(kind), alone, text_file, *few)) == 0
     arguments = quantize_arguments(checkpoints(kind), out, text_file, *few)
     expected, rng, kills, kept = identity(alone), random.Random(0), 0, 0
-    turns = 8 if thorough else 4
+    turns = 8 if thorough else 2
     for turn in range(turns):
         killed = turn % 3
         ended = crew.run(arguments, 3, killed, at_operation=rng.randrange(3, 60 if killed == 0 else 25))
@@ -267,7 +269,7 @@ def test_whichever_process_is_lost_the_rest_is_kept(
         for path in out.iterdir():
             path.unlink()
         out.rmdir()
-    assert kills > turns // 2
+    assert kills >= turns // 2
     assert kept
 
 
@@ -344,14 +346,15 @@ def identity_of_rows(folder: Path) -> str:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_rows_of_a_lost_process_are_gone_on_with(
-    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
+    crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, thorough: bool
 ) -> None:
     out = crew.work / "best"  # type: ignore[attr-defined]
     arguments = quantize_arguments(checkpoints("gemma2"), out, text_file, *BEST)
     whole = crew.run(quantize_arguments(checkpoints("gemma2"), tmp_path / "whole", text_file, *BEST), 2)
     assert whole.codes == [0, 0], whole.outputs
     expected, rng, kept, kills = identity(tmp_path / "whole"), random.Random(1), 0, 0
-    for turn in range(3):
+    turns = 3 if thorough else 2
+    for turn in range(turns):
         killed = turn % 2
         ended = crew.run(
             arguments, 2, killed, at_operation=rng.randrange(120, 200) if killed == 0 else rng.randrange(15, 30)
@@ -370,7 +373,7 @@ def test_rows_of_a_lost_process_are_gone_on_with(
         for path in out.iterdir():
             path.unlink()
         out.rmdir()
-    assert kills >= 2
+    assert kills >= turns - 1
     assert kept  # layers of them
 
 

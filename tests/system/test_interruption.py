@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
+from _pytest.mark import ParameterSet
 
 from gemma_awq_cli.errors import Terminated
 from gemma_awq_cli.system import interruption
@@ -99,10 +101,18 @@ def test_the_first_unwinds(
     assert list(tmp_path.iterdir()) == []
 
 
+def pairs() -> Iterator[ParameterSet]:
+    """Where the command is, its first signal and its second; of the pairs some, each signal in both places."""
+    some = ("removing", 0, 0), ("removing", 1, 0), ("removing", 2, 1), ("saying", 0, 1), ("saying", 0, 2)
+    for at in ("removing", "saying"):
+        for first, second in product(range(len(SIGNALS)), repeat=2):
+            marks = () if (at, first, second) in some else pytest.mark.thorough
+            one, other = SIGNALS[first], SIGNALS[second]
+            yield pytest.param(at, one, other, marks=marks, id=f"{at}-{one.name}-{other.name}")
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("second", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("first", SIGNALS, ids=lambda number: number.name)
-@pytest.mark.parametrize("at", ["removing", "saying"])
+@pytest.mark.parametrize(("at", "first", "second"), list(pairs()))
 def test_a_second_one_waits_for_the_clean_up(
     at: str,
     first: signal.Signals,
@@ -172,7 +182,9 @@ def test_ctrl_c_while_the_command_is_imported(module: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seconds", [0.2, 0.6, 1.2, 2.0, 3.0, 4.5])
+@pytest.mark.parametrize(
+    "seconds", [0.6, 2.0, *(pytest.param(other, marks=pytest.mark.thorough) for other in (0.2, 1.2, 3.0, 4.5))]
+)
 def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[str], Path]) -> None:
     """While torch is imported, while the tokenizer is loaded by its thread, while the first token is made."""
     code = (
