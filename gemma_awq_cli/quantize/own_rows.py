@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass
 
-SHORT = 64  # tokens of a text whose rows come beside others': many short texts differ more than a few long ones
-AT_ONCE = 64  # texts that are sampled together; more are hardly faster, and each takes a row of logits
+SHORT = 65  # tokens of a text whose rows come beside others': many short texts differ more than a few long ones
+AT_ONCE = 32  # texts that are sampled together; each takes several rows of logits
 
 
 @dataclass(frozen=True)
