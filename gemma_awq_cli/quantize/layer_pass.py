@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import InputStatistics
-from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.precision import MEASURED, matmul_precision
 from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.compiled_columns import compiled_columns
@@ -65,6 +65,7 @@ def process_layer(
             observed = statistics.read(index, stack.device)
         elif not plan.keeps_grid:
             observed, experts = _observe(stack, plan, hidden, index, module, shares, statistics)
+    with matmul_precision(MEASURED):
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
     return_freed_memory()
@@ -91,11 +92,11 @@ def process_layer(
     del module
     if shares.count > 1 or hidden.heldout_quantized.stop > hidden.heldout_quantized.start:
         module = stack.layer(index, dense_weights(layer.tensors, layout, stack.device))
-        with matmul_precision("medium"):
+        with matmul_precision(MEASURED):
             hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
-            if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
-                with _observed(stack, module):
-                    hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
+        if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
+            with matmul_precision("medium"), _observed(stack, module):
+                hidden.advance(index, hidden.calibration_quantized, batch, forward_of(module))
     return layer
 
 
@@ -130,7 +131,7 @@ def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int,
         (hidden.heldout_quantized, dense_weights(tensors, plan.layouts[index], stack.device)),
     ):
         module = stack.layer(index, weights)
-        with matmul_precision("medium"):
+        with matmul_precision(MEASURED):
             hidden.advance(index, rows, plan.rows_per_batch, partial(stack.run_layer, index, module))
 
 

@@ -259,6 +259,7 @@ def _calibration_rows(
             on_event(Note(f"Calibrating on {len(rows.ids)} rows: {rows.description} has no more."))
         if general := request.general_rows(len(rows.ids)):
             rows = with_rows_of(rows, find_recipe(DEFAULT_RECIPE), prompter, general, request.seed)
+        if rows.added:
             on_event(
                 Note(
                     f"{rows.added} rows of the embedded text are added, so that other kinds of text lose less; "

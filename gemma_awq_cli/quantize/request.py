@@ -121,9 +121,13 @@ class QuantizeRequest:
             return OwnRows(self.num_samples, self.seq_len, self.seq_len)
         return OwnRows(self.level.sampled_rows, self.seq_len, min(SHORT, self.seq_len))
 
+    @property
+    def _has_other_text(self) -> bool:
+        return self.calibration not in (SELF, DEFAULT_RECIPE)
+
     def general_rows(self, rows: int) -> int:
         """Return how many rows of the embedded text are added to `rows` rows of another, so that others lose less."""
-        if self.calibration in (SELF, DEFAULT_RECIPE):
+        if not self._has_other_text:
             return 0
         share = self.level.general_share
         if self.general_samples is None:
@@ -140,7 +144,7 @@ class QuantizeRequest:
             "group_size": group_size,
             "calibration": reported_name(self.calibration),
             "num_samples": self.num_samples,
-            **({"general_samples": general_samples} if general_samples else {}),
+            **({"general_samples": general_samples} if self._has_other_text else {}),
             "seq_len": self.seq_len,
             "seed": self.seed,
             "dataset_config": self.dataset_config,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from gemma_awq_cli.awq.grid import dequantize
 from gemma_awq_cli.awq.packing import PackedWeight, unpack_weight
-from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.precision import MEASURED, matmul_precision
 from gemma_awq_cli.fidelity.metrics import compare
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
@@ -53,7 +53,7 @@ def measure_sensitivities(
     quantized = Checkpoint(artifact)
     batch = max(1, plan.fit.tokens_per_batch // rows.shape[1])
     for index in range(plan.layers):
-        with layer_memory_errors(plan, index), matmul_precision("medium"):
+        with layer_memory_errors(plan, index), matmul_precision(MEASURED):
             module = stack.layer(index, {name: one.to(plan.dtype) for name, one in stack.read_layer(index).items()})
             run = partial(stack.run_layer, index, module)
             own = [group for group in groups if group.layer == index]

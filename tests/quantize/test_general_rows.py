@@ -12,6 +12,7 @@ from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows, with_rows_of
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.text.prompter import Prompter
+from gemma_awq_cli.publish.model_card import quantize_command
 from gemma_awq_cli.quantize.request import QuantizeRequest
 from tests.conftest import quantize_arguments, tiny_rows
 
@@ -67,6 +68,7 @@ def test_an_artifact_records_them(
     assert report["calibration"]["rows"] == 32
     assert report["calibration"]["text"].endswith(" + 8 rows of embedded")
     assert report["arguments"]["general_samples"] == 8
+    assert "--general-samples 8" in quantize_command(report)
     assert main(["verify", str(tmp_path / "out"), "--layers", "1"]) == 0
     # a report without the number, such as an older one, is of an artifact without such rows
     del report["arguments"]["general_samples"]
@@ -75,3 +77,15 @@ def test_an_artifact_records_them(
     assert main(["verify", str(tmp_path / "out"), "--layers", "1"]) == 4
     assert "The calibration rows are not those that were used" in capsys.readouterr().err
     assert main([*arguments, "--general-samples", "3", "--resume"]) == 1
+
+
+def test_an_artifact_without_them_says_so(artifacts: Callable[[str], Path]) -> None:
+    """Its command, made again, adds none."""
+    report = json.loads((artifacts("gemma") / "quantization_report.json").read_text())
+    assert report["arguments"]["general_samples"] == 0
+    assert "--general-samples 0" in quantize_command(report)
+
+
+@pytest.mark.parametrize("calibration", ["embedded", "self"])
+def test_other_text_alone_has_them_recorded(calibration: str) -> None:
+    assert "general_samples" not in QuantizeRequest(calibration=calibration).reported("cpu", 128, 0)
