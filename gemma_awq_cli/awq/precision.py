@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Of the layers whose outputs are compared with others': `medium` would round both sides' inputs, each in its own way,
+# Of what is compared, the layers and the head: `medium` would round both sides' inputs, each in its own way,
 # to bfloat16 on processors with AMX, and that would count as a difference.
 MEASURED = "high"
 

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.precision import MEASURED
 from gemma_awq_cli.calibration_text.recipes import DEFAULT_RECIPE, SELF, find_recipe
 from gemma_awq_cli.calibration_text.rows import build_rows
 from gemma_awq_cli.errors import GemmaAwqError
@@ -48,7 +49,7 @@ def check_deeply(prepared: Prepared, source: str | None, device: str, on_event: 
     on_event(MeasuringStarted(comparison_steps(rows, artifact.layers)))
     # in the precision that quantizing measures with
     measured = measure(
-        artifact, original, rows, chosen, lambda: on_event(MeasuringStep()), precision="medium"
+        artifact, original, rows, chosen, lambda: on_event(MeasuringStep()), precision=MEASURED
     ).summary()
     on_event(MeasuringFinished())
     require_recorded(measured, report)

@@ -2,7 +2,7 @@
 
 import torch
 
-from gemma_awq_cli.awq.precision import matmul_precision
+from gemma_awq_cli.awq.precision import MEASURED, matmul_precision
 from gemma_awq_cli.fidelity.metrics import Fidelity, compare
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
 from gemma_awq_cli.models.forward.layerwise import TextStack
@@ -18,7 +18,7 @@ def measure_heldout(stack: TextStack, hidden: HiddenStates, heldout: torch.Tenso
         for rows in (hidden.heldout, hidden.heldout_quantized)
     )
     targets = heldout[:, 1:].reshape(-1).to(stack.device)
-    with matmul_precision("medium"):
+    with matmul_precision(MEASURED):
         logits = (
             stack.logit_chunks(head, states, multiply=product_for(stack.device)) for states in (reference, quantized)
         )

@@ -124,7 +124,7 @@ def _divergences(
         return norm(hidden.read(layers, part).to(stack.device))[:, :-1:EVERY].flatten(0, 1)
 
     found = []
-    with matmul_precision("medium"):
+    with matmul_precision(MEASURED):
         reference = final(slice(0, count))
         likely = head[_likely_tokens(stack, head, reference)]
         for first in range(0, len(branches), COMPARED):

@@ -80,7 +80,7 @@ def test_every_library_computes_what_the_compiled_one_does(
         pytest.skip(f"this processor has no {name}")
     library = Library(shipped / f"{name}.so")
     assert library.sources == native_library.sources_hash()
-    assert library.instructions.lower().replace("-", "").replace(" ", "_") == name
+    assert re.sub("[- ]", "", library.instructions.lower()) == name.replace("_", "")
     logits = []
     for used in (compiled_here, library):
         monkeypatch.setattr(native_library, "load", lambda folder, used=used: used)

@@ -88,7 +88,10 @@ def test_what_it_says_is_what_was_measured(prepared: Callable[[str], Prepared]) 
     ):
         assert text in made.card, text
     command = " ".join(quantize_command(made.report).replace("\\\n", " ").split())
-    assert "--group-size 32 --calibration text.txt --num-samples 24 --seq-len 40 --seed 0 --device cpu" in command
+    assert (
+        "--group-size 32 --calibration text.txt --num-samples 24 --general-samples 0 --seq-len 40 --seed 0 --device cpu"
+        in command
+    )
     assert "/tmp" not in made.card
     assert "overflow float16" not in prepared("gemma").card
     assert "AutoModelForImageTextToText" in prepared("gemma3").card

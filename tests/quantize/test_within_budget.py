@@ -57,7 +57,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def arguments(checkpoint: Path, output: Path, text: Path, *more: str) -> list[str]:
     return [
         "quantize", str(checkpoint), "-o", str(output), "--calibration", str(text), "--quality", "fast",
-        "--num-samples", "8", "--seq-len", "40", "--device", "cpu", *more,
+        "--num-samples", "8", "--general-samples", "0", "--seq-len", "40", "--device", "cpu", *more,
     ]  # fmt: skip
 
 
