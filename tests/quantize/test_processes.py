@@ -269,7 +269,7 @@ def test_whichever_process_is_lost_the_rest_is_kept(
         for path in out.iterdir():
             path.unlink()
         out.rmdir()
-    assert kills >= turns // 2
+    assert kills > (turns // 2 if thorough else 0)
     assert kept
 
 

@@ -99,9 +99,10 @@ def test_in_bfloat16_it_errs_no_more_than_transformers(
     )
     for session in (opened.session(3, CAPACITY), mixed.session(3, CAPACITY), DecoderSession(torch_text, 3, CAPACITY)):
         ours = read_by(session, random_turns())
-        # the median: at some tokens of these hard models any rounding flips what attention looks at, in either; medians
-        # of fifteen tokens differ by chance, with AMX by 1.6 times
-        assert apart(ours, exact).median() <= 2.0 * apart(theirs, exact).median()
+        # the median: at some tokens of these hard models any rounding flips what attention looks at, in either; with
+        # AMX the medians of fifteen tokens differ by up to 1.6 times
+        most = 2.0 if torch.cpu._is_amx_tile_supported() else 1.5
+        assert apart(ours, exact).median() <= most * apart(theirs, exact).median()
 
 
 def open_read_by(folder: Path, torch_too: bool, monkeypatch: pytest.MonkeyPatch) -> OpenModel:
