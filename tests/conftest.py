@@ -36,7 +36,7 @@ FAMILIES = sorted(CONFIGS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--fuzz-cases", type=int, default=200, help="how many cases tests/fuzz makes (default: 200)")
+    parser.addoption("--fuzz-cases", type=int, default=100, help="how many cases tests/fuzz makes (default: 100)")
     parser.addoption(
         "--thorough", action="store_true", help="try every place where otherwise a sample is tried (an hour or more)"
     )

@@ -121,32 +121,37 @@ def test_quantize_run_and_bench(
 @pytest.mark.parametrize(
     ("arguments", "needed", "extra"),
     [
-        (["quantize", "MODEL", "-o", "out", "--seq-len", "64", "--calibration", "wikitext"], "hub dataset", "datasets"),
-        (["quantize", "MODEL", "-o", "out", "--seq-len", "64", "--calibration", "rows.parquet"], "pyarrow", "datasets"),
-        (["bench", "ARTIFACT", "--fidelity", "--text", "wikitext"], "hub dataset", "datasets"),
-        (["bench", "ARTIFACT", "--tasks", "arc_easy"], "lm-evaluation-harness", "eval"),
-        (["bench", "ARTIFACT", "--report", "page.html"], "matplotlib", "report"),
-        (["run", "Hello", "-m", "MODEL", "--quantization", "nf4"], "bitsandbytes", "bnb"),
-        (["run", "Hello", "-m", "ARTIFACT", "--engine", "vllm"], "vLLM", "vllm"),
-        (["run", "Hello", "-m", "ARTIFACT", "--json-schema", "schema.json"], "llguidance", "grammar"),
-        (["serve", "ARTIFACT"], "starlette", "serve"),
-        (["export", "ARTIFACT", "--to", "gguf", "-o", "out.gguf"], "Python library", "gguf"),
+        pytest.param(
+            "quantize MODEL -o out --seq-len 64 --calibration wikitext", "hub dataset", "datasets",
+            marks=pytest.mark.thorough,
+        ),
+        pytest.param(
+            "quantize MODEL -o out --seq-len 64 --calibration rows.parquet", "pyarrow", "datasets",
+            marks=pytest.mark.thorough,
+        ),
+        ("bench ARTIFACT --fidelity --text wikitext", "hub dataset", "datasets"),
+        ("bench ARTIFACT --tasks arc_easy", "lm-evaluation-harness", "eval"),
+        ("bench ARTIFACT --report page.html", "matplotlib", "report"),
+        pytest.param("run Hello -m MODEL --quantization nf4", "bitsandbytes", "bnb", marks=pytest.mark.thorough),
+        ("run Hello -m ARTIFACT --engine vllm", "vLLM", "vllm"),
+        ("run Hello -m ARTIFACT --json-schema schema.json", "llguidance", "grammar"),
+        ("serve ARTIFACT", "starlette", "serve"),
+        ("export ARTIFACT --to gguf -o out.gguf", "Python library", "gguf"),
     ],
-    ids=lambda value: value[-1] if isinstance(value, list) else value,
 )  # fmt: skip
 def test_what_is_missing_is_named_with_its_extra(
     python: Run,
     checkpoints: Callable[[str], Path],
     artifacts: Callable[[str], Path],
     tmp_path: Path,
-    arguments: list[str],
+    arguments: str,
     needed: str,
     extra: str,
 ) -> None:
     (tmp_path / "work" / "rows.parquet").write_bytes(b"PAR1")
     (tmp_path / "work" / "schema.json").write_text('{"type": "object"}')
     places = {"MODEL": str(checkpoints("gemma3")), "ARTIFACT": str(artifacts("gemma3"))}
-    done = python("-m", "gemma_awq_cli", *(places.get(argument, argument) for argument in arguments))
+    done = python("-m", "gemma_awq_cli", *(places.get(argument, argument) for argument in arguments.split()))
     assert done.returncode == 1, done.stderr
     assert done.stdout == ""
     error, hint = done.stderr[done.stderr.index("error: ") :].splitlines()[:2]

@@ -159,6 +159,7 @@ def test_the_way_of_all_weights(follow: Callable[[Callable[[list[str]], bool]], 
     assert 0 < kl[0] < kl[1]
 
 
+@pytest.mark.thorough
 def test_the_notebook(instruct: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for package in ("peft", "trl", "ipykernel"):
         pytest.importorskip(package)

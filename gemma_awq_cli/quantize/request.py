@@ -82,6 +82,11 @@ class QuantizeRequest:
         _require_at_least("num_samples", self.num_samples, 1)
         if self.general_samples is not None:
             _require_at_least("general_samples", self.general_samples, 0)
+            if self.general_samples and not self._has_other_text:
+                raise UsageError(
+                    f"--general-samples adds samples of the embedded text to another, not to {self.calibration}.",
+                    "Leave it out, or give a text with --calibration; --num-samples says how many samples there are.",
+                )
         _require_at_least("seq_len", self.seq_len, LEAST_SEQ_LEN)
         if self.adapter is None and self.adapter_revision is not None:
             raise UsageError("--adapter-revision needs --adapter.", "Name the adapter with --adapter OWNER/NAME.")

@@ -294,6 +294,7 @@ def test_a_process_that_dies_takes_one_task_with_it(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_suites_name_what_the_harness_has() -> None:
     specs = find_tasks(["card,safety", "card"])
     assert len(specs) == len(SUITES["card"]) + len(SUITES["safety"])  # none twice

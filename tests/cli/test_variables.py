@@ -14,6 +14,7 @@ import typer.main
 
 from gemma_awq_cli.cli.app import app, main
 from gemma_awq_cli.cli.variables import COMMAND_LINE_ONLY, PREFIX, SHARED
+from tests import samples
 from tests.cli.test_documentation import PAGES
 from tests.conftest import make_cache
 from tests.hub_server import TOKEN, Repo, hub_server
@@ -201,27 +202,29 @@ def _in_a_process(arguments: list[str], home: Path, **variables: str) -> subproc
 @pytest.mark.slow
 @pytest.mark.usefixtures("warm_python")
 @pytest.mark.parametrize(
-    "arguments",
-    [
-        ["run", "Hello", "-m", "org/model"], ["quantize", "org/model"], ["quantize", "org/model", "--dry-run"],
-        ["quantize", "MODEL", "--seq-len", "64", "--calibration", "org/texts"], ["inspect", "org/model"],
-        ["bench", "org/model"], ["serve", "org/model"], ["export", "org/model", "--to", "mlx"],
-        ["push", "me/model", "ARTIFACT", "--yes", "--base-model", "google/gemma-3-1b-pt", "--license", "gemma"],
-    ],
-    ids=lambda arguments: " ".join(arguments[:3]),
+    "typed",
+    samples.of(
+        [
+            "run Hello -m org/model", "quantize org/model", "quantize org/model --dry-run",
+            "quantize MODEL --seq-len 64 --calibration org/texts", "inspect org/model", "bench org/model",
+            "serve org/model", "export org/model --to mlx",
+            "push me/model ARTIFACT --yes --base-model google/gemma-3-1b-pt --license gemma",
+        ],
+        ["run Hello -m org/model", "quantize org/model --dry-run", "inspect org/model", "serve org/model"],
+    ),
 )  # fmt: skip
 def test_offline_asks_no_hub(
-    arguments: list[str], checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], home: Path
+    typed: str, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path], home: Path
 ) -> None:
     places = {"MODEL": str(checkpoints("gemma3")), "ARTIFACT": str(artifacts("gemma3"))}
-    typed = [places.get(argument, argument) for argument in arguments]
+    arguments = [places.get(argument, argument) for argument in typed.split()]
     with hub_server({"org/model": Repo({"main": checkpoints("gemma3")})}) as hub:
-        done = _in_a_process([*typed, "--offline"], home, HF_ENDPOINT=hub.url, HF_DATASETS_OFFLINE="0")
+        done = _in_a_process([*arguments, "--offline"], home, HF_ENDPOINT=hub.url, HF_DATASETS_OFFLINE="0")
         assert hub.requests == []
         assert done.returncode == 1
-        if "org/texts" not in typed:  # whose error is the library's own
+        if "org/texts" not in arguments:  # whose error is the library's own
             assert "HF_HUB_OFFLINE is set or --offline given" in done.stderr
-        by_variable = _in_a_process(typed, home, HF_ENDPOINT=hub.url, GEMMA_AWQ_OFFLINE="1")
+        by_variable = _in_a_process(arguments, home, HF_ENDPOINT=hub.url, GEMMA_AWQ_OFFLINE="1")
         assert hub.requests == []
         assert by_variable.stderr.startswith(done.stderr.rstrip())
 

@@ -15,7 +15,7 @@ import pytest
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.checkpoints.cache import last_artifact, remember_artifact, remember_folder, remembered_folders
 from gemma_awq_cli.system.locking import Lock
-from tests.conftest import quantize_arguments
+from tests.conftest import make_cache, quantize_arguments
 
 Capture = pytest.CaptureFixture[str]
 
@@ -103,8 +103,10 @@ def test_everything_is_listed_with_its_size(
 
 
 def test_what_was_written_elsewhere_is_remembered(
-    here: Path, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, capsys: Capture
-) -> None:
+    here: Path, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path, native_folder: Path,
+    capsys: Capture,
+) -> None:  # fmt: skip
+    make_cache(tmp_path / "cache", native_folder)
     assert main(quantize_arguments(checkpoints("gemma"), tmp_path / "far" / "one", text_file)) == 0
     assert main(["export", str(tmp_path / "far" / "one"), "--to", "bf16", "-o", str(tmp_path / "far" / "two")]) == 0
     assert last_artifact() == tmp_path / "far" / "one", "an export is not the next default model"

@@ -64,12 +64,14 @@ def runs_here(shipped: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_processor_runs_what_the_system_says_it_can(shipped: Path) -> None:
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text(encoding="utf-8")))
     assert runs_here(shipped) == [name for name, flag in FLAGS.items() if flag in flags]
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("kind", ["gemma3", "gemma3n"])
 def test_every_library_computes_what_the_compiled_one_does(
@@ -95,6 +97,7 @@ def test_every_library_computes_what_the_compiled_one_does(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_without_a_compiler_the_command_runs_the_wheels_kernels(
     shipped: Path, installed: Path, artifacts: Callable[[str], Path], tmp_path: Path
 ) -> None:
@@ -111,6 +114,7 @@ def test_without_a_compiler_the_command_runs_the_wheels_kernels(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_the_fastest_one_is_loaded_unless_a_compiler_is_asked_for(
     shipped: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +130,7 @@ def test_the_fastest_one_is_loaded_unless_a_compiler_is_asked_for(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_a_library_of_other_sources_is_not_loaded(shipped: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native_library, "sources_hash", lambda: "0" * 64)
     assert native_library.load_prebuilt(shipped) is None

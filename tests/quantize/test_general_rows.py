@@ -26,11 +26,17 @@ Capture = pytest.CaptureFixture[str]
     ({"calibration": "mine.txt", "quality": "best"}, 128, 0),
     ({"calibration": "mine.txt", "quality": "best", "general_samples": 5}, 128, 5),
     ({"calibration": "mine.txt", "general_samples": 0}, 128, 0),
-    ({"calibration": "embedded", "general_samples": 9}, 128, 0),
+    ({"calibration": "embedded", "general_samples": 0}, 128, 0),
     ({"calibration": "self"}, 128, 0),
 ])  # fmt: skip
 def test_how_many_are_added(options: dict[str, Any], rows: int, added: int) -> None:
     assert QuantizeRequest(**options).general_rows(rows) == added
+
+
+@pytest.mark.parametrize("calibration", ["embedded", "self"])
+def test_none_are_added_where_there_is_no_other_text(calibration: str, capsys: Capture) -> None:
+    assert main(["quantize", "--calibration", calibration, "--general-samples", "9", "--dry-run"]) == 2
+    assert f"not to {calibration}" in capsys.readouterr().err
 
 
 def with_general(checkpoint: Path, rows: Rows, count: int) -> Rows:

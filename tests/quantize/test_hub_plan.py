@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from gemma_awq_cli.models.checkpoints.headers import FIRST_BYTES
+from tests import samples
 from tests.hub_server import HubServer, Repo, client_environment, hub_server
 from tests.tiny import make_checkpoint
 
@@ -62,7 +63,7 @@ def dry_run(
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", samples.of(KINDS, ["gemma4"]))
 def test_the_plan_is_that_of_the_folder_and_no_weight_was_fetched(
     kind: str, folders: Mapping[str, Path], hub: HubServer, text: Path, tmp_path: Path
 ) -> None:

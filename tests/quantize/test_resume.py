@@ -33,6 +33,7 @@ from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.quantize import layer_pass
 from gemma_awq_cli.quantize.information_files import INFORMATION, INPUT, InformationFiles
 from gemma_awq_cli.quantize.quality import heldout_samples
+from tests import samples
 from tests.conftest import make_cache, quantize_arguments
 from tests.layers import as_layer_begins, interrupt
 
@@ -143,7 +144,7 @@ def identity(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
-@pytest.mark.parametrize("kind", [pytest.param("gemma3_text", marks=pytest.mark.thorough), "gemma4_text"])
+@pytest.mark.parametrize("kind", samples.of(["gemma3_text", "gemma4_text"], ["gemma4_text"]))
 def test_killed_anywhere_and_resumed_gives_the_same_bytes(
     kind: str, runner: Runner, checkpoints: Callable[[str], Path], text_file: Path, thorough: bool
 ) -> None:
@@ -181,8 +182,8 @@ def test_killed_anywhere_and_resumed_gives_the_same_bytes(
         assert [p.name for p in out.parent.iterdir()] == ["out"], where
 
     # from the last layer to the last clean-up, where renames and journal entries meet
-    late = rng.sample(range(operations - 30, operations + 1), 31 if thorough else 5)
-    early = rng.sample(range(1, operations - 30), 16 if thorough else 2)
+    late = rng.sample(range(operations - 30, operations + 1), 31 if thorough else 3)
+    early = rng.sample(range(1, operations - 30), 16 if thorough else 1)
     moments = 8 if thorough else 1
     for at in sorted(early + late):
         prepare(replacing=at % 3 == 0)
@@ -249,7 +250,9 @@ def test_a_memory_limit_that_changes_no_plan_changes_nothing(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "layers"), [("gemma2", 2), ("gemma3n_text", 5), ("gemma4_text", 3)])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("gemma2", 2), ("gemma4_text", 3), pytest.param("gemma3n_text", 5, marks=pytest.mark.thorough)]
+)
 def test_both_paths_of_the_rows_are_gone_on_with(
     kind: str, layers: int, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path
 ) -> None:

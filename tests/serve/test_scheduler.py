@@ -57,7 +57,7 @@ def sampling_of(number: int) -> Sampling:
     ("limit", "drafts"),
     [
         pytest.param(0, exact_lookup, id="no cache-exact_lookup", marks=pytest.mark.thorough),
-        pytest.param(0, lookup, id="no cache-lookup"),
+        pytest.param(0, lookup, id="no cache-lookup", marks=pytest.mark.thorough),
         pytest.param(500_000, exact_lookup, id="small cache-exact_lookup"),
         pytest.param(500_000, lookup, id="small cache-lookup", marks=pytest.mark.thorough),
         pytest.param(10**9, exact_lookup, id="cache-exact_lookup", marks=pytest.mark.thorough),

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from gemma_awq_cli.models.text.tool_calls import (
     read_calls,
     with_named_results,
 )
+from tests import samples
 from tests.serve.conftest import Json, Serve, Served
 from tests.tiny import GEMMA4_SPECIAL, make_checkpoint, make_tokenizer
 
@@ -41,6 +43,7 @@ PARAMETERS = {
     "additionalProperties": False,
 }  # fmt: skip
 WEATHER = {"type": "function", "function": {"name": "get_weather", "description": "Of a day", "parameters": PARAMETERS}}
+NAMED = {"type": "function", "function": {"name": "get_weather"}}
 STOP = {"type": "function", "function": {"name": "stop"}}
 TOOLS = [WEATHER, STOP]
 CALL = (
@@ -184,8 +187,9 @@ def test_results_go_through_the_template(caller: Served, script: Script) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["caller", "prompted"])
-@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}], ids=str)
+@pytest.mark.parametrize(("model", "choice"), samples.of(
+    product(["caller", "prompted"], ["required", NAMED]), [("caller", NAMED), ("prompted", "required")]
+), ids=str)  # fmt: skip
 def test_a_forced_call_matches_its_schema(model: str, choice: Any, request: pytest.FixtureRequest) -> None:
     served: Served = request.getfixturevalue(model)
     tools = [WEATHER] if choice == "required" else TOOLS

@@ -19,6 +19,7 @@ from gemma_awq_cli.models.gemma.families import family_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from gemma_awq_cli.models.gemma.plain_config import plain_text_config
 from gemma_awq_cli.models.gemma.text_config import transformers_text_config
+from tests import samples
 from tests.conftest import FAMILIES
 from tests.tiny import CONFIGS
 
@@ -103,7 +104,9 @@ def test_it_says_what_transformers_says(kind: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", [*FAMILIES, "gemma-7b", "gemma-3-270m"])
+@pytest.mark.parametrize("kind", samples.of(
+    [*FAMILIES, "gemma-7b", "gemma-3-270m"], ["gemma2", "gemma3", "gemma3n_text", "gemma4-experts", "gemma-7b"]
+))  # fmt: skip
 def test_whatever_is_left_out_it_never_says_anything_else(kind: str, tmp_path: Path) -> None:
     """Each value missing, null, of another type, or another number: the same as transformers, or nothing.
 
