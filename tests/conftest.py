@@ -17,7 +17,8 @@ from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.cli.app import main
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality, heldout_samples
-from tests.tiny import CONFIGS, TEXT, make_checkpoint
+from tests import samples
+from tests.tiny import CONFIGS, TEXT, TEXT_MODELS, make_checkpoint
 
 # A shell starts its background jobs with SIGINT ignored, nohup with SIGHUP: the commands that are tested would heed it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -33,6 +34,8 @@ TIMES = {"demo": 60.0, "slow": 8.0}  # roughly, of a test with such a marker
 pytest_plugins = ["tests.warm_python"]
 FUZZ = Path(__file__).parent / "fuzz"
 FAMILIES = sorted(CONFIGS)
+# for tests of the computation alone: a family with towers differs from its language model in the names of tensors
+FORWARDS = samples.of(FAMILIES, TEXT_MODELS)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -27,14 +27,9 @@ from tests.bench.in_process import InProcess
 from tests.conftest import quantize_arguments
 from tests.fake_device import FakeDevice, fake_device
 from tests.layers import as_layer_begins, interrupt
-from tests.tiny import CONFIGS, make_checkpoint
+from tests.tiny import CONFIGS, TEXT_MODELS, make_checkpoint
 
 Capture = pytest.CaptureFixture[str]
-# Every family's language model; families with towers have the same one.
-TEXT_MODELS = (
-    "gemma", "gemma-mqa", "gemma2", "gemma3_text", "vaultgemma", "gemma3n_text", "gemma4_text", "gemma4-dense",
-    "gemma4-experts", "gemma4_unified_text",
-)  # fmt: skip
 ON_APPLES = ("gemma2", "gemma3n_text", "gemma4-experts")  # the rest is tried by --thorough
 # Kernels that a token of two rows starts per layer where steps are not recorded, of the 16-bit model.
 LAUNCHES = {

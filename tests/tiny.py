@@ -208,6 +208,11 @@ CONFIGS = {
     "gemma4_unified_text": _gemma4_unified_text,
     "gemma4_unified": _gemma4_unified,
 }
+# Every family's language model; families with towers have the same one.
+TEXT_MODELS = (
+    "gemma", "gemma-mqa", "gemma2", "gemma3_text", "vaultgemma", "gemma3n_text", "gemma4_text", "gemma4-dense",
+    "gemma4-experts", "gemma4_unified_text",
+)  # fmt: skip
 
 
 def make_tokenizer(folder: Path, chat: bool = False, special: Sequence[str] = SPECIAL) -> None:

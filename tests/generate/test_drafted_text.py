@@ -22,7 +22,7 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.session import Logits
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.tiny import make_checkpoint
 
 TOKENS = 60  # the rings wrap around: the windows are of 16
@@ -70,7 +70,7 @@ def gemma3(tmp_path_factory: pytest.TempPathFactory) -> OpenModel:
     return open_model(make_checkpoint(tmp_path_factory.mktemp("drafted") / "gemma3_text", "gemma3_text"), "cpu")
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_greedy_text_of_the_compiled_decoder(kind: str, artifacts: Callable[[str], Path]) -> None:
     opened = open_model(artifacts(kind), "cpu")
     if not isinstance(opened.session(1, 1), NativeSession):
@@ -85,7 +85,7 @@ def test_greedy_text_of_the_compiled_decoder(kind: str, artifacts: Callable[[str
     assert drafted.drafted_tokens > drafted.accepted_tokens + 5
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_greedy_text_in_float32(kind: str, checkpoints: Callable[[str], Path]) -> None:
     opened = open_model(checkpoints(kind), "cpu", Precision("float32"))
     plain = complete(opened, nothing, greedy())

@@ -17,7 +17,7 @@ from gemma_awq_cli.models.forward.prefill import flat_batches
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.system.arrays import as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.properties import examples
 
 CPU = torch.device("cpu")
@@ -51,13 +51,13 @@ def apart(given_: Tensor, expected: Tensor) -> Tensor:
     return (given_ - expected).norm(dim=-1) / expected.norm(dim=-1)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FORWARDS)
 def dense(request: pytest.FixtureRequest, checkpoints: Callable[[str], Path]) -> OpenModel:
     """In float64: between two ways to the same logits, these hard models amplify even the noise of float32."""
     return open_model(checkpoints(request.param), CPU, Precision(dtype=torch.float64))
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FORWARDS)
 def compiled(request: pytest.FixtureRequest, artifacts: Callable[[str], Path]) -> OpenModel:
     return open_model(artifacts(request.param), CPU)
 

@@ -29,7 +29,7 @@ from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import PER_LAYER_TABLE
 from gemma_awq_cli.system.arrays import as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, FORWARDS
 from tests.models.forward.test_last_logits import at_once, one_by_one
 from tests.models.forward.test_packed_parts import greedy, prompts
 from tests.models.forward.test_torch_decoder import CAPACITY, SeenInInt8, apart, random_turns, read_by, read_whole
@@ -112,7 +112,7 @@ def in_int8(text: TextWeights) -> TextWeights:
 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("chunk", [512, 13])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_on_16_bits_it_is_the_torch_decoder(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,7 +129,7 @@ def test_on_16_bits_it_is_the_torch_decoder(
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("arithmetic", "their_arithmetic")
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_greedy_tokens_are_those_of_torch_and_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
     """Free-running: each token is read before the next is chosen."""
     text, checkpoint = native_text(checkpoints(kind)), Checkpoint(checkpoints(kind))
@@ -170,7 +170,7 @@ def test_streams_that_hardly_anything_is_projected_to_are_not_blown_up(
 
 @pytest.mark.usefixtures("arithmetic")
 @pytest.mark.parametrize("chunk", [512, 13])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_on_4_bits_it_is_the_torch_decoder_with_activations_of_8_bits(
     kind: str, chunk: int, rounded: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

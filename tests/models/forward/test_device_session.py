@@ -24,7 +24,7 @@ from gemma_awq_cli.models.forward.torch_weights import read_torch_text
 from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.system.arrays import as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.fake_device import FakeDevice, fake_device
 from tests.models.forward.test_torch_decoder import apart, read_whole
 
@@ -61,7 +61,7 @@ def place_of(name: str) -> Iterator[tuple[torch.device, FakeDevice | None]]:
             yield GPU, device
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_steps_are_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
     """On the CPU, past the window, rows of different lengths. Hard models amplify even the noise of float32."""
     dtype = torch.float32 if kind == "gemma4-experts" else torch.float64  # transformers' experts have no float64

@@ -14,13 +14,13 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.native_weights import NativeText
 from gemma_awq_cli.system.arrays import Array
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.models.forward.test_torch_decoder import CAPACITY, apart, random_turns, read_by
 
 IDS = [2, *range(40, 100)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=FORWARDS)
 def opened(request: pytest.FixtureRequest, artifacts: Callable[[str], Path]) -> OpenModel:
     made = open_model(artifacts(request.param), "cpu")
     if not isinstance(made.forward.text, NativeText):

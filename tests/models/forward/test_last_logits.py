@@ -16,7 +16,7 @@ from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.system.arrays import as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.models.forward.test_session import apart
 
 CPU = torch.device("cpu")
@@ -56,7 +56,7 @@ def widened(opened: OpenModel, dtype: torch.dtype = torch.float32) -> OpenModel:
 
 
 @pytest.mark.parametrize("chunk", [512, 13])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_both_forwards_with_little_noise(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -73,7 +73,7 @@ def test_both_forwards_with_little_noise(
             assert apart(given, wanted) < 1e-3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_the_compiled_forward(kind: str, artifacts: Callable[[str], Path]) -> None:
     opened = open_model(artifacts(kind), CPU)
     if not isinstance(opened.forward.text, NativeText):

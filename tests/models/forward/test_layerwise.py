@@ -23,13 +23,13 @@ from gemma_awq_cli.models.forward.layerwise import (
     require_known_matrices,
 )
 from gemma_awq_cli.models.forward.per_layer_inputs import PerLayerInputs
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.tiny import edit_weights, original_model
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 @torch.inference_mode()
 def test_logits_equal_transformers(kind: str, checkpoints: Callable[[str], Path]) -> None:
     folder = checkpoints(kind)

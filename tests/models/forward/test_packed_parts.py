@@ -16,7 +16,7 @@ from gemma_awq_cli.models.forward.transformers_model import build_model
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.system.arrays import as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FAMILIES, FORWARDS
 from tests.models.forward.test_torch_decoder import CAPACITY, apart, random_turns, read_by, read_whole
 from tests.round_to_nearest import dense_twin, round_checkpoint
 
@@ -75,7 +75,7 @@ def test_the_logits_are_those_of_the_unpacked_weights(
     assert errors.max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_greedy_tokens_are_the_same_in_every_forward(
     kind: str, checkpoints: Callable[[str], Path], rounded: Callable[[str], Path]
 ) -> None:

@@ -11,7 +11,7 @@ from gemma_awq_cli.models.forward.loading import OpenModel, open_model
 from gemma_awq_cli.models.forward.session import Session
 from gemma_awq_cli.models.forward.transformers_session import TransformersSession
 from gemma_awq_cli.system.arrays import as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 
 CPU = torch.device("cpu")
 LENGTHS = (5, 41, 16, 23)  # the sliding window is 16: shorter, much longer, exactly as long
@@ -66,7 +66,7 @@ def apart(given: Tensor, expected: Tensor) -> float:
     return float((given - expected).norm() / expected.norm())
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_padding_does_not_change_a_row(kind: str, opened: Callable[[str], OpenModel]) -> None:
     model = opened(kind)
     together, logits = greedy(session(model, len(LENGTHS)), prompts(), NEW_TOKENS)
@@ -78,7 +78,7 @@ def test_padding_does_not_change_a_row(kind: str, opened: Callable[[str], OpenMo
         assert apart(logits[-1, index], forward(model, [*ids, *alone[:-1]])) < 1e-3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_several_feeds_equal_one(kind: str, opened: Callable[[str], OpenModel]) -> None:
     """A chat's turns: pieces of any length, below and beyond the sliding window, into the live session."""
     model = opened(kind)
@@ -92,7 +92,7 @@ def test_several_feeds_equal_one(kind: str, opened: Callable[[str], OpenModel]) 
     assert at == len(ids)
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_ragged_rows_take_further_pieces(kind: str, opened: Callable[[str], OpenModel]) -> None:
     model = opened(kind)
     rows = prompts()

@@ -18,7 +18,7 @@ from gemma_awq_cli.models.forward.native_session import NativeSession
 from gemma_awq_cli.models.forward.precision import Precision
 from gemma_awq_cli.models.forward.session import Logits
 from gemma_awq_cli.models.forward.torch_decoder import DecoderSession
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 
 CAPACITY = 120  # the rings of the sliding window of 16 wrap around three times
 PROMPT = 5
@@ -60,7 +60,7 @@ def sessions(opened: OpenModel, kind: type[CachedSession]) -> tuple[CachedSessio
 
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("packed", [True, False], ids=["4 bits", "16 bits"])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_the_compiled_decoder_gives_the_same_bits(
     kind: str,
     packed: bool,
@@ -78,7 +78,7 @@ def test_the_compiled_decoder_gives_the_same_bits(
     assert np.array_equal(np.concatenate(list(drafted(other, ids, 2))), one_by_one(one, ids))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_the_torch_decoder_gives_the_same_logits(kind: str, checkpoints: Callable[[str], Path]) -> None:
     dtype = "float32" if kind == "gemma4-experts" else "float64"
     opened = open_model(checkpoints(kind), "cpu", Precision(dtype))

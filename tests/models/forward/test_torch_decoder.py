@@ -31,7 +31,7 @@ from gemma_awq_cli.models.forward.transformers_session import TransformersSessio
 from gemma_awq_cli.models.gemma.architecture import architecture_of
 from gemma_awq_cli.models.gemma.features import features_of, missing_features
 from gemma_awq_cli.system.arrays import BFLOAT16, address, as_tensor
-from tests.conftest import FAMILIES
+from tests.conftest import FORWARDS
 from tests.kernels.test_native import in_int8
 from tests.tiny import edit_weights
 
@@ -68,7 +68,7 @@ def apart(given: Tensor, expected: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("chunk", [512, 13])
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_in_float32_it_is_transformers(
     kind: str, chunk: int, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,7 +83,7 @@ def test_in_float32_it_is_transformers(
     assert errors.max() < 1e-3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_in_bfloat16_it_errs_no_more_than_transformers(
     kind: str, checkpoints: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -136,7 +136,7 @@ def oracle_of(text: TextWeights, group: int) -> TextWeights:
     return replace(text, layers=tuple(layers))
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_compiled_artifacts_are_the_torch_decoder_with_int8_activations(
     kind: str, artifacts: Callable[[str], Path]
 ) -> None:
@@ -267,7 +267,7 @@ def test_layers_that_read_another_layers_keys_see_only_the_wanted_tokens(
     assert [sum(counts) for counts in seen] == [50] * 4 + [6] * 3
 
 
-@pytest.mark.parametrize("kind", FAMILIES)
+@pytest.mark.parametrize("kind", FORWARDS)
 def test_a_row_that_is_reset_reads_as_a_new_one(kind: str, checkpoints: Callable[[str], Path]) -> None:
     checkpoint = Checkpoint(checkpoints(kind))
     text = read_torch_text(checkpoint, architecture_of(checkpoint.facts, checkpoint.family), CPU, torch.float64)
