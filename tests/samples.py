@@ -12,7 +12,8 @@ Value = TypeVar("Value")
 def of(values: Iterable[Value], every_time: Collection[Value]) -> list[ParameterSet]:
     """Return all values as parameters; those that are not among `every_time` are tried by `--thorough` alone.
 
-    A tuple is the values of several parameters. Raises ValueError if one of `every_time` is no value, so that a renamed one does not silently leave every run.
+    A tuple is the values of several parameters. Raises ValueError if one of `every_time` is no value, so that a renamed
+    one does not silently leave every run.
     """
     everything = list(values)
     if unknown := [value for value in every_time if value not in everything]:
