@@ -105,6 +105,14 @@ def make_cache(folder: Path, native_folder: Path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _sessions_cache(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Iterator[None]:
+    """What a whole module shares is made before a test has a cache of its own, and is not to find the user's either."""
+    with pytest.MonkeyPatch.context() as patch:
+        _leave_the_user_alone(patch, make_cache(tmp_path_factory.mktemp("session") / "cache", native_folder))
+        yield
+
+
 @pytest.fixture(scope="session")
 def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("caches")
@@ -113,10 +121,13 @@ def caches(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _own_cache(caches: Path, native_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test reads or writes what the user's own cache holds, and none reaches the network."""
-    cache = make_cache(Path(tempfile.mkdtemp(dir=caches)), native_folder)
-    monkeypatch.setenv("GEMMA_AWQ_CACHE", str(cache))
-    monkeypatch.delenv("GEMMA_AWQ_MODEL", raising=False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    _leave_the_user_alone(monkeypatch, make_cache(Path(tempfile.mkdtemp(dir=caches)), native_folder))
+
+
+def _leave_the_user_alone(patch: pytest.MonkeyPatch, cache: Path) -> None:
+    patch.setenv("GEMMA_AWQ_CACHE", str(cache))
+    patch.delenv("GEMMA_AWQ_MODEL", raising=False)
+    patch.setenv("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")

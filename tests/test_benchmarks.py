@@ -58,6 +58,7 @@ def test_kinds_of_text_measures_an_artifact(
     assert 0 < one == other == mean
 
 
+@pytest.mark.slow
 def test_row_feedback_compares_settings(
     checkpoints: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
@@ -134,6 +135,7 @@ def test_interoperability_compares_readers_with_the_exact_weights(
 
 
 @pytest.mark.slow
+@pytest.mark.thorough
 def test_interoperability_names_what_a_reader_misses(
     tmp_path: Path, artifacts: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:

@@ -117,6 +117,7 @@ def test_the_pages_commands_are_known() -> None:
     assert scripts == {f"examples/{path.name}" for path in EXAMPLES.glob("*.py")} - {"examples/conversations.py"}
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_the_way_of_an_adapter(follow: Callable[[Callable[[list[str]], bool]], Said]) -> None:
     for package in ("peft", "trl", "bitsandbytes"):
         pytest.importorskip(package)
@@ -141,6 +142,7 @@ def test_the_way_of_an_adapter(follow: Callable[[Callable[[list[str]], bool]], S
     assert run(sys.executable, "-c", dedent(snippet) + shown, PYTHONPATH=f"{ROOT}{os.pathsep}examples") == "base-awq\n"
 
 
+@pytest.mark.usefixtures("warm_python")
 def test_the_way_of_all_weights(follow: Callable[[Callable[[list[str]], bool]], Said]) -> None:
     said = follow(
         lambda command: (

@@ -111,13 +111,12 @@ def test_each_weight_is_uploaded_once_and_in_16_bits(
     assert {dtype for dtype, shape in device.uploaded if shape in expected} == {torch.bfloat16}
 
 
-@pytest.mark.parametrize(
-    "kind", samples.of(["gemma2", "gemma3n_text"], ["gemma2"])
-)  # the latter shares keys and values
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", samples.of(["gemma2", "gemma3n_text"], ["gemma2"]))
 def test_hidden_states_stay_on_a_gpu_that_has_the_memory(
     kind: str, tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, short_descent: None, capsys: Capture
 ) -> None:
-    """The same bytes as without, also of a run that was interrupted, and fewer uploads."""
+    """The same bytes as without, also of a run that was interrupted, and fewer uploads. 3n's layers share keys."""
     needed, uploaded = {}, {}
     for name in ("held", "not held"):
         with fake_device("cuda", free=needed["held"] - 1 if needed else 78 << 30) as device:

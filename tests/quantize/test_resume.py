@@ -623,6 +623,7 @@ def test_a_disk_that_fills_up_in_the_middle_of_a_layer(
     assert identity(tmp_path / "out") == identity(artifacts("gemma"))
 
 
+@pytest.mark.slow
 def test_the_fingerprint_names_what_computes(
     tmp_path: Path, checkpoints: Callable[[str], Path], text_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
