@@ -65,11 +65,17 @@ ELEMENTS_PER_SECOND = 1.5e9
 BFLOAT16_SPEED = 1.6  # times as many products in bfloat16, where they are multiplied so
 GRAM_SPEED = 3.0  # the same of a Gram matrix, of which half the products are computed
 START_SECONDS = 5  # imports, tokenizer, calibration text
-TRY_OPERATIONS = 10  # elementwise operations per weight to judge one scale or one range
+TRY_OPERATIONS = 10  # elementwise operations per weight to judge one scale
+RANGE_OPERATIONS = 5  # the same, to judge one range
 KEEP_OPERATIONS = 40  # elementwise operations per weight to find the grid that it is on
-ROUND_FLOPS = 6  # per weight and channel of its block: the compensation, and the errors that are compared
-REFINE_FLOPS = 12  # the same, to fit the scales once
-SWEEP_FLOPS = 4  # the same, for one pass over the integers
+# elementwise operations of a token in a layer, per hidden state (norms, rotations, sums) and per activation of an MLP
+HIDDEN_OPERATIONS, MLP_OPERATIONS = 45, 9
+# Of what is done to a rounded weight once: flops per weight and channel of its block, and elementwise operations per
+# weight, which count as much in narrow blocks. Compared with each step by itself, in blocks of 640 to 8192 channels.
+ROUND_FLOPS, ROUND_OPERATIONS = 5, 50  # the compensation, and the errors that are compared
+REFINE_FLOPS, REFINE_OPERATIONS = 3, 10  # to fit the scales once
+SWEEP_FLOPS, SWEEP_OPERATIONS = 2, 60  # one pass over the integers
+CHOLESKY_FLOPS = 3  # per channel and squared size of its block: two factors in float64
 CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
 GRADIENT_PASSES = 3  # of the rows that information is measured on through a layer: forward, again, and backward
 DRAW_OPERATIONS = 5  # elementwise operations per logit to draw two labels
@@ -328,14 +334,17 @@ def seconds(work: Workload, fit: Fit, flops_per_second: float, processes: int = 
     """
     if processes == 1 or work.layers_depend:
         return _seconds(work, fit, flops_per_second, processes)
-    alone = START_SECONDS + _forward_flops(work) / flops_per_second
+    alone = forward_seconds(work, flops_per_second)
     return alone + max(0.0, _seconds(work, fit, flops_per_second, 1) - alone) / processes
 
 
-def _forward_flops(work: Workload) -> float:
-    """Floating-point operations of all that runs through the 16-bit layers and of the head, without any search."""
+def forward_seconds(work: Workload, flops_per_second: float) -> float:
+    """Return how long the start, all that runs through the 16-bit layers, and the head take, without any search."""
     flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
-    return flops + 2.0 * _tokens(work) * sum(_multiplied(layout) for layout in work.layouts)
+    flops += 2.0 * _tokens(work) * sum(_multiplied(layout) for layout in work.layouts)
+    flops += sum(_attention_flops(work, layout) for layout in work.layouts)
+    elements = sum(_forward_elements(work, layout) for layout in work.layouts)
+    return START_SECONDS + flops / flops_per_second + elements / ELEMENTS_PER_SECOND
 
 
 def _seconds(work: Workload, fit: Fit, flops_per_second: float, sharing: int) -> float:
@@ -347,11 +356,14 @@ def _seconds(work: Workload, fit: Fit, flops_per_second: float, sharing: int) ->
     for layout in work.layouts:
         flops += _feedback_flops(work, layout)
         flops += sum(_group_flops(work, fit, group, sharing=sharing) for group in _joined_groups(layout))
-        flops += 2.0 * _tokens(work, sharing) * _kept(layout)
-        elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears)) for g in layout.groups)
+        flops += 2.0 * _tokens(work, sharing) * _kept(layout) + _attention_flops(work, layout, sharing)
+        elements += _forward_elements(work, layout, sharing)
+        elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears), sharing) for g in layout.groups)
         if (experts := layout.experts) is not None:
             flops += _expert_flops(work, fit, experts)
-            elements += sum(experts.count * _group_elements(work, group, 1) for group in _expert_groups(experts))
+            elements += sum(
+                experts.count * _group_elements(work, group, 1, sharing) for group in _expert_groups(experts)
+            )
     return START_SECONDS + flops / flops_per_second + elements / ELEMENTS_PER_SECOND
 
 
@@ -369,6 +381,19 @@ def _sampling_flops(work: Workload) -> float:
     """The same to sample rows, or as many as would take as long."""
     weights = work.vocabulary * work.hidden + sum(_multiplied(layout) for layout in work.layouts)
     return 2.0 * work.unsampled_tokens * weights / SAMPLING_SPEED
+
+
+def _attention_flops(work: Workload, layout: LayerLayout, sharing: int = 1) -> float:
+    """Floating-point operations of a layer's attention: scores and values, of half the keys on the mean."""
+    return 2.0 * _passes(work, sharing) * work.seq_len * layout.heads * layout.head_dim
+
+
+def _forward_elements(work: Workload, layout: LayerLayout, sharing: int = 1) -> float:
+    """Elementwise operations of all tokens in a layer."""
+    inner = layout.intermediate
+    if (experts := layout.experts) is not None:
+        inner += experts.active * experts.intermediate
+    return _passes(work, sharing) * float(HIDDEN_OPERATIONS * layout.hidden * work.streams + MLP_OPERATIONS * inner)
 
 
 def _multiplied(layout: LayerLayout) -> float:
@@ -416,30 +441,37 @@ def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0, sh
         return flops
     tokens, outputs = share * work.calibration_tokens / sharing, n / sharing
     flops += 2.0 * tokens * k * block / (GRAM_SPEED if work.product_bytes == 2 else 1.0)
-    flops += k * block**2 + ROUND_FLOPS * outputs * k * block  # two Cholesky factors, the rounding
+    flops += CHOLESKY_FLOPS * k * block**2 + ROUND_FLOPS * outputs * k * block
     if effort.correction:
         flops += CORRECT_TOKEN_FLOPS * tokens * k * block / _speed(work)
-        flops += k * block**2 + ROUND_FLOPS * outputs * k * block  # factor and solve
+        flops += CHOLESKY_FLOPS / 2 * k * block**2 + ROUND_FLOPS * outputs * k * block  # factor and solve
     return flops + effort.refinements * (REFINE_FLOPS + SWEEP_FLOPS * effort.sweeps) * outputs * k * block
 
 
 def _tokens(work: Workload, sharing: int = 1) -> float:
-    """How many tokens pass through a layer, as often as they do, in float32 or as long as it would take."""
+    """How many tokens linears multiply, in float32 or as long as it would take."""
+    return _passes(work, sharing, _speed(work))
+
+
+def _passes(work: Workload, sharing: int = 1, speed: float = 1.0) -> float:
+    """How many tokens pass through a layer, as often as they do. speed: of those that calibrate."""
     forwards = FORWARDS_WITH_CORRECTION if work.effort.correction else 1
     # held-out rows take both paths, in one process
-    return forwards * work.calibration_tokens / sharing / _speed(work) + 2 * work.heldout_tokens
+    return forwards * work.calibration_tokens / sharing / speed + 2 * work.heldout_tokens
 
 
 def _speed(work: Workload) -> float:
     return BFLOAT16_SPEED if work.product_bytes == 2 else 1.0
 
 
-def _group_elements(work: Workload, group: Linear, linears: int) -> float:
-    """Elementwise operations of the searches for one group of linears."""
+def _group_elements(work: Workload, group: Linear, linears: int, sharing: int) -> float:
+    """Elementwise operations of the searches and the rounding for one group of linears, on rows that are shared out."""
     effort = work.effort
     if work.keeps_grid:
         return float(KEEP_OPERATIONS * group.outputs * group.inputs)
     candidates = 2 * RATIOS / effort.stride + effort.descent
     sampled = min(group.outputs, effort.rows * linears)
     searching = TRY_OPERATIONS * candidates * sampled * group.inputs
-    return searching + TRY_OPERATIONS * len(effort.shrinks) * group.outputs * group.inputs
+    rounding = RANGE_OPERATIONS * len(effort.shrinks) + ROUND_OPERATIONS
+    rounding += effort.refinements * (REFINE_OPERATIONS + SWEEP_OPERATIONS * effort.sweeps)
+    return searching + rounding * group.outputs * group.inputs / sharing

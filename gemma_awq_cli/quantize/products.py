@@ -14,7 +14,7 @@ from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.forward.layerwise import Product, product
 
-_MEASURED, _MEASUREMENTS = 1024, 5  # rows and columns, and products
+_MEASURED, _LEAST, _SECONDS = 1024, 5, 0.25  # rows and columns, and for how many products and how long
 
 
 def compiled_loops(device: torch.device) -> Library | None:
@@ -53,12 +53,14 @@ def product_for(device: torch.device) -> Product:
 def flops_per_second() -> float:
     """Return how many floating-point operations of float32 products the CPU does in a second, with torch's threads.
 
-    It is measured once in a process, which takes a tenth of a second: the fastest of a few products.
+    It is measured once in a process, which takes a quarter of a second: the fastest of some products. On a machine that
+    others use too, a few at one moment would say too little.
     """
     factor, best = torch.ones(_MEASURED, _MEASURED), math.inf
+    started, count = time.perf_counter(), 0
     with matmul_precision("highest"):
-        for _ in range(_MEASUREMENTS):
-            started = time.perf_counter()
+        while count < _LEAST or time.perf_counter() - started < _SECONDS:
+            before = time.perf_counter()
             torch.mm(factor, factor)
-            best = min(best, time.perf_counter() - started)
+            best, count = min(best, time.perf_counter() - before), count + 1
     return 2.0 * _MEASURED**3 / best

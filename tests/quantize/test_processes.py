@@ -21,7 +21,7 @@ from gemma_awq_cli.quantize.estimates import (
     START_SECONDS,
     Fit,
     Workload,
-    _forward_flops,
+    forward_seconds,
     seconds,
 )
 from gemma_awq_cli.quantize.layer_files import LayerFiles
@@ -159,7 +159,7 @@ def twenty_four_layers(checkpoints: Callable[[str], Path], effort: Effort) -> Wo
 def test_the_planned_time_is_that_of_the_slowest_process(checkpoints: Callable[[str], Path]) -> None:
     """Against a simulation: layers of equal work, in turn to the processes, behind the forward that all of them do."""
     work, fit = twenty_four_layers(checkpoints, FAST), Fit(8192, 8192)
-    forward = START_SECONDS + _forward_flops(work) / FLOPS_PER_SECOND
+    forward = forward_seconds(work, FLOPS_PER_SECOND)
     own = (seconds(work, fit, FLOPS_PER_SECOND) - forward) / 24
     assert own > 0
     for count in (2, 4, 8):
