@@ -2,7 +2,7 @@
 
 `make sanitize`, or `python -m tests.fuzz.sanitizers --cases 2000`, runs the kernels' own tests and cases of the harness
 on a library that ends the process at the first byte that is read or written outside of what was allocated.
-test_sanitizers.py does the same at a small size in every test run. This file is also a plugin of pytest
+test_sanitizers.py runs some of these tests in every test run. This file is also a plugin of pytest
 (`-p tests.fuzz.sanitizers --sanitized FILE.so`) that makes those tests use that library.
 """
 

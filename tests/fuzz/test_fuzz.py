@@ -1,4 +1,4 @@
-"""A few hundred damaged models, texts and options, and everything that once failed, in every run of the tests."""
+"""A hundred damaged models, texts and options, and everything that once failed, in every run of the tests."""
 
 import os
 from pathlib import Path
