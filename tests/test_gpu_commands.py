@@ -182,10 +182,10 @@ def test_quantize_at_every_quality(
         assert device.launches["addr_"] == 0
 
 
-@pytest.mark.parametrize(("kind", "place"), [
-    *((kind, "cuda") for kind in TEXT_MODELS),
-    *(pytest.param(kind, "mps", marks=() if kind in ON_APPLES else pytest.mark.thorough) for kind in TEXT_MODELS),
-])  # fmt: skip
+@pytest.mark.parametrize(("kind", "place"), samples.of(
+    [(kind, place) for place in ("cuda", "mps") for kind in TEXT_MODELS],
+    [*((kind, "cuda") for kind in TEXT_MODELS), *((kind, "mps") for kind in ON_APPLES)],
+))  # fmt: skip
 def test_run_and_score_every_family(
     kind: str, place: str, checkpoints: Callable[[str], Path], artifacts: Callable[[str], Path]
 ) -> None:

@@ -44,6 +44,7 @@ from tests.tiny import snap_to_grid
 
 posix = pytest.mark.skipif(os.name != "posix", reason="fork and SIGKILL are POSIX")
 Capture = pytest.CaptureFixture[str]
+FAST_OPTION = ("--quality", "fast")
 TORCHRUN = {
     "RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "a", "MASTER_PORT": "7",
 }  # fmt: skip
@@ -200,11 +201,10 @@ def crew(tmp_path_factory: pytest.TempPathFactory, native_folder: Path) -> Itera
 
 @posix
 @pytest.mark.slow
-@pytest.mark.parametrize(("kind", "more"), [
-    ("gemma4_text", ()),
-    pytest.param("gemma3n_text", ("--quality", "fast"), marks=pytest.mark.thorough),
-    ("gemma4-experts", ("--quality", "fast")),
-])  # fmt: skip
+@pytest.mark.parametrize(("kind", "more"), samples.of(
+    [("gemma4_text", ()), ("gemma3n_text", FAST_OPTION), ("gemma4-experts", FAST_OPTION)],
+    [("gemma4_text", ()), ("gemma4-experts", FAST_OPTION)],
+))  # fmt: skip
 def test_the_bytes_of_one_process(
     kind: str, more: tuple[str, ...], crew: Crew, checkpoints: Callable[[str], Path], text_file: Path, tmp_path: Path
 ) -> None:

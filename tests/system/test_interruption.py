@@ -184,9 +184,7 @@ def test_ctrl_c_while_the_command_is_imported(module: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "seconds", [0.6, 2.0, *(pytest.param(other, marks=pytest.mark.thorough) for other in (0.2, 1.2, 3.0, 4.5))]
-)
+@pytest.mark.parametrize("seconds", samples.of([0.2, 0.6, 1.2, 2.0, 3.0, 4.5], [0.6, 2.0]))
 def test_ctrl_c_at_any_moment_of_the_start(seconds: float, artifacts: Callable[[str], Path]) -> None:
     """While torch is imported, while the tokenizer is loaded by its thread, while the first token is made."""
     code = (
