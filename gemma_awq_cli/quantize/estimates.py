@@ -338,33 +338,34 @@ def seconds(work: Workload, fit: Fit, flops_per_second: float, processes: int = 
     return alone + max(0.0, _seconds(work, fit, flops_per_second, 1) - alone) / processes
 
 
-def forward_seconds(work: Workload, flops_per_second: float) -> float:
-    """Return how long the start, all that runs through the 16-bit layers, and the head take, without any search."""
-    flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden
-    flops += 2.0 * _tokens(work) * sum(_multiplied(layout) for layout in work.layouts)
-    flops += sum(_attention_flops(work, layout) for layout in work.layouts)
-    elements = sum(_forward_elements(work, layout) for layout in work.layouts)
+def forward_seconds(work: Workload, flops_per_second: float, sharing: int = 1) -> float:
+    """Return how long the start, all that runs through the layers, and the head take, without any search.
+
+    sharing: how many processes share out the calibration rows of each layer.
+    """
+    flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
+    flops += 2.0 * _tokens(work, sharing) * sum(_multiplied(layout) for layout in work.layouts)
+    flops += sum(_attention_flops(work, layout, sharing) for layout in work.layouts)
+    elements = sum(_forward_elements(work, layout, sharing) for layout in work.layouts)
     return START_SECONDS + flops / flops_per_second + elements / ELEMENTS_PER_SECOND
 
 
 def _seconds(work: Workload, fit: Fit, flops_per_second: float, sharing: int) -> float:
     """`seconds` of one process. sharing: how many work on each layer."""
-    flops = 4.0 * work.heldout_tokens * work.vocabulary * work.hidden  # two flops per weight, on both paths
-    flops += _information_flops(work) + _sampling_flops(work)
+    flops = _information_flops(work) + _sampling_flops(work)
     elements = float(work.vocabulary)
     elements *= DRAW_OPERATIONS * work.information_tokens + SAMPLE_OPERATIONS * work.unsampled_tokens
     for layout in work.layouts:
         flops += _feedback_flops(work, layout)
         flops += sum(_group_flops(work, fit, group, sharing=sharing) for group in _joined_groups(layout))
-        flops += 2.0 * _tokens(work, sharing) * _kept(layout) + _attention_flops(work, layout, sharing)
-        elements += _forward_elements(work, layout, sharing)
         elements += sum(_group_elements(work, layout.joined(g.linears), len(g.linears), sharing) for g in layout.groups)
         if (experts := layout.experts) is not None:
             flops += _expert_flops(work, fit, experts)
             elements += sum(
                 experts.count * _group_elements(work, group, 1, sharing) for group in _expert_groups(experts)
             )
-    return START_SECONDS + flops / flops_per_second + elements / ELEMENTS_PER_SECOND
+    forward = forward_seconds(work, flops_per_second, sharing)
+    return forward + flops / flops_per_second + elements / ELEMENTS_PER_SECOND
 
 
 def _information_flops(work: Workload) -> float:
@@ -383,12 +384,12 @@ def _sampling_flops(work: Workload) -> float:
     return 2.0 * work.unsampled_tokens * weights / SAMPLING_SPEED
 
 
-def _attention_flops(work: Workload, layout: LayerLayout, sharing: int = 1) -> float:
+def _attention_flops(work: Workload, layout: LayerLayout, sharing: int) -> float:
     """Floating-point operations of a layer's attention: scores and values, of half the keys on the mean."""
     return 2.0 * _passes(work, sharing) * work.seq_len * layout.heads * layout.head_dim
 
 
-def _forward_elements(work: Workload, layout: LayerLayout, sharing: int = 1) -> float:
+def _forward_elements(work: Workload, layout: LayerLayout, sharing: int) -> float:
     """Elementwise operations of all tokens in a layer."""
     inner = layout.intermediate
     if (experts := layout.experts) is not None:
@@ -414,33 +415,27 @@ def _feedback_flops(work: Workload, layout: LayerLayout) -> float:
 
 
 def _expert_flops(work: Workload, fit: Fit, experts: Experts) -> float:
-    """Floating-point operations in matrix products for all experts of a layer."""
+    """Floating-point operations in matrix products for all experts of a layer, beside its forward."""
     share = experts.active / experts.count
     gate_up, down = _expert_groups(experts)
     block = block_width(gate_up.inputs, work.group_size, fit.gram_limit)
     # the states of a token are multiplied once more, and enter the Gram matrix twice
     again = 2.0 * work.calibration_tokens * share * gate_up.inputs * (gate_up.outputs + block)
     uncorrected = replace(work, effort=work.effort._replace(correction=0.0))  # as the experts are
-    flops = experts.count * (again + sum(_group_flops(uncorrected, fit, group, share) for group in (gate_up, down)))
-    if work.effort.correction:  # the other two passes
-        weights = 3 * experts.count * experts.intermediate * experts.hidden
-        flops += 2.0 * (FORWARDS_WITH_CORRECTION - 1) * work.calibration_tokens * share * weights / _speed(work)
-    return flops
+    return experts.count * (again + sum(_group_flops(uncorrected, fit, group, share) for group in (gate_up, down)))
 
 
 def _group_flops(work: Workload, fit: Fit, group: Linear, share: float = 1.0, sharing: int = 1) -> float:
-    """Floating-point operations in matrix products for one group of linears.
+    """Floating-point operations in matrix products for one group of linears, beside its forward.
 
     share: of the tokens that reach it; sharing: see `_seconds`: each has as many fewer tokens, and outputs to round.
     """
+    if work.keeps_grid:
+        return 0.0
     effort, (k, n) = work.effort, (group.inputs, group.outputs)
     block = block_width(k, work.group_size, fit.gram_limit)
-    # the layer's forward, the Gram matrix
-    flops = 2.0 * share * _tokens(work, sharing) * k * n
-    if work.keeps_grid:
-        return flops
     tokens, outputs = share * work.calibration_tokens / sharing, n / sharing
-    flops += 2.0 * tokens * k * block / (GRAM_SPEED if work.product_bytes == 2 else 1.0)
+    flops = 2.0 * tokens * k * block / (GRAM_SPEED if work.product_bytes == 2 else 1.0)  # the Gram matrix
     flops += CHOLESKY_FLOPS * k * block**2 + ROUND_FLOPS * outputs * k * block
     if effort.correction:
         flops += CORRECT_TOKEN_FLOPS * tokens * k * block / _speed(work)

@@ -104,7 +104,7 @@ def test_the_first_unwinds(
 
 
 def pairs() -> Iterator[ParameterSet]:
-    """Where the command is, its first signal and its second; of the pairs some, each signal in both places."""
+    """Where the command is, its first signal and its second; every run tries one pair in each place."""
     some = ("removing", 1, 0), ("saying", 0, 2)
     for at in ("removing", "saying"):
         for first, second in product(range(len(SIGNALS)), repeat=2):
