@@ -4,6 +4,8 @@ PyTorch multiplies bfloat16 numbers on the CPU as fast, but rounds the sums to b
 order, so the number of threads does not change it.
 """
 
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,8 @@ def token_sums(library: Library) -> Sums:
         assert [total.shape, magnitudes.shape] == [(columns, columns), (columns,)]
         library.add_gram(
             x.data_ptr(), x.dtype == torch.bfloat16, x.stride(0), tokens, columns,
-            None if roots is None else roots.data_ptr(), _place(total), _place(magnitudes), thread_count(),
+            None if roots is None else roots.data_ptr(), _place(total), _place(magnitudes),
+            library.multiplies_tiles, thread_count(),
         )  # fmt: skip
 
     def add_cross(total: Tensor, left: Tensor, right: Tensor, factors: Tensor | None) -> None:
@@ -35,7 +38,7 @@ def token_sums(library: Library) -> Sums:
         assert [right.shape, total.shape] == [(tokens, columns), (columns, columns)]
         library.add_cross(
             left.data_ptr(), left.stride(0), right.data_ptr(), right.stride(0), tokens, columns,
-            None if factors is None else factors.data_ptr(), _place(total), thread_count(),
+            None if factors is None else factors.data_ptr(), _place(total), library.multiplies_tiles, thread_count(),
         )  # fmt: skip
 
     return Sums(add_gram, add_cross)
@@ -68,19 +71,54 @@ def attend(library: Library, q: Tensor, k: Tensor, v: Tensor, scale: float, wind
     out = torch.empty(rows, tokens, heads, size, dtype=torch.bfloat16)
     library.attend(
         *(value for part in (q, k, v) for value in (part.data_ptr(), int64s(part.stride()[:3]))),
-        rows, heads, k.shape[1], tokens, size, min(window, tokens), scale, out.data_ptr(), thread_count(),
+        rows, heads, k.shape[1], tokens, size, min(window, tokens), scale, out.data_ptr(), library.multiplies_tiles,
+        thread_count(),
     )  # fmt: skip
     return out
 
 
-def multiply(library: Library, left: Tensor, right: Tensor) -> Tensor:
-    """Return left [R, K] times the transpose of right [N, K], both rounded to bfloat16: [R, N] float32. K is even."""
-    left, right = (part.to(torch.bfloat16).contiguous() for part in (left, right))
-    (rows, inputs), outputs = left.shape, right.shape[0]
-    assert right.shape[1] == inputs
-    assert inputs % 2 == 0
-    out = torch.empty(rows, outputs)
-    library.multiply(left.data_ptr(), rows, right.data_ptr(), outputs, inputs, out.data_ptr(), thread_count())
+class Factor:
+    """One side of a product: numbers [R, K], each as a bfloat16 number or as the sum of two.
+
+    Two of them hold 16 bits of a number's mantissa: float32 numbers become such sums.
+    """
+
+    def __init__(self, library: Library, numbers: Tensor) -> None:
+        self.rows, self.inputs = numbers.shape
+        missing = -self.rows % 32, -self.inputs % 32  # the library takes whole blocks, filled up with zeros
+        if numbers.dtype == torch.bfloat16:
+            whole = torch.nn.functional.pad(numbers, (0, missing[1], 0, missing[0])) if any(missing) else numbers
+            self.parts = whole.contiguous()[None]  # [1 or 2, R and more, K and more]
+            return
+        numbers = numbers if numbers.stride(1) == 1 else numbers.contiguous()
+        assert numbers.dtype == torch.float32
+        height, width = self.rows + missing[0], self.inputs + missing[1]
+        self.parts = torch.empty(2, height, width, dtype=torch.bfloat16)
+        library.split(
+            numbers.data_ptr(), numbers.stride(0), self.rows, self.inputs, height, width, self.parts.data_ptr(),
+            thread_count(),
+        )  # fmt: skip
+
+    def shortest(self) -> Self:
+        """Leave the second parts out if the first ones are all of the numbers, and return this."""
+        if len(self.parts) > 1 and not self.parts[1].any():
+            self.parts = self.parts[:1]
+        return self
+
+
+def multiply(library: Library, left: Factor, right: Factor) -> Tensor:
+    """Return left [R, K] times the transpose of right [N, K]: [R, N] float32.
+
+    The product of two second parts is left out. What was float32 is then multiplied exactly to about 2^-16, in what
+    PyTorch calls the precision `high`.
+    """
+    assert left.inputs == right.inputs
+    out = torch.empty(left.rows, right.rows)
+    library.multiply(
+        left.parts.data_ptr(), left.parts.shape[0], left.rows, left.parts.shape[1],
+        right.parts.data_ptr(), right.parts.shape[0], right.rows, right.parts.shape[1],
+        left.parts.shape[2], out.data_ptr(), library.multiplies_tiles, thread_count(),
+    )  # fmt: skip
     return out
 
 

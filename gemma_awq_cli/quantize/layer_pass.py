@@ -7,7 +7,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import InputStatistics
-from gemma_awq_cli.awq.precision import MEASURED, matmul_precision
+from gemma_awq_cli.awq.precision import matmul_precision
 from gemma_awq_cli.awq.row_shares import ALONE, RowShares
 from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.compiled_columns import compiled_columns
@@ -27,7 +27,7 @@ from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.output_information import layer_information
 from gemma_awq_cli.quantize.plan import Plan
-from gemma_awq_cli.quantize.products import compiled_loops, compiled_products, sums_for
+from gemma_awq_cli.quantize.products import compiled_loops, compiled_products, measured, sums_for
 from gemma_awq_cli.quantize.statistics_files import StatisticsFiles
 
 
@@ -65,7 +65,7 @@ def process_layer(
             observed = statistics.read(index, stack.device)
         elif not plan.keeps_grid:
             observed, experts = _observe(stack, plan, hidden, index, module, shares, statistics)
-    with matmul_precision(MEASURED):
+    with measured(module, stack.device):
         hidden.advance(index, hidden.heldout, batch, forward_of(module))
     del module
     return_freed_memory()
@@ -92,7 +92,7 @@ def process_layer(
     del module
     if shares.count > 1 or hidden.heldout_quantized.stop > hidden.heldout_quantized.start:
         module = stack.layer(index, dense_weights(layer.tensors, layout, stack.device))
-        with matmul_precision(MEASURED):
+        with measured(module, stack.device):
             hidden.advance(index, hidden.heldout_quantized, batch, forward_of(module))
         if index + 1 < plan.layers:  # nobody reads the calibration rows after the last layer
             with matmul_precision("medium"), _observed(stack, module):
@@ -131,7 +131,7 @@ def pass_heldout(stack: TextStack, plan: Plan, hidden: HiddenStates, index: int,
         (hidden.heldout_quantized, dense_weights(tensors, plan.layouts[index], stack.device)),
     ):
         module = stack.layer(index, weights)
-        with matmul_precision(MEASURED):
+        with measured(module, stack.device):
             hidden.advance(index, rows, plan.rows_per_batch, partial(stack.run_layer, index, module))
 
 

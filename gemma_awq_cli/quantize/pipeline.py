@@ -26,7 +26,7 @@ from gemma_awq_cli.models.checkpoints.source import DEMO
 from gemma_awq_cli.models.checkpoints.staging import REPORT, StagedFolder, require_space, write_errors
 from gemma_awq_cli.models.checkpoints.writing import TensorWriter, write_json
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates
-from gemma_awq_cli.models.forward.memory import return_freed_memory
+from gemma_awq_cli.models.forward.memory import return_freed_memory, reuse_freed_memory
 from gemma_awq_cli.quantize.budget import Costs
 from gemma_awq_cli.quantize.events import (
     InformationFinished,
@@ -125,6 +125,7 @@ def quantize_model(
     be carried out.
     """
     request = _as_request(model, output, options)
+    reuse_freed_memory()
     if request.has_budget:
         result = _quantize_in_budget(request, on_event)
     elif (process := launched()) is not None:

@@ -94,7 +94,9 @@ class Prepared:
             "processor": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine(),
             "instructions": torch.backends.cpu.get_cpu_capability(),
             "observed in": "bfloat16" if multiplies_bfloat16(device) else "float32",
-            "products": "PyTorch" if multiplying is None else f"compiled ({multiplying.compiler})",
+            "products": "PyTorch"
+            if multiplying is None
+            else f"compiled for {multiplying.products[-1]} ({multiplying.compiler})",
             "columns": columns_walked_by(device) if walking is None else f"compiled ({walking.compiler})",
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,

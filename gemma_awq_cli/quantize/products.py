@@ -2,16 +2,20 @@
 
 import math
 import time
-from functools import cache, partial
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
 
 import torch
+from torch import Tensor, nn
 
 from gemma_awq_cli.awq.gram import IN_TORCH, Sums
-from gemma_awq_cli.awq.precision import matmul_precision
-from gemma_awq_cli.kernels.bfloat16_products import multiply, token_sums
+from gemma_awq_cli.awq.precision import MEASURED, matmul_precision
+from gemma_awq_cli.kernels.bfloat16_products import Factor, multiply, token_sums
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.forward.compiled_linears import compiled_linears
 from gemma_awq_cli.models.forward.layerwise import Product, product
 
 _MEASURED, _LEAST, _SECONDS = 1024, 5, 0.25  # rows and columns, and for how many products and how long
@@ -26,15 +30,23 @@ def compiled_loops(device: torch.device) -> Library | None:
 
 
 def compiled_products(device: torch.device) -> Library | None:
-    """Return the library if it multiplies faster than PyTorch on this device.
+    """Return the library if it multiplies bfloat16 numbers with float32 sums faster than PyTorch on this device.
 
-    Processors with AMX have yet faster instructions, which PyTorch uses, also for float32 in `matmul_precision`'s
-    medium.
+    On processors with AMX, PyTorch multiplies with it, also float32 numbers in `matmul_precision`'s medium. The library
+    is faster only where it does so too: the system can refuse it.
     """
-    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported():
+    if device.type != "cpu" or not torch.cpu._is_avx512_bf16_supported():
         return None
     library = compiled_loops(device)
-    return library if library is not None and library.multiplies_bfloat16 else None
+    if library is None or not library.multiplies_bfloat16:
+        return None
+    return library if library.multiplies_tiles or not torch.cpu._is_amx_tile_supported() else None
+
+
+def linears_library(device: torch.device) -> Library | None:
+    """Return the library if its linears of measured rows are faster than PyTorch's in float32: with AMX alone."""
+    library = compiled_products(device)
+    return library if library is not None and library.multiplies_tiles else None
 
 
 def sums_for(device: torch.device) -> Sums:
@@ -46,7 +58,21 @@ def sums_for(device: torch.device) -> Sums:
 def product_for(device: torch.device) -> Product:
     """Return what multiplies the final states of the rows that are measured with the head."""
     library = compiled_products(device)
-    return product if library is None else partial(multiply, library)
+    if library is None:
+        return product
+
+    def split(left: Tensor) -> Callable[[Tensor], Tensor]:
+        states = Factor(library, left)
+        return lambda right: multiply(library, states, Factor(library, right))
+
+    return split
+
+
+@contextmanager
+def measured(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Run a layer's module as precisely as what is compared needs."""
+    with matmul_precision(MEASURED), compiled_linears(module, linears_library(device)):
+        yield
 
 
 @cache

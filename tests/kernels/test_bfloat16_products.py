@@ -1,5 +1,6 @@
 """The compiled products of bfloat16 numbers: exact to float32 sums, for every shape, and the same on any threads."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -7,17 +8,19 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.gram import IN_TORCH, TILE, InputStatistics, Sums, mirror
-from gemma_awq_cli.kernels.bfloat16_products import attend, multiply, token_sums
+from gemma_awq_cli.kernels.bfloat16_products import Factor, attend, multiply, token_sums
 from gemma_awq_cli.kernels.native import library as native_library
-from gemma_awq_cli.kernels.native.library import Library
+from gemma_awq_cli.kernels.native.library import AMX, Library
 
 
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Library:
+@pytest.fixture(scope="module", params=["AVX512-BF16", AMX])
+def library(native_folder: Path, request: pytest.FixtureRequest) -> Library:
     loaded = native_library.load(native_folder)
-    if not isinstance(loaded, Library) or not loaded.multiplies_bfloat16:
-        pytest.skip("needs a compiler and a processor with AVX512-BF16")
-    return loaded
+    if not isinstance(loaded, Library) or request.param not in loaded.products:
+        pytest.skip(f"needs a compiler and a processor with {request.param}")
+    only = copy.copy(loaded)
+    only.products = (request.param,)
+    return only
 
 
 def summed(sums: Sums, x: Tensor, roots: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -86,7 +89,7 @@ def test_statistics_of_blocks(library: Library) -> None:
 
 @pytest.mark.parametrize(
     ("rows", "heads", "groups", "tokens", "size", "window"),
-    [(2, 4, 1, 70, 64, 999), (3, 4, 2, 129, 32, 40), (1, 2, 2, 33, 80, 5), (1, 1, 1, 1, 48, 1)],
+    [(2, 4, 1, 70, 64, 999), (3, 4, 2, 129, 32, 40), (1, 2, 1, 200, 96, 33), (1, 2, 2, 33, 80, 5), (1, 1, 1, 1, 48, 1)],
 )
 def test_attention(library: Library, rows: int, heads: int, groups: int, tokens: int, size: int, window: int) -> None:
     generator = torch.Generator().manual_seed(tokens)
@@ -104,10 +107,58 @@ def test_attention(library: Library, rows: int, heads: int, groups: int, tokens:
     torch.testing.assert_close(found.double(), exact.transpose(1, 2), rtol=2**-7, atol=0.01)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 2), (9, 48, 64), (100, 131, 640)])
-def test_product(library: Library, sizes: tuple[int, int, int]) -> None:
+def product(library: Library, left: Tensor, right: Tensor) -> Tensor:
+    return multiply(library, Factor(library, left), Factor(library, right))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (9, 48, 64), (100, 131, 640), (161, 600, 1056 + 31)])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])
+def test_product(library: Library, sizes: tuple[int, int, int], stored: torch.dtype) -> None:
+    """Each number is a sum of two bfloat16 numbers: rounding it to one would miss these bounds by a hundred times."""
     generator = torch.Generator().manual_seed(0)
     rows, outputs, inputs = sizes
-    left, right = (torch.randn(count, inputs, generator=generator) for count in (rows, outputs))
-    exact = left.bfloat16().double() @ right.bfloat16().double().t()
-    torch.testing.assert_close(multiply(library, left, right).double(), exact, rtol=1e-5, atol=1e-4)
+    left = torch.randn(rows, inputs, generator=generator)
+    right = torch.randn(outputs, inputs, generator=generator).to(stored)
+    exact = left.double() @ right.double().t()
+    size = left.double().abs() @ right.double().abs().t()
+    found = product(library, left, right)
+    assert found.dtype == torch.float32
+    assert ((found - exact).abs() <= 3 * 2**-17 * size).all()
+    assert (found - exact).norm() <= 2**-16 * exact.norm()
+
+
+def test_a_product_of_bfloat16_numbers_is_exact(library: Library) -> None:
+    left = torch.arange(-64.0, 64.0).reshape(2, 64)
+    right = torch.eye(64)[:40].to(torch.bfloat16)
+    assert torch.equal(product(library, left.to(torch.bfloat16), right), left[:, :40])
+
+
+def test_a_product_with_numbers_that_are_not_finite_shows_them(library: Library) -> None:
+    left, right = torch.ones(40, 64), torch.ones(70, 64, dtype=torch.bfloat16)
+    right[69, 3], left[39, 5] = torch.nan, torch.inf
+    found = product(library, left, right)
+    assert not found[:, 69].isfinite().any()
+    assert not found[39].isfinite().any()
+    assert (found[:39, :69] == 64).all()
+
+
+def test_no_thread_changes_a_product(library: Library) -> None:
+    generator = torch.Generator().manual_seed(0)
+    left, right = torch.randn(300, 96, generator=generator), torch.randn(290, 96, generator=generator)
+    found = []
+    for threads in (1, 3):
+        torch.set_num_threads(threads)
+        found.append(product(library, left, right))
+    assert torch.equal(*found)
+
+
+def test_torch_still_multiplies_tiles_after_the_library(library: Library) -> None:
+    """Both say what the processor's tiles look like: neither may find the other's."""
+    generator = torch.Generator().manual_seed(0)
+    left, right = (torch.randn(160, 320, generator=generator).to(torch.bfloat16) for _ in range(2))
+    expected = left @ right.t()
+    for _ in range(3):
+        first = product(library, left, right)
+        assert torch.equal(left @ right.t(), expected)
+        assert torch.equal(product(library, left, right), first)
+        torch.testing.assert_close(first, expected.float(), rtol=2**-7, atol=1e-3)

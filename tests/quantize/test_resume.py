@@ -647,12 +647,15 @@ def test_the_fingerprint_names_what_computes(
         return [name for name in now if now[name] != before[name]]
 
     before = fingerprint("cpu")
-    for compiler in ("GCC 12", "GCC 13"):
-        library = type("Library", (), {"compiler": compiler})()
+    for compiler, products in (("GCC 12", "AMX"), ("GCC 13", "AVX512-BF16")):
+        library = type("Library", (), {"compiler": compiler, "products": (products,)})()
         with monkeypatch.context() as patch:
-            for kind, name in (("compiled_products", "products"), ("compiled_loops", "columns")):
+            for kind, name, how in (
+                ("compiled_products", "products", f"for {products} "),
+                ("compiled_loops", "columns", ""),
+            ):
                 patch.setattr(preparation, kind, lambda _, one=library: one)
-                assert fingerprint("cpu")[name] == f"compiled ({compiler})"
+                assert fingerprint("cpu")[name] == f"compiled {how}({compiler})"
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "multiplies_bfloat16", lambda _: before["observed in"] != "bfloat16")
         assert changed("cpu") == ["observed in"]

@@ -15,6 +15,7 @@
 #include "products.h"
 #include "refine.h"
 #include "specs.h"
+#include "tiles.h"
 
 #include <memory>
 
@@ -789,66 +790,103 @@ void gaq_pack_awq(int32_t kind, const uint32_t* qweight, const uint32_t* qzeros,
     pack(pool_of(threads), qweight, qzeros, scales, inputs, outputs, group, data, zeros);
 }
 
-// Whether this processor multiplies bfloat16 numbers: if not, the functions below do nothing.
-int32_t gaq_multiplies_bf16() {
-#if defined(__x86_64__)
-    return multiplies_bf16();
-#else
-    return 0;
+// The instructions with which this processor multiplies bfloat16 numbers, the slowest first, with commas between them. If
+// there are none, the functions below do nothing.
+const char* gaq_products() {
+#if defined(HAS_TILES)
+    if (multiplies_tiles()) return "AVX512-BF16,AMX";
 #endif
+#if defined(__x86_64__)
+    if (multiplies_bf16()) return "AVX512-BF16";
+#endif
+    return "";
 }
 
-// See add_gram in products.h.
+// See add_gram in products.h. tiles: with AMX.
 void gaq_add_gram(const void* x, int32_t narrow, int64_t stride, int64_t tokens, int64_t columns, const float* roots,
-                  float* total, float* magnitudes, int32_t threads) {
+                  float* total, float* magnitudes, int32_t tiles, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
+#if defined(HAS_TILES)
+    if (tiles && multiplies_tiles())
+        return add_gram_in_tiles(pool_of(threads), x, narrow, stride, tokens, columns, roots, total, magnitudes);
+#endif
 #if defined(__x86_64__)
     if (multiplies_bf16()) add_gram(pool_of(threads), x, narrow, stride, tokens, columns, roots, total, magnitudes);
 #else
     (void)x, (void)narrow, (void)stride, (void)tokens, (void)columns, (void)roots, (void)total, (void)magnitudes;
-    (void)threads;
+    (void)tiles, (void)threads;
 #endif
 }
 
-// See add_cross in products.h.
+// See add_cross in products.h. tiles: with AMX.
 void gaq_add_cross(const float* left, int64_t left_stride, const float* right, int64_t right_stride, int64_t tokens,
-                   int64_t columns, const float* factors, float* total, int32_t threads) {
+                   int64_t columns, const float* factors, float* total, int32_t tiles, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
+#if defined(HAS_TILES)
+    if (tiles && multiplies_tiles())
+        return add_cross_in_tiles(pool_of(threads), left, left_stride, right, right_stride, tokens, columns, factors, total);
+#endif
 #if defined(__x86_64__)
     if (multiplies_bf16())
         add_cross(pool_of(threads), left, left_stride, right, right_stride, tokens, columns, factors, total);
 #else
     (void)left, (void)left_stride, (void)right, (void)right_stride, (void)tokens, (void)columns, (void)factors;
-    (void)total, (void)threads;
+    (void)total, (void)tiles, (void)threads;
 #endif
 }
 
 // Causal attention over bf16: see attend_causally in products.h. q, k, v: with the numbers between two rows, two heads
-// and two tokens, the latter even; out: bf16 [rows, tokens, heads, size].
+// and two tokens, the latter even; out: bf16 [rows, tokens, heads, size]; tiles: with AMX, if size is a multiple of 32.
 void gaq_attend(const uint16_t* q, const int64_t* q_strides, const uint16_t* k, const int64_t* k_strides,
                 const uint16_t* v, const int64_t* v_strides, int64_t rows, int64_t heads, int64_t groups, int64_t tokens,
-                int64_t size, int64_t window, float scale, uint16_t* out, int32_t threads) {
+                int64_t size, int64_t window, float scale, uint16_t* out, int32_t tiles, int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
 #if defined(__x86_64__)
-    const auto strides = [](const int64_t* s) { return Strides{s[0], s[1], s[2]}; };
+    const auto at = [](const uint16_t* x, const int64_t* s) { return Heads{x, {s[0], s[1], s[2]}}; };
+    const Heads queries = at(q, q_strides), keys = at(k, k_strides), values = at(v, v_strides);
+#endif
+#if defined(HAS_TILES)
+    if (tiles && size % BAND == 0 && multiplies_tiles())
+        return attend_causally<TiledAttentionSpace>(pool_of(threads), attend_rows_in_tiles, queries, keys, values, rows,
+                                                    heads, groups, tokens, size, window, scale, out);
+#endif
+#if defined(__x86_64__)
     if (multiplies_bf16())
-        attend_causally(pool_of(threads), {q, strides(q_strides)}, {k, strides(k_strides)}, {v, strides(v_strides)}, rows,
-                        heads, groups, tokens, size, window, scale, out);
+        attend_causally<AttentionSpace>(pool_of(threads), attend_rows, queries, keys, values, rows, heads, groups, tokens,
+                                        size, window, scale, out);
 #else
     (void)q, (void)q_strides, (void)k, (void)k_strides, (void)v, (void)v_strides, (void)rows, (void)heads, (void)groups;
-    (void)tokens, (void)size, (void)window, (void)scale, (void)out, (void)threads;
+    (void)tokens, (void)size, (void)window, (void)scale, (void)out, (void)tiles, (void)threads;
 #endif
 }
 
-// left [rows, K] times the transpose of right [outputs, K], both bf16, K even -> out [rows, outputs] float32
-void gaq_multiply(const uint16_t* left, int64_t rows, const uint16_t* right, int64_t outputs, int64_t inputs, float* out,
+// See split in products.h.
+void gaq_split(const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t height, int64_t width, uint16_t* out,
+               int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+#if defined(__x86_64__)
+    if (multiplies_bf16()) split(pool_of(threads), x, stride, rows, columns, height, width, out);
+#else
+    (void)x, (void)stride, (void)rows, (void)columns, (void)height, (void)width, (void)out, (void)threads;
+#endif
+}
+
+// Two factors of one width -> out [rows, outputs] float32: see multiply in products.h. tiles: with AMX.
+void gaq_multiply(const uint16_t* left, int64_t left_parts, int64_t rows, int64_t left_height, const uint16_t* right,
+                  int64_t right_parts, int64_t outputs, int64_t right_height, int64_t width, float* out, int32_t tiles,
                   int32_t threads) {
     std::lock_guard<std::mutex> lock(one_call);
 #if defined(__x86_64__)
-    if (multiplies_bf16())
-        multiply(pool_of(threads), (const uint32_t*)left, rows, (const uint32_t*)right, outputs, inputs / 2, out);
+    const Factor one{left, left_parts, rows, left_height, width}, other{right, right_parts, outputs, right_height, width};
+#endif
+#if defined(HAS_TILES)
+    if (tiles && multiplies_tiles()) return multiply_in_tiles(pool_of(threads), one, other, out);
+#endif
+#if defined(__x86_64__)
+    if (multiplies_bf16()) multiply(pool_of(threads), one, other, out);
 #else
-    (void)left, (void)rows, (void)right, (void)outputs, (void)inputs, (void)out, (void)threads;
+    (void)left, (void)left_parts, (void)rows, (void)left_height, (void)right, (void)right_parts, (void)outputs;
+    (void)right_height, (void)width, (void)out, (void)tiles, (void)threads;
 #endif
 }
 

@@ -27,6 +27,7 @@ from gemma_awq_cli.system.locking import Lock
 from gemma_awq_cli.system.processor import processor_features
 
 SOURCES = Path(__file__).parent
+AMX = "AMX"  # as `gaq_products` names it
 COMPILE_SECONDS = 600  # it takes about twenty
 WAIT_SECONDS = 0.1  # between looks whether another process has compiled it
 COMPILERS = ("c++", "g++", "clang++")
@@ -47,7 +48,8 @@ class Library:
     instructions: the instruction set that it was compiled for; empty if it has no fast kernels for this processor.
     compiler: its version, by which the last bits of sums may differ; sources: `sources_hash` of a prebuilt library,
     empty of one that was compiled on this machine.
-    multiplies_bfloat16: whether this processor has the instructions that `bfloat16_products` needs.
+    products: the instructions with which this processor does what `bfloat16_products` needs, the slowest first; empty
+    if it has none.
     Raises LayoutMismatchError if the library lays out its structures differently from structures.py.
     """
 
@@ -57,15 +59,14 @@ class Library:
             function = getattr(handle, name)
             function.argtypes = arguments
             function.restype = None
-        for name in ("gaq_compiler", "gaq_instructions", "gaq_layout", "gaq_sources"):
+        for name in ("gaq_compiler", "gaq_instructions", "gaq_layout", "gaq_products", "gaq_sources"):
             getattr(handle, name).restype = c_char_p
         if difference := layout_mismatch(handle.gaq_layout().decode()):
             raise LayoutMismatchError(difference)
         self.instructions: str = handle.gaq_instructions().decode()
         self.compiler: str = handle.gaq_compiler().decode()
         self.sources: str = handle.gaq_sources().decode()
-        handle.gaq_multiplies_bf16.argtypes = ()
-        self.multiplies_bfloat16 = bool(handle.gaq_multiplies_bf16())
+        self.products: tuple[str, ...] = tuple(filter(None, handle.gaq_products().decode().split(",")))
         self.add_cross = handle.gaq_add_cross
         self.add_stretch = handle.gaq_add_stretch
         self.add_gram = handle.gaq_add_gram
@@ -79,6 +80,17 @@ class Library:
         self.multiply = handle.gaq_multiply
         self.pack_awq = handle.gaq_pack_awq
         self.quantize = handle.gaq_quantize
+        self.split = handle.gaq_split
+
+    @property
+    def multiplies_bfloat16(self) -> bool:
+        """Whether this processor has any of the instructions for `products`."""
+        return bool(self.products)
+
+    @property
+    def multiplies_tiles(self) -> bool:
+        """Whether `products` are those of tiles."""
+        return AMX in self.products
 
 
 @dataclass(frozen=True)

@@ -79,21 +79,21 @@ WITH_BF16 static void tiles_of(const uint32_t* a, int64_t apart, int64_t rows, c
     for (; i < rows; i++) tile_of<1, LEFT>(a + i * step, apart, b, pairs, out + i * stride, stride, columns, adds);
 }
 
-// Lays out columns `first` .. of `tokens` rows of x as words, rounded to bf16 after they are multiplied with `roots`
-// (null: with 1), and adds their magnitudes to `magnitudes` (null: to
-// nothing). An odd last row gets zeros beside it.
-// x: float32 or, `narrow`, bf16; stride: of its rows, in numbers.
-WITH_BF16 static void lay_out(const void* x, bool narrow, int64_t stride, int64_t tokens, int64_t first, int64_t columns,
-                              const float* roots, uint32_t* words, float* magnitudes) {
-    __mmask16 mask[3];
-    __m512 total[3];
-    UNROLL for (int j = 0; j < 3; j++) {
+// Lays out columns `first` .. of `tokens` rows of x as `pairs` x 16 VECTORS words, rounded to bf16 after they are
+// multiplied with `roots` (null: with 1), and adds their magnitudes to `magnitudes` (null: to nothing). What is beyond
+// the last row or column becomes 0. x: float32 or, `narrow`, bf16; stride: of its rows, in numbers.
+template <int VECTORS>
+WITH_BF16 static void lay_out(const void* x, bool narrow, int64_t stride, int64_t tokens, int64_t pairs, int64_t first,
+                              int64_t columns, const float* roots, uint32_t* words, float* magnitudes) {
+    __mmask16 mask[VECTORS];
+    __m512 total[VECTORS];
+    UNROLL for (int j = 0; j < VECTORS; j++) {
         const int64_t left = columns - first - 16 * j;
         mask[j] = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
         total[j] = _mm512_setzero_ps();
     }
-    for (int64_t t = 0; t < tokens; t += 2, words += PANEL)
-        UNROLL for (int j = 0; j < 3; j++) {
+    for (int64_t t = 0; t < 2 * pairs; t += 2, words += 16 * VECTORS)
+        UNROLL for (int j = 0; j < VECTORS; j++) {
             __m512i halves[2];
             UNROLL for (int h = 0; h < 2; h++) {
                 __m512 v = _mm512_setzero_ps();
@@ -109,7 +109,7 @@ WITH_BF16 static void lay_out(const void* x, bool narrow, int64_t stride, int64_
             }
             _mm512_storeu_si512(words + 16 * j, _mm512_or_si512(halves[0], _mm512_slli_epi32(halves[1], 16)));
         }
-    UNROLL for (int j = 0; j < 3; j++) {
+    UNROLL for (int j = 0; j < VECTORS; j++) {
         float* to = magnitudes + first + 16 * j;
         if (magnitudes && mask[j]) _mm512_mask_storeu_ps(to, mask[j], _mm512_add_ps(_mm512_maskz_loadu_ps(mask[j], to), total[j]));
     }
@@ -124,7 +124,7 @@ static void add_gram(Pool& pool, const void* x, bool narrow, int64_t stride, int
         const int64_t here = std::min(2 * SLICE, tokens - from), pairs = (here + 1) / 2;
         const void* rows = narrow ? (const void*)((const uint16_t*)x + from * stride) : (const float*)x + from * stride;
         pool.run(panels, [&](int64_t p, int) {
-            lay_out(rows, narrow, stride, here, p * PANEL, columns, roots ? roots + from : nullptr,
+            lay_out<3>(rows, narrow, stride, here, pairs, p * PANEL, columns, roots ? roots + from : nullptr,
                     laid + p * most * PANEL, magnitudes);
         });
         pool.run(panels * (panels + 1) / 2, [&](int64_t item, int) {
@@ -150,10 +150,11 @@ static void add_cross(Pool& pool, const float* left, int64_t left_stride, const 
             const int64_t p = item / 2;
             uint32_t* const words = laid + p * most * PANEL;
             if (item % 2 == 0)
-                lay_out(left + from * left_stride, false, left_stride, here, p * PANEL, columns, nullptr, words, nullptr);
+                lay_out<3>(left + from * left_stride, false, left_stride, here, pairs, p * PANEL, columns, nullptr, words,
+                           nullptr);
             else
-                lay_out(right + from * right_stride, false, right_stride, here, p * PANEL, columns,
-                        factors ? factors + from : nullptr, words + side, nullptr);
+                lay_out<3>(right + from * right_stride, false, right_stride, here, pairs, p * PANEL, columns,
+                           factors ? factors + from : nullptr, words + side, nullptr);
         });
         pool.run(panels * panels, [&](int64_t item, int) {
             const int64_t p = item / panels, q = item % panels, height = std::min((int64_t)PANEL, columns - p * PANEL);
@@ -179,15 +180,56 @@ WITH_BF16 static void turn(const uint32_t* x, int64_t apart, int64_t rows, int64
     }
 }
 
-// out [rows, outputs] = left right^T. left: rows of words; right: likewise, [outputs, pairs].
-static void multiply(Pool& pool, const uint32_t* left, int64_t rows, const uint32_t* right, int64_t outputs, int64_t pairs,
-                     float* out) {
-    const int64_t words = pairs * PANEL;
-    uint32_t* const laid = panels_for(pool.threads() * words);
+// A side of a product: bf16 numbers, or sums of two bf16 numbers, whose parts are one behind the other. rows: that count;
+// height: with those that fill them up to a multiple of 32; width: of a row, another, filled up with zeros.
+struct Factor {
+    const uint16_t* numbers;
+    int64_t parts, rows, height, width;
+    int64_t pairs() const { return width / 2; }
+    const uint32_t* words(int64_t part) const { return (const uint32_t*)numbers + part * height * pairs(); }
+};
+
+// Calls with the parts of both sides whose product counts: that of two second parts is too small.
+template <class Body> static void each_product(const Factor& left, const Factor& right, const Body& body) {
+    for (int64_t a = 0; a < left.parts; a++)
+        for (int64_t b = 0; b < right.parts; b++)
+            if (a + b < 2) body(a, b);
+}
+
+// Writes x [rows, columns] float32 as the two parts of a factor [2, height, width].
+WITH_BF16 static void split_row(const float* x, int64_t columns, int64_t width, uint16_t* first, uint16_t* second) {
+    for (int64_t c = 0; c < width; c += 16) {
+        const int64_t left = columns - c;
+        const __mmask16 mask = left >= 16 ? 0xffff : left > 0 ? (__mmask16)((1u << left) - 1) : 0;
+        const __m512 v = _mm512_maskz_loadu_ps(mask, x + c);
+        const __m256i high = (__m256i)_mm512_cvtneps_pbh(v);
+        const __m512 rest = _mm512_sub_ps(v, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(high), 16)));
+        _mm256_storeu_si256((__m256i*)(first + c), high);
+        _mm256_storeu_si256((__m256i*)(second + c), (__m256i)_mm512_cvtneps_pbh(rest));
+    }
+}
+static void split(Pool& pool, const float* x, int64_t stride, int64_t rows, int64_t columns, int64_t height, int64_t width,
+                  uint16_t* out) {
+    pool.run(height, [&](int64_t row, int) {
+        split_row(row < rows ? x + row * stride : x, row < rows ? columns : 0, width, out + row * width,
+                  out + (height + row) * width);
+    });
+}
+
+// out [left.rows, right.rows] = left right^T
+static void multiply(Pool& pool, const Factor& left, const Factor& right, float* out) {
+    const int64_t pairs = left.pairs(), words = pairs * PANEL, outputs = right.rows;
+    uint32_t* const laid = panels_for(pool.threads() * right.parts * words);
     pool.run(panels_of(outputs), [&](int64_t p, int thread) {
-        uint32_t* const panel = laid + thread * words;
-        turn(right, pairs, outputs, p * PANEL, pairs, panel);
-        tiles_of<IN_ROWS>(left, pairs, rows, panel, pairs, out + p * PANEL, outputs, outputs - p * PANEL, false);
+        uint32_t* const panels = laid + thread * right.parts * words;
+        for (int64_t part = 0; part < right.parts; part++)
+            turn(right.words(part), pairs, outputs, p * PANEL, pairs, panels + part * words);
+        bool adds = false;
+        each_product(left, right, [&](int64_t a, int64_t b) {
+            tiles_of<IN_ROWS>(left.words(a), pairs, left.rows, panels + b * words, pairs, out + p * PANEL, outputs,
+                              outputs - p * PANEL, adds);
+            adds = true;
+        });
     });
 }
 
@@ -267,8 +309,8 @@ static void attend_rows(AttentionSpace& space, const Heads& q, const Heads& k, c
     for (int64_t p = 0; p < panels_of(tokens); p++)
         turn(k.words(row, group), k.strides.token / 2, tokens, p * PANEL, words, space.keys.data() + p * words * PANEL);
     for (int64_t p = 0; p < panels_of(size); p++)
-        lay_out(v.words(row, group), true, v.strides.token, tokens, p * PANEL, size, nullptr,
-                space.values.data() + p * pairs * PANEL, nullptr);
+        lay_out<3>(v.words(row, group), true, v.strides.token, tokens, pairs, p * PANEL, size, nullptr,
+                   space.values.data() + p * pairs * PANEL, nullptr);
     for (int64_t head = group * shared; head < (group + 1) * shared; head++)
         for (int64_t from = 0; from < tokens; from += QUERIES) {
             const int64_t count = std::min(QUERIES, tokens - from), end = from + count;
@@ -293,11 +335,13 @@ static void attend_rows(AttentionSpace& space, const Heads& q, const Heads& k, c
         }
 }
 
-static void attend_causally(Pool& pool, const Heads& q, const Heads& k, const Heads& v, int64_t rows, int64_t heads,
-                            int64_t groups, int64_t tokens, int64_t size, int64_t window, float scale, uint16_t* out) {
-    std::vector<AttentionSpace> spaces(pool.threads(), AttentionSpace(tokens, size));
+template <class Space, class Rows>
+static void attend_causally(Pool& pool, const Rows& attend, const Heads& q, const Heads& k, const Heads& v, int64_t rows,
+                            int64_t heads, int64_t groups, int64_t tokens, int64_t size, int64_t window, float scale,
+                            uint16_t* out) {
+    std::vector<Space> spaces(pool.threads(), Space(tokens, size));
     pool.run(rows * groups, [&](int64_t item, int thread) {
-        attend_rows(spaces[thread], q, k, v, item / groups, item % groups, heads, groups, tokens, size, window, scale, out);
+        attend(spaces[thread], q, k, v, item / groups, item % groups, heads, groups, tokens, size, window, scale, out);
     });
 }
 #endif

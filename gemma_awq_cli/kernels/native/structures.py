@@ -148,12 +148,12 @@ class ChunkSpec(_Checked):
 
 
 ARGUMENTS = {
-    "gaq_add_cross": (c_void_p, Int64, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
-    "gaq_add_gram": (c_void_p, Int32, Int64, Int64, Int64, c_void_p, c_void_p, c_void_p, Int32),
+    "gaq_add_cross": (c_void_p, Int64, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32, Int32),
+    "gaq_add_gram": (c_void_p, Int32, Int64, Int64, Int64, c_void_p, c_void_p, c_void_p, Int32, Int32),
     "gaq_add_stretch": (c_void_p, Int64, c_void_p, c_float, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_attend": (
         c_void_p, POINTER(c_int64), c_void_p, POINTER(c_int64), c_void_p, POINTER(c_int64), Int64, Int64, Int64, Int64,
-        Int64, Int64, c_float, c_void_p, Int32,
+        Int64, Int64, c_float, c_void_p, Int32, Int32,
     ),
     "gaq_forward": (
         POINTER(ModelSpec), POINTER(CacheSpec), POINTER(ChunkSpec), Int64, c_void_p, Int64, POINTER(c_int64),
@@ -163,10 +163,13 @@ ARGUMENTS = {
     "gaq_leading": (c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_linear": (POINTER(LinearSpec), c_void_p, Int64, c_void_p, Int32),
     "gaq_move_columns": (*[c_void_p] * 8, Int64, Int64, Int32),
-    "gaq_multiply": (c_void_p, Int64, c_void_p, Int64, Int64, c_void_p, Int32),
+    "gaq_multiply": (
+        c_void_p, Int64, Int64, Int64, Int64, c_void_p, Int64, Int64, Int64, c_void_p, Int32, Int32,
+    ),
     "gaq_pack_awq": (Int32, c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_round_columns": (*[c_void_p] * 7, Int64, Int64, Int32),
+    "gaq_split": (c_void_p, Int64, Int64, Int64, Int64, Int64, c_void_p, Int32),
 }  # fmt: skip
 
 STRUCTURES = (LinearSpec, ExpertsSpec, AltUpSpec, LayerSpec, ModelSpec, CacheSpec, ChunkSpec)

@@ -30,7 +30,7 @@ from gemma_awq_cli.system.failures import library_errors
 # By the index of a layer: its keys, normalized and rotated, and its values [R, kv heads, S, head_dim].
 KeysAndValues = dict[int, tuple[Tensor, Tensor]]
 
-Product = Callable[[Tensor, Tensor], Tensor]  # `product`, or what computes nearly the same
+Product = Callable[[Tensor], Callable[[Tensor], Tensor]]  # `product`, or what computes nearly the same
 
 _SHARED = "shared_kv_states"  # the argument of a layer that holds keys and values by the layers' kind
 _ALTUP_STARTS, _ALTUP_ENDS = "altup_projections", "altup_unembed_projections"
@@ -191,9 +191,9 @@ def real_module(
     return made.requires_grad_(False)
 
 
-def product(left: Tensor, right: Tensor) -> Tensor:
-    """Return left [R, K] float32 times the transpose of right [N, K] of any precision: [R, N] float32."""
-    return left @ right.to(torch.float32).t()
+def product(left: Tensor) -> Callable[[Tensor], Tensor]:
+    """Return what multiplies left [R, K] with the transpose of right [N, K] of any precision: [R, N] float32."""
+    return lambda right: left @ right.to(torch.float32).t()
 
 
 class TextStack:
@@ -382,8 +382,9 @@ class TextStack:
 
         By default they are `logit_chunk` of the device. multiply: the states with rows of the head.
         """
+        times = multiply(normed)
         for part in head.split(chunk or logit_chunk(self.device)):
-            yield soft_cap(multiply(normed, part), self.softcap)
+            yield soft_cap(times(part), self.softcap)
 
 
 def logit_chunk(device: torch.device) -> int:

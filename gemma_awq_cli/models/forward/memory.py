@@ -82,7 +82,9 @@ def is_refusal(error: BaseException) -> bool:
     )
 
 
-_M_ARENA_MAX = -8  # malloc.h
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
+_REUSED_BYTES = 32 << 20  # the largest block that is used again; larger ones go back at once
+_KEPT_BYTES = 256 << 20
 
 
 @contextmanager
@@ -102,6 +104,16 @@ def return_freed_memory() -> None:
     Results of an expert that stay lie between larger blocks that were freed: 13 MB per expert of Gemma 4 26B-A4B.
     """
     _tell_allocator("malloc_trim", 0)
+
+
+def reuse_freed_memory() -> None:
+    """Let this process keep some memory that is free again until `return_freed_memory` (glibc).
+
+    A layer's intermediate results are megabytes each, and last for one operation. Left to itself, the C library hands
+    many of them back to the system, which clears the same pages again for the next one.
+    """
+    _tell_allocator("mallopt", _M_MMAP_THRESHOLD, _REUSED_BYTES)
+    _tell_allocator("mallopt", _M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def use_one_heap() -> None:
