@@ -13,6 +13,7 @@ from gemma_awq_cli.errors import GemmaAwqError
 from gemma_awq_cli.kernels.compiled_columns import compiled_columns
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.compiled_attention import compiled_attention
+from gemma_awq_cli.models.forward.compiled_elements import compiled_elements
 from gemma_awq_cli.models.forward.hidden_states import HiddenStates, Run
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.forward.memory import copies_from_pinned, is_refusal, return_freed_memory
@@ -166,8 +167,8 @@ def _observe(
 @contextmanager
 def _observed(stack: TextStack, module: nn.Module) -> Iterator[None]:
     """Run a layer's module in bfloat16 where the device multiplies it: for rows that are not measured."""
-    library = compiled_products(stack.device)
-    with bfloat16_products(stack.device), bfloat16_weights(module), compiled_attention(module, library):
+    library, elements = compiled_products(stack.device), compiled_elements(module, compiled_loops(stack.device))
+    with bfloat16_products(stack.device), bfloat16_weights(module), compiled_attention(module, library), elements:
         yield
 
 

@@ -15,6 +15,7 @@ from gemma_awq_cli.kernels.bfloat16_products import Factor, multiply, token_sums
 from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
+from gemma_awq_cli.models.forward.compiled_elements import compiled_elements
 from gemma_awq_cli.models.forward.compiled_linears import compiled_linears
 from gemma_awq_cli.models.forward.layerwise import Product, product
 
@@ -71,7 +72,8 @@ def product_for(device: torch.device) -> Product:
 @contextmanager
 def measured(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a layer's module as precisely as what is compared needs."""
-    with matmul_precision(MEASURED), compiled_linears(module, linears_library(device)):
+    elements = compiled_elements(module, compiled_loops(device))
+    with matmul_precision(MEASURED), compiled_linears(module, linears_library(device)), elements:
         yield
 
 

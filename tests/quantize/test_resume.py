@@ -650,12 +650,11 @@ def test_the_fingerprint_names_what_computes(
     for compiler, products in (("GCC 12", "AMX"), ("GCC 13", "AVX512-BF16")):
         library = type("Library", (), {"compiler": compiler, "products": (products,)})()
         with monkeypatch.context() as patch:
-            for kind, name, how in (
-                ("compiled_products", "products", f"for {products} "),
-                ("compiled_loops", "columns", ""),
-            ):
+            for kind in ("compiled_products", "compiled_loops"):
                 patch.setattr(preparation, kind, lambda _, one=library: one)
-                assert fingerprint("cpu")[name] == f"compiled {how}({compiler})"
+            found = fingerprint("cpu")
+            assert found["products"] == f"compiled for {products} ({compiler})"
+            assert found["columns"] == f"compiled ({compiler})"
     with monkeypatch.context() as patch:
         patch.setattr(preparation, "multiplies_bfloat16", lambda _: before["observed in"] != "bfloat16")
         assert changed("cpu") == ["observed in"]

@@ -7,6 +7,7 @@
 #include "by_input.h"
 #include "columns.h"
 #include "descent.h"
+#include "elements.h"
 #include "experts.h"
 #include "leading.h"
 #include "norm.h"
@@ -888,6 +889,17 @@ void gaq_multiply(const uint16_t* left, int64_t left_parts, int64_t rows, int64_
     (void)left, (void)left_parts, (void)rows, (void)left_height, (void)right, (void)right_parts, (void)outputs;
     (void)right_height, (void)width, (void)out, (void)tiles, (void)threads;
 #endif
+}
+
+// See elements.h. narrow: bf16 instead of float32; out: likewise.
+void gaq_norm(const void* x, int32_t narrow, int64_t rows, int64_t width, const float* gain, float eps, void* out,
+              int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    norm_rows(pool_of(threads), x, narrow, rows, width, gain, eps, out);
+}
+void gaq_gelu(const void* x, int32_t narrow, int64_t count, void* out, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    gelu_numbers(pool_of(threads), x, narrow, count, out);
 }
 
 // See descent.h.

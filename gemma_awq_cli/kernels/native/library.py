@@ -72,10 +72,12 @@ class Library:
         self.add_gram = handle.gaq_add_gram
         self.attend = handle.gaq_attend
         self.forward = handle.gaq_forward
+        self.gelu = handle.gaq_gelu
         self.large_pages = handle.gaq_large_pages
         self.leading = handle.gaq_leading
         self.linear = handle.gaq_linear
         self.move_columns = handle.gaq_move_columns
+        self.norm = handle.gaq_norm
         self.round_columns = handle.gaq_round_columns
         self.multiply = handle.gaq_multiply
         self.pack_awq = handle.gaq_pack_awq

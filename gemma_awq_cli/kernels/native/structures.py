@@ -159,6 +159,7 @@ ARGUMENTS = {
         POINTER(ModelSpec), POINTER(CacheSpec), POINTER(ChunkSpec), Int64, c_void_p, Int64, POINTER(c_int64),
         c_void_p, Int32,
     ),
+    "gaq_gelu": (c_void_p, Int32, Int64, c_void_p, Int32),
     "gaq_large_pages": (c_void_p, Int64),
     "gaq_leading": (c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_linear": (POINTER(LinearSpec), c_void_p, Int64, c_void_p, Int32),
@@ -166,6 +167,7 @@ ARGUMENTS = {
     "gaq_multiply": (
         c_void_p, Int64, Int64, Int64, Int64, c_void_p, Int64, Int64, Int64, c_void_p, Int32, Int32,
     ),
+    "gaq_norm": (c_void_p, Int32, Int64, Int64, c_void_p, c_float, c_void_p, Int32),
     "gaq_pack_awq": (Int32, c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_round_columns": (*[c_void_p] * 7, Int64, Int64, Int32),

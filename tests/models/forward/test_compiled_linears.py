@@ -1,4 +1,4 @@
-"""Linears of measured rows in the compiled library: as precise as float32 sums, for stored and for quantized weights."""
+"""Linears of measured rows in the compiled library: as precise as float32 sums, for stored and quantized weights."""
 
 from pathlib import Path
 
