@@ -84,7 +84,7 @@ def is_refusal(error: BaseException) -> bool:
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 _REUSED_BYTES = 32 << 20  # the largest block that is used again; larger ones go back at once
-_KEPT_BYTES = 256 << 20
+_KEPT_BYTES = 64 << 20
 
 
 @contextmanager
