@@ -4,8 +4,6 @@ PyTorch multiplies bfloat16 numbers on the CPU as fast, but rounds the sums to b
 order, so the number of threads does not change it.
 """
 
-from typing import Self
-
 import torch
 from torch import Tensor
 
@@ -98,12 +96,6 @@ class Factor:
             numbers.data_ptr(), numbers.stride(0), self.rows, self.inputs, height, width, self.parts.data_ptr(),
             thread_count(),
         )  # fmt: skip
-
-    def shortest(self) -> Self:
-        """Leave the second parts out if the first ones are all of the numbers, and return this."""
-        if len(self.parts) > 1 and not self.parts[1].any():
-            self.parts = self.parts[:1]
-        return self
 
 
 def multiply(library: Library, left: Factor, right: Factor) -> Tensor:

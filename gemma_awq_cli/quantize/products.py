@@ -16,7 +16,6 @@ from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.cache import cache_folder
 from gemma_awq_cli.models.forward.compiled_elements import compiled_elements
-from gemma_awq_cli.models.forward.compiled_linears import compiled_linears
 from gemma_awq_cli.models.forward.layerwise import Product, product
 
 _MEASURED, _LEAST, _SECONDS = 1024, 5, 0.25  # rows and columns, and for how many products and how long
@@ -44,12 +43,6 @@ def compiled_products(device: torch.device) -> Library | None:
     return library if library.multiplies_tiles or not torch.cpu._is_amx_tile_supported() else None
 
 
-def linears_library(device: torch.device) -> Library | None:
-    """Return the library if its linears of measured rows are faster than PyTorch's in float32: with AMX alone."""
-    library = compiled_products(device)
-    return library if library is not None and library.multiplies_tiles else None
-
-
 def sums_for(device: torch.device) -> Sums:
     """Return what sums over the calibration rows."""
     library = compiled_products(device)
@@ -72,8 +65,7 @@ def product_for(device: torch.device) -> Product:
 @contextmanager
 def measured(module: nn.Module, device: torch.device) -> Iterator[None]:
     """Run a layer's module as precisely as what is compared needs."""
-    elements = compiled_elements(module, compiled_loops(device))
-    with matmul_precision(MEASURED), compiled_linears(module, linears_library(device)), elements:
+    with matmul_precision(MEASURED), compiled_elements(module, compiled_loops(device)):
         yield
 
 

@@ -18,7 +18,7 @@ WITH_TORCH: dict[str, set[str]] = {
     "models.checkpoints": {"adapter", "adapter_update", "companions", "qat_grid", "writing"},
     "models.text": set(),
     "models.forward": {
-        "altup", "cached_attention", "compiled_attention", "compiled_elements", "compiled_linears", "decode_step",
+        "altup", "cached_attention", "compiled_attention", "compiled_elements", "decode_step",
         "device_cache", "device_session", "experts", "held_rows", "hidden_states", "layerwise", "loading_dense",
         "per_layer_embedding", "per_layer_inputs", "step_graph", "torch_decoder", "torch_layers", "torch_weights",
         "transformers_model", "transformers_session", "verification",
