@@ -15,6 +15,8 @@ import torch
 from gemma_awq_cli.calibration_text.recipes import find_recipe
 from gemma_awq_cli.calibration_text.rows import Rows, build_rows
 from gemma_awq_cli.cli.app import main
+from gemma_awq_cli.kernels.native import library as native_library
+from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.text.prompter import Prompter
 from gemma_awq_cli.quantize.quality import DEFAULT_QUALITY, QUALITIES, Quality, heldout_samples
 from tests import samples
@@ -96,6 +98,15 @@ def native_folder(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempPath
     folder = (own.parent if hasattr(pytestconfig, "workerinput") else own) / "native"
     folder.mkdir(mode=0o700, exist_ok=True)
     return folder
+
+
+@pytest.fixture(scope="session")
+def library(native_folder: Path) -> Library:
+    """The compiled kernels; without them a test is skipped."""
+    loaded = native_library.load(native_folder)
+    if not isinstance(loaded, Library):
+        pytest.skip(loaded.reason)
+    return loaded
 
 
 def make_cache(folder: Path, native_folder: Path) -> Path:

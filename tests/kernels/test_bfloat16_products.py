@@ -1,7 +1,6 @@
 """The compiled products of bfloat16 numbers: exact to float32 sums, for every shape, and the same on any threads."""
 
 import copy
-from pathlib import Path
 
 import pytest
 import torch
@@ -9,16 +8,14 @@ from torch import Tensor
 
 from gemma_awq_cli.awq.gram import IN_TORCH, TILE, InputStatistics, Sums, mirror
 from gemma_awq_cli.kernels.bfloat16_products import Factor, attend, multiply, token_sums
-from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import AMX, Library
 
 
 @pytest.fixture(scope="module", params=["AVX512-BF16", AMX])
-def library(native_folder: Path, request: pytest.FixtureRequest) -> Library:
-    loaded = native_library.load(native_folder)
-    if not isinstance(loaded, Library) or request.param not in loaded.products:
-        pytest.skip(f"needs a compiler and a processor with {request.param}")
-    only = copy.copy(loaded)
+def library(library: Library, request: pytest.FixtureRequest) -> Library:
+    if request.param not in library.products:
+        pytest.skip(f"needs a processor with {request.param}")
+    only = copy.copy(library)
     only.products = (request.param,)
     return only
 

@@ -1,7 +1,5 @@
 """The compiled loops over columns make the integers that torch's make, but for a few that lie between two."""
 
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -11,16 +9,7 @@ from gemma_awq_cli.awq.gram import output_error
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid
 from gemma_awq_cli.awq.scale_descent import add_stretch
 from gemma_awq_cli.kernels.compiled_columns import compiled_columns
-from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
-
-
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Library:
-    loaded = native_library.load(native_folder)
-    if not isinstance(loaded, Library):
-        pytest.skip(loaded.reason)
-    return loaded
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(5, 64), (64, 128), (83, 640)])

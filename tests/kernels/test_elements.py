@@ -1,22 +1,11 @@
 """Norms and GELU in the compiled library, against PyTorch in float64."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
 
 from gemma_awq_cli.kernels.elements import gelu_tanh, rms_norm
-from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
-
-
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Library:
-    loaded = native_library.load(native_folder)
-    if not isinstance(loaded, Library):
-        pytest.skip(loaded.reason)
-    return loaded
 
 
 def rounding(dtype: torch.dtype) -> float:

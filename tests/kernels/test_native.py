@@ -26,14 +26,6 @@ from gemma_awq_cli.system.arrays import address, as_array, as_tensor
 from tests.kernels.test_kernels import packed_weight
 
 
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Library:
-    loaded = native_library.load(native_folder)
-    if isinstance(loaded, Unavailable):
-        pytest.skip(loaded.reason)
-    return loaded
-
-
 def repacked(library: Library, packed: PackedWeight, *more: Any) -> native.NativeLinear:
     return native.from_awq(library, as_packed_arrays(packed), *more)
 

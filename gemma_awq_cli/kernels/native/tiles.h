@@ -157,22 +157,19 @@ static void add_sides(Pool& pool, const uint32_t* left, const uint32_t* right, i
         const int64_t top = item / squares * side, first = item % squares * side;
         if (upper && top > first) return;
         const Tiled tiled;
-        const int64_t end = std::min(bands, first + side);
-        for (int64_t from = 0; from < steps; from += STEPS)
-            for (int64_t q = first; q < end; q++)
-                for (int64_t p = top; p < std::min(upper ? q + 1 : bands, top + side); p++) {
-                    clear_sums();
-                    add_steps({left + p * apart + from * BOTH, LAID_ROW, LAID_SECOND, LAID_STEP},
-                              right + q * apart + from * BOTH, std::min(STEPS, steps - from));
-                    take_sums(total + p * BAND * columns + q * BAND, columns, columns - p * BAND, columns - q * BAND, true);
-                }
+        for (int64_t q = first; q < std::min(bands, first + side); q++)
+            for (int64_t p = top; p < std::min(upper ? q + 1 : bands, top + side); p++) {
+                clear_sums();
+                add_steps({left + p * apart, LAID_ROW, LAID_SECOND, LAID_STEP}, right + q * apart, steps);
+                take_sums(total + p * BAND * columns + q * BAND, columns, columns - p * BAND, columns - q * BAND, true);
+            }
     });
 }
 
 // See add_gram in products.h.
 static void add_gram_in_tiles(Pool& pool, const void* x, bool narrow, int64_t stride, int64_t tokens, int64_t columns,
                               const float* roots, float* total, float* magnitudes) {
-    const int64_t bands = bands_of(columns), most = 4 * SLICE, apart = steps_of(std::min(most, tokens)) * BOTH;
+    const int64_t bands = bands_of(columns), most = 2 * STEP * STEPS, apart = steps_of(std::min(most, tokens)) * BOTH;
     uint32_t *const right = panels_for(2 * bands * apart), *const left = right + bands * apart;
     for (int64_t from = 0; from < tokens; from += most) {
         const int64_t here = std::min(most, tokens - from), steps = steps_of(here);
@@ -189,7 +186,7 @@ static void add_gram_in_tiles(Pool& pool, const void* x, bool narrow, int64_t st
 // See add_cross in products.h.
 static void add_cross_in_tiles(Pool& pool, const float* left, int64_t left_stride, const float* right,
                                int64_t right_stride, int64_t tokens, int64_t columns, const float* factors, float* total) {
-    const int64_t bands = bands_of(columns), most = 4 * SLICE, apart = steps_of(std::min(most, tokens)) * BOTH;
+    const int64_t bands = bands_of(columns), most = 2 * STEP * STEPS, apart = steps_of(std::min(most, tokens)) * BOTH;
     uint32_t* const laid = panels_for((2 * bands + pool.threads()) * apart);
     uint32_t *const lefts = laid, *const rights = laid + bands * apart, *const spare = rights + bands * apart;
     for (int64_t from = 0; from < tokens; from += most) {

@@ -20,9 +20,11 @@ def compiled_elements(module: nn.Module, library: Library | None) -> Iterator[No
 
     Whether it does is tried on a few numbers. module: a copy that is nobody else's, as `TextStack.layer` makes it.
     """
+    if library is None:
+        yield
+        return
     replaced = {}
-    for part in module.modules() if library is not None else ():
-        assert library is not None
+    for part in module.modules():
         forward = _norm(library, part) if type(part).__name__.endswith("RMSNorm") else _gelu(library, part)
         if forward is not None:
             replaced[part] = _on_known_dtypes(part.forward, forward)

@@ -1,7 +1,5 @@
 """Norms and activations of transformers' layers in the compiled library: the same results, and never a wrong guess."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -10,17 +8,8 @@ from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
-from gemma_awq_cli.kernels.native import library as native_library
 from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.forward.compiled_elements import compiled_elements
-
-
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Library:
-    loaded = native_library.load(native_folder)
-    if not isinstance(loaded, Library):
-        pytest.skip(loaded.reason)
-    return loaded
 
 
 def norm(kind: type[nn.Module], **options: bool) -> nn.Module:

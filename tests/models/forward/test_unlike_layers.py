@@ -15,7 +15,7 @@ from torch import Tensor
 from gemma_awq_cli.awq.grid import dequantize, minmax_grid, quantize
 from gemma_awq_cli.awq.packed_arrays import PackedArrays
 from gemma_awq_cli.awq.packing import PackedWeight, as_packed_arrays, pack_weight
-from gemma_awq_cli.kernels.native.library import Library, Unavailable, load
+from gemma_awq_cli.kernels.native.library import Library
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.kv_cache import SPARE, make_cache
 from gemma_awq_cli.models.forward.native_session import NativeSession
@@ -184,14 +184,6 @@ def apart(session: Session, logits: Tensor) -> Tensor:
     """How far the session's logits are from the expected ones, relative to these: [turns, rows]."""
     given = torch.stack([as_tensor(session.next_logits(turn)) for turn in turns()]).double()
     return (given - logits).norm(dim=-1) / logits.norm(dim=-1)
-
-
-@pytest.fixture(scope="module")
-def library(native_folder: Path) -> Library:
-    loaded = load(native_folder)
-    if isinstance(loaded, Unavailable):
-        pytest.skip(loaded.reason)
-    return loaded
 
 
 @pytest.fixture(params=["gemma2", "gemma3_text"])
