@@ -139,8 +139,9 @@ class _Running:
         inside = (target >= 0) & (target < logits.shape[1])
         picked = logits.gather(1, target.clamp(0, logits.shape[1] - 1)[:, None])[:, 0]
         self.target = torch.where(inside, picked.to(self.wide), self.target)
-        highest, where = logits.max(dim=1)
-        self.best = torch.where(highest > self.maximum, where + first, self.best)
+        highest = logits.amax(dim=1)
+        higher = (highest > self.maximum).nonzero()[:, 0]  # few rows, soon: where the maximum is takes longer to find
+        self.best[higher] = logits[higher].argmax(dim=1) + first
         maximum = torch.maximum(self.maximum, highest)
         rescale = (self.maximum - maximum).exp().to(self.wide)
         exponentials = logits.sub_(maximum[:, None]).exp_()

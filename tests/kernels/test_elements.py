@@ -1,10 +1,10 @@
-"""Norms and GELU in the compiled library, against PyTorch in float64."""
+"""Norms, GELU and rotations in the compiled library, against PyTorch in float64."""
 
 import pytest
 import torch
 from torch import Tensor
 
-from gemma_awq_cli.kernels.elements import gelu_tanh, rms_norm
+from gemma_awq_cli.kernels.elements import gelu_tanh, rms_norm, rotate
 from gemma_awq_cli.kernels.native.library import Library
 
 
@@ -49,9 +49,28 @@ def test_gelu(library: Library, dtype: torch.dtype, count: int) -> None:
     torch.testing.assert_close(found.double(), exact, rtol=rounding(dtype), atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 38, 256])
+@pytest.mark.parametrize("own_places", [False, True])
+def test_rotation(library: Library, dtype: torch.dtype, size: int, own_places: bool) -> None:
+    """Of heads wherever they are in memory, with angles that differ between the halves and, if asked, the rows."""
+    generator = torch.Generator().manual_seed(0)
+    heads = torch.randn(3, 50, 5, size, generator=generator).to(dtype)
+    cos, sin = torch.randn(2, 3 if own_places else 1, 50, size, generator=generator)
+    wide = heads.transpose(1, 2).double()
+    first, second = wide.chunk(2, dim=-1)
+    exact = wide * cos[:, None] + torch.cat([-second, first], dim=-1) * sin[:, None]
+    for x in (heads.transpose(1, 2), heads.transpose(1, 2).contiguous(), heads.flip(3).transpose(1, 2).flip(3)):
+        found = rotate(library, x, cos, sin)
+        assert found.dtype == dtype
+        assert found.transpose(1, 2).is_contiguous()
+        torch.testing.assert_close(found.double(), exact, rtol=rounding(dtype), atol=2e-6)
+
+
 def test_numbers_that_are_not_finite_show(library: Library) -> None:
     x: Tensor = torch.ones(3, 40)
     x[1, 7] = torch.nan
-    for found in (rms_norm(library, x, None, 1e-6), gelu_tanh(library, x)):
+    turned = rotate(library, x[None, None], torch.ones(1, 3, 40), torch.ones(1, 3, 40))[0, 0]
+    for found in (rms_norm(library, x, None, 1e-6), gelu_tanh(library, x), turned):
         assert found[1, 7].isnan()
         assert found[0].isfinite().all()

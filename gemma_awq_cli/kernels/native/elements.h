@@ -56,3 +56,36 @@ static void gelu_numbers(Pool& pool, const void* x, bool narrow, int64_t count, 
         });
     });
 }
+
+// out [size] = x with each pair of numbers, one of either half, turned. cos, sin: [size]; out may be x.
+static void rotate_pairs(const float* x, const float* cos, const float* sin, int64_t size, float* out) {
+    const int64_t half = size / 2, whole = half & ~(LANES - 1);
+    for (int64_t i = 0; i < whole; i += LANES) {
+        const Floats a = load(x + i), b = load(x + half + i);
+        store(out + i, a * load(cos + i) - b * load(sin + i));
+        store(out + half + i, b * load(cos + half + i) + a * load(sin + half + i));
+    }
+    for (int64_t i = whole; i < half; i++) {
+        const float a = x[i], b = x[half + i];
+        out[i] = a * cos[i] - b * sin[i];
+        out[half + i] = b * cos[half + i] + a * sin[half + i];
+    }
+}
+
+// out [rows, tokens, heads, size] = the heads x, turned by the places of their tokens. strides: numbers in x between two
+// rows, two tokens, two heads; cos, sin: [rows or 1, tokens, size], `apart` numbers between two rows, 0 for one.
+static void rotate_heads(Pool& pool, const void* x, bool narrow, const int64_t* strides, int64_t rows, int64_t tokens,
+                         int64_t heads, int64_t size, const float* cos, const float* sin, int64_t apart, void* out) {
+    const int64_t turn = std::max<int64_t>(1, TURN / (heads * size)), turns = (tokens + turn - 1) / turn, bytes = narrow ? 2 : 4;
+    std::vector<std::vector<float>> spaces(pool.threads());
+    pool.run(rows * turns, [&](int64_t item, int thread) {
+        const int64_t row = item / turns, first = item % turns * turn, end = std::min(tokens, first + turn);
+        for (int64_t t = first; t < end; t++)
+            for (int64_t h = 0; h < heads; h++) {
+                const int64_t at = row * strides[0] + t * strides[1] + h * strides[2], place = row * apart + t * size;
+                const int64_t to = ((row * tokens + t) * heads + h) * size;
+                on_floats((const char*)x + at * bytes, narrow, 0, size, (char*)out + to * bytes, spaces[thread],
+                          [&](const float* from, float* result) { rotate_pairs(from, cos + place, sin + place, size, result); });
+            }
+    });
+}

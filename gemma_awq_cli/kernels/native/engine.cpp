@@ -902,6 +902,12 @@ void gaq_gelu(const void* x, int32_t narrow, int64_t count, void* out, int32_t t
     gelu_numbers(pool_of(threads), x, narrow, count, out);
 }
 
+void gaq_rotate(const void* x, int32_t narrow, const int64_t* strides, int64_t rows, int64_t tokens, int64_t heads,
+                int64_t size, const float* cos, const float* sin, int64_t apart, void* out, int32_t threads) {
+    std::lock_guard<std::mutex> lock(one_call);
+    rotate_heads(pool_of(threads), x, narrow, strides, rows, tokens, heads, size, cos, sin, apart, out);
+}
+
 // See descent.h.
 void gaq_add_stretch(const float* weight, int64_t row_stride, const float* scale, float share, int64_t rows,
                      int64_t groups, int64_t group, float* spread, float* stretch, int32_t threads) {

@@ -78,6 +78,7 @@ class Library:
         self.linear = handle.gaq_linear
         self.move_columns = handle.gaq_move_columns
         self.norm = handle.gaq_norm
+        self.rotate = handle.gaq_rotate
         self.round_columns = handle.gaq_round_columns
         self.multiply = handle.gaq_multiply
         self.pack_awq = handle.gaq_pack_awq

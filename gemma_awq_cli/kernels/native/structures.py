@@ -170,6 +170,9 @@ ARGUMENTS = {
     "gaq_norm": (c_void_p, Int32, Int64, Int64, c_void_p, c_float, c_void_p, Int32),
     "gaq_pack_awq": (Int32, c_void_p, c_void_p, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
     "gaq_quantize": (Int32, c_void_p, Int64, Int64, Int64, c_void_p, c_void_p, Int32),
+    "gaq_rotate": (
+        c_void_p, Int32, POINTER(c_int64), *[Int64] * 4, c_void_p, c_void_p, Int64, c_void_p, Int32,
+    ),
     "gaq_round_columns": (*[c_void_p] * 7, Int64, Int64, Int32),
     "gaq_split": (c_void_p, Int64, Int64, Int64, Int64, Int64, c_void_p, Int32),
 }  # fmt: skip

@@ -1,14 +1,19 @@
-"""Norms and activations of whole rows in the compiled library, in place of PyTorch's inside transformers' modules."""
+"""Norms, activations and rotations of whole rows in the compiled library, in place of PyTorch's inside transformers."""
 
+import inspect
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gemma_awq_cli.kernels.elements import DTYPES, gelu_tanh, rms_norm
+from gemma_awq_cli.kernels.elements import DTYPES, gelu_tanh, rms_norm, rotate
 from gemma_awq_cli.kernels.native.library import Library
 
+_ROTATION = "apply_rotary_pos_emb"  # what transformers calls it, in each file of a model
 _NEARLY = 1e-5  # by how much of it a result may differ: sums are added up in another order
 
 Forward = Callable[[Tensor], Tensor]
@@ -16,13 +21,15 @@ Forward = Callable[[Tensor], Tensor]
 
 @contextmanager
 def compiled_elements(module: nn.Module, library: Library | None) -> Iterator[None]:
-    """Let a layer's norms and its GELU run in the library, wherever that computes the same; None: nowhere.
+    """Let a layer's norms, its GELU and its rotations run in the library, wherever it computes the same; None: nowhere.
 
-    Whether it does is tried on a few numbers. module: a copy that is nobody else's, as `TextStack.layer` makes it.
+    Whether it does is tried on a few numbers. module: a copy that is nobody else's, as `TextStack.layer` makes it. The
+    rotations are those of all models in the same files of transformers.
     """
     if library is None:
         yield
         return
+    rotations = _rotations(library, module)
     replaced = {}
     for part in module.modules():
         forward = _norm(library, part) if type(part).__name__.endswith("RMSNorm") else _gelu(library, part)
@@ -30,11 +37,15 @@ def compiled_elements(module: nn.Module, library: Library | None) -> Iterator[No
             replaced[part] = _on_known_dtypes(part.forward, forward)
     for part, forward in replaced.items():
         part.forward = forward
+    for home, (_, rotation) in rotations.items():
+        setattr(home, _ROTATION, rotation)
     try:
         yield
     finally:
         for part in replaced:
             del part.forward
+        for home, (own, _) in rotations.items():
+            setattr(home, _ROTATION, own)
 
 
 def _on_known_dtypes(own: Forward, forward: Forward) -> Forward:
@@ -68,6 +79,63 @@ def _gelu(library: Library, module: nn.Module) -> Forward | None:
     return forward if _agree(module, forward, torch.linspace(-12, 12, 515)) else None
 
 
+Rotation = Callable[..., Any]
+
+
+def _rotations(library: Library, module: nn.Module) -> dict[ModuleType, tuple[Rotation, Rotation]]:
+    """The files that a layer's modules are from: their own rotations, and what may replace them."""
+    homes = {sys.modules[type(part).__module__] for part in module.modules()}
+    own = {home: getattr(home, _ROTATION) for home in homes if callable(getattr(home, _ROTATION, None))}
+    found = ((home, rotation, _rotation(library, rotation)) for home, rotation in own.items())
+    return {home: (rotation, compiled) for home, rotation, compiled in found if compiled is not None}
+
+
+def _rotation(library: Library, own: Rotation) -> Rotation | None:
+    """A rotation in the library that computes what transformers' own does, in the dtype of what is rotated.
+
+    own: of queries and keys together, or of one of them, with the dimension of the heads as its last argument.
+    """
+    together = [*inspect.signature(own).parameters][:2] == ["q", "k"]
+
+    def one(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
+        return (
+            rotate(library, x, cos, sin) if heads == 1 else rotate(library, x.transpose(1, 2), cos, sin).transpose(1, 2)
+        )
+
+    def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+        if not all(_turns(x, cos, unsqueeze_dim) for x in (q, k)):
+            return own(q, k, cos, sin, unsqueeze_dim)
+        return one(q, cos, sin, unsqueeze_dim), one(k, cos, sin, unsqueeze_dim)
+
+    def alone(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
+        return one(x, cos, sin, unsqueeze_dim) if _turns(x, cos, unsqueeze_dim) else own(x, cos, sin, unsqueeze_dim)
+
+    compiled: Rotation = both if together else alone
+    for heads in (1, 2):
+        x, angles = _numbers(2, 3, 3, 38), (_numbers(1, 3, 38), _numbers(1, 3, 38) + 1)
+        given = (x, x + 1, *angles, heads) if together else (x, *angles, heads)
+        try:
+            expected, found = own(*given), compiled(*given)
+        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes something else
+            return None
+        pairs = zip(expected, found, strict=True) if together else [(expected, found)]
+        if not all(_near(*pair) for pair in pairs):
+            return None
+    return compiled
+
+
+def _turns(x: Tensor, cos: Tensor, heads: int) -> bool:
+    """Whether the library takes such heads, whose dimension is `heads`, and such angles."""
+    tokens = x.shape[3 - heads] if x.ndim == 4 and heads in (1, 2) else None
+    rows = (1, x.shape[0])
+    return (
+        x.dtype in DTYPES
+        and cos.dtype == torch.float32
+        and x.shape[-1] % 2 == 0
+        and any(cos.shape == (count, tokens, x.shape[-1]) for count in rows)
+    )
+
+
 def _numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
@@ -77,9 +145,8 @@ def _agree(module: nn.Module, forward: Forward, numbers: Tensor) -> bool:
         expected = module.forward(numbers)  # without its hooks
     except (TypeError, ValueError, RuntimeError, IndexError):  # it takes something else
         return False
-    found = forward(numbers)
-    return (
-        isinstance(expected, Tensor)
-        and expected.shape == found.shape
-        and bool(((expected - found).abs() <= _NEARLY * expected.abs() + 1e-6).all())
-    )
+    return isinstance(expected, Tensor) and _near(expected, forward(numbers))
+
+
+def _near(expected: Tensor, found: Tensor) -> bool:
+    return expected.shape == found.shape and bool(((expected - found).abs() <= _NEARLY * expected.abs() + 1e-6).all())

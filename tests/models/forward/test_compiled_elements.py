@@ -1,11 +1,18 @@
-"""Norms and activations of transformers' layers in the compiled library: the same results, and never a wrong guess."""
+"""What a layer computes of each token, in the compiled library: the same as transformers, and never a wrong guess."""
+
+import sys
+from types import ModuleType
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.models.gemma.modeling_gemma import GemmaRMSNorm
+from transformers.models.gemma2 import modeling_gemma2
+from transformers.models.gemma3 import modeling_gemma3
 from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+from transformers.models.gemma3n import modeling_gemma3n
+from transformers.models.gemma4 import modeling_gemma4
 from transformers.models.gemma4.modeling_gemma4 import Gemma4RMSNorm
 
 from gemma_awq_cli.kernels.native.library import Library
@@ -79,3 +86,52 @@ def test_an_error_leaves_no_trace(library: Library) -> None:
     with pytest.raises(ZeroDivisionError), compiled_elements(part, library):
         raise ZeroDivisionError
     assert "forward" not in vars(part)
+
+
+def module_of(home: ModuleType) -> nn.Module:
+    """A module whose class is from a file of transformers, or from what stands for one."""
+    kind = type("Part", (nn.Module,), {"__module__": home.__name__})
+    module: nn.Module = kind()
+    return module
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("home", [modeling_gemma2, modeling_gemma3, modeling_gemma3n, modeling_gemma4])
+@torch.inference_mode()
+def test_rotations_compute_the_same(library: Library, home: ModuleType, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    angles = torch.randn(1, 7, 64, generator=generator)
+    cos, sin = angles.cos(), angles.sin()
+    own = home.apply_rotary_pos_emb
+    together = home in (modeling_gemma2, modeling_gemma3)
+    q, k = (torch.randn(2, 7, heads, 64, generator=generator).to(dtype) for heads in (4, 1))
+    given = (q.transpose(1, 2), k.transpose(1, 2), cos, sin) if together else (q, cos, sin, 2)
+    odd = (*(part.double() for part in given[: 2 if together else 1]), *given[2 if together else 1 :])
+    with compiled_elements(module_of(home), library):
+        assert home.apply_rotary_pos_emb is not own
+        found, wide = home.apply_rotary_pos_emb(*given), home.apply_rotary_pos_emb(*odd)
+    assert home.apply_rotary_pos_emb is own
+    pairs = zip(found, own(*given), wide, strict=True) if together else [(found, own(*given), wide)]
+    for one, expected, from_wide in pairs:
+        assert one.dtype == dtype
+        assert from_wide.dtype == torch.float64  # which the library does not know
+        torch.testing.assert_close(one, expected.to(dtype), rtol=2**-7 if dtype == torch.bfloat16 else 1e-5, atol=1e-6)
+
+
+@torch.inference_mode()
+def test_another_rotation_stays_as_it_is(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    def swapped(x: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
+        return x * sin.unsqueeze(unsqueeze_dim) + x * cos.unsqueeze(unsqueeze_dim)
+
+    def something(_: Tensor) -> None:
+        return None
+
+    home = ModuleType("unknown_model")
+    monkeypatch.setitem(sys.modules, home.__name__, home)
+    for own in (swapped, something, None):
+        home.apply_rotary_pos_emb = own  # type: ignore[attr-defined]
+        with compiled_elements(module_of(home), library):
+            assert home.apply_rotary_pos_emb is own
+    with pytest.raises(ZeroDivisionError), compiled_elements(module_of(modeling_gemma3), library):
+        raise ZeroDivisionError
+    assert modeling_gemma3.apply_rotary_pos_emb.__module__ == modeling_gemma3.__name__
