@@ -24,6 +24,6 @@ def correct(weight: Tensor, error_gram: Tensor, gram: Tensor, strength: float) -
     weight: [N, K] float32; error_gram: D, gram: H, both [B, k, k] float32 with B k = K, from `InputStatistics`.
     """
     for part, difference, block in zip(weight.chunk(gram.shape[0], dim=1), error_gram, gram, strict=True):
-        factor = lower_factor(block, DAMPING).to(torch.float32).to(block.device)
+        factor = lower_factor(block, DAMPING).to(block.device)
         for rows in part.split(max(1, PART // part.shape[1])):
             rows += strength * torch.cholesky_solve((rows @ difference).t(), factor).t()

@@ -16,13 +16,14 @@ import torch
 from torch import Tensor
 
 from gemma_awq_cli.awq.grid import QMAX, Grid
-from gemma_awq_cli.awq.precision import widest_float
+from gemma_awq_cli.awq.precision import matmul_precision, widest_float
 
 # Share of the mean diagonal that is added to H. GPTQ's 0.01 fits the calibration text better but other held-out text
 # worse: KL 0.113 against 0.107 on Gemma 3 270M with 32 calibration rows.
 DAMPING = 0.05
 OUTER_COLUMNS = 512  # columns that are rounded between two products with all columns before them
 INNER_COLUMNS = 32  # of those, columns that are rounded between two products with the earlier ones of the 512
+FACTORED_COLUMNS = 256  # that the CPU factors between two products with all columns before them
 
 
 class Compensation(NamedTuple):
@@ -43,8 +44,7 @@ def factor_gram(gram: Tensor, damping: float = DAMPING) -> Compensation:
     order, lower = _cholesky(gram, damping)
     diagonal = lower.diagonal().clone()
     lower /= diagonal
-    feedback = lower.to(torch.float32).flip(0, 1).to(gram.device)
-    return Compensation(order, feedback, _residual(order, diagonal))
+    return Compensation(order, lower.flip(0, 1).to(gram.device), _residual(order, diagonal))
 
 
 def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
@@ -54,33 +54,54 @@ def residuals(gram: Tensor, damping: float = DAMPING) -> Tensor:
 
 
 def _cholesky(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
-    """Return the order of the columns [k], and the lower factor [k, k] float64 of the columns in reverse order."""
+    """Return the order of the columns [k], and the lower factor [k, k] of the columns in reverse order."""
     order = torch.argsort(gram.diagonal(), descending=True, stable=True)
     # Libraries compute lower factors. That of the reversed columns, reversed again, is the upper factor R.
     return order, lower_factor(gram, damping, order.flip(0))
 
 
 def lower_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> Tensor:
-    """Return L [k, k] float64, where `L L^T` is one damped block of a Gram matrix with its columns in `order`.
+    """Return L [k, k] float32, where `L L^T` is one damped block of a Gram matrix with its columns in `order`.
 
-    The damping grows until the factor exists. If the device has no float64, the CPU computes it: a factorization in
-    float32 would need more damping.
+    Damping keeps the largest eigenvalue below k / damping times the smallest, so that float32 finds the factor, in half
+    the time of float64. Where it does not, float64 does, or the damping grows. Of Apple's GPUs, which have no float64,
+    the CPU computes it.
     """
     if widest_float(gram.device) != torch.float64:
         gram, order = gram.cpu(), order.cpu() if order is not None else None
     while True:
-        damped = (gram if order is None else gram[order][:, order]).to(torch.float64)
-        damped.diagonal().add_(damping_amount(gram, damping))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            return lower
+        for dtype in (torch.float32, torch.float64):
+            damped = gram.to(dtype, copy=True) if order is None else gram[order][:, order].to(dtype)
+            damped.diagonal().add_(damping_amount(gram, damping))
+            if (lower := _factored(damped)) is not None:
+                return lower.to(torch.float32)
         damping *= 10
+
+
+def _factored(matrix: Tensor) -> Tensor | None:
+    """Return the lower factor of a symmetric matrix [k, k], which is overwritten; None if it has none.
+
+    On the CPU it is computed in strips of columns, whose products with those before are three times as fast as what the
+    library does.
+    """
+    width = FACTORED_COLUMNS if matrix.device.type == "cpu" else max(1, len(matrix))
+    with matmul_precision("highest"):
+        for start in range(0, len(matrix), width):
+            own, below = slice(start, start + width), slice(start + width, None)
+            if start:
+                matrix[start:, own].addmm_(matrix[start:, :start], matrix[own, :start].t(), alpha=-1.0)
+            corner, failed = torch.linalg.cholesky_ex(matrix[own, own])
+            if failed:
+                return None
+            matrix[own, own] = corner
+            matrix[below, own] = torch.linalg.solve_triangular(corner, matrix[below, own].t(), upper=False).t()
+    return matrix.tril_()
 
 
 def _residual(order: Tensor, diagonal: Tensor) -> Tensor:
     """Return `R_jj^2` [k] float32 in the columns' original order, from the diagonal of `_cholesky`'s factor."""
     residual = torch.empty(order.shape, dtype=torch.float32, device=order.device)
-    residual[order.flip(0)] = diagonal.square().to(order.device, torch.float32)
+    residual[order.flip(0)] = diagonal.square().to(order.device)
     return residual
 
 

@@ -78,7 +78,7 @@ class _Part:
         for start in range(0, len(order), self._width):
             own = slice(start, start + self._width)
             gain = torch.linalg.solve_triangular(factor[own, own].t(), factor[:start, own].t(), upper=False)
-            self.gains.append(gain.to(information.device, torch.float32))
+            self.gains.append(gain.to(information.device))
 
     def own(self, turn: int) -> slice:
         """The part of `rows` that is rounded in a turn, which may be empty."""

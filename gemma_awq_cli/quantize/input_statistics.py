@@ -9,8 +9,9 @@ docs/method.md):
   the output.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,21 +113,40 @@ def bfloat16_products(device: torch.device) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def bfloat16_weights(module: nn.Module) -> Iterator[None]:
-    """Round the weights of linears once, inside of `bfloat16_products`, which would round them for every batch.
+def rounded_once(module: nn.Module) -> Iterator[None]:
+    """Round the weights of linears, and what several of them are given, once inside of `bfloat16_products`.
 
-    Only on the CPU: on a GPU that has not been tried.
+    It would round the weights for every batch, and the same input for each linear. Only on the CPU: on a GPU that has
+    not been tried. module: a copy that is nobody else's, as `TextStack.layer` makes it.
     """
     linears = [part for part in module.modules() if isinstance(part, nn.Linear) and part.weight.device.type == "cpu"]
     linears = linears if torch.is_autocast_enabled("cpu") else []
-    wide = [part.weight for part in linears]
+    wide, last = [part.weight for part in linears], _LastRounded()
     for part in linears:
         part.weight = nn.Parameter(part.weight.to(torch.bfloat16), requires_grad=False)
+        part.forward = partial(_forward, part.forward, last)  # type: ignore[method-assign]
     try:
         yield
     finally:
         for part, weight in zip(linears, wide, strict=True):
             part.weight = weight
+            del part.forward
+
+
+class _LastRounded:
+    """Rounds tensors to bfloat16, and remembers the last one."""
+
+    def __init__(self) -> None:
+        self._given = self._rounded = torch.empty(0)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if x is not self._given:
+            self._given, self._rounded = x, x.to(torch.bfloat16)
+        return self._rounded
+
+
+def _forward(own: Callable[[Tensor], Tensor], rounded: _LastRounded, x: Tensor) -> Tensor:
+    return own(rounded(x))
 
 
 def token_weights(output: Tensor, normalized: bool) -> Tensor:

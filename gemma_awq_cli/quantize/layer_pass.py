@@ -23,7 +23,7 @@ from gemma_awq_cli.quantize.expert_inputs import ExpertInputs
 from gemma_awq_cli.quantize.experts import quantize_experts
 from gemma_awq_cli.quantize.folding import fold_deviation, require_exact_fold
 from gemma_awq_cli.quantize.information_files import InformationFiles
-from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products, bfloat16_weights
+from gemma_awq_cli.quantize.input_statistics import Observer, bfloat16_products, rounded_once
 from gemma_awq_cli.quantize.kept_grid import keep_layer
 from gemma_awq_cli.quantize.layer import QuantizedLayer, dense_weights, folded_weights, quantize_layer
 from gemma_awq_cli.quantize.output_information import layer_information
@@ -168,7 +168,7 @@ def _observe(
 def _observed(stack: TextStack, module: nn.Module) -> Iterator[None]:
     """Run a layer's module in bfloat16 where the device multiplies it: for rows that are not measured."""
     library, elements = compiled_products(stack.device), compiled_elements(module, compiled_loops(stack.device))
-    with bfloat16_products(stack.device), bfloat16_weights(module), compiled_attention(module, library), elements:
+    with bfloat16_products(stack.device), rounded_once(module), compiled_attention(module, library), elements:
         yield
 
 

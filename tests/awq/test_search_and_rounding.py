@@ -88,6 +88,25 @@ def test_a_residual_is_what_the_later_columns_cannot_make_up_for() -> None:
     assert torch.equal(residuals(gram), factor.residual)
 
 
+@pytest.mark.parametrize("tokens", [64, 20_000])
+def test_float32_factors_what_is_far_from_regular(tokens: int) -> None:
+    """Fewer tokens than columns, channels a thousand times as large as others, and all of them much alike."""
+    generator = torch.Generator().manual_seed(0)
+    shared = torch.randn(tokens, 1, generator=generator)
+    x = (torch.randn(tokens, 768, generator=generator) * 0.01 + shared) * torch.logspace(-2, 1, 768)
+    x[:, 100] *= 1000
+    gram = x.T @ x / tokens
+    damped = gram.double()
+    damped.diagonal().add_(damping_amount(gram, DAMPING))
+    order = torch.argsort(gram.diagonal(), descending=True, stable=True)
+    exact = torch.linalg.cholesky(damped[order.flip(0)][:, order.flip(0)])
+    factor = factor_gram(gram)
+    assert torch.equal(factor.order, order)
+    torch.testing.assert_close(factor.residual[order.flip(0)].double(), exact.diagonal().square(), rtol=1e-3, atol=0)
+    feedback = (exact / exact.diagonal()).flip(0, 1)
+    assert (factor.feedback - feedback).abs().max() <= 1e-3 * feedback.abs().max()
+
+
 def test_residuals_tell_the_error_of_compensated_rounding() -> None:
     """What the searches count, against what the rounding then does."""
     x = torch.randn(4000, K, generator=torch.Generator().manual_seed(4)) @ (torch.eye(K) + 0.1 * torch.randn(K, K))

@@ -9,7 +9,7 @@ import torch
 from gemma_awq_cli.models.checkpoints.checkpoint import Checkpoint
 from gemma_awq_cli.models.forward.layerwise import TextStack
 from gemma_awq_cli.models.gemma.layers import layers_of
-from gemma_awq_cli.quantize.input_statistics import BOS_WEIGHT, Observer, token_weights
+from gemma_awq_cli.quantize.input_statistics import BOS_WEIGHT, Observer, rounded_once, token_weights
 from tests.conftest import FAMILIES
 
 CPU = torch.device("cpu")
@@ -36,6 +36,29 @@ def test_an_observer_sees_each_groups_input_and_hands_it_over_once(
         assert (statistics.mean_abs > 0).any()
     with pytest.raises(KeyError):
         list(observer.hand_over())
+
+
+@pytest.mark.parametrize("kind", FAMILIES)
+@torch.inference_mode()
+def test_what_is_rounded_once_is_what_would_be_rounded_each_time(kind: str, checkpoints: Callable[[str], Path]) -> None:
+    """Bit for bit what autocast computes, for two batches in turn; outside of it float32, as before and afterwards."""
+    checkpoint = Checkpoint(checkpoints(kind))
+    stack = TextStack(checkpoint, CPU)
+    streams = () if checkpoint.shape.altup is None else (checkpoint.shape.altup.streams,)
+    generator = torch.Generator().manual_seed(0)
+    batches = torch.randn(2, 2, *streams, 20, checkpoint.shape.hidden, generator=generator)
+    ids = torch.randint(6, 260, (2, 20), generator=generator)
+    module = stack.layer(0, stack.read_layer(0))
+    plain = stack.run_layer(0, module, batches[0], ids)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [stack.run_layer(0, module, batch, ids) for batch in batches]
+        with rounded_once(module):
+            found = [stack.run_layer(0, module, batch, ids) for batch in batches]
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    assert not torch.equal(expected[0], plain)
+    with rounded_once(module):
+        assert torch.equal(stack.run_layer(0, module, batches[0], ids), plain)
+    assert torch.equal(stack.run_layer(0, module, batches[0], ids), plain)
 
 
 def test_tokens_count_by_their_output_where_a_norm_follows() -> None:

@@ -84,7 +84,7 @@ Rotation = Callable[..., Any]
 
 def _rotations(library: Library, module: nn.Module) -> dict[ModuleType, tuple[Rotation, Rotation]]:
     """The files that a layer's modules are from: their own rotations, and what may replace them."""
-    homes = {sys.modules[type(part).__module__] for part in module.modules()}
+    homes = [home for name in {type(part).__module__ for part in module.modules()} if (home := sys.modules.get(name))]
     own = {home: getattr(home, _ROTATION) for home in homes if callable(getattr(home, _ROTATION, None))}
     found = ((home, rotation, _rotation(library, rotation)) for home, rotation in own.items())
     return {home: (rotation, compiled) for home, rotation, compiled in found if compiled is not None}
@@ -98,9 +98,8 @@ def _rotation(library: Library, own: Rotation) -> Rotation | None:
     together = [*inspect.signature(own).parameters][:2] == ["q", "k"]
 
     def one(x: Tensor, cos: Tensor, sin: Tensor, heads: int) -> Tensor:
-        return (
-            rotate(library, x, cos, sin) if heads == 1 else rotate(library, x.transpose(1, 2), cos, sin).transpose(1, 2)
-        )
+        turned = rotate(library, x if heads == 1 else x.transpose(1, 2), cos, sin)
+        return turned if heads == 1 else turned.transpose(1, 2)
 
     def both(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Any:
         if not all(_turns(x, cos, unsqueeze_dim) for x in (q, k)):
