@@ -31,9 +31,8 @@ OBSERVED_WEIGHT = 6  # of a weight of the layer that is observed: 16-bit as it w
 READ_AHEAD_WEIGHT = 2  # of a weight of the next layer, in the system's memory while a GPU computes
 HELD_WEIGHT = 3  # of a weight of the layer that is being rounded: 16-bit, and the packed ones that are finished
 GROUP_WEIGHT = 6  # of a weight of the group: float32, and one integer each by compensation and by round-to-nearest
-# of an entry of a block's Gram matrix: scaled and reordered in float32, damped and factored in float64, feedback in
-# float32
-BLOCK_ENTRY = 28
+# of an entry of a block's Gram matrix: scaled, reordered by rows and then by columns, and factored there
+BLOCK_ENTRY = 16
 KEPT_WEIGHT = 6  # of a weight of the linear whose grid is kept: integers, and their packing
 KEPT_PART_WEIGHT = 48  # of a weight of the rows whose grids are found at a time: twelve float32 matrices
 PART_WEIGHT = 32  # of a weight of the rows that are rounded at a time: eight float32 matrices
@@ -51,8 +50,8 @@ PER_LAYER_COPIES = 4
 UNPACKED_WEIGHT = 4  # of a weight of the layer that stays in 16 bits: float32 in the module
 LOGIT_COPIES = 8  # float32 rows of one chunk of logits: both paths, their log probabilities and differences
 # of an entry of a matrix of Fisher information: of all matrices of a group as they are read and in float32, and of the
-# one that is factored, damped and factored in float64
-INFORMATION_ENTRY, FACTORED_ENTRY = 10, 24
+# one that is factored, reordered by rows and then by columns, and the gains
+INFORMATION_ENTRY, FACTORED_ENTRY = 10, 12
 # float32 activations that are kept for the gradient: as wide as the hidden states, and as the widest linear
 KEPT_HIDDEN, KEPT_WIDE = 24, 5
 KEPT_STATES = 10  # of a hidden state of all measured rows: 16-bit, and the gradients at both ends of a layer
@@ -77,13 +76,13 @@ HIDDEN_OPERATIONS, MLP_OPERATIONS = 45, 9
 ROUND_FLOPS, ROUND_OPERATIONS = 5, 50  # the compensation, and the errors that are compared
 REFINE_FLOPS, REFINE_OPERATIONS = 3, 10  # to fit the scales once
 SWEEP_FLOPS, SWEEP_OPERATIONS = 2, 60  # one pass over the integers
-CHOLESKY_FLOPS = 3  # per channel and squared size of its block: two factors in float64
+CHOLESKY_FLOPS = 3  # per channel and squared size of its block: two factors
 CORRECT_TOKEN_FLOPS = 4  # per token and entry of a Gram matrix: the product of error and input, twice for both paths
 GRADIENT_PASSES = 3  # of the rows that information is measured on through a layer: forward, again, and backward
 DRAW_OPERATIONS = 5  # elementwise operations per logit to draw two labels
 SAMPLING_SPEED = 0.65  # times as many products while rows are sampled, a token of each at a time
 SAMPLE_OPERATIONS = 7  # elementwise operations per logit to draw one token
-FACTOR_FLOPS = 3  # per cubed size of a matrix of information: its float64 factor and the gains
+FACTOR_FLOPS = 3  # per cubed size of a matrix of information: its factor and the gains
 FORWARDS_WITH_CORRECTION = 3  # of a calibration row through a layer: reference, quantized, and quantized once more
 
 
