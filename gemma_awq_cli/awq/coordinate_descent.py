@@ -8,6 +8,7 @@ al., "QuantEase" (2309.01885).
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.column_order import columns_as_rows, reordered, rows_as_columns
 from gemma_awq_cli.awq.gptq import INNER_COLUMNS, OUTER_COLUMNS
 from gemma_awq_cli.awq.grid import QMAX, Grid, dequantize, storable_scale
 
@@ -22,7 +23,7 @@ def refine(
     q: [n, k] float32 integers 0..15 on `grid` [n, k / g]; weight: [n, k] float32, which they approximate; gram: [k, k]
     of the block's input, damped; order: [k], in which the columns move. Returns the new integers and their grid.
     """
-    ordered = gram[order][:, order]
+    ordered = reordered(gram, order)
     for _ in range(rounds):
         grid = Grid(fit_scales(q, grid, weight, gram), grid.zero)
         q = _move_integers(q, grid, weight, ordered, order, sweeps)
@@ -58,8 +59,8 @@ def _move_integers(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: T
     group_size = q.shape[1] // grid.scale.shape[1]
     group_of = order // group_size
     scale = grid.scale.t().contiguous()  # [G, n]
-    integers = q[:, order].t().contiguous()  # [k, n]
-    error = dequantize(q, grid).sub_(weight)[:, order].t().contiguous()  # [k, n]
+    integers = columns_as_rows(q, order)  # [k, n]
+    error = columns_as_rows(dequantize(q, grid).sub_(weight), order)  # [k, n]
     curvature = gram.diagonal().contiguous()
     inverse = scale.reciprocal()
     blocks = [slice(start, start + OUTER_COLUMNS) for start in range(0, len(group_of), OUTER_COLUMNS)]
@@ -68,9 +69,7 @@ def _move_integers(q: Tensor, grid: Grid, weight: Tensor, gram: Tensor, order: T
         move_columns(
             slope, integers[block], error[block], gram[block, block], scale, inverse, curvature[block], group_of[block]
         )
-    result = torch.empty_like(q)
-    result[:, order] = integers.t()
-    return result
+    return rows_as_columns(integers, order)
 
 
 def move_columns_in_torch(

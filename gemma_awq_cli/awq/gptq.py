@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gemma_awq_cli.awq.column_order import columns_as_rows, reordered, rows_as_columns
 from gemma_awq_cli.awq.grid import QMAX, Grid
 from gemma_awq_cli.awq.precision import matmul_precision, widest_float
 
@@ -71,7 +72,7 @@ def lower_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> T
         gram, order = gram.cpu(), order.cpu() if order is not None else None
     while True:
         for dtype in (torch.float32, torch.float64):
-            damped = gram.to(dtype, copy=True) if order is None else gram[order][:, order].to(dtype)
+            damped = gram.to(dtype, copy=True) if order is None else reordered(gram, order).to(dtype)
             damped.diagonal().add_(damping_amount(gram, damping))
             if (lower := _factored(damped)) is not None:
                 return lower.to(torch.float32)
@@ -117,8 +118,7 @@ def quantize_compensated(weight: Tensor, grid: Grid, factor: Compensation) -> Te
     """
     order, feedback = factor.order, factor.feedback
     group_size = weight.shape[1] // grid.scale.shape[1]
-    # Columns become contiguous rows, because the loop below walks them one at a time.
-    work = weight[:, order].t().contiguous()  # [k, n]: a column's weights, and its error once it is rounded
+    work = columns_as_rows(weight, order)  # [k, n]: a column's weights, and its error once it is rounded
     scale = grid.scale.t().contiguous()  # [G, n]
     zero = grid.zero.t().contiguous()
     group_of = order // group_size
@@ -129,9 +129,7 @@ def quantize_compensated(weight: Tensor, grid: Grid, factor: Compensation) -> Te
         if start:
             target.addmm_(feedback[:start, block].t(), work[:start], alpha=-1.0)
         round_columns(target, work[block], q[block], feedback[block, block], scale, zero, group_of[block])
-    result = torch.empty_like(weight)
-    result[:, order] = q.t()
-    return result
+    return rows_as_columns(q, order)
 
 
 def round_columns_in_torch(
