@@ -82,10 +82,9 @@ def lower_factor(gram: Tensor, damping: float, order: Tensor | None = None) -> T
 def _factored(matrix: Tensor) -> Tensor | None:
     """Return the lower factor of a symmetric matrix [k, k], which is overwritten; None if it has none.
 
-    On the CPU it is computed in strips of columns, whose products with those before are three times as fast as what the
-    library does.
+    On the CPU it is computed in strips of columns, most of which are products: in half the library's time.
     """
-    width = FACTORED_COLUMNS if matrix.device.type == "cpu" else max(1, len(matrix))
+    width = FACTORED_COLUMNS if matrix.device.type == "cpu" else len(matrix)
     with matmul_precision("highest"):
         for start in range(0, len(matrix), width):
             own, below = slice(start, start + width), slice(start + width, None)

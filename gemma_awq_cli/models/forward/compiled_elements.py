@@ -65,7 +65,7 @@ def _norm(library: Library, module: nn.Module) -> Forward | None:
         return rms_norm(library, x, gain, eps)
 
     numbers = _numbers(7, 64 if gain is None else len(gain)) * torch.logspace(-4, 3, 7)[:, None]
-    return forward if _agree(module, forward, numbers) else None
+    return forward if _agree(module.forward, forward, numbers) else None
 
 
 def _gelu(library: Library, module: nn.Module) -> Forward | None:
@@ -76,7 +76,7 @@ def _gelu(library: Library, module: nn.Module) -> Forward | None:
     def forward(x: Tensor) -> Tensor:
         return gelu_tanh(library, x)
 
-    return forward if _agree(module, forward, torch.linspace(-12, 12, 515)) else None
+    return forward if _agree(module.forward, forward, torch.linspace(-12, 12, 515)) else None
 
 
 Rotation = Callable[..., Any]
@@ -110,28 +110,19 @@ def _rotation(library: Library, own: Rotation) -> Rotation | None:
         return one(x, cos, sin, unsqueeze_dim) if _turns(x, cos, unsqueeze_dim) else own(x, cos, sin, unsqueeze_dim)
 
     compiled: Rotation = both if together else alone
-    for heads in (1, 2):
-        x, angles = _numbers(2, 3, 3, 38), (_numbers(1, 3, 38), _numbers(1, 3, 38) + 1)
-        given = (x, x + 1, *angles, heads) if together else (x, *angles, heads)
-        try:
-            expected, found = own(*given), compiled(*given)
-        except (TypeError, ValueError, RuntimeError, IndexError):  # it takes something else
-            return None
-        pairs = zip(expected, found, strict=True) if together else [(expected, found)]
-        if not all(_near(*pair) for pair in pairs):
-            return None
-    return compiled
+    x, cos = _numbers(2, 3, 3, 38), _numbers(1, 3, 38)
+    turned = (x, x + 1) if together else (x,)
+    return compiled if all(_agree(own, compiled, *turned, cos, cos + 1, heads) for heads in (1, 2)) else None
 
 
 def _turns(x: Tensor, cos: Tensor, heads: int) -> bool:
     """Whether the library takes such heads, whose dimension is `heads`, and such angles."""
     tokens = x.shape[3 - heads] if x.ndim == 4 and heads in (1, 2) else None
-    rows = (1, x.shape[0])
     return (
         x.dtype in DTYPES
         and cos.dtype == torch.float32
         and x.shape[-1] % 2 == 0
-        and any(cos.shape == (count, tokens, x.shape[-1]) for count in rows)
+        and any(cos.shape == (rows, tokens, x.shape[-1]) for rows in (1, x.shape[0]))
     )
 
 
@@ -139,13 +130,22 @@ def _numbers(*shape: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
-def _agree(module: nn.Module, forward: Forward, numbers: Tensor) -> bool:
+def _agree(own: Callable[..., Any], compiled: Callable[..., Any], *given: Any) -> bool:
+    """Whether both compute the same tensor, or tensors. own: a module's `forward`, which calls none of its hooks."""
     try:
-        expected = module.forward(numbers)  # without its hooks
+        expected = own(*given)
     except (TypeError, ValueError, RuntimeError, IndexError):  # it takes something else
         return False
-    return isinstance(expected, Tensor) and _near(expected, forward(numbers))
+    found = compiled(*given)
+    if isinstance(expected, tuple) and isinstance(found, tuple) and len(expected) == len(found):
+        return all(map(_near, expected, found))
+    return _near(expected, found)
 
 
-def _near(expected: Tensor, found: Tensor) -> bool:
-    return expected.shape == found.shape and bool(((expected - found).abs() <= _NEARLY * expected.abs() + 1e-6).all())
+def _near(expected: Any, found: Any) -> bool:
+    return (
+        isinstance(expected, Tensor)
+        and isinstance(found, Tensor)
+        and expected.shape == found.shape
+        and bool(((expected - found).abs() <= _NEARLY * expected.abs() + 1e-6).all())
+    )

@@ -126,9 +126,12 @@ def test_another_rotation_stays_as_it_is(library: Library, monkeypatch: pytest.M
     def something(_: Tensor) -> None:
         return None
 
+    def of_queries_alone(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> Tensor:
+        return q * cos.unsqueeze(unsqueeze_dim) + k * sin.unsqueeze(unsqueeze_dim)
+
     home = ModuleType("unknown_model")
     monkeypatch.setitem(sys.modules, home.__name__, home)
-    for own in (swapped, something, None):
+    for own in (swapped, something, of_queries_alone, None):
         home.apply_rotary_pos_emb = own  # type: ignore[attr-defined]
         with compiled_elements(module_of(home), library):
             assert home.apply_rotary_pos_emb is own
